@@ -1,0 +1,39 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "memcnn" / "__init__.py").read_text("utf-8"), re.M).group(1)
+README = HERE / "README.md"
+
+setup(
+    name="memcnn",
+    version=VERSION,
+    description="Reversible blocks for PyTorch: train deep networks in the activation memory of a shallow one",
+    long_description=README.read_text("utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["memcnn", "memcnn.*"]),
+    python_requires=">=3.10",
+    install_requires=["numpy", "tensorboardX", "torch>=2.11", "torchvision>=0.26", "tqdm"],
+    extras_require={
+        "harness": [
+            "hypothesis",
+            "jinja2",
+            "matplotlib",
+            "pandas",
+            "pytest",
+            "pytest-benchmark",
+            "tabulate",
+        ],
+    },
+    entry_points={"console_scripts": ["memcnn-train = memcnn.train:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
