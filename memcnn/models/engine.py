@@ -1,0 +1,226 @@
+"""The idea: forward, forget, invert, re-run locally, differentiate.
+
+*Forward.* A branch of a reversible block runs as always and autograd records it as always, so hooks, gradient
+accumulators and distributed wrappers see the ordinary graph. *Forget.* What the graph wants to save is dropped and a
+``Handle`` saved in its place (``torch.autograd.graph.saved_tensors_hooks``). *Invert, re-run.* When backward asks for
+the first handle of a ``Step``, the step evaluates its branch once more on the branch's own input, gives each handle its
+activation and, with that same value, computes the tensor that the step had changed. *Differentiate.* Autograd goes on,
+and frees what it has used.
+
+The tensors between steps are ``Cell`` objects. A cell holds its tensor only at the end of a chain. As soon as a further
+step consumes it, it holds that step instead, which can rebuild the tensor, so that a chain of any length stores its end
+alone (Gomez et al., "The Reversible Residual Network", arXiv:1707.04585). No tensor that a user can see is written to.
+
+References point from a chain's start towards its end (handle, step, source cell, next step) and never back, so that
+reference counting alone frees everything.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from memcnn.models.replay import Replay
+
+
+class Cell:
+    """One tensor of a chain: stored, or rebuilt by the link that consumed it."""
+
+    __slots__ = ("tensor", "version", "link", "__weakref__")
+
+    def __init__(self, tensor: Tensor):
+        self.link = None
+        self.store(tensor)
+
+    def store(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor.detach(), tensor._version
+
+    def value(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"the output of a reversible block, shape {tuple(self.tensor.shape)}, was modified in place after the "
+                "forward pass, but backward rebuilds the block's activations from it: use an out-of-place operation, or "
+                "modify a clone of the output")
+        return self.tensor
+
+
+class Handle:
+    """What autograd saves in the place of an activation. It lives as long as the graph node that saved it."""
+
+    __slots__ = ("tensor", "shape", "dtype", "__weakref__")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, self.shape, self.dtype = None, tensor.shape, tensor.dtype
+
+
+class Link:
+    """Rebuilds its ``targets`` from its ``sources``."""
+
+    def __init__(self, targets: Sequence[Cell], sources: Sequence[Cell] = (), *, keep: bool = False):
+        self.sources = sources
+        self.targets = [weakref.ref(cell) for cell in targets]
+        self.kept = targets if keep else ()
+        for cell in targets:
+            if cell.link is None and not keep:
+                cell.tensor, cell.link = None, self
+
+    def recompute(self) -> Sequence[Tensor | None]:
+        """The targets' values from the sources' values; None for a target that nobody holds any more."""
+        raise NotImplementedError
+
+    def rebuild(self, keep_graph: bool) -> None:
+        """Give the targets their values: for good, or until the end of this pass if the graph is kept for another."""
+        for target, value in zip(self.targets, self.recompute(), strict=True):
+            if (cell := target()) is not None and cell.tensor is None:
+                cell.store(value)
+                if keep_graph:
+                    _forget_after_pass(cell)
+                else:
+                    cell.link = None
+        if not keep_graph:
+            self.sources = ()
+
+
+class Rearrange(Link):
+    """Rebuilds a tensor from its halves, or halves from their tensor."""
+
+    def __init__(self, targets: Sequence[Cell], sources: Sequence[Cell], operation: Callable):
+        super().__init__(targets, sources)
+        self.operation = operation
+
+    def recompute(self) -> Sequence[Tensor]:
+        return self.operation([cell.value() for cell in self.sources])
+
+
+class Step(Link):
+    """One recorded evaluation of ``module`` on ``inputs``. A subclass says how to recompute it."""
+
+    def __init__(self, module: nn.Module, inputs: Sequence[Tensor], targets: Sequence[Cell], *,
+                 keep_input: bool, preserve_rng_state: bool):
+        super().__init__(targets, keep=keep_input)
+        self.module, self.inputs = module, inputs
+        self.handles: list[weakref.ref[Handle]] = []
+        self.requires_grad = [t.requires_grad for t in inputs]
+        self.strides = [t.stride() if torch.ops.aten.is_non_overlapping_and_dense(t) else None for t in inputs]
+        self.replay = Replay(module, inputs, preserve_rng_state)
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Within this context the forward evaluation leaves handles in place of what autograd saves."""
+        versions = [t._version for t in self.inputs]
+        with saved_tensors_hooks(self._pack, self._unpack):
+            yield
+        if versions != [t._version for t in self.inputs]:
+            raise RuntimeError(f"{self.name} modifies its input in place, so that the block cannot be inverted: make "
+                               "its first operation an out-of-place one")
+        self.inputs = ()
+        self.replay.close()
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Within this context a second evaluation gives the handles, in the same order, what autograd would save."""
+        if self.wanted:
+            with torch.enable_grad(), saved_tensors_hooks(self._collect, _unused):
+                yield
+        else:
+            with torch.no_grad():
+                yield
+
+    def rebuild(self, keep_graph: bool) -> None:
+        self.keep_graph, self.seen = keep_graph, 0
+        self.wanted = any(handle() is not None for handle in self.handles)
+        super().rebuild(keep_graph)
+        self.inputs = ()
+        if self.wanted and self.seen != len(self.handles):
+            raise self._diverged(f"{len(self.handles)} saved tensors", f"{self.seen}")
+
+    def as_recorded(self, index: int, value: Tensor) -> Tensor:
+        """An input as the forward evaluation saw it: the same strides where they were dense, the same requires_grad."""
+        strides = self.strides[index]
+        if strides is not None and value.stride() != strides:
+            value = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+        return value.detach().requires_grad_(self.requires_grad[index])
+
+    @property
+    def name(self) -> str:
+        return type(self.module).__name__
+
+    def _outside(self, tensor: Tensor) -> bool:
+        """Parameters, and other leaves that autograd keeps alive anyway, are saved as they are."""
+        return tensor.is_leaf and tensor.requires_grad and not any(tensor is t for t in self.inputs)
+
+    def _pack(self, tensor: Tensor) -> Handle | tuple[Tensor, int]:
+        if self._outside(tensor):
+            return tensor, tensor._version
+        handle = Handle(tensor)
+        self.handles.append(weakref.ref(handle))
+        return handle
+
+    def _unpack(self, saved: Handle | tuple[Tensor, int]) -> Tensor:
+        if isinstance(saved, tuple):
+            tensor, version = saved
+            if tensor._version != version:
+                raise RuntimeError(f"a parameter of shape {tuple(tensor.shape)} that {self.name} used was modified "
+                                   "between forward and backward: call backward before the parameters change")
+            return tensor
+        if saved.tensor is None:
+            _rebuild(self)
+        return saved.tensor
+
+    def _collect(self, tensor: Tensor) -> None:
+        if self._outside(tensor):
+            return
+        handle = self.handles[self.seen]() if self.seen < len(self.handles) else None
+        self.seen += 1
+        if handle is None:
+            return
+        if (tensor.shape, tensor.dtype) != (handle.shape, handle.dtype):
+            raise self._diverged(f"{handle.dtype} of shape {tuple(handle.shape)} as saved tensor {self.seen}",
+                                 f"{tensor.dtype} of shape {tuple(tensor.shape)}")
+        handle.tensor = tensor.detach()
+        if self.keep_graph:
+            _forget_after_pass(handle)
+
+    def _diverged(self, then: str, now: str) -> RuntimeError:
+        return RuntimeError(f"{self.name} computed something else in the recomputation than in the forward pass ({then} "
+                            f"then, {now} now): its forward must depend on its input, parameters, buffers and torch's "
+                            "random numbers alone")
+
+
+def _rebuild(step: Step) -> None:
+    """Rebuild ``step``, and first, from the chain's stored end, whatever it needs. A loop: chains can be long."""
+    keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+    waiting: list[Link] = [step]
+    while waiting:
+        missing = [cell.link for cell in waiting[-1].sources if cell.tensor is None]
+        if missing:
+            waiting.append(missing[0])
+        else:
+            waiting.pop().rebuild(keep_graph)
+
+
+_passes: dict[int, list[tuple[weakref.ref, int]]] = {}
+
+
+def _forget_after_pass(holder: Cell | Handle) -> None:
+    """Empty ``holder`` at the end of the running backward pass, unless it has been given another tensor by then."""
+    task = torch._C._current_graph_task_id()
+    if task not in _passes:
+        _passes[task] = []
+        if task != -1:
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: _end_pass(task))
+    _passes[task].append((weakref.ref(holder), id(holder.tensor)))
+
+
+def _end_pass(task: int) -> None:
+    for reference, tensor_id in _passes.pop(task, ()):
+        holder = reference()
+        if holder is not None and id(holder.tensor) == tensor_id:
+            holder.tensor = None
+
+
+def _unused(_) -> Tensor:
+    raise AssertionError("the graph of a recomputation is never differentiated")

@@ -1,0 +1,145 @@
+"""The residual and reversible networks of the CIFAR experiments.
+
+Architecture and parameter counts: Gomez, Ren, Urtasun, Grosse, "The Reversible Residual Network: Backpropagation
+Without Storing Activations", arXiv:1707.04585; pre-activation units: He et al., arXiv:1603.05027. Every constructor
+takes ``num_classes`` and returns a module that maps images (N, 3, 32, 32) to logits (N, num_classes).
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from memcnn.models.additive import AdditiveCoupling
+from memcnn.models.revop import InvertibleModuleWrapper
+
+__all__ = ["MODELS", "ResNet", "basic_branch", "bottleneck_branch",
+           "resnet32", "resnet110", "resnet164", "revnet38", "revnet110", "revnet164"]
+
+
+def basic_branch(in_channels: int, out_channels: int, stride: int = 1, *, activate: bool = True) -> nn.Sequential:
+    """[BN, ReLU,] conv3x3(stride), BN, ReLU, conv3x3; the bracket only with ``activate``."""
+    return nn.Sequential(
+        *_activation(in_channels, activate),
+        _conv3x3(in_channels, out_channels, stride),
+        *_activation(out_channels),
+        _conv3x3(out_channels, out_channels),
+    )
+
+
+def bottleneck_branch(in_channels: int, out_channels: int, stride: int = 1, *, activate: bool = True) -> nn.Sequential:
+    """[BN, ReLU,] conv1x1, BN, ReLU, conv3x3(stride), BN, ReLU, conv1x1; inner width a quarter of ``out_channels``."""
+    width = out_channels // bottleneck_branch.expansion
+    return nn.Sequential(
+        *_activation(in_channels, activate),
+        nn.Conv2d(in_channels, width, 1, bias=False),
+        *_activation(width),
+        _conv3x3(width, width, stride),
+        *_activation(width),
+        nn.Conv2d(width, out_channels, 1, bias=False),
+    )
+
+
+basic_branch.expansion = 1
+bottleneck_branch.expansion = 4
+
+
+class ResidualUnit(nn.Module):
+    """y = shortcut(x) + branch(x), for a unit that strides or changes its width: shortcut = conv1x1(stride), BN."""
+
+    def __init__(self, branch: Callable[..., nn.Module], in_channels: int, out_channels: int, stride: int, activate: bool):
+        super().__init__()
+        self.branch = branch(in_channels, out_channels, stride, activate=activate)
+        self.shortcut = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.branch(x)
+
+
+class ResNet(nn.Module):
+    """Stem, stages of units, BN, ReLU, global average pool, linear.
+
+    Args:
+        branch: ``basic_branch`` or ``bottleneck_branch``.
+        units: number of units of each stage.
+        channels: width of the stem, then of each stage (before the bottleneck's expansion).
+        num_classes: number of logits.
+        reversible: make every unit that neither strides nor changes its width a reversible one, whose F and G are
+            two branches at half the width.
+        disable: keep the reversible units' weights but run them with ordinary autograd (every activation stored).
+    """
+
+    def __init__(self, branch: Callable[..., nn.Module], units: Sequence[int], channels: Sequence[int],
+                 num_classes: int = 10, *, reversible: bool = False, disable: bool = False):
+        super().__init__()
+        if len(channels) != len(units) + 1:
+            raise ValueError(f"channels must name the stem and each of the {len(units)} stages, so {len(units) + 1} "
+                             f"widths: got {len(channels)}")
+        stem, *widths = channels
+        widths = [width * branch.expansion for width in widths]
+        self.stem = nn.Sequential(_conv3x3(3, stem), *_activation(stem))
+        self.stages = nn.ModuleList()
+        for stage, (count, (in_width, width)) in enumerate(zip(units, pairwise([stem, *widths]), strict=True)):
+            self.stages.append(nn.Sequential(*(
+                _unit(branch, in_width if unit == 0 else width, width, stride=2 if stage > 0 and unit == 0 else 1,
+                      activate=(stage, unit) != (0, 0), reversible=reversible, disable=disable)
+                for unit in range(count))))
+        self.head = nn.Sequential(
+            *_activation(widths[-1]), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes) of images x (N, 3, H, W)."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x)
+
+
+def resnet32(num_classes: int = 10, *, disable: bool = False) -> ResNet:
+    return ResNet(basic_branch, (5, 5, 5), (16, 16, 32, 64), num_classes)
+
+
+def resnet110(num_classes: int = 10, *, disable: bool = False) -> ResNet:
+    return ResNet(basic_branch, (18, 18, 18), (16, 16, 32, 64), num_classes)
+
+
+def resnet164(num_classes: int = 10, *, disable: bool = False) -> ResNet:
+    return ResNet(bottleneck_branch, (18, 18, 18), (16, 16, 32, 64), num_classes)
+
+
+def revnet38(num_classes: int = 10, *, disable: bool = False) -> ResNet:
+    return ResNet(basic_branch, (3, 3, 3), (32, 32, 64, 112), num_classes, reversible=True, disable=disable)
+
+
+def revnet110(num_classes: int = 10, *, disable: bool = False) -> ResNet:
+    return ResNet(basic_branch, (9, 9, 9), (32, 32, 64, 128), num_classes, reversible=True, disable=disable)
+
+
+def revnet164(num_classes: int = 10, *, disable: bool = False) -> ResNet:
+    return ResNet(bottleneck_branch, (9, 9, 9), (32, 32, 64, 128), num_classes, reversible=True, disable=disable)
+
+
+MODELS = {model.__name__: model for model in (resnet32, resnet110, resnet164, revnet38, revnet110, revnet164)}
+
+
+def _unit(branch: Callable[..., nn.Module], in_width: int, width: int, *, stride: int, activate: bool,
+          reversible: bool, disable: bool) -> nn.Module:
+    if not reversible or stride != 1 or in_width != width:
+        return ResidualUnit(branch, in_width, width, stride, activate)
+    F, G = (branch(width // 2, width // 2, activate=activate) for _ in range(2))
+    return InvertibleModuleWrapper(AdditiveCoupling(F, G), disable=disable)
+
+
+def _activation(channels: int, wanted: bool = True) -> Sequence[nn.Module]:
+    return (nn.BatchNorm2d(channels), nn.ReLU(inplace=True)) if wanted else ()
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)

@@ -1,0 +1,229 @@
+"""The steps that reversible blocks are written with, and how they are recorded.
+
+``split``, ``lift`` and ``merge`` are plain differentiable operations. Within ``recording()`` they forget their
+activations (see ``memcnn.models.engine``). ``call`` records a module of which only ``forward`` and ``inverse`` are known.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from memcnn.models.engine import Cell, Rearrange, Step
+
+_TAG = "memcnn.cells"
+_local = threading.local()
+
+
+def split(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The two halves of x along ``dim``, as views; an odd size there is a ValueError."""
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"cannot split an input of shape {tuple(x.shape)} along dimension {dim}: it has "
+                         f"{x.dim()} dimensions; choose another split_dim")
+    if x.shape[dim] % 2:
+        raise ValueError(f"cannot split an input of shape {tuple(x.shape)} in two along dimension {dim}: its size "
+                         f"there, {x.shape[dim]}, is odd; give it an even size or choose another split_dim")
+    x1, x2 = x.chunk(2, dim)
+    if (tape := _tape()) is not None:
+        tape.split(x, (x1, x2), dim % x.dim())
+    return x1, x2
+
+
+def lift(a: Tensor, branch: nn.Module, b: Tensor, join: Callable, part: Callable) -> Tensor:
+    """join(a, branch(b)), where ``part(join(a, h), h)`` gives back a. The result has the shape of a."""
+    tape = _tape()
+    return join(a, branch(b)) if tape is None else tape.lift(a, branch, b, join, part)
+
+
+def merge(y1: Tensor, y2: Tensor, dim: int) -> Tensor:
+    """The two halves side by side along ``dim``."""
+    y = torch.cat((y1, y2), dim)
+    if (tape := _tape()) is not None:
+        tape.merge((y1, y2), y, dim % y.dim())
+    return y
+
+
+@contextmanager
+def recording(*, preserve_rng_state: bool = True, keep_input: bool = False) -> Iterator[None]:
+    """Within this context ``split``, ``lift`` and ``merge`` forget activations."""
+    with _use(Tape(preserve_rng_state=preserve_rng_state, keep_input=keep_input)):
+        yield
+
+
+def call(run: Callable, undo: Callable, module: nn.Module, inputs: Sequence, kwargs: dict, *,
+         preserve_rng_state: bool = True, keep_input: bool = False):
+    """run(*inputs, **kwargs) recorded as one step, where undo(*outputs, **kwargs) gives back the inputs.
+
+    Streams, that is floating-point and complex tensors among the positional inputs, are rebuilt; other arguments are
+    kept. Where ``run`` returns fewer values than it takes, the inputs that are no streams are handed to ``undo`` after
+    them.
+    """
+    tape = Tape(preserve_rng_state=preserve_rng_state, keep_input=keep_input)
+    step = Call(run, undo, module, inputs, kwargs, tape)
+    with _use(None), step.record():
+        result = run(*inputs, **kwargs)
+    step.finish(result)
+    return result
+
+
+def is_stream(x: object) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+class Tape:
+    """The cells of the tensors inside of one block."""
+
+    def __init__(self, **options: bool):
+        self.options = options
+        self.cells: dict[int, tuple[Tensor, Cell]] = {}  # the tensor, so that its id stays its own
+
+    def cell(self, x: Tensor) -> Cell:
+        if id(x) not in self.cells:
+            self.cells[id(x)] = x, Cell(x)
+        return self.cells[id(x)][1]
+
+    def split(self, x: Tensor, halves: Sequence[Tensor], dim: int) -> None:
+        cells, tag_dim = _tagged(x)
+        if tag_dim != dim:
+            whole = _whole(x)
+            cells = [Cell(half) for half in halves]
+            if whole is not None:
+                Rearrange([whole], cells, lambda values: [torch.cat(values, dim)])
+        self.cells.update((id(half), (half, cell)) for half, cell in zip(halves, cells, strict=True))
+
+    def lift(self, a: Tensor, branch: nn.Module, b: Tensor, join: Callable, part: Callable) -> Tensor:
+        step = Lift(branch, a, self.cell(a), b, join, part, self.options)
+        with _use(None), step.record():
+            out = join(a, branch(b))
+        if out.shape != a.shape or out.dtype != a.dtype:
+            raise ValueError(f"{step.name} does not fit its coupling: the half that it changes is {a.dtype} of shape "
+                             f"{tuple(a.shape)} and would become {out.dtype} of shape {tuple(out.shape)}")
+        step.sources = self.cell(out), self.cell(b)
+        return out
+
+    def merge(self, halves: Sequence[Tensor], y: Tensor, dim: int) -> None:
+        cells = [self.cell(half) for half in halves]
+        for cell, view in zip(cells, y.detach().chunk(2, dim), strict=True):
+            if cell.tensor is not None:
+                cell.store(view)
+        _tag(y, cells, dim)
+
+
+class Lift(Step):
+    """out = join(a, module(b)), undone by a = part(out, module(b)); the sources are out and b."""
+
+    def __init__(self, module, a, a_cell, b, join, part, options):
+        super().__init__(module, (a, b), (a_cell,), **options)
+        self.join, self.part = join, part
+
+    def recompute(self) -> Sequence[Tensor | None]:
+        out, source = self.sources
+        b = self.as_recorded(1, source.value())
+        if not self.keep_graph:
+            source.store(b)  # where b is a dense copy, the view that it replaces would keep a whole output alive
+        target = self.targets[0]()
+        a = target.tensor if target is not None else None
+        self.inputs = (b,)
+        with self.replay():
+            with self.collect():
+                h = self.module(b)
+            unjoined = self.wanted and self.seen < len(self.handles)
+            if a is None and (target is not None or unjoined):
+                with torch.no_grad():
+                    a = self.part(out.value(), h)
+            if unjoined:
+                leaf = self.as_recorded(0, a)
+                self.inputs = (leaf, b)
+                with self.collect():
+                    self.join(leaf, h)
+        return (a,)
+
+
+class Call(Step):
+    """result = run(*inputs, **kwargs), undone by inputs = undo(*result, **kwargs)."""
+
+    def __init__(self, run, undo, module, inputs, kwargs, tape):
+        self.run, self.undo, self.kwargs = run, undo, kwargs
+        self.arguments = [None if is_stream(x) else x for x in inputs]
+        self.positions = [i for i, x in enumerate(inputs) if is_stream(x)]
+        streams = [inputs[i] for i in self.positions]
+        self.shapes = [x.shape for x in streams]
+        super().__init__(module, streams, [_whole(x) or Cell(x) for x in streams], **tape.options)
+
+    def finish(self, result) -> None:
+        outputs = result if isinstance(result, tuple) else (result,)
+        self.results = [None if is_stream(y) else y for y in outputs]
+        streams = [y for y in outputs if is_stream(y)]
+        self.sources = [Cell(y) for y in streams]
+        for y, cell in zip(streams, self.sources, strict=True):
+            _tag(y, [cell], None)
+
+    def recompute(self) -> Sequence[Tensor]:
+        values = [cell.tensor for cell in self.kept] or self._undone()
+        if self.wanted:
+            leaves = self.inputs = [self.as_recorded(i, value) for i, value in enumerate(values)]
+            arguments = list(self.arguments)
+            for position, leaf in zip(self.positions, leaves, strict=True):
+                arguments[position] = leaf
+            with self.replay(), self.collect():
+                self.run(*arguments, **self.kwargs)
+        return values
+
+    def _undone(self) -> Sequence[Tensor]:
+        streams = iter(self.sources)
+        outputs = [next(streams).value() if y is None else y for y in self.results]
+        others = [x for i, x in enumerate(self.arguments) if i not in self.positions]
+        if len(outputs) < len(self.arguments):
+            outputs += others
+        with self.replay(), torch.no_grad():
+            inputs = self.undo(*outputs, **self.kwargs)
+        inputs = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
+        if len(inputs) == len(self.arguments):
+            inputs = [inputs[i] for i in self.positions]
+        shapes = [x.shape for x in inputs]
+        if shapes != self.shapes:
+            raise RuntimeError(f"{self.name} does not invert itself: it was given tensors of shapes "
+                               f"{[tuple(s) for s in self.shapes]} and its inverse returned {[tuple(s) for s in shapes]}")
+        return inputs
+
+
+def _tag(y: Tensor, cells: Sequence[Cell], dim: int | None) -> None:
+    """Let a block that is given y find its cells: the tensor itself where ``dim`` is None, else its halves."""
+    if y.grad_fn is not None:
+        y.grad_fn.metadata[_TAG, y.output_nr] = cells, dim, _identity(y)
+
+
+def _tagged(x: Tensor) -> tuple[Sequence[Cell], int | None]:
+    tag = x.grad_fn.metadata.get((_TAG, x.output_nr)) if x.grad_fn is not None else None
+    return tag[:2] if tag is not None and tag[2] == _identity(x) else ((), -1)
+
+
+def _identity(x: Tensor) -> tuple[int, int]:
+    return x._version, x.untyped_storage()._cdata
+
+
+def _whole(x: Tensor) -> Cell | None:
+    """The cell of the whole of x if a block put x out, else None."""
+    cells, dim = _tagged(x)
+    if not cells:
+        return None
+    if dim is None:
+        return cells[0]
+    whole = Cell(x)
+    Rearrange(cells, [whole], lambda values: values[0].chunk(2, dim))
+    return whole
+
+
+def _tape() -> Tape | None:
+    return getattr(_local, "tape", None)
+
+
+@contextmanager
+def _use(tape: Tape | None) -> Iterator[None]:
+    previous, _local.tape = _tape(), tape
+    try:
+        yield
+    finally:
+        _local.tape = previous
