@@ -1,0 +1,1 @@
+"""Training on CIFAR: the recipe, the loop, its checkpoints and its record."""

@@ -1,0 +1,53 @@
+"""Where a run ran: device, software versions, and the state of the source it ran from."""
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import memcnn
+from memcnn._torchvision import torchvision
+
+_PACKAGE = Path(memcnn.__file__).resolve().parent
+
+
+def device_info(device: torch.device) -> dict:
+    """Type, name, count and CPU threads of the device that trains."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
+    return {"type": device.type, "name": name, "count": 1, "threads": torch.get_num_threads()}
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def software_versions() -> dict:
+    return {
+        "memcnn": memcnn.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "cuda": torch.version.cuda,
+        "platform": platform.platform(),
+    }
+
+
+def git_state() -> dict:
+    """The commit the package is at, and whether its folder is as committed; both None outside a git checkout of it."""
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return {"commit": None, "clean": None}
+    changes = _git("status", "--porcelain", "--", ".")
+    return {"commit": _git("rev-parse", "HEAD"), "clean": None if changes is None else changes == ""}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(_PACKAGE), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,169 @@
+"""The record of one run: what ran, where, how far it came, and what it reached.
+
+RUNS/<model>-<dataset>-<recipe>-s<seed>/record.json is written by training and read by the reports, both through this file.
+"""
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from memcnn.models.resnet import MODELS
+from memcnn.training.files import write_by_rename
+from memcnn.training.recipe import PUBLISHED, Recipe
+
+SCHEMA = 1
+FILE_NAME = "record.json"
+DATASETS = ("cifar10", "cifar100")
+STATUSES = ("complete", "partial", "failed")
+
+
+class BadRecord(ValueError):
+    """A record that cannot be trusted; the message names the file and the reason."""
+
+
+def run_name(model: str, dataset: str, recipe: Recipe, seed: int) -> str:
+    """The name of a run's folder."""
+    return f"{model}-{dataset}-{recipe.name}-s{seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run. Accuracy in percent, loss in nats, both of the last evaluation (at `test_iteration`), None before the first.
+
+    status: "complete" when all of the recipe's iterations are done and evaluated, "partial" while it runs (reason None) or
+    where it was stopped, "failed" when the loss was no number. train_seconds leaves out start-up, evaluation and
+    checkpoints; interruptions counts how often the run was taken up again. peak_bytes and activation_bytes are those of one
+    training step (memcnn.testing.memory). clean: the package's folder was as committed. engine: False when a RevNet ran as
+    plain autograd.
+    """
+
+    model: str
+    dataset: str
+    seed: int
+    recipe: Recipe
+    status: str
+    reason: str | None
+    iterations: int
+    test_accuracy: float | None
+    test_loss: float | None
+    test_iteration: int | None
+    train_seconds: float
+    interruptions: int
+    parameters: int
+    parameter_bytes: int
+    peak_bytes: int
+    activation_bytes: int
+    device: dict
+    software: dict
+    commit: str | None
+    clean: bool | None
+    data: dict
+    engine: bool
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether this run may stand beside published numbers."""
+        return self.status == "complete" and self.recipe == PUBLISHED and self.data["official"] and self.engine
+
+    def write(self, folder: str | Path) -> Path:
+        """Write record.json into `folder`, by rename; its path."""
+        path = Path(folder) / FILE_NAME
+        values = {"schema": self.schema, **asdict(self), "recipe": self.recipe.to_dict()}
+        write_by_rename(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
+        return path
+
+
+def load(path: str | Path) -> RunRecord:
+    """The record of a run's folder, or of a record.json; BadRecord when it is not a valid one."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / FILE_NAME
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"got {type(values).__name__}, wanted an object")
+        if values.get("schema") != SCHEMA:
+            raise ValueError(f"schema is {values.get('schema')!r}, this version reads {SCHEMA}")
+        wanted = {field.name for field in fields(RunRecord)}
+        if set(values) != wanted:
+            raise ValueError(f"missing fields {sorted(wanted - set(values))}, unknown {sorted(set(values) - wanted)}")
+        if not isinstance(values["recipe"], dict):
+            raise ValueError(f"recipe: got {values['recipe']!r}, wanted an object")
+        return RunRecord(**{**values, "recipe": Recipe.from_dict(values["recipe"])})
+    except (OSError, ValueError) as error:
+        raise BadRecord(f"{path}: {error}") from error
+
+
+def load_all(*folders: str | Path) -> tuple[list[tuple[Path, RunRecord]], list[str]]:
+    """The records of all runs that lie directly in `folders`, with their run folders, and what is wrong with the others.
+
+    Runs that --fresh moved aside (NAME.old-1 ...) are passed over, and so is a folder that does not exist.
+    """
+    records, problems = [], []
+    for path in sorted({path for folder in folders for path in Path(folder).glob(f"*/{FILE_NAME}")}):
+        if re.search(r"\.old-\d+$", path.parent.name):
+            continue
+        try:
+            records.append((path.parent, load(path)))
+        except BadRecord as error:
+            problems.append(str(error))
+    return records, problems
+
+
+def _validate(record: RunRecord) -> None:
+    _check(isinstance(record.model, str) and record.model in MODELS, "model", record.model, f"one of {', '.join(MODELS)}")
+    _check(record.dataset in DATASETS, "dataset", record.dataset, f"one of {', '.join(DATASETS)}")
+    _check(record.status in STATUSES, "status", record.status, f"one of {', '.join(STATUSES)}")
+    for name in ("seed", "iterations", "interruptions", "parameters", "parameter_bytes", "peak_bytes", "activation_bytes"):
+        _check(_is_count(getattr(record, name)), name, getattr(record, name), "a whole number of at least 0")
+    _check(_is_number(record.train_seconds), "train_seconds", record.train_seconds, "a number of at least 0")
+    for name in ("reason", "commit"):
+        value = getattr(record, name)
+        _check(value is None or isinstance(value, str), name, value, "text or null")
+    _check(record.clean is None or isinstance(record.clean, bool), "clean", record.clean, "true, false or null")
+    _check(isinstance(record.engine, bool), "engine", record.engine, "true or false")
+
+    evaluation = (record.test_accuracy, record.test_loss, record.test_iteration)
+    if evaluation != (None, None, None):
+        _check(_is_number(evaluation[0]) and evaluation[0] <= 100, "test_accuracy", evaluation[0], "a number from 0 to 100")
+        _check(_is_number(evaluation[1]), "test_loss", evaluation[1], "a number of at least 0")
+        _check(_is_count(evaluation[2]) and evaluation[2] <= record.iterations, "test_iteration", evaluation[2],
+               f"at most the {record.iterations} iterations done")  # fmt: skip
+    done, planned = record.iterations, record.recipe.iterations
+    _check(done <= planned, "iterations", done, f"at most the recipe's {planned}")
+    if record.status == "complete":
+        _check(done == planned, "iterations", done, f"the recipe's {planned} in a complete run")
+        _check(record.test_iteration == done, "test_iteration", record.test_iteration, f"{done} in a complete run")
+        _check(record.reason is None, "reason", record.reason, "null in a complete run")
+    if record.status == "failed":
+        _check(record.reason is not None, "reason", record.reason, "text in a failed run")
+
+    _check_dict("device", record.device, {"type": str, "name": str, "count": int, "threads": int})
+    _check_dict("software", record.software, {name: str for name in ("memcnn", "python", "torch", "torchvision", "platform")})
+    _check_dict("data", record.data, {"official": bool, "checksums": dict})
+    sums = record.data["checksums"]
+    _check(sums and all(isinstance(text, str) for text in sums.values()), "checksums", sums, "MD5 by file name")
+
+
+def _check(right: bool, name: str, got: object, wanted: str) -> None:
+    if not right:
+        raise ValueError(f"{name}: got {got!r}, wanted {wanted}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _check_dict(name: str, value: object, types: dict[str, type]) -> None:
+    _check(isinstance(value, dict), name, value, "an object")
+    for key, kind in types.items():
+        _check(isinstance(value.get(key), kind), f"{name}.{key}", value.get(key), kind.__name__)

@@ -1,0 +1,41 @@
+"""Stopping a run at a clean point: on Ctrl-C, on SIGTERM, or before a time budget is used up."""
+import os
+import signal
+import threading
+import time
+
+
+class Stop:
+    """While entered, the first SIGINT or SIGTERM only asks the run to stop; a second SIGINT ends the process at once.
+
+    deadline: the time.monotonic() by which everything must be over, None for never.
+    """
+
+    def __init__(self, deadline: float | None = None) -> None:
+        self.deadline = deadline
+        self._signalled = False
+
+    def reason(self, *, needed_seconds: float) -> str | None:
+        """Why the run must stop now rather than do something that takes `needed_seconds`; None when it need not."""
+        if self._signalled:
+            return "interrupted"
+        if self.deadline is not None and time.monotonic() + needed_seconds > self.deadline:
+            return "budget exhausted"
+        return None
+
+    def __enter__(self) -> "Stop":
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self._signalled = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            os.write(2, b"\nStopping after this iteration; Ctrl-C again stops at once.\n")
