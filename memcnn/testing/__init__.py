@@ -1,0 +1,1 @@
+"""Means to prove a reversible block right and to measure what it costs."""

@@ -1,0 +1,208 @@
+"""Exact peak memory of a piece of PyTorch code, in bytes.
+
+Two meters, because each sees what the other cannot:
+
+* `tensor_peak_bytes` follows every tensor that an operator returns. It works on any device, and on fake and meta
+  tensors, where it predicts the memory of a step without computing it. It does not see memory that a kernel borrows and
+  returns within one operator (library scratch), nor a storage that is emptied by hand. Its result does not depend on
+  the machine or the number of threads.
+* `allocator_peak_bytes` asks the allocator: on the CPU by the events that the profiler records, on CUDA by the counters
+  of the caching allocator. It sees scratch too, which is why it is the larger of the two.
+
+`measure_step_memory` tells what one training step adds to parameters and gradients.
+"""
+
+import json
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.autograd.graph import _engine_run_backward
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What one forward and backward pass needs; see `measure_step_memory`."""
+
+    parameter_bytes: int  # the model's parameters
+    peak_bytes: int  # parameters, buffers and gradients, and what the step adds at its worst instant
+    activation_bytes: int  # what the step adds at its worst instant
+
+
+class TensorMeter(TorchDispatchMode):
+    """A context that counts the bytes of all tensors made within it.
+
+    `current_bytes` are alive now, `peak_bytes` were alive at the worst instant so far. A storage counts once, from the
+    operator that returns it until its last tensor is gone; views and in-place results add nothing; what existed at
+    entry is never counted, not even when it is freed inside. Sparse tensors are not counted. Meters may be nested.
+    After the end, `current_bytes` still falls as tensors go: what stays is what somebody holds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current_bytes = 0
+        self.peak_bytes = 0
+        self._known: dict[int, weakref.ref] = {}  # by id, every storage met that is still alive
+        self._counted: dict[int, int] = {}  # bytes of those that were made inside
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self._note_peak()
+        if func is not torch.ops.aten.lift_fresh.default:  # its argument was just made from Python numbers
+            for storage in _storages((args, kwargs)):
+                self._meet(storage)
+        result = func(*args, **kwargs)
+        for storage in _storages(result):
+            if self._meet(storage) or id(storage) in self._counted:
+                self._count(storage)
+        if not _sums_gradients(func):
+            self._note_peak()
+        return result
+
+    def _meet(self, storage: torch.UntypedStorage) -> bool:
+        """Whether the storage is met for the first time; from then on its end is noticed."""
+        key = id(storage)
+        if key in self._known:
+            return False
+
+        def forget(_: weakref.ref) -> None:
+            del self._known[key]
+            self.current_bytes -= self._counted.pop(key, 0)
+
+        self._known[key] = weakref.ref(storage, forget)
+        return True
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        self.current_bytes += size - self._counted.get(key, 0)
+        self._counted[key] = size
+
+    def _note_peak(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+
+
+def tensor_peak_bytes(fn: Callable[[], object]) -> int:
+    """The most bytes of tensors made by `fn()` that are alive at one instant."""
+    with TensorMeter() as meter:
+        fn()
+    return meter.peak_bytes
+
+
+def allocator_peak_bytes(fn: Callable[[], object], *, device: str | torch.device = "cpu") -> int:
+    """The most bytes that `fn()` holds from the allocator at one instant, scratch included.
+
+    On the CPU these are the bytes asked for inside `fn`, exact to the byte; memory that was there at entry and is freed
+    inside does not lower the count. On CUDA it is the rise of the allocator's high-water mark above the bytes allocated
+    at entry, in the allocator's units of 512 bytes; the mark is reset. Neither may be nested in itself.
+
+    Raises RuntimeError while a profiler is running (CPU), ValueError for a device without a meter.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        fn()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        raise ValueError(f"no allocator meter for device {device.type!r}, only cpu and cuda; use tensor_peak_bytes")
+    if torch.autograd._profiler_enabled():
+        raise RuntimeError("a profiler is already running, and there can be only one; use tensor_peak_bytes within it")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        fn()
+    return _peak_of(_allocations(profiler))
+
+
+def measure_step_memory(
+    model: nn.Module, step: Callable[[], object], *, meter: Callable[[Callable[[], object]], int] | None = None
+) -> StepMemory:
+    """Memory of one training step of `model`, where `step()` runs one forward and backward pass on it.
+
+    Every trainable parameter has a gradient of zeros in place before the step and its previous `.grad` after it, so
+    that gradients do not count as activations; torch's random generators are left as they were. Whatever else the
+    step changes (running statistics, for one) stays changed: hand in a copy of the model where that matters.
+
+    `meter` is `tensor_peak_bytes` unless the model is on CUDA, where it is `allocator_peak_bytes` on the model's device
+    and `step` runs once more beforehand, so that library handles and the choice of kernels are not counted. The tensor
+    meter is the default on the CPU because its result is the same on every machine, and because it does not take the
+    process's one profiler; pass `meter=allocator_peak_bytes` to count scratch as well.
+    """
+    parameters = list(model.parameters())
+    device = parameters[0].device if parameters else torch.device("cpu")
+    on_cuda = device.type == "cuda"
+    if meter is None:
+        meter = partial(allocator_peak_bytes, device=device) if on_cuda else tensor_peak_bytes
+    gradients = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        resident_bytes = _bytes([*parameters, *model.buffers(), *(p.grad for p in parameters if p.grad is not None)])
+        with torch.random.fork_rng(devices=[device] if on_cuda else []):
+            if on_cuda:
+                step()
+            activation_bytes = meter(step)
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+    return StepMemory(_bytes(parameters), resident_bytes + activation_bytes, activation_bytes)
+
+
+def _sums_gradients(func: torch._ops.OpOverload) -> bool:
+    """Whether `func` is the engine of autograd adding up two gradients that meet, rather than somebody's own sum.
+
+    The engine adds in place where nobody else holds one of the two, but never within a dispatch mode: here the sum is a
+    new tensor, and may count towards the peak only when the engine has dropped what it would have overwritten.
+    """
+    in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+    if func is not torch.ops.aten.add.Tensor or not in_backward:
+        return False
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not _engine_run_backward.__code__:
+        if not frame.f_code.co_filename.startswith((__file__, torch.__path__[0])):
+            return False  # a hook, or the backward of a Function
+        frame = frame.f_back
+    return True
+
+
+def _storages(tree: object) -> list[torch.UntypedStorage]:
+    """The storages of the dense tensors in nested tuples, lists and dicts."""
+    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor) and t.layout is torch.strided]
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the distinct storages behind `tensors`."""
+    return sum({id(storage): storage.nbytes() for storage in _storages(list(tensors))}.values())
+
+
+def _allocations(profiler: profile) -> list[tuple[int, int]]:
+    """(address, bytes) of every CPU allocation, and of every release with bytes negative, in order of time."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_bytes())["traceEvents"] if event["name"] == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    return [(event["args"]["Addr"], event["args"]["Bytes"]) for event in events if event["args"]["Device Type"] == 0]
+
+
+def _peak_of(allocations: Iterable[tuple[int, int]]) -> int:
+    """The highest running sum, where a release counts only if its allocation did."""
+    alive: dict[int, int] = {}
+    current_bytes = peak_bytes = 0
+    for address, size in allocations:
+        if size > 0:
+            alive[address] = size
+            current_bytes += size
+            peak_bytes = max(peak_bytes, current_bytes)
+        else:
+            current_bytes -= alive.pop(address, 0)
+    return peak_bytes

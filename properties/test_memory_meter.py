@@ -1,0 +1,281 @@
+"""The memory meters count what is there: known programs, hand-counted networks, and planted leaks."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from memcnn.testing.memory import TensorMeter, allocator_peak_bytes, measure_step_memory, tensor_peak_bytes
+
+both_meters = pytest.mark.parametrize("meter", [tensor_peak_bytes, allocator_peak_bytes])
+
+
+def block(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8)
+
+
+# A program is a list of instructions: a positive number allocates so many bytes, a negative one frees a block in use.
+programs = st.lists(st.one_of(st.integers(1, 10_000), st.integers(-10, -1)), max_size=30)
+
+
+@both_meters
+@given(program=programs)
+def test_the_peak_of_a_program_of_allocations_is_its_highest_sum(meter, program):
+    sizes, expected = [], 0
+    for instruction in program:
+        if instruction > 0:
+            sizes.append(instruction)
+        elif sizes:
+            del sizes[instruction % len(sizes)]
+        expected = max(expected, sum(sizes))
+
+    def run():
+        held = []
+        for instruction in program:
+            if instruction > 0:
+                held.append(block(instruction))
+            elif held:
+                del held[instruction % len(held)]
+
+    assert meter(run) == expected
+
+
+@both_meters
+def test_views_and_in_place_operations_count_zero(meter):
+    def run():
+        x = torch.ones(1000)
+        views = [x.view(10, 100).t(), x[5:], x.expand(3, 1000), x.detach()]
+        x.mul_(x).add_(x)
+        torch.relu_(x)
+        views[1].zero_()
+
+    assert meter(run) == 4000
+
+
+@both_meters
+def test_a_view_keeps_its_whole_storage_alive(meter):
+    def run():
+        view = block(5000)[:1]
+        block(300)
+        del view
+
+    assert meter(run) == 5300
+
+
+def test_a_freed_tensor_drops_out_at_once():
+    with TensorMeter() as meter:
+        x = block(1000)
+        assert meter.current_bytes == 1000
+        del x
+        assert meter.current_bytes == 0
+        y = block(400)
+        assert (meter.current_bytes, meter.peak_bytes) == (400, 1000)
+    del y
+    assert meter.current_bytes == 0
+
+
+@both_meters
+@given(steps=st.integers(1, 10))
+def test_a_planted_leak_adds_its_bytes_for_every_step(meter, steps):
+    def run(leak):
+        for _ in range(steps):
+            x = block(1000)
+            leak.append(x[:0])  # an empty view, but of a storage that stays
+
+    class Sieve(list):
+        def append(self, _):
+            pass
+
+    assert meter(lambda: run([])) == 1000 * steps
+    assert meter(lambda: run(Sieve())) == min(steps, 2) * 1000  # the old x is alive while the new one is made
+
+
+@both_meters
+def test_what_existed_at_entry_is_not_counted_even_when_freed(meter):
+    held = [block(7000)]
+
+    def run():
+        held[0].add_(1)
+        view = held.pop()[3:]
+        del view
+        block(500)
+
+    assert meter(run) == 500
+
+
+class WastefulIdentity(torch.autograd.Function):
+    """The identity, with two temporaries of 100,000 bytes and their sum in its backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        total = torch.zeros(25_000) + torch.zeros(25_000)
+        del total
+        return gradient
+
+
+@both_meters
+def test_a_peak_inside_the_backward_pass_is_seen(meter):
+    x = torch.ones(10, requires_grad=True)
+
+    def run():
+        WastefulIdentity.apply(x).sum().backward()
+
+    x.grad = torch.zeros(10)
+    assert meter(run) == 300_000 + 2 * 4  # the loss and its gradient are one float32 each
+
+
+@both_meters
+def test_a_result_that_grows_is_counted(meter):
+    x = torch.ones(1000)
+    assert meter(lambda: torch.add(x, x, out=torch.empty(0))) == 4000
+
+
+@both_meters
+def test_tensors_made_from_numbers_are_counted(meter):
+    assert meter(lambda: torch.tensor([1.0] * 50)) == 200
+
+
+def test_only_the_allocator_sees_a_storage_emptied_by_hand():
+    def run():
+        x = block(1000)
+        x.untyped_storage().resize_(0)
+        block(900)
+
+    assert allocator_peak_bytes(run) == 1000
+    assert tensor_peak_bytes(run) == 1900
+
+
+@given(
+    operations=st.lists(st.sampled_from(["tanh", "exp", "square", "matmul", "skip"]), min_size=1, max_size=8),
+    rows=st.integers(1, 40),
+)
+def test_both_meters_agree_where_kernels_use_no_scratch(operations, rows):
+    weight = torch.full((16, 16), 0.01, requires_grad=True)
+    weight.grad = torch.zeros_like(weight)
+    x = torch.full((rows, 16), 0.5)
+
+    def step():
+        y = x * weight[0]
+        for operation in operations:
+            if operation == "matmul":
+                y = y @ weight
+            elif operation == "skip":
+                y = y + y.sigmoid() * y  # three gradients of y meet
+            else:
+                y = getattr(torch, operation)(y)
+        (y * y).sum().backward()
+
+    assert tensor_peak_bytes(step) == allocator_peak_bytes(step)
+
+
+@given(depth=st.integers(1, 5), width=st.integers(1, 6), side=st.integers(4, 12))
+def test_a_plain_convolution_chain_needs_the_bytes_counted_by_hand(depth, width, side):
+    model = nn.Sequential(*(nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(depth)))
+    x = torch.ones(2, width, side, side)
+    activation, weight = x.nbytes, model[0].weight.nbytes
+    # The worst instant is the backward pass of the last layer (of the first, if it is the only one: its input needs no
+    # gradient). It holds the outputs of all layers but the last, the gradient of its input, the gradient of its weight,
+    # and the loss with its gradient; or else it is the end of the forward pass: all outputs, and the loss.
+    backward = depth * activation + weight + 8 if depth > 1 else weight + 8
+    expected = max(backward, depth * activation + 4)
+
+    memory = measure_step_memory(model, lambda: model(x).sum().backward())
+
+    assert memory.activation_bytes == expected
+    assert memory.parameter_bytes == depth * weight
+    assert memory.peak_bytes == 2 * depth * weight + expected
+
+
+def network() -> nn.Module:
+    branch = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5))
+    return nn.Sequential(branch, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8 * 4 * 4, 5))
+
+
+def network_memory(device: str):
+    model = network().to(device) if device == "meta" else network()
+    x = torch.ones(4, 3, 8, 8, device=device)
+    return measure_step_memory(model, lambda: model(x).square().mean().backward())
+
+
+def test_meta_and_fake_tensors_predict_the_bytes_of_real_ones():
+    real = network_memory("cpu")
+    assert network_memory("meta") == real
+    with FakeTensorMode():
+        assert network_memory("cpu") == real
+
+
+def test_the_allocator_counts_at_least_the_tensors_of_a_step():
+    model = network()
+    x = torch.ones(4, 3, 8, 8)
+
+    def step():
+        model(x).square().mean().backward()
+
+    tensors = measure_step_memory(model, step)
+    allocated = measure_step_memory(model, step, meter=allocator_peak_bytes)
+    assert allocated.activation_bytes >= tensors.activation_bytes
+    assert allocated.peak_bytes - allocated.activation_bytes == tensors.peak_bytes - tensors.activation_bytes
+
+
+def test_measuring_a_step_leaves_gradients_and_random_numbers_as_they_were():
+    model = network()
+    gradient = torch.ones_like(model[3].bias)
+    model[3].bias.grad = gradient
+    model[3].weight.requires_grad_(False)
+    seen = []
+
+    def step():
+        seen.append([p.grad is None for p in model.parameters()])
+        model(torch.ones(4, 3, 8, 8)).sum().backward()
+
+    state = torch.get_rng_state()
+    measure_step_memory(model, step)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert seen == [[not p.requires_grad for p in model.parameters()]]
+    assert model[3].bias.grad is gradient and torch.equal(gradient, torch.ones(5))
+    assert all(p.grad is None for p in model.parameters() if p is not model[3].bias)
+
+
+@both_meters
+def test_an_exception_passes_through_and_leaves_no_trace(meter):
+    model = nn.Linear(3, 3)
+
+    def step():
+        block(1000)
+        raise KeyError("planted")
+
+    with pytest.raises(KeyError, match="planted"):
+        measure_step_memory(model, step, meter=meter)
+    assert model.weight.grad is None
+    assert meter(lambda: block(10)) == 10
+
+
+def test_nested_tensor_meters_each_count_from_their_own_entry():
+    with TensorMeter() as outer:
+        x = block(1000)
+        inner = tensor_peak_bytes(lambda: (x + 1, block(50)))
+    assert inner == 1050
+    assert outer.peak_bytes == 2050
+
+
+def test_the_allocator_meter_says_when_a_profiler_is_in_its_way():
+    with pytest.raises(RuntimeError, match="profiler is already running"):
+        allocator_peak_bytes(lambda: allocator_peak_bytes(lambda: None))
+    with pytest.raises(ValueError, match="no allocator meter for device 'meta'"):
+        allocator_peak_bytes(lambda: None, device="meta")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: run on a machine with a GPU and a CUDA build")
+def test_on_cuda_the_allocators_counters_are_read():
+    assert allocator_peak_bytes(lambda: torch.empty(2**20, dtype=torch.uint8, device="cuda"), device="cuda") == 2**20
+    model = nn.Linear(256, 256).cuda()
+    x = torch.ones(64, 256, device="cuda")
+    memory = measure_step_memory(model, lambda: model(x).sum().backward())
+    predicted = tensor_peak_bytes(lambda: model(x).sum().backward())
+    assert predicted <= memory.activation_bytes <= predicted + 64 * 512
