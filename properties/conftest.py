@@ -24,7 +24,7 @@ settings.load_profile(os.environ.get("MEMCNN_PROFILE") or ("ci" if os.environ.ge
 def pytest_report_header(config: pytest.Config) -> list[str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {platform.machine()}, no CUDA"
     return [
-        f"memcnn {memcnn.__version__}, torch {torch.__version__}, torchvision {version('torchvision')}, hypothesis {version('hypothesis')}",
+        f"memcnn {memcnn.__version__}, torch {torch.__version__}, torchvision {version('torchvision')}",
         f"device: {device}, {torch.get_num_threads()} thread; "
         f"hypothesis profile: {settings.get_current_profile_name()} (MEMCNN_PROFILE=dev|ci|thorough)",
         f"MEMCNN_DATA: {os.environ.get('MEMCNN_DATA') or 'not set, tests on real CIFAR images are skipped'}",
