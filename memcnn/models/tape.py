@@ -5,6 +5,7 @@ activations (see ``memcnn.models.engine``). ``call`` records a module of which o
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -85,11 +86,12 @@ class Tape:
         return self.cells[id(x)][1]
 
     def split(self, x: Tensor, halves: Sequence[Tensor], dim: int) -> None:
-        cells, tag_dim = _tagged(x)
-        if tag_dim != dim:
-            whole = _whole(x)
+        references, tag_dim = _tagged(x)
+        if tag_dim == dim:
+            cells = [reference() or Cell(half) for reference, half in zip(references, halves, strict=True)]
+        else:
             cells = [Cell(half) for half in halves]
-            if whole is not None:
+            if (whole := _whole(x)) is not None:
                 Rearrange([whole], cells, lambda values: [torch.cat(values, dim)])
         self.cells.update((id(half), (half, cell)) for half, cell in zip(halves, cells, strict=True))
 
@@ -190,12 +192,15 @@ class Call(Step):
 
 
 def _tag(y: Tensor, cells: Sequence[Cell], dim: int | None) -> None:
-    """Let a block that is given y find its cells: the tensor itself where ``dim`` is None, else its halves."""
+    """Let a block that is given y find its cells: the tensor's own where ``dim`` is None, else those of its halves.
+
+    Weakly, since the graph outlives what is rebuilt; the steps that need a cell hold it.
+    """
     if y.grad_fn is not None:
-        y.grad_fn.metadata[_TAG, y.output_nr] = cells, dim, _identity(y)
+        y.grad_fn.metadata[_TAG, y.output_nr] = [weakref.ref(cell) for cell in cells], dim, _identity(y)
 
 
-def _tagged(x: Tensor) -> tuple[Sequence[Cell], int | None]:
+def _tagged(x: Tensor) -> tuple[Sequence["weakref.ref[Cell]"], int | None]:
     tag = x.grad_fn.metadata.get((_TAG, x.output_nr)) if x.grad_fn is not None else None
     return tag[:2] if tag is not None and tag[2] == _identity(x) else ((), -1)
 
@@ -205,14 +210,17 @@ def _identity(x: Tensor) -> tuple[int, int]:
 
 
 def _whole(x: Tensor) -> Cell | None:
-    """The cell of the whole of x if a block put x out, else None."""
-    cells, dim = _tagged(x)
-    if not cells:
+    """The cell of the whole of x if x is a block's output that somebody upstream needs, else None."""
+    references, dim = _tagged(x)
+    cells = [reference() for reference in references]
+    if not any(cells):
         return None
     if dim is None:
         return cells[0]
     whole = Cell(x)
-    Rearrange(cells, [whole], lambda values: values[0].chunk(2, dim))
+    halves = x.detach().chunk(2, dim)
+    Rearrange([cell or Cell(half) for cell, half in zip(cells, halves, strict=True)], [whole],
+              lambda values: values[0].chunk(2, dim))
     return whole
 
 
