@@ -95,10 +95,12 @@ def test_a_planted_leak_adds_its_bytes_for_every_step(meter, steps):
 @both_meters
 def test_what_existed_at_entry_is_not_counted_even_when_freed(meter):
     held = [block(7000)]
+    meter(lambda: held.append(block(6000)))  # the profiler forgets the first, and remembers the second
 
     def run():
-        held[0].add_(1)
-        view = held.pop()[3:]
+        held[0].add_(held[0])
+        view = held[0][3:]
+        held.clear()
         del view
         block(500)
 
@@ -208,6 +210,14 @@ def test_meta_and_fake_tensors_predict_the_bytes_of_real_ones():
     assert network_memory("meta") == real
     with FakeTensorMode():
         assert network_memory("cpu") == real
+
+
+def test_gradients_and_buffers_count_as_resident_not_as_activations():
+    model = nn.BatchNorm2d(3)  # weight, bias; two statistics and an int64 counter
+    model.bias.requires_grad_(False)
+    memory = measure_step_memory(model, lambda: None)
+    assert (memory.parameter_bytes, memory.activation_bytes) == (2 * 3 * 4, 0)
+    assert memory.peak_bytes == memory.parameter_bytes + 3 * 4 + (2 * 3 * 4 + 8)
 
 
 def test_the_allocator_counts_at_least_the_tensors_of_a_step():

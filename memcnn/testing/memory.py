@@ -56,7 +56,6 @@ class TensorMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self._note_peak()
         if func is not torch.ops.aten.lift_fresh.default:  # its argument was just made from Python numbers
             for storage in _storages((args, kwargs)):
                 self._meet(storage)
@@ -65,7 +64,7 @@ class TensorMeter(TorchDispatchMode):
             if self._meet(storage) or id(storage) in self._counted:
                 self._count(storage)
         if not _sums_gradients(func):
-            self._note_peak()
+            self.peak_bytes = max(self.peak_bytes, self.current_bytes)
         return result
 
     def _meet(self, storage: torch.UntypedStorage) -> bool:
@@ -85,9 +84,6 @@ class TensorMeter(TorchDispatchMode):
         key, size = id(storage), storage.nbytes()
         self.current_bytes += size - self._counted.get(key, 0)
         self._counted[key] = size
-
-    def _note_peak(self) -> None:
-        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
 
 
 def tensor_peak_bytes(fn: Callable[[], object]) -> int:
