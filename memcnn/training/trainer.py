@@ -133,7 +133,9 @@ class _Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(identity["seed"])
             self.model = MODELS[identity["model"]](data.num_classes, disable=not identity["engine"])
-        self.model.to(device).train()
+        # on a CPU a step takes a fifth less time with the channels innermost
+        self.memory_format = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+        self.model.to(device, memory_format=self.memory_format).train()
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
@@ -218,7 +220,8 @@ class _Run:
             seed, images = self.identity["seed"], len(self.data.train_images)
             self.plan = cifar.epoch_plan(seed, epoch, images, pad=recipe.pad, flip=recipe.flip).to(self.device)
             self.plan_epoch = epoch
-        return cifar.train_batch(self.data, self.plan, index, batch_size=recipe.batch_size, pad=recipe.pad)
+        images, labels = cifar.train_batch(self.data, self.plan, index, batch_size=recipe.batch_size, pad=recipe.pad)
+        return images.contiguous(memory_format=self.memory_format), labels
 
     def _step(self) -> None:
         images, labels = self._batch(self.iteration)
@@ -268,7 +271,8 @@ class _Run:
                     return reason
                 part = images[first : first + EVALUATION_BATCH]
                 labels = self.data.test_labels[first : first + len(part)]
-                logits = self.model(cifar.normalise(part, self.data.mean))
+                normalised = cifar.normalise(part, self.data.mean)
+                logits = self.model(normalised.contiguous(memory_format=self.memory_format))
                 loss = F.cross_entropy(logits, labels, reduction="sum")
                 totals += torch.stack([loss, (logits.argmax(1) == labels).sum()])
                 batch_seconds = time.perf_counter() - started
