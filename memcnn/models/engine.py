@@ -50,10 +50,13 @@ class Cell:
 class Handle:
     """What autograd saves in the place of an activation. It lives as long as the graph node that saved it."""
 
-    __slots__ = ("tensor", "shape", "dtype", "__weakref__")
+    __slots__ = ("tensor", "version", "shape", "dtype", "__weakref__")
 
     def __init__(self, tensor: Tensor):
         self.tensor, self.shape, self.dtype = None, tensor.shape, tensor.dtype
+
+    def store(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor.detach(), tensor._version
 
 
 class Link:
@@ -96,7 +99,7 @@ class Rearrange(Link):
 
 
 class Step(Link):
-    """One recorded evaluation of ``module`` on ``inputs``. A subclass says how to recompute it."""
+    """One recorded evaluation of ``module`` on ``inputs``, which are dense. A subclass says how to recompute it."""
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor], targets: Sequence[Cell], *,
                  keep_input: bool, preserve_rng_state: bool):
@@ -104,7 +107,7 @@ class Step(Link):
         self.module, self.inputs = module, inputs
         self.handles: list[weakref.ref[Handle]] = []
         self.requires_grad = [t.requires_grad for t in inputs]
-        self.strides = [t.stride() if torch.ops.aten.is_non_overlapping_and_dense(t) else None for t in inputs]
+        self.strides = [t.stride() for t in inputs]
         self.replay = Replay(module, inputs, preserve_rng_state)
 
     @contextmanager
@@ -138,10 +141,10 @@ class Step(Link):
             raise self._diverged(f"{len(self.handles)} saved tensors", f"{self.seen}")
 
     def as_recorded(self, index: int, value: Tensor) -> Tensor:
-        """An input as the forward evaluation saw it: the same strides where they were dense, the same requires_grad."""
-        strides = self.strides[index]
-        if strides is not None and value.stride() != strides:
-            value = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+        """An input as the forward evaluation saw it: its strides, on which kernels depend, and its requires_grad."""
+        if value.stride() != self.strides[index]:
+            like = torch.empty_strided(value.shape, self.strides[index], dtype=value.dtype, device=value.device)
+            value = like.copy_(value)
         return value.detach().requires_grad_(self.requires_grad[index])
 
     @property
@@ -168,6 +171,9 @@ class Step(Link):
             return tensor
         if saved.tensor is None:
             _rebuild(self)
+        if saved.tensor._version != saved.version:
+            raise RuntimeError(f"{self.name} modifies in place a tensor of shape {tuple(saved.shape)} that is needed for "
+                               "its gradient: use an out-of-place operation there, as ordinary autograd also asks")
         return saved.tensor
 
     def _collect(self, tensor: Tensor) -> None:
@@ -180,7 +186,7 @@ class Step(Link):
         if (tensor.shape, tensor.dtype) != (handle.shape, handle.dtype):
             raise self._diverged(f"{handle.dtype} of shape {tuple(handle.shape)} as saved tensor {self.seen}",
                                  f"{tensor.dtype} of shape {tuple(tensor.shape)}")
-        handle.tensor = tensor.detach()
+        handle.store(tensor)
         if self.keep_graph:
             _forget_after_pass(handle)
 
@@ -188,6 +194,14 @@ class Step(Link):
         return RuntimeError(f"{self.name} computed something else in the recomputation than in the forward pass ({then} "
                             f"then, {now} now): its forward must depend on its input, parameters, buffers and torch's "
                             "random numbers alone")
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, or a copy of it in the same order of dimensions if it is a view with gaps or overlaps.
+
+    What is rebuilt has neither, and a kernel may compute otherwise, or save other tensors, for other strides.
+    """
+    return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.clone()
 
 
 def _rebuild(step: Step) -> None:

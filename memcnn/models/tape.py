@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from memcnn.models.engine import Cell, Rearrange, Step
+from memcnn.models.engine import Cell, Rearrange, Step, dense
 
 _TAG = "memcnn.cells"
 _local = threading.local()
@@ -35,7 +35,7 @@ def split(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def lift(a: Tensor, branch: nn.Module, b: Tensor, join: Callable, part: Callable) -> Tensor:
     """join(a, branch(b)), where ``part(join(a, h), h)`` gives back a. The result has the shape of a."""
     tape = _tape()
-    return join(a, branch(b)) if tape is None else tape.lift(a, branch, b, join, part)
+    return join(a, branch(dense(b))) if tape is None else tape.lift(a, branch, b, join, part)
 
 
 def merge(y1: Tensor, y2: Tensor, dim: int) -> Tensor:
@@ -62,7 +62,9 @@ def call(run: Callable, undo: Callable, module: nn.Module, inputs: Sequence, kwa
     them.
     """
     tape = Tape(preserve_rng_state=preserve_rng_state, keep_input=keep_input)
-    step = Call(run, undo, module, inputs, kwargs, tape)
+    cells = [_whole(x) or Cell(x) for x in inputs if is_stream(x)]
+    inputs = [dense(x) if is_stream(x) else x for x in inputs]
+    step = Call(run, undo, module, inputs, kwargs, cells, tape.options)
     with _use(None), step.record():
         result = run(*inputs, **kwargs)
     step.finish(result)
@@ -96,13 +98,14 @@ class Tape:
         self.cells.update((id(half), (half, cell)) for half, cell in zip(halves, cells, strict=True))
 
     def lift(self, a: Tensor, branch: nn.Module, b: Tensor, join: Callable, part: Callable) -> Tensor:
+        source, b = self.cell(b), dense(b)
         step = Lift(branch, a, self.cell(a), b, join, part, self.options)
         with _use(None), step.record():
             out = join(a, branch(b))
         if out.shape != a.shape or out.dtype != a.dtype:
             raise ValueError(f"{step.name} does not fit its coupling: the half that it changes is {a.dtype} of shape "
                              f"{tuple(a.shape)} and would become {out.dtype} of shape {tuple(out.shape)}")
-        step.sources = self.cell(out), self.cell(b)
+        step.sources = self.cell(out), source
         return out
 
     def merge(self, halves: Sequence[Tensor], y: Tensor, dim: int) -> None:
@@ -146,13 +149,13 @@ class Lift(Step):
 class Call(Step):
     """result = run(*inputs, **kwargs), undone by inputs = undo(*result, **kwargs)."""
 
-    def __init__(self, run, undo, module, inputs, kwargs, tape):
+    def __init__(self, run, undo, module, inputs, kwargs, cells, options):
         self.run, self.undo, self.kwargs = run, undo, kwargs
         self.arguments = [None if is_stream(x) else x for x in inputs]
         self.positions = [i for i, x in enumerate(inputs) if is_stream(x)]
         streams = [inputs[i] for i in self.positions]
         self.shapes = [x.shape for x in streams]
-        super().__init__(module, streams, [_whole(x) or Cell(x) for x in streams], **tape.options)
+        super().__init__(module, streams, cells, **options)
 
     def finish(self, result) -> None:
         outputs = result if isinstance(result, tuple) else (result,)
