@@ -1,0 +1,79 @@
+"""Training curves as inline SVG, one picture a data set, in the colours of the page around it."""
+import io
+import math
+import re
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+
+from memcnn.models.resnet import MODELS
+from reports.cells import LABELS
+
+CURVE = "curve.csv"
+LEAST_POINTS = 3
+COLOURS = dict(zip(MODELS, ("#d4720b", "#c2413c", "#9a4fb0", "#2f8f5b", "#2a7fba", "#6b6fd0"), strict=True))
+_INK = "#010203"  # drawn in this colour, then handed to the page as `currentColor`, so that it follows light and dark
+
+
+def read_curves(runs: pd.DataFrame) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """By run folder, the epochs and test accuracies (%) of its curve.csv; and what is wrong with the unreadable ones.
+
+    A run without the file, or with fewer than `LEAST_POINTS` evaluations, is left out without a word.
+    """
+    curves, problems = {}, []
+    for folder in runs["folder"]:
+        path = Path(folder) / CURVE
+        if not path.is_file():
+            continue
+        try:
+            curve = pd.read_csv(path)[["epoch", "test_accuracy"]].astype(float).dropna()
+        except (OSError, ValueError, KeyError) as error:
+            reason = f"no column {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            problems.append(f"{path}: {reason}")
+            continue
+        if not (curve["test_accuracy"].between(0, 100) & curve["epoch"].between(0, math.inf, inclusive="left")).all():
+            problems.append(f"{path}: an epoch below 0 or an accuracy outside 0 to 100")
+        elif len(curve) >= LEAST_POINTS:
+            curves[folder] = curve
+    return curves, problems
+
+
+def draw_curves(runs: pd.DataFrame, curves: dict[str, pd.DataFrame]) -> list[tuple[str, str]]:
+    """(title, SVG) by data set, full runs apart from the others; one line a run, one colour a model."""
+    pictures = []
+    for dataset, of_dataset in runs.groupby("dataset", sort=False):
+        for is_full, word in ((True, "full runs"), (False, "other runs")):
+            shown = of_dataset[(of_dataset["full"] == is_full) & of_dataset["folder"].isin(curves)]
+            if not shown.empty:
+                pictures.append((f"{LABELS[dataset]}, {word}", _picture(shown, curves)))
+    return pictures
+
+
+def _picture(runs: pd.DataFrame, curves: dict[str, pd.DataFrame]) -> str:
+    ink = {name: _INK for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
+    style = {**ink, "svg.fonttype": "none", "svg.hashsalt": str(runs["folder"].iloc[0]), "font.size": 9.5}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5.2, 3.3), layout="constrained")
+        axes = figure.add_subplot()
+        labelled = set()
+        for run in runs.itertuples():
+            curve = curves[run.folder]
+            style = "-" if run.data == "official" and run.engine else "--"
+            label = None if run.model in labelled else LABELS[run.model]
+            labelled.add(run.model)
+            marker = "." if len(curve) < 40 else ""
+            colour = COLOURS[run.model]
+            axes.plot(curve["epoch"], curve["test_accuracy"], style, marker=marker, color=colour, lw=1.3, label=label)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("test accuracy, %")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.15, color=_INK)
+        axes.legend(frameon=False, fontsize=8.5, ncols=2)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', svg, count=1)

@@ -1,0 +1,135 @@
+"""A report as files and as terminal text."""
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+
+from memcnn.training.files import write_by_rename
+from memcnn.training.record import DATASETS
+from reports import cells, notes, text
+from reports.report import Report
+from reports.verdict import DIFFERS, NOT_ENOUGH, REPRODUCED
+
+TITLE = "MemCNN: the published table, rebuilt"
+
+
+def write(report: Report, out: str | Path) -> list[Path]:
+    """Write table.md, table.csv, table.tex, table.html, memory.csv and runs.csv into `out`; their paths in that order.
+
+    The CSV files hold the plain numbers to ten digits, and an empty field where there is none.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = {"float_format": "%.10g", "lineterminator": "\n"}
+    contents = {
+        "table.md": markdown(report),
+        "table.csv": report.results.to_csv(**numbers),
+        "table.tex": latex(report),
+        "table.html": html(report),
+        "memory.csv": report.memory.to_csv(**numbers),
+        "runs.csv": report.runs.to_csv(index=False, **numbers),
+    }
+    for name, content in contents.items():
+        write_by_rename(folder / name, content.encode())
+    return [folder / name for name in contents]
+
+
+def markdown(report: Report) -> str:
+    """The whole report for GitHub."""
+    parts = [f"# {TITLE}", f"{_origin(report)}", f"**{notes.summary(report.results)}**"]
+    for dataset in DATASETS:
+        parts += [f"## {cells.LABELS[dataset]}", text.markdown(cells.results(report.results, dataset))]
+    parts += ["\n".join(f"* {text.escape_markdown(note)}" for note in notes.RESULTS)]
+    if command := notes.command(report.results):
+        parts += ["What is missing here is filled by", f"```sh\n{command}\n```"]
+    parts += ["## Memory of one training step", text.markdown(cells.memory(report.memory))]
+    parts += ["\n".join(f"* {text.escape_markdown(note)}" for note in notes.MEMORY)]
+    for title, explanation, frame in _run_lists(report):
+        parts += [f"## {title}", explanation, text.markdown(frame)]
+    if report.problems:
+        parts += ["## Left out", "\n".join(f"* {text.escape_markdown(problem)}" for problem in report.problems)]
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(report: Report) -> str:
+    """Table floats to \\input into a document; the comment on top says how. The lists of runs are left to runs.csv."""
+    parts = [
+        f"% {TITLE}. {_origin(report)}\n% The runs behind these tables, and all others, are in runs.csv.\n"
+        "% \\documentclass{article}\\usepackage{booktabs}\\usepackage[T1]{fontenc}\\usepackage[margin=2cm]{geometry}\n"
+        "% \\begin{document}\\input{table}\\end{document}"
+    ]
+    for dataset in DATASETS:
+        caption = (
+            f"{cells.LABELS[dataset]}: test accuracy and training time, published and by this project. Mean ± sd over "
+            "full runs of the published recipe; difference to the published PyTorch value in points."
+        )
+        parts.append(text.latex(cells.results(report.results, dataset), caption=caption, label=f"tab:{dataset}"))
+    memory = cells.memory(report.memory).drop(columns=[("this project", "device")])
+    caption = (
+        "Memory of one training step at batch 100. Published: allocated at the end of the forward pass. This project: "
+        "the highest total during forward and backward, beyond parameters and gradients."
+    )
+    parts.append(text.latex(memory, caption=caption, label="tab:memory"))
+    return "\n\n".join(parts) + "\n"
+
+
+def html(report: Report) -> str:
+    """One page that needs no other file."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(
+        title=TITLE,
+        report=report,
+        origin=_origin(report),
+        summary=notes.summary(report.results),
+        command=notes.command(report.results),
+        results=[(cells.LABELS[dataset], cells.results(report.results, dataset)) for dataset in DATASETS],
+        cards=cells.cards(report.results),
+        memory=cells.memory(report.memory),
+        run_lists=_run_lists(report),
+        notes=notes,
+        groups=text.groups,
+        left=text.LEFT,
+        verdicts=(REPRODUCED, DIFFERS, NOT_ENOUGH),
+        dash=cells.DASH,
+    )
+
+
+def terminal(report: Report, *, width: int = 120) -> str:
+    """The tables in lines of at most `width` characters (never below 60), with what is missing and how to get it."""
+    width = max(width, 60)
+    parts = [_origin(report)]
+    wide = [(cells.LABELS[name], text.terminal(cells.results(report.results, name), width)) for name in DATASETS]
+    if all(len(line) <= width for _, table in wide for line in table.splitlines()):
+        parts += [f"{label} (TensorFlow and PyTorch: published)\n{table}" for label, table in wide]
+    else:
+        parts += [f"{label}\n{text.terminal(card, width)}" for label, card in cells.cards(report.results).items()]
+    memory = cells.memory(report.memory).drop(columns=[("this project", "device")])
+    parts.append(f"Memory of one training step at batch 100, MiB\n{text.terminal(memory, width)}")
+    for title, explanation, frame in _run_lists(report):
+        parts.append(f"{title}. {explanation}\n{text.run_list(frame, width)}")
+    if report.problems:
+        parts.append("Left out\n" + "\n".join(text.wrap(problem, width) for problem in report.problems))
+    parts.append(notes.summary(report.results))
+    if command := notes.command(report.results):
+        parts.append(f"What is missing is filled by\n  {command}")
+    return "\n\n".join(text.wrap(part, width) if "\n" not in part else part for part in parts)
+
+
+def _origin(report: Report) -> str:
+    full = int(report.runs["full"].sum())
+    read = f"full runs {full}, other runs {len(report.runs) - full}, files left out {len(report.problems)}"
+    return f"{report.made}. Rendered by {report.software}, commit {report.commit}. Read: {read}."
+
+
+def _run_lists(report: Report) -> list[tuple[str, str, pd.DataFrame]]:
+    lists = [
+        ("Full runs", "The runs behind the tables of accuracy and time.", cells.full_runs(report.runs)),
+        ("Other runs", "None of these enters the tables of accuracy and time.", cells.other_runs(report.runs)),
+    ]
+    return [(title, explanation, frame) for title, explanation, frame in lists if not frame.empty]

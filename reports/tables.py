@@ -1,0 +1,161 @@
+"""Published numbers and run records as pandas tables of plain numbers; what is not known is missing, never zero."""
+from dataclasses import fields
+from pathlib import Path
+
+import pandas as pd
+
+from memcnn.models.resnet import MODELS
+from memcnn.training.recipe import PUBLISHED, RECIPES, Recipe
+from memcnn.training.record import DATASETS, RunRecord
+from reports.verdict import half_width, verdict
+
+MIB = 2**20
+
+RUN_COLUMNS = (
+    "folder", "model", "dataset", "seed", "recipe", "batch_size", "iterations", "planned", "accuracy_percent",
+    "accuracy_iteration", "train_seconds", "interruptions", "parameter_bytes", "peak_bytes", "activation_bytes",
+    "engine", "data", "device", "torch", "commit", "full", "why",
+)  # fmt: skip
+
+
+def published() -> pd.DataFrame:
+    """reports/published.csv, with `minutes` from h:mm: a row a (model, dataset, implementation), and a row a model for
+    its memory, without data set."""
+    table = pd.read_csv(Path(__file__).with_name("published.csv"))
+    clock = table["time_h_mm"].str.split(":", expand=True).astype(float)
+    return table.assign(minutes=60 * clock[0] + clock[1])
+
+
+def why_not_full(record: RunRecord) -> list[str]:
+    """What keeps a run out of the main table, in words; empty exactly for the runs where `record.is_full`."""
+    reasons = []
+    if record.status != "complete":
+        reasons.append(f"{record.status}: {record.reason}" if record.reason else record.status)
+    if not record.data["official"]:
+        reasons.append(f"data: {_data(record)}")
+    if not record.engine:
+        reasons.append("reversible engine off")
+    if record.recipe != PUBLISHED:
+        reasons.append(_recipe(record.recipe))
+    return reasons
+
+
+def runs_table(records: list[tuple[Path, RunRecord]]) -> pd.DataFrame:
+    """One row a run (its folder, its record), columns `RUN_COLUMNS`: `full` tells whether it counts in the main table,
+    and `why` why not.
+
+    A run that lies in two places, word for word, is taken once. Of several full runs of one model, data set and seed
+    only the first given counts, so that n is the number of independent runs; the choice never looks at the accuracy.
+    """
+    rows, seen, counted = [], [], {}
+    for folder, record in records:
+        if (folder.name, record) in seen:
+            continue
+        seen.append((folder.name, record))
+        reasons = why_not_full(record)
+        if not reasons:
+            counts = counted.setdefault((record.model, record.dataset, record.seed), folder)
+            if counts != folder:
+                reasons = [f"seed {record.seed} counts already, from {counts}"]
+        rows.append(_row(folder, record, reasons))
+    types = {"accuracy_iteration": "Int64", "full": bool, "engine": bool}
+    table = pd.DataFrame(rows, columns=RUN_COLUMNS).astype(types)
+    rank = {name: place for place, name in enumerate((*DATASETS, *MODELS))}
+    return table.sort_values(
+        ["dataset", "model", "recipe", "seed", "folder"],
+        key=lambda column: column.map(rank) if column.name in ("dataset", "model") else column,
+        ignore_index=True,
+    )
+
+
+def results_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """The main table, one row a (dataset, model): published values, and this project's full runs beside them.
+
+    Columns: `tensorflow_accuracy_percent`, `tensorflow_minutes`, `pytorch_...` likewise, `n`, `mean_percent`,
+    `sd_percent` (of the sample; missing below two runs), `low_percent` and `high_percent` (95 % prediction interval;
+    missing below three), `seconds_mean`, `seconds_least`, `seconds_most`, `devices`, `difference_points` (mean less
+    published PyTorch), `verdict`.
+    """
+    values = published().dropna(subset="accuracy_percent").set_index(["dataset", "model", "implementation"])
+    table = values[["accuracy_percent", "minutes"]].unstack()
+    table.columns = [f"{implementation.lower()}_{value}" for value, implementation in table.columns]
+    table = table.reindex(pd.MultiIndex.from_product([DATASETS, MODELS], names=["dataset", "model"]))
+    full = runs[runs["full"]].groupby(["dataset", "model"])
+    table = table.join(
+        full.agg(
+            n=("seed", "size"),
+            mean_percent=("accuracy_percent", "mean"),
+            sd_percent=("accuracy_percent", "std"),
+            seconds_mean=("train_seconds", "mean"),
+            seconds_least=("train_seconds", "min"),
+            seconds_most=("train_seconds", "max"),
+            devices=("device", lambda names: "; ".join(sorted(set(names)))),
+        )
+    )
+    table["n"] = table["n"].fillna(0).astype(int)
+    half = [half_width(n, sd) for n, sd in zip(table["n"], table["sd_percent"], strict=True)]
+    table["low_percent"] = table["mean_percent"] - half
+    table["high_percent"] = table["mean_percent"] + half
+    table["difference_points"] = table["mean_percent"] - table["pytorch_accuracy_percent"]
+    cells = zip(table["n"], table["mean_percent"], table["sd_percent"], table["pytorch_accuracy_percent"], strict=True)
+    table["verdict"] = [verdict(*cell) for cell in cells]
+    return table
+
+
+def memory_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Memory of one training step at batch 100, one row a model, published against measured, in MiB.
+
+    Measured: every record at batch 100 with the engine on counts, whatever its length or data, for neither changes
+    the shapes. Columns: `published_parameters_mib`, `published_activations_mib`, `parameters_mib`, `least_mib` and
+    `most_mib` (activations), `records`, `devices`.
+    """
+    values = published().dropna(subset="activations_mib").set_index("model")
+    table = values[["parameters_mib", "activations_mib"]].add_prefix("published_").reindex(list(MODELS))
+    measured = runs[(runs["batch_size"] == 100) & runs["engine"]]
+    summary = measured.groupby("model").agg(
+        parameters_mib=("parameter_bytes", "max"),
+        least_mib=("activation_bytes", "min"),
+        most_mib=("activation_bytes", "max"),
+        records=("model", "size"),
+        devices=("device", lambda names: "; ".join(sorted(set(names)))),
+    )
+    sizes = ["parameters_mib", "least_mib", "most_mib"]
+    summary[sizes] = summary[sizes].astype(float) / MIB
+    table = table.join(summary)
+    table["records"] = table["records"].fillna(0).astype(int)
+    return table
+
+
+def _row(folder: Path, record: RunRecord, reasons: list[str]) -> tuple:
+    device, software = record.device, record.software
+    unit = f"{device['count']} x " if device["count"] > 1 else ""
+    threads = f" ({device['threads']} threads)" if device["type"] == "cpu" else ""
+    commit = "" if record.commit is None else record.commit[:10] + ("" if record.clean else " with local changes")
+    return (
+        str(folder), record.model, record.dataset, record.seed, record.recipe.name, record.recipe.batch_size,
+        record.iterations, record.recipe.iterations, record.test_accuracy, record.test_iteration, record.train_seconds,
+        record.interruptions, record.parameter_bytes, record.peak_bytes, record.activation_bytes, record.engine,
+        _data(record), f"{unit}{device['name']}{threads}", software["torch"], commit, not reasons, "; ".join(reasons),
+    )  # fmt: skip
+
+
+def _data(record: RunRecord) -> str:
+    if record.data["official"]:
+        return "official"
+    return "generated" if "generated" in record.data["checksums"] else "not the official files"
+
+
+def _recipe(recipe: Recipe) -> str:
+    """How a recipe departs from the published one."""
+    if recipe in RECIPES.values():
+        return f"{recipe.name} recipe: {recipe.iterations} iterations of {recipe.batch_size} images"
+    changed = [f.name for f in fields(Recipe) if getattr(recipe, f.name) != getattr(PUBLISHED, f.name)]
+    told = [name for name in changed if name != "name"] or changed
+    values = [f"{name} {_plain(getattr(recipe, name))} not {_plain(getattr(PUBLISHED, name))}" for name in told]
+    return "another recipe: " + ", ".join(values)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, tuple):
+        return "/".join(map(str, value)) or "none"
+    return "all" if value is None else str(value)

@@ -1,0 +1,118 @@
+"""A frame of finished text as a Markdown, LaTeX or terminal table.
+
+Each function takes a frame from reports/cells.py, whose columns are (group, name) pairs.
+"""
+import re
+import textwrap
+from itertools import groupby
+
+import pandas as pd
+
+LEFT = {"", "model", "data set", "verdict", "data", "device", "torch", "commit", "why it does not count"}
+NOTED = ("why it does not count", "device", "torch", "commit")
+IN_NOTES = ("batch", "data")  # `why it does not count` says them
+SHORT = {
+    "TensorFlow, published": "TensorFlow", "PyTorch, published": "PyTorch", "published (PyTorch)": "published",
+    "accuracy %": "acc. %", "parameters MiB": "param.", "activations MiB": "activ.", "of published": "of publ.",
+    "interruptions": "stops", "difference": "diff.",
+}  # fmt: skip
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    '"': r"\textquotedbl{}", "|": r"\textbar{}", "`": r"\textasciigrave{}",
+    "±": r"$\pm$", "·": r"$\cdot$", "√": r"$\surd$",
+    "\N{MINUS SIGN}": r"$-$", "\N{EN DASH}": "--", "\N{EM DASH}": "---",
+}  # fmt: skip
+
+
+def groups(columns: pd.MultiIndex) -> list[tuple[str, int]]:
+    """The column groups from left to right, each with the number of its columns."""
+    return [(group, len(list(names))) for group, names in groupby(columns, key=lambda column: column[0])]
+
+
+def clean(text: str) -> str:
+    """One line of printable characters: what a stranger's record may put into a terminal or a table row."""
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+
+
+def escape_markdown(text: str) -> str:
+    """GitHub shows the result as the text that went in."""
+    text = re.sub(r"([\\`*\[\]|~#])", r"\\\1", clean(text))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def escape_latex(text: str) -> str:
+    """LaTeX prints the text that went in; letters outside Latin-1 that it may not know become a question mark."""
+    known = lambda letter: letter if ord(letter) < 256 else "?"  # noqa: E731
+    return "".join(_LATEX.get(letter, known(letter)) for letter in clean(text))
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A GitHub table with aligned source; a group stands before the names that several groups have."""
+    names = [name for _, name in frame.columns]
+    head = [f"{SHORT.get(group, group)} {name}" if names.count(name) > 1 else name for group, name in frame.columns]
+    head = [escape_markdown(name) for name in head]
+    rows = [[escape_markdown(cell) for cell in row] for row in frame.itertuples(index=False)]
+    widths = [max(3, *(len(row[place]) for row in [head, *rows])) for place in range(len(head))]
+    left = [name in LEFT for _, name in frame.columns]
+    rule = ["-" * width if is_left else "-" * (width - 1) + ":" for width, is_left in zip(widths, left, strict=True)]
+    return "\n".join(f"| {' | '.join(_align(row, widths, left))} |" for row in [head, rule, *rows])
+
+
+def latex(frame: pd.DataFrame, *, caption: str, label: str) -> str:
+    """A table float in booktabs style."""
+    spec = "".join("l" if name in LEFT else "r" for _, name in frame.columns)
+    lines = [r"\begin{table}[ht]", r"\centering\footnotesize", rf"\caption{{{escape_latex(caption)}}}\label{{{label}}}"]
+    lines += [r"\setlength{\tabcolsep}{3pt}", rf"\begin{{tabular}}{{@{{}}{spec}@{{}}}}", r"\toprule"]
+    if any(group for group, _ in groups(frame.columns)):
+        cells, rules, place = [], [], 1
+        for group, width in groups(frame.columns):
+            cells.append(rf"\multicolumn{{{width}}}{{c}}{{{escape_latex(group)}}}" if group else "& " * (width - 1))
+            rules.append(rf"\cmidrule(lr){{{place}-{place + width - 1}}}" if group else "")
+            place += width
+        lines += [" & ".join(cells) + r" \\", "".join(rules)]
+    lines += [" & ".join(escape_latex(name) for _, name in frame.columns) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(escape_latex, row)) + r" \\" for row in frame.itertuples(index=False)]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
+
+
+def terminal(frame: pd.DataFrame, width: int) -> str:
+    """Columns two blanks apart under their groups; short column names where the long ones exceed `width`."""
+    rows = [[clean(cell) for cell in row] for row in frame.itertuples(index=False)]
+    left = [name in LEFT for _, name in frame.columns]
+    for names in (dict(), SHORT):
+        head = [names.get(name, name) for _, name in frame.columns]
+        widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
+        banner, place = [], 0
+        for group, count in groups(frame.columns):
+            group, place = SHORT.get(group, group), place + count
+            span = sum(widths[place - count : place]) + 2 * (count - 1)
+            widths[place - 1] += max(0, len(group) - span)
+            banner.append(f" {group} ".center(span, "-") if 0 < len(group) < span - 1 else group.ljust(span))
+        if sum(widths) + 2 * (len(widths) - 1) <= width:
+            break
+    lines = ["  ".join(_align(row, widths, left)).rstrip() for row in [head, ["-" * width for width in widths], *rows]]
+    return "\n".join(["  ".join(banner).rstrip(), *lines] if any(map(str.strip, banner)) else lines)
+
+
+def run_list(frame: pd.DataFrame, width: int) -> str:
+    """A list of runs for a terminal: the long texts of its `NOTED` columns as numbered notes below, each once."""
+    frame = frame.droplevel(0, axis=1)
+    noted = [name for name in NOTED if name in frame.columns]
+    texts = [". ".join(f"{name}: {row[name]}" for name in noted) for _, row in frame.iterrows()]
+    numbers = {words: str(number) for number, words in enumerate(dict.fromkeys(texts), 1)}
+    short = frame.drop(columns=[*noted, *IN_NOTES], errors="ignore").assign(note=[numbers[words] for words in texts])
+    short.columns = pd.MultiIndex.from_product([[""], short.columns])
+    notes = [wrap(f"{number.rjust(2)}  {words}", width, indent="    ") for words, number in numbers.items()]
+    return "\n".join([terminal(short, width), *notes])
+
+
+def wrap(line: str, width: int, *, indent: str = "") -> str:
+    """The text in lines of at most `width` characters."""
+    return textwrap.fill(clean(line), width, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _align(row: list[str], widths: list[int], left: list[bool]) -> list[str]:
+    cells = zip(row, widths, left, strict=True)
+    return [cell.ljust(width) if is_left else cell.rjust(width) for cell, width, is_left in cells]
