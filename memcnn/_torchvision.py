@@ -5,6 +5,7 @@ extension, linked against CUDA, could not define (https://github.com/pytorch/vis
 here, so the operators that the error names are declared, without an implementation, and the import is tried again.
 Where the extension loads, nothing is declared: declaring an operator that it defines as well aborts the process.
 """
+
 import importlib
 import re
 import sys

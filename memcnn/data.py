@@ -1,9 +1,10 @@
 """CIFAR-10 and CIFAR-100 on the training device: loading, checksums, and batched augmentation.
 
-The whole set lives on the device as uint8. A batch is gathered, scaled, mean-subtracted, padded, cropped and flipped there.
-What an epoch does with the images (their order, crops and flips) is a function of (seed, epoch) alone, the same on every
-device, so that a resumed run sees what an uninterrupted one would have seen.
+The whole set lives on the device as uint8. A batch is gathered, scaled, mean-subtracted, padded, cropped and flipped
+there. What an epoch does with the images (their order, crops and flips) is a function of (seed, epoch) alone, the same
+on every device, so that a resumed run sees what an uninterrupted one would have seen.
 """
+
 import hashlib
 import os
 from dataclasses import dataclass, replace
@@ -49,7 +50,7 @@ class Data:
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """What one epoch does, by position in the epoch: order (N,), crop corners top and left (N,) int64, flip (N,) bool."""
+    """What one epoch does, by position in it: order (N,) and crop corners top, left (N,) int64, flip (N,) bool."""
 
     order: Tensor
     top: Tensor
@@ -131,7 +132,8 @@ def _images(dataset) -> Tensor:
 
 
 def _data(train_images, train_labels, test_images, test_labels, num_classes, official, checksums) -> Data:
-    total = sum(part.sum(0, dtype=torch.float32).double() for part in train_images.split(10_000))  # whole numbers: exact
+    sums = [part.sum(0, dtype=torch.float32) for part in train_images.split(10_000)]  # whole numbers below 2^24: exact
+    total = torch.stack(sums).sum(0, dtype=torch.float64)
     return Data(
         train_images=train_images,
         train_labels=torch.as_tensor(train_labels, dtype=torch.int64),
@@ -147,8 +149,8 @@ def _data(train_images, train_labels, test_images, test_labels, num_classes, off
 def generate(num_classes: int, *, train: int = 5_000, test: int = 1_000, seed: int = 0) -> Data:
     """Made-up images in CIFAR's shape, the same for the same arguments: never official, but learnable.
 
-    A class is a smooth colour pattern (a 4 x 4 grid blown up to 32 x 32); an image is its class's pattern, moved by up to
-    4 pixels each way, at a random contrast, under noise.
+    A class is a smooth colour pattern (a 4 x 4 grid blown up to 40 x 40); an image is a 32 x 32 part of its class's
+    pattern, from anywhere in it, at a random contrast, under noise.
     """
     generator = torch.Generator().manual_seed(seed)
     grid = torch.randn(num_classes, 3, 4, 4, generator=generator)
@@ -170,10 +172,10 @@ def generate(num_classes: int, *, train: int = 5_000, test: int = 1_000, seed: i
 
 
 def epoch_plan(seed: int, epoch: int, images: int, *, pad: int, flip: bool) -> EpochPlan:
-    """The order of `images` training images in an epoch, and what happens to each: a function of the arguments alone.
+    """The order of `images` training images in an epoch, and what happens to each: a function of the arguments.
 
-    Crop corners are uniform on 0 .. 2 * pad. The bits come from a counter keyed by (seed, epoch); only the bit stream is
-    used, which numpy keeps the same in all versions.
+    Crop corners are uniform on 0 .. 2 * pad. The bits come from a counter keyed by (seed, epoch); only the raw stream
+    is used, which numpy keeps the same in all versions.
     """
     bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(4 * images).reshape(4, images)
     corners = (bits[1:3] % np.uint64(2 * pad + 1)).astype(np.int64)

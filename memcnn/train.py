@@ -7,6 +7,7 @@
 Exit status: 0 the run is complete, 3 it was stopped cleanly and can go on (Ctrl-C, SIGTERM, budget), 1 it failed,
 2 misuse.
 """
+
 import argparse
 import re
 import shlex
@@ -14,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-STARTED = time.monotonic()
+STARTED = time.monotonic()  # of the budget, before the imports that take seconds
 if __package__ in (None, ""):  # run as a script: this folder's names (data, models ...) must not hide other packages
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
@@ -25,9 +26,11 @@ import torch  # noqa: E402
 
 from memcnn.data import DATASETS, DataNotFound  # noqa: E402
 from memcnn.models.resnet import MODELS  # noqa: E402
+from memcnn.training.checkpoint import BadCheckpoint  # noqa: E402
+from memcnn.training.files import FolderBusy  # noqa: E402
 from memcnn.training.recipe import RECIPES, Recipe, override  # noqa: E402
 from memcnn.training.record import RunRecord, run_name  # noqa: E402
-from memcnn.training.trainer import train  # noqa: E402
+from memcnn.training.trainer import BadArgument, train  # noqa: E402
 
 
 def duration(text: str) -> float:
@@ -43,15 +46,21 @@ def iterations_list(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in text.split(",") if word)
 
 
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number of at least 1")
+    return int(text)
+
+
 def count_or_all(text: str) -> int | None:
-    return None if text == "all" else int(text)
+    return None if text == "all" else count(text)
 
 
 HYPERPARAMETERS = {
     "batch_size": (int, "images of an iteration"),
     "iterations": (int, "updates in all"),
     "learning_rate": (float, "step size before the first milestone"),
-    "milestones": (iterations_list, "iterations after which the learning rate is multiplied by DECAY, like 40000,60000"),
+    "milestones": (iterations_list, "iterations after which DECAY is applied, like 40000,60000"),
     "decay": (float, "factor on the learning rate at a milestone"),
     "momentum": (float, "momentum of SGD"),
     "weight_decay": (float, "L2 penalty, on every parameter"),
@@ -71,17 +80,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", choices=MODELS, metavar="MODEL", help=", ".join(MODELS))
     parser.add_argument("dataset", choices=DATASETS, metavar="DATASET", help=", ".join(DATASETS))
-    parser.add_argument("--recipe", choices=RECIPES, default="published", help="set of hyper-parameters (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
-    parser.add_argument("--data", metavar="FOLDER", help='folder of the CIFAR files, or the word "generated" for made-up '
-                        "images (default: $MEMCNN_DATA, else ./data; downloaded when missing)")  # fmt: skip
-    parser.add_argument("--runs", default="runs", metavar="FOLDER", help="folder of all runs (default: ./%(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice, here %d)" % torch.get_num_threads())
-    parser.add_argument("--budget", type=duration, metavar="TIME", help="stop cleanly before so much time has passed: 90s, 9m, 1h30m")
-    parser.add_argument("--fresh", action="store_true", help="begin anew; a run that is there already is moved aside")
-    parser.add_argument("--disable", action="store_true", help="RevNets store their activations, as plain autograd does")
-    group = parser.add_argument_group("hyper-parameters", "in place of the recipe's; they become part of the run's name")
+    option = parser.add_argument
+    option("--recipe", choices=RECIPES, default="published", help="set of hyper-parameters (default: %(default)s)")
+    option("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
+    data = 'folder of the CIFAR files, or the word "generated" for made-up images'
+    option("--data", metavar="FOLDER", help=f"{data} (default: $MEMCNN_DATA, else ./data; downloaded when missing)")
+    option("--runs", metavar="FOLDER", default="runs", help="folder of all runs (default: ./%(default)s)")
+    option("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    option("--threads", type=count, help=f"CPU threads (default: {torch.get_num_threads()}, PyTorch's choice here)")
+    option("--budget", metavar="TIME", type=duration, help="stop cleanly before this is over: 90s, 9m, 1h30m")
+    option("--fresh", action="store_true", help="begin anew; a run that is there already is moved aside")
+    option("--disable", action="store_true", help="train RevNets by plain autograd, with all activations stored")
+    group = parser.add_argument_group("hyper-parameters", "in place of the recipe's; the run's name says so")
     for name, (kind, text) in HYPERPARAMETERS.items():
         defaults = ", ".join(f"{recipe.name} {_spell(getattr(recipe, name))}" for recipe in RECIPES.values())
         how = {"action": argparse.BooleanOptionalAction} if kind is None else {"type": kind}
@@ -120,7 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(given.threads)
     budget = None if given.budget is None else given.budget - (time.monotonic() - STARTED)
     folder = Path(given.runs) / run_name(given.model, given.dataset, recipe, given.seed)
-    again = shlex.join(word for word in sys.orig_argv if word != "--fresh")
+    command = sys.orig_argv if arguments is None else [sys.executable, "-m", "memcnn.train", *arguments]
+    again = shlex.join(word for word in command if word != "--fresh")
     try:
         record = train(
             given.model,
@@ -134,16 +145,19 @@ def main(arguments: list[str] | None = None) -> int:
             budget_seconds=budget,
             disable=given.disable,
         )
-    except ValueError as error:
+    except (BadArgument, BadCheckpoint) as error:
         parser.error(str(error))
-    except (DataNotFound, RuntimeError) as error:
+    except (DataNotFound, FolderBusy, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(summary(record, folder))
-    if record.status == "complete":
-        return 0
-    print(f"{record.reason}; go on with: {again}")
-    return 1 if record.status == "failed" else 3
+    except KeyboardInterrupt:
+        print(f"Interrupted before training began. Start it with: {again}", file=sys.stderr)
+        return 3
+    print(summary(record, folder), end="" if record.reason else "\n")
+    if record.reason:
+        verb = "try again from the last good checkpoint" if record.status == "failed" else "go on"
+        print(f" ({record.reason}); {verb} with: {again}")
+    return {"complete": 0, "failed": 1, "partial": 3}[record.status]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Checkpoints: everything a run needs to go on, in one file that is replaced by rename."""
+
 import io
 import pickle
 from pathlib import Path
@@ -39,7 +40,7 @@ def load(folder: Path, identity: dict, *, device: torch.device) -> dict | None:
 
 
 def refuse_other_run(path: Path, found: dict, wanted: dict) -> None:
-    """BadCheckpoint that names every difference, when the file at `path` was written by another run than the one wanted."""
+    """BadCheckpoint, with every difference, when the file at `path` was written by another run than the one wanted."""
     differences = [
         f"{name} is {found.get(name)!r} there, {wanted.get(name)!r} here"
         for name in sorted({*found, *wanted})

@@ -1,4 +1,5 @@
 """Where a run ran: device, software versions, and the state of the source it ran from."""
+
 import platform
 import subprocess
 from pathlib import Path

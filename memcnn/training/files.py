@@ -1,4 +1,5 @@
 """A run's folder: files replaced so that nobody sees half of one, and one writer at a time."""
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,14 +29,18 @@ def move_aside(folder: Path) -> Path:
     return folder.rename(aside)
 
 
+class FolderBusy(RuntimeError):
+    """Another process trains in the folder."""
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`, made when missing, for this process alone; RuntimeError while another one holds it."""
+    """Hold `folder`, made when missing, for this process alone; FolderBusy while another one holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "wb") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RuntimeError(f"another process is training in {folder}") from None
+                raise FolderBusy(f"another process is training in {folder}") from None
         yield

@@ -1,4 +1,5 @@
 """What a run shows while it runs: a bar on a terminal, a plain line now and then elsewhere."""
+
 import sys
 import time
 

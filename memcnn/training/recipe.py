@@ -1,4 +1,5 @@
 """Everything that decides what a training run computes, apart from model, data set and seed, in one place."""
+
 import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
@@ -8,10 +9,10 @@ from dataclasses import asdict, dataclass, fields, replace
 class Recipe:
     """SGD with a stepped learning rate on cropped and mirrored images.
 
-    An iteration is one update on `batch_size` images. The learning rate is multiplied by `decay` once `milestones`
-    iterations are done. Training images are padded by `pad` pixels, cropped back at random and, with `flip`, mirrored at
-    random; test images are used as they are. The test set, or its first `test_images` images, is evaluated every
-    `evaluate_every` iterations and after the last.
+    An iteration is one update on `batch_size` images. The learning rate is multiplied by `decay` after each of the
+    `milestones`, given in iterations. Training images are padded by `pad` pixels, cropped back at random and, with
+    `flip`, mirrored at random; test images are used as they are. The test set, or its first `test_images` images, is
+    evaluated every `evaluate_every` iterations and after the last.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[\w.=+-]+", self.name, re.ASCII):
-            raise ValueError(f"recipe name: got {self.name!r}, wanted letters, digits and . _ = + - (it names a folder)")
+            raise ValueError(f"recipe name: got {self.name!r}, wanted letters, digits and . _ = + - (a folder's name)")
         for name in ("batch_size", "iterations", "evaluate_every"):
             _check_integer(name, getattr(self, name), least=1)
         _check_integer("pad", self.pad, least=0)
@@ -37,10 +38,10 @@ class Recipe:
             _check_integer("test_images", self.test_images, least=1)
         if not isinstance(self.flip, bool):
             raise ValueError(f"flip: got {self.flip!r}, wanted True or False")
-        for name, limit in (("learning_rate", math.inf), ("decay", math.inf), ("weight_decay", math.inf), ("momentum", 1)):
-            value = getattr(self, name)
+        for name in ("learning_rate", "decay", "momentum", "weight_decay"):
+            value, limit = getattr(self, name), 1 if name == "momentum" else math.inf
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < limit:
-                raise ValueError(f"{name}: got {value!r}, wanted a number from 0 up to (not including) {limit}")
+                raise ValueError(f"{name}: got {value!r}, wanted a number from 0 up to, but not including, {limit}")
         object.__setattr__(self, "milestones", tuple(self.milestones))
         for milestone in self.milestones:
             _check_integer("milestones", milestone, least=1)
@@ -59,7 +60,8 @@ class Recipe:
         """The inverse of `to_dict`; ValueError when a field is missing, unknown or out of range."""
         wanted = {field.name for field in fields(cls)}
         if set(values) != wanted:
-            raise ValueError(f"recipe fields: missing {sorted(wanted - set(values))}, unknown {sorted(set(values) - wanted)}")
+            missing, unknown = sorted(wanted - set(values)), sorted(set(values) - wanted)
+            raise ValueError(f"recipe: missing fields {missing}, unknown fields {unknown}")
         if not isinstance(values["milestones"], (list, tuple)):
             raise ValueError(f"milestones: got {values['milestones']!r}, wanted a list of iterations")
         return cls(**values)

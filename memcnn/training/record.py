@@ -1,7 +1,9 @@
 """The record of one run: what ran, where, how far it came, and what it reached.
 
-RUNS/<model>-<dataset>-<recipe>-s<seed>/record.json is written by training and read by the reports, both through this file.
+RUNS/<model>-<dataset>-<recipe>-s<seed>/record.json is written by training and read by the reports, both through this
+file.
 """
+
 import json
 import math
 import re
@@ -16,6 +18,7 @@ SCHEMA = 1
 FILE_NAME = "record.json"
 DATASETS = ("cifar10", "cifar100")
 STATUSES = ("complete", "partial", "failed")
+COUNTS = ("seed", "iterations", "interruptions", "parameters", "parameter_bytes", "peak_bytes", "activation_bytes")
 
 
 class BadRecord(ValueError):
@@ -29,13 +32,16 @@ def run_name(model: str, dataset: str, recipe: Recipe, seed: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run. Accuracy in percent, loss in nats, both of the last evaluation (at `test_iteration`), None before the first.
+    """One run.
 
-    status: "complete" when all of the recipe's iterations are done and evaluated, "partial" while it runs (reason None) or
-    where it was stopped, "failed" when the loss was no number. train_seconds leaves out start-up, evaluation and
-    checkpoints; interruptions counts how often the run was taken up again. peak_bytes and activation_bytes are those of one
-    training step (memcnn.testing.memory). clean: the package's folder was as committed. engine: False when a RevNet ran as
-    plain autograd.
+    status: "complete" when all of the recipe's iterations are done and evaluated, "partial" while it runs (reason None)
+    or where it was stopped, "failed" when a loss or a weight was no number.
+    test_accuracy (percent), test_loss (nats): of the last evaluation, at `test_iteration`; None before the first.
+    train_seconds: without start-up, evaluation and checkpoints. interruptions: how often the run was taken up again.
+    peak_bytes, activation_bytes: of one training step, see memcnn.testing.memory.
+    commit, clean: the package's commit, and whether its folder was as committed; None outside a git checkout.
+    engine: False when a RevNet ran as plain autograd.
+    Where a run was taken up again, device, software and commit are those of the last time.
     """
 
     model: str
@@ -100,9 +106,9 @@ def load(path: str | Path) -> RunRecord:
 
 
 def load_all(*folders: str | Path) -> tuple[list[tuple[Path, RunRecord]], list[str]]:
-    """The records of all runs that lie directly in `folders`, with their run folders, and what is wrong with the others.
+    """The records of the runs that lie directly in `folders`, each with its folder, and what is wrong with others.
 
-    Runs that --fresh moved aside (NAME.old-1 ...) are passed over, and so is a folder that does not exist.
+    Runs that were moved aside (NAME.old-1 ...) are passed over, and so is a folder that does not exist.
     """
     records, problems = [], []
     for path in sorted({path for folder in folders for path in Path(folder).glob(f"*/{FILE_NAME}")}):
@@ -116,10 +122,9 @@ def load_all(*folders: str | Path) -> tuple[list[tuple[Path, RunRecord]], list[s
 
 
 def _validate(record: RunRecord) -> None:
-    _check(isinstance(record.model, str) and record.model in MODELS, "model", record.model, f"one of {', '.join(MODELS)}")
-    _check(record.dataset in DATASETS, "dataset", record.dataset, f"one of {', '.join(DATASETS)}")
-    _check(record.status in STATUSES, "status", record.status, f"one of {', '.join(STATUSES)}")
-    for name in ("seed", "iterations", "interruptions", "parameters", "parameter_bytes", "peak_bytes", "activation_bytes"):
+    for name, choices in (("model", tuple(MODELS)), ("dataset", DATASETS), ("status", STATUSES)):
+        _check(getattr(record, name) in choices, name, getattr(record, name), f"one of {', '.join(choices)}")
+    for name in COUNTS:
         _check(_is_count(getattr(record, name)), name, getattr(record, name), "a whole number of at least 0")
     _check(_is_number(record.train_seconds), "train_seconds", record.train_seconds, "a number of at least 0")
     for name in ("reason", "commit"):
@@ -128,12 +133,11 @@ def _validate(record: RunRecord) -> None:
     _check(record.clean is None or isinstance(record.clean, bool), "clean", record.clean, "true, false or null")
     _check(isinstance(record.engine, bool), "engine", record.engine, "true or false")
 
-    evaluation = (record.test_accuracy, record.test_loss, record.test_iteration)
-    if evaluation != (None, None, None):
-        _check(_is_number(evaluation[0]) and evaluation[0] <= 100, "test_accuracy", evaluation[0], "a number from 0 to 100")
-        _check(_is_number(evaluation[1]), "test_loss", evaluation[1], "a number of at least 0")
-        _check(_is_count(evaluation[2]) and evaluation[2] <= record.iterations, "test_iteration", evaluation[2],
-               f"at most the {record.iterations} iterations done")  # fmt: skip
+    accuracy, loss, at = record.test_accuracy, record.test_loss, record.test_iteration
+    if (accuracy, loss, at) != (None, None, None):
+        _check(_is_number(accuracy) and accuracy <= 100, "test_accuracy", accuracy, "a number from 0 to 100")
+        _check(_is_number(loss), "test_loss", loss, "a number of at least 0")
+        _check(_is_count(at) and at <= record.iterations, "test_iteration", at, f"at most {record.iterations}, as done")
     done, planned = record.iterations, record.recipe.iterations
     _check(done <= planned, "iterations", done, f"at most the recipe's {planned}")
     if record.status == "complete":
@@ -144,10 +148,12 @@ def _validate(record: RunRecord) -> None:
         _check(record.reason is not None, "reason", record.reason, "text in a failed run")
 
     _check_dict("device", record.device, {"type": str, "name": str, "count": int, "threads": int})
-    _check_dict("software", record.software, {name: str for name in ("memcnn", "python", "torch", "torchvision", "platform")})
+    _check_dict(
+        "software", record.software, dict.fromkeys(("memcnn", "python", "torch", "torchvision", "platform"), str)
+    )
     _check_dict("data", record.data, {"official": bool, "checksums": dict})
     sums = record.data["checksums"]
-    _check(sums and all(isinstance(text, str) for text in sums.values()), "checksums", sums, "MD5 by file name")
+    _check(sums and all(isinstance(text, str) for text in sums.values()), "data.checksums", sums, "MD5 by file name")
 
 
 def _check(right: bool, name: str, got: object, wanted: str) -> None:

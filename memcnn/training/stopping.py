@@ -1,4 +1,5 @@
 """Stopping a run at a clean point: on Ctrl-C, on SIGTERM, or before a time budget is used up."""
+
 import os
 import signal
 import threading
