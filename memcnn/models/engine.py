@@ -16,6 +16,7 @@ reference counting alone frees everything.
 """
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -75,12 +76,14 @@ class Link:
         raise NotImplementedError
 
     def rebuild(self, keep_graph: bool) -> None:
-        """Give the targets their values: for good, or until the end of this pass if the graph is kept for another."""
+        """Give the targets their values: for good, or for a while in this pass if the graph is kept for another."""
+        if keep_graph:
+            _open_link()
         for target, value in zip(self.targets, self.recompute(), strict=True):
             if (cell := target()) is not None and cell.tensor is None:
                 cell.store(value)
                 if keep_graph:
-                    _forget_after_pass(cell)
+                    _forget_later(cell)
                 else:
                     cell.link = None
         if not keep_graph:
@@ -171,6 +174,10 @@ class Step(Link):
             return tensor
         if saved.tensor is None:
             _rebuild(self)
+            if torch._C._current_graph_task_id() == -1:  # no backward pass: somebody looks into the graph
+                tensor = saved.tensor
+                _end_pass(-1)
+                return tensor
         if saved.tensor._version != saved.version:
             raise RuntimeError(f"{self.name} modifies in place a tensor of shape {tuple(saved.shape)} that is needed for "
                                "its gradient: use an out-of-place operation there, as ordinary autograd also asks")
@@ -188,7 +195,7 @@ class Step(Link):
                                  f"{tensor.dtype} of shape {tuple(tensor.shape)}")
         handle.store(tensor)
         if self.keep_graph:
-            _forget_after_pass(handle)
+            _forget_later(handle)
 
     def _diverged(self, then: str, now: str) -> RuntimeError:
         return RuntimeError(f"{self.name} computed something else in the recomputation than in the forward pass ({then} "
@@ -216,23 +223,37 @@ def _rebuild(step: Step) -> None:
             waiting.pop().rebuild(keep_graph)
 
 
-_passes: dict[int, list[tuple[weakref.ref, int]]] = {}
+_KEPT_LINKS = 8
+"""A pass that keeps its graph cannot tell when autograd is done with an activation. It holds those of this many links."""
+
+_passes: dict[int, deque[list[tuple[weakref.ref, int]]]] = {}
 
 
-def _forget_after_pass(holder: Cell | Handle) -> None:
-    """Empty ``holder`` at the end of the running backward pass, unless it has been given another tensor by then."""
+def _open_link() -> None:
+    """What is remembered from now on belongs to a further link of the running backward pass."""
     task = torch._C._current_graph_task_id()
     if task not in _passes:
-        _passes[task] = []
+        _passes[task] = deque()
         if task != -1:
             torch.autograd.Variable._execution_engine.queue_callback(lambda: _end_pass(task))
-    _passes[task].append((weakref.ref(holder), id(holder.tensor)))
+    _passes[task].append([])
+    if len(_passes[task]) > _KEPT_LINKS:
+        _forget(_passes[task].popleft())
+
+
+def _forget_later(holder: Cell | Handle) -> None:
+    _passes[torch._C._current_graph_task_id()][-1].append((weakref.ref(holder), id(holder.tensor)))
 
 
 def _end_pass(task: int) -> None:
-    for reference, tensor_id in _passes.pop(task, ()):
+    for remembered in _passes.pop(task, ()):
+        _forget(remembered)
+
+
+def _forget(remembered: list[tuple[weakref.ref, int]]) -> None:
+    for reference, tensor_id in remembered:
         holder = reference()
-        if holder is not None and id(holder.tensor) == tensor_id:
+        if holder is not None and id(holder.tensor) == tensor_id:  # else it has been given another tensor since
             holder.tensor = None
 
 

@@ -1,0 +1,105 @@
+"""The law of state: a block leaves everything but gradients as ordinary training leaves it, and its caller's tensors alone."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from hypothesis import given
+from torch import nn
+
+from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
+from memcnn.models.engine import Cell, Handle
+from memcnn.testing.strategies import Chain, chains
+from properties.twin import block, images, weighted_sum
+
+
+@given(chains())
+def test_the_callers_tensors_keep_values_versions_and_storage(chain: Chain):
+    module, x = chain.build(), chain.input().requires_grad_()
+    h = x.sin()
+    y = module(h)
+    held = {"input": h, "output": y}
+    before = {name: (t.detach().clone(), t._version, t.data_ptr(), t.untyped_storage().nbytes())
+              for name, t in held.items()}
+    weighted_sum(y).backward()
+    for name, t in held.items():
+        value, *identity = before[name]
+        assert torch.equal(t, value), f"{name} changed"
+        assert identity == [t._version, t.data_ptr(), t.untyped_storage().nbytes()], name
+
+
+@given(chains(max_depth=2))
+def test_without_gradients_a_forward_pass_leaves_nothing_behind(chain: Chain):
+    module, x = chain.build(), chain.input()
+    with torch.no_grad():
+        plain = module(x)
+    assert plain.grad_fn is None and not plain.requires_grad
+    with torch.inference_mode():
+        assert module(x).is_inference()
+    assert not living(Handle, Cell)
+
+
+def test_batch_norm_moves_once_a_step():
+    module = block()
+    for step in range(1, 4):
+        weighted_sum(module(images(seed=step))).backward()
+        counts = {name: b.item() for name, b in module.named_buffers() if name.endswith("num_batches_tracked")}
+        assert counts and set(counts.values()) == {step}
+
+
+def test_memory_is_freed_by_reference_counting_alone():
+    gc.collect()
+    gc.disable()
+    try:
+        module = ReversibleSequential(*(block()._fn for _ in range(3)))
+        y = module(images())
+        assert living(Handle, Cell)
+        loss = weighted_sum(y)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        output = weakref.ref(y)
+        del y, loss
+        assert output() is None
+        assert not living(Handle, Cell)
+
+        y = module(images())  # a graph that is dropped undifferentiated
+        del y
+        assert not living(Handle, Cell)
+    finally:
+        gc.enable()
+
+
+def test_a_retained_graph_holds_no_more_after_a_pass_than_before_it():
+    module = ReversibleSequential(*(block()._fn for _ in range(3)))
+    loss = weighted_sum(module(images()))
+    before = held_bytes()
+    loss.backward(retain_graph=True)
+    assert held_bytes() == before > 0
+
+
+@pytest.mark.parametrize("switch", ["disable", "enable"])
+def test_the_engine_is_switched_at_run_time(switch):
+    module = block(disable=switch == "enable")
+    y = module(images())
+    assert bool(living(Handle)) == (switch == "disable")
+    del y
+    module.disable = switch == "disable"
+    y = module(images())
+    assert bool(living(Handle)) == (switch == "enable")
+
+
+def test_nothing_is_forgotten_where_nothing_needs_a_gradient():
+    module = InvertibleModuleWrapper(AdditiveCoupling(nn.Conv2d(3, 3, 1))).double().requires_grad_(False)
+    y = module(images(requires_grad=False))
+    assert not y.requires_grad and not living(Handle, Cell)
+
+
+def living(*kinds: type) -> list:
+    return [x for x in gc.get_objects() if type(x) in kinds]
+
+
+def held_bytes() -> int:
+    storages = {x.tensor.untyped_storage()._cdata: x.tensor.untyped_storage().nbytes()
+                for x in living(Handle, Cell) if x.tensor is not None}
+    return sum(storages.values())
