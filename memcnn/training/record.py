@@ -19,6 +19,7 @@ FILE_NAME = "record.json"
 DATASETS = ("cifar10", "cifar100")
 STATUSES = ("complete", "partial", "failed")
 COUNTS = ("seed", "iterations", "interruptions", "parameters", "parameter_bytes", "peak_bytes", "activation_bytes")
+SOFTWARE = ("memcnn", "python", "torch", "torchvision", "platform")
 
 
 class BadRecord(ValueError):
@@ -101,7 +102,7 @@ def load(path: str | Path) -> RunRecord:
         if not isinstance(values["recipe"], dict):
             raise ValueError(f"recipe: got {values['recipe']!r}, wanted an object")
         return RunRecord(**{**values, "recipe": Recipe.from_dict(values["recipe"])})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadRecord(f"{path}: {error}") from error
 
 
@@ -147,13 +148,13 @@ def _validate(record: RunRecord) -> None:
     if record.status == "failed":
         _check(record.reason is not None, "reason", record.reason, "text in a failed run")
 
-    _check_dict("device", record.device, {"type": str, "name": str, "count": int, "threads": int})
-    _check_dict(
-        "software", record.software, dict.fromkeys(("memcnn", "python", "torch", "torchvision", "platform"), str)
-    )
-    _check_dict("data", record.data, {"official": bool, "checksums": dict})
+    _check_keys("device", record.device, {"type": str, "name": str, "count": int, "threads": int})
+    _check_keys("data", record.data, {"official": bool, "checksums": dict})
     sums = record.data["checksums"]
     _check(sums and all(isinstance(text, str) for text in sums.values()), "data.checksums", sums, "MD5 by file name")
+    versions = record.software
+    right = isinstance(versions, dict) and all(value is None or isinstance(value, str) for value in versions.values())
+    _check(right and set(SOFTWARE) <= set(versions), "software", versions, f"versions of {', '.join(SOFTWARE)}")
 
 
 def _check(right: bool, name: str, got: object, wanted: str) -> None:
@@ -169,7 +170,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
-def _check_dict(name: str, value: object, types: dict[str, type]) -> None:
-    _check(isinstance(value, dict), name, value, "an object")
-    for key, kind in types.items():
-        _check(isinstance(value.get(key), kind), f"{name}.{key}", value.get(key), kind.__name__)
+def _check_keys(name: str, value: object, kinds: dict[str, type]) -> None:
+    right = isinstance(value, dict) and set(value) == set(kinds)
+    _check(right, name, value, f"an object with {', '.join(kinds)}")
+    for key, kind in kinds.items():
+        _check(isinstance(value[key], kind), f"{name}.{key}", value[key], kind.__name__)

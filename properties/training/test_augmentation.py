@@ -1,0 +1,95 @@
+"""The batched augmentation against the one-image-at-a-time version, and the plan of an epoch."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memcnn import data as cifar
+from memcnn._torchvision import torchvision
+
+
+def one_image(pixels: torch.Tensor, mean: torch.Tensor, *, pad: int, top: int, left: int, flip: bool) -> torch.Tensor:
+    """The recipe's words, by torchvision, for one uint8 image (3, 32, 32)."""
+    transforms = torchvision.transforms.functional
+    image = transforms.to_tensor(pixels.permute(1, 2, 0).numpy()) - mean
+    image = transforms.crop(transforms.pad(image, [pad]), top, left, 32, 32)
+    return transforms.hflip(image) if flip else image
+
+
+@given(seed=st.integers(0, 2**32), batch=st.integers(1, 7), pad=st.integers(0, 4), draw=st.data())
+def test_a_batch_is_what_each_image_would_be_alone(seed, batch, pad, draw):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (batch, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    mean = torch.rand(3, 32, 32, generator=generator)
+    corners = st.lists(st.integers(0, 2 * pad), min_size=batch, max_size=batch)
+    top, left = draw.draw(corners), draw.draw(corners)
+    flip = draw.draw(st.lists(st.booleans(), min_size=batch, max_size=batch))
+
+    augmented = cifar.augment(
+        cifar.normalise(images, mean), pad=pad, top=torch.tensor(top), left=torch.tensor(left), flip=torch.tensor(flip)
+    )
+
+    alone = [
+        one_image(images[i], mean, pad=pad, top=top[i], left=left[i], flip=flip[i])
+        for i in range(batch)
+    ]  # fmt: skip
+    assert torch.equal(augmented, torch.stack(alone))
+
+
+@given(seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**31), index=st.integers(0, 3))
+def test_a_training_batch_follows_the_plan(seed, epoch, index):
+    data = cifar.generate(10, train=48, test=1)
+    plan = cifar.epoch_plan(seed, epoch, 48, pad=2, flip=True)
+    images, labels = cifar.train_batch(data, plan, index, batch_size=12, pad=2)
+    for position in range(12):
+        at = index * 12 + position
+        chosen = plan.order[at]
+        corner = {"top": int(plan.top[at]), "left": int(plan.left[at]), "flip": bool(plan.flip[at])}
+        assert torch.equal(images[position], one_image(data.train_images[chosen], data.mean, pad=2, **corner))
+        assert labels[position] == data.train_labels[chosen]
+
+
+@given(seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**63 - 1), state=st.integers(0, 2**32 - 1))
+def test_the_plan_depends_on_seed_and_epoch_alone(seed, epoch, state):
+    def plan(seed, epoch):
+        return list(vars(cifar.epoch_plan(seed, epoch, 64, pad=2, flip=True)).values())
+
+    first = plan(seed, epoch)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(state)
+        before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+        again = plan(seed, epoch)
+        assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[1].tolist() == before[1]
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[0], plan(seed, epoch + 1)[0])
+    assert not torch.equal(first[0], plan(seed + 1, epoch)[0])
+
+
+def test_an_epoch_shows_every_image_once_and_all_corners_and_flips_alike():
+    plan = cifar.epoch_plan(0, 0, 50_000, pad=2, flip=True)
+    assert torch.equal(plan.order.sort().values, torch.arange(50_000))
+    for corner in (plan.top, plan.left):
+        counts = corner.bincount()
+        assert len(counts) == 5  # offsets 0 to 4, the last one included
+        assert (counts - 10_000).abs().max() < 500  # 5.6 standard deviations
+    assert abs(plan.flip.double().mean() - 0.5) < 0.0125
+    independent = torch.corrcoef(torch.stack([plan.order, plan.top, plan.left, plan.flip]).double()) - torch.eye(4)
+    assert independent.abs().max() < 0.025
+
+
+def test_without_flip_and_pad_nothing_is_moved():
+    data = cifar.generate(10, train=20, test=1)
+    plan = cifar.epoch_plan(5, 0, 20, pad=0, flip=False)
+    images, _ = cifar.train_batch(data, plan, 0, batch_size=20, pad=0)
+    assert torch.equal(images, cifar.normalise(data.train_images[plan.order], data.mean))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; run on a machine with one")
+def test_a_batch_is_the_same_on_cuda():
+    data = cifar.generate(10, train=100, test=1)
+    plan = cifar.epoch_plan(1, 2, 100, pad=2, flip=True)
+    there = cifar.train_batch(data.to("cuda"), plan.to("cuda"), 1, batch_size=50, pad=2)
+    for here, moved in zip(cifar.train_batch(data, plan, 1, batch_size=50, pad=2), there, strict=True):
+        assert torch.equal(here, moved.cpu())

@@ -1,0 +1,189 @@
+"""Loading: what is official, what is missing, and what is made up."""
+
+import hashlib
+import pickle
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from memcnn import data as loading
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+def test_missing_files_offline_say_where_and_how(tmp_path, no_network):
+    wanted = tmp_path / "nowhere"
+    with pytest.raises(loading.DataNotFound) as raised:
+        loading.load("cifar10", wanted)
+    message = str(raised.value)
+    for part in (
+        str(wanted / "cifar-10-batches-py"),
+        "no route to host",
+        "cifar-10-python.tar.gz",
+        "--data",
+        "MEMCNN_DATA",
+    ):
+        assert part in message
+    assert not wanted.exists(), "a folder was left behind"
+
+
+def write_fake(folder, source, *, spoil=None):
+    """A small set in the layout of torchvision's `source`; MD5 by file. `spoil` names a file to damage."""
+    base = folder / source.base_folder
+    base.mkdir(parents=True)
+    sums = {}
+    for name, _ in [*source.train_list, *source.test_list]:
+        count = 4
+        pixels = torch.randint(
+            256, (count, 3072), generator=torch.Generator().manual_seed(len(sums)), dtype=torch.uint8
+        )
+        labels = [i % 10 for i in range(count)]
+        content = pickle.dumps({"data": pixels.numpy(), "labels": labels, "fine_labels": labels})
+        (base / name).write_bytes(content)
+        sums[name] = hashlib.md5(content).hexdigest()
+    content = pickle.dumps({source.meta["key"]: list("abcdefghij")})
+    (base / source.meta["filename"]).write_bytes(content)
+    sums[source.meta["filename"]] = hashlib.md5(content).hexdigest()
+    if spoil:
+        (base / spoil).write_bytes(b"spoilt")
+    return sums
+
+
+@pytest.fixture
+def small_source(monkeypatch):
+    """CIFAR10 with the checksums of a small made-up set, so that loading can be tried without the real files."""
+
+    def make(folder, **options):
+        original = loading.DATASETS["cifar10"]
+        sums = write_fake(folder, original, **options)
+        train = [[name, sums[name]] for name, _ in original.train_list]
+        test = [[name, sums[name]] for name, _ in original.test_list]
+        meta = {**original.meta, "md5": sums[original.meta["filename"]]}
+        source = type("CIFAR10", (original,), {"train_list": train, "test_list": test, "meta": meta})
+        monkeypatch.setitem(loading.DATASETS, "cifar10", source)
+        return sums
+
+    return make
+
+
+def test_files_are_read_in_torchvisions_order_and_their_checksums_returned(tmp_path, small_source):
+    sums = small_source(tmp_path)
+    data = loading.load("cifar10", tmp_path)
+    assert data.official and data.checksums == sums
+    assert data.train_images.shape == (20, 3, 32, 32) and data.test_images.shape == (4, 3, 32, 32)
+    images = loading.DATASETS["cifar10"](tmp_path, train=False)
+    for index in range(4):
+        picture, label = images[index]
+        assert torch.equal(
+            data.test_images[index], torch.tensor(list(picture.tobytes())).view(32, 32, 3).permute(2, 0, 1)
+        )
+        assert data.test_labels[index] == label
+
+
+def test_a_damaged_file_is_named(tmp_path, small_source, no_network):
+    small_source(tmp_path, spoil="data_batch_3")
+    with pytest.raises(loading.DataNotFound, match="data_batch_3 has MD5 "):
+        loading.load("cifar10", tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path, small_source, no_network):
+    small_source(tmp_path)
+    (tmp_path / "cifar-10-batches-py" / "test_batch").unlink()
+    with pytest.raises(loading.DataNotFound, match="test_batch is missing"):
+        loading.load("cifar10", tmp_path)
+
+
+def test_missing_files_are_downloaded(tmp_path, small_source, monkeypatch):
+    small_source(tmp_path / "elsewhere")
+    source = loading.DATASETS["cifar10"]
+    monkeypatch.setattr(source, "download", lambda self: (tmp_path / "elsewhere").rename(self.root), raising=False)
+    assert loading.load("cifar10", tmp_path / "data").official
+
+
+def test_the_folder_comes_from_the_environment_by_default(tmp_path, small_source, monkeypatch):
+    small_source(tmp_path)
+    monkeypatch.setenv("MEMCNN_DATA", str(tmp_path))
+    assert len(loading.load("cifar10").train_images) == 20
+    monkeypatch.delenv("MEMCNN_DATA")
+    assert loading.whereabouts(None) == "data"
+
+
+@given(images=st.integers(1, 60), seed=st.integers(0, 9))
+def test_the_mean_is_that_of_the_training_images(images, seed):
+    data = loading.generate(10, train=images, test=5, seed=seed)
+    expected = (data.train_images.double() / 255).mean(0)
+    assert data.mean.dtype == torch.float32
+    torch.testing.assert_close(data.mean, expected.float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_generated_images_are_never_official(name, classes):
+    data = loading.load(name, "generated")
+    assert not data.official
+    assert set(data.checksums) == {"generated"}
+    assert not set(data.checksums.values()) & {md5 for _, md5 in loading.DATASETS[name].train_list}
+    assert data.num_classes == classes
+    assert data.train_images.dtype == data.test_images.dtype == torch.uint8
+    assert data.train_images.shape[1:] == data.test_images.shape[1:] == (3, 32, 32)
+    assert data.train_labels.unique().tolist() == list(range(classes))
+
+
+def test_generating_again_gives_the_same_images_quickly():
+    state = torch.get_rng_state()
+    started = time.process_time()
+    first = loading.generate(10)
+    assert time.process_time() - started < 2
+    assert first.checksums == loading.generate(10).checksums
+    assert first.checksums != loading.generate(10, seed=1).checksums
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_small_network_learns_the_generated_classes():
+    data = loading.generate(10, train=2_000, test=500)
+    generator = torch.Generator().manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(1568, 10),
+    )
+    for parameter in network.parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 1_000_000
+        nn.init.normal_(parameter, std=(2 / fan_in) ** 0.5, generator=generator)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    for epoch in range(2):
+        plan = loading.epoch_plan(0, epoch, 2_000, pad=2, flip=False)
+        for index in range(40):
+            images, labels = loading.train_batch(data, plan, index, batch_size=50, pad=2)
+            optimizer.zero_grad()
+            F.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+    with torch.no_grad():
+        right = network(loading.normalise(data.test_images, data.mean)).argmax(1) == data.test_labels
+    assert right.double().mean() > 0.5  # guessing gives 0.1
+
+
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_the_real_files_are_official(cifar, name, classes):
+    data = loading.load(name, cifar, download=False)
+    source = loading.DATASETS[name]
+    assert data.official
+    assert data.checksums == dict(
+        [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
+    )
+    assert data.train_images.shape == (50_000, 3, 32, 32) and data.test_images.shape == (10_000, 3, 32, 32)
+    assert data.train_labels.bincount().tolist() == [50_000 // classes] * classes
+    assert 0.44 < data.mean.mean() < 0.48

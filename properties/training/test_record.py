@@ -1,0 +1,173 @@
+"""The run record: it comes back as it was written, and a bad one is refused by file and reason, whatever it holds."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memcnn.models.resnet import MODELS
+from memcnn.training import files, record
+from memcnn.training.recipe import PUBLISHED, SMOKE, override
+from memcnn.training.record import BadRecord, RunRecord, load, load_all, run_name
+
+FULL = RunRecord(
+    model="revnet38", dataset="cifar10", seed=0, recipe=PUBLISHED, status="complete", reason=None, iterations=80_000,
+    test_accuracy=92.7, test_loss=0.31, test_iteration=80_000, train_seconds=6660.0, interruptions=2,
+    parameters=573_994, parameter_bytes=2_295_976, peak_bytes=110_000_000, activation_bytes=105_000_000,
+    device={"type": "cpu", "name": "a processor", "count": 1, "threads": 2},
+    software={"memcnn": "2", "python": "3.11", "torch": "2", "torchvision": "0", "cuda": None, "platform": "Linux"},
+    commit="c0ffee", clean=True, data={"official": True, "checksums": {"data_batch_1": "c99cafc1"}}, engine=True,
+)  # fmt: skip
+PARTIAL = replace(FULL, status="partial", reason="interrupted", iterations=700, test_iteration=500)
+FAILED = replace(FULL, status="failed", reason="loss is nan at iteration 812", iterations=811, test_iteration=500)
+STARTED = replace(PARTIAL, reason=None, iterations=3, test_accuracy=None, test_loss=None, test_iteration=None)
+
+
+@pytest.mark.parametrize("written", [FULL, PARTIAL, FAILED, STARTED], ids=["full", "partial", "failed", "started"])
+def test_a_record_comes_back_as_it_was_written(tmp_path, written):
+    path = written.write(tmp_path)
+    assert path == tmp_path / "record.json"
+    assert load(tmp_path) == load(path) == written
+
+
+def test_only_a_complete_published_run_on_official_data_with_the_engine_is_full():
+    assert FULL.is_full
+    assert not PARTIAL.is_full and not FAILED.is_full
+    assert not replace(FULL, data={**FULL.data, "official": False}).is_full
+    assert not replace(FULL, engine=False).is_full
+    for change in ({"pad": 3}, {"test_images": 100}, {"evaluate_every": 100}, {"learning_rate": 0.2}):
+        recipe = replace(PUBLISHED, **change)  # the same name: it is the values that count
+        assert not replace(FULL, recipe=recipe).is_full
+
+
+INCONSISTENT = [
+    ("iterations", {"iterations": 79_999, "test_iteration": 79_500}),
+    ("test_iteration", {"test_iteration": 79_500}),
+    ("test_iteration", {"test_accuracy": None, "test_loss": None, "test_iteration": None}),
+    ("test_accuracy", {"test_accuracy": None}),
+    ("test_accuracy", {"test_accuracy": 100.5}),
+    ("test_loss", {"test_loss": float("nan")}),
+    ("train_seconds", {"train_seconds": -1.0}),
+    ("reason", {"reason": "interrupted"}),
+    ("reason", {"status": "failed"}),
+    ("iterations", {"status": "partial", "iterations": 80_001}),
+    ("test_iteration", {"status": "partial", "iterations": 700}),
+    ("status", {"status": "finished"}),
+    ("model", {"model": "resnet50"}),
+    ("model", {"model": ["resnet32"]}),
+    ("dataset", {"dataset": "mnist"}),
+    ("seed", {"seed": True}),
+    ("clean", {"clean": 1}),
+    ("device", {"device": {"type": "cpu", "name": "a", "count": 1}}),
+    ("device.threads", {"device": {**FULL.device, "threads": "2"}}),
+    ("software", {"software": {**FULL.software, "cuda": 13.0}}),
+    ("data.checksums", {"data": {"official": True, "checksums": {}}}),
+    ("engine", {"engine": None}),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), INCONSISTENT)
+def test_an_inconsistent_record_is_refused_by_field(tmp_path, name, change):
+    with pytest.raises(ValueError, match=f"^{name}: got "):
+        replace(FULL, **change)
+    values = json.loads(FULL.write(tmp_path).read_text())
+    (tmp_path / "record.json").write_text(json.dumps({**values, **change}))
+    with pytest.raises(BadRecord, match=f"record.json: {name}: got "):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 99_999, "[]", "3", '{"schema": 2}', '{"schema": 1}', "\0", "{}"])
+def test_a_file_that_is_no_record_is_refused_by_name(tmp_path, text):
+    path = tmp_path / "record.json"
+    path.write_text(text)
+    with pytest.raises(BadRecord, match="record.json: "):
+        load(path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+paths = st.sampled_from(
+    [(field.name,) for field in fields(RunRecord)]
+    + [("recipe", name) for name in PUBLISHED.to_dict()]
+    + [(name, key) for name in ("device", "software", "data") for key in getattr(FULL, name)]
+)
+
+
+@given(path=paths, value=json_values, remove=st.booleans())
+def test_whatever_a_field_holds_the_record_is_valid_or_refused(tmp_path_factory, path, value, remove):
+    folder = tmp_path_factory.mktemp("run")
+    values = json.loads(FULL.write(folder).read_text())
+    parent = values if len(path) == 1 else values[path[0]]
+    if remove:
+        del parent[path[-1]]
+    else:
+        parent[path[-1]] = value
+    (folder / "record.json").write_text(json.dumps(values))
+    try:
+        found = load(folder)
+    except BadRecord as error:
+        assert str(folder) in str(error)
+    else:
+        found.write(folder)
+        assert load(folder) == found
+
+
+@given(content=st.binary(max_size=40))
+def test_whatever_a_file_holds_nothing_but_bad_record_is_raised(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("run") / "record.json"
+    path.write_bytes(content)
+    with pytest.raises(BadRecord, match="record.json"):
+        load(path)
+
+
+def test_all_records_are_found_and_bad_ones_reported(tmp_path):
+    runs, committed = tmp_path / "runs", tmp_path / "records"
+    names = {"b": FULL, "a": PARTIAL, "a.old-1": FULL, "d": replace(FULL, seed=1)}
+    for name, some in names.items():
+        folder = (committed if name == "d" else runs) / name
+        folder.mkdir(parents=True)
+        some.write(folder)
+    (runs / "broken").mkdir()
+    (runs / "broken" / "record.json").write_text("{")
+    (runs / "just started").mkdir()
+    records, problems = load_all(runs, committed, tmp_path / "missing")
+    assert records == [(committed / "d", names["d"]), (runs / "a", PARTIAL), (runs / "b", FULL)]
+    assert len(problems) == 1 and str(runs / "broken" / "record.json") in problems[0]
+
+
+@given(
+    one=st.tuples(
+        st.sampled_from(list(MODELS)), st.sampled_from(record.DATASETS), st.integers(1, 3), st.integers(0, 3)
+    ),
+    two=st.tuples(
+        st.sampled_from(list(MODELS)), st.sampled_from(record.DATASETS), st.integers(1, 3), st.integers(0, 3)
+    ),
+)
+def test_different_runs_have_different_folders(one, two):
+    def name(model, dataset, iterations, seed):
+        return run_name(model, dataset, override(SMOKE, iterations=iterations), seed)
+
+    assert (name(*one) == name(*two)) == (one == two)
+    assert run_name("revnet38", "cifar10", PUBLISHED, 0) == "revnet38-cifar10-published-s0"
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    FULL.write(tmp_path)
+
+    def crash(*arguments):
+        raise KeyboardInterrupt
+
+    for step in ("fsync", "replace"):
+        monkeypatch.setattr(files.os, step, crash)
+        with pytest.raises(KeyboardInterrupt):
+            PARTIAL.write(tmp_path)
+        assert load(tmp_path) == FULL
+        monkeypatch.undo()
+    PARTIAL.write(tmp_path)
+    assert load(tmp_path) == PARTIAL
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
