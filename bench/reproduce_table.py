@@ -23,6 +23,7 @@ from memcnn.training.recipe import RECIPES
 from memcnn.training.record import DATASETS, BadRecord, RunRecord, load, run_name
 from memcnn.training.trainer import train
 from reports import cells
+from reports.tables import clean
 
 # Those of a kind side by side, the quick ones first.
 MODELS = ("resnet32", "revnet38", "resnet110", "revnet110", "resnet164", "revnet164")
@@ -130,7 +131,7 @@ def train_cells(given: argparse.Namespace, deadline: float | None) -> int:
             stopped = "interrupted"
             break
         except Exception as error:  # whatever ails one cell, the others go on
-            text = f"{type(error).__name__}: {error}"
+            text = clean(f"{type(error).__name__}: {error}")
             print(f"{line}failed: {'as above' if text in failures else text}", flush=True)
             failures.append(text)
             continue

@@ -76,11 +76,12 @@ def results(table: pd.DataFrame, dataset: str) -> pd.DataFrame:
 def cards(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The main table for a narrow screen: by model, a row a source and a column a data set."""
     lines = ("TensorFlow", "PyTorch", OURS, "runs", "95 % interval", "difference", "verdict")
+    tables = {dataset: results(table, dataset) for dataset in DATASETS}
     made = {}
     for place, model in enumerate(MODELS):
         columns = {("", ""): lines}
         for dataset in DATASETS:
-            row = results(table, dataset).iloc[place]
+            row = tables[dataset].iloc[place]
             pairs = [f"{row[group, 'accuracy %']}, {row[group, 'time']}" for group in (TENSORFLOW, PYTORCH)]
             ours = DASH if row[OURS, "runs"] == "0" else f"{row[OURS, 'accuracy %']}, {row[OURS, 'time']}"
             rest = [row[OURS, name] for name in ("runs", "95 % interval", "difference", "verdict")]

@@ -30,8 +30,7 @@ def read_curves(runs: pd.DataFrame) -> tuple[dict[str, pd.DataFrame], list[str]]
         try:
             curve = pd.read_csv(path)[["epoch", "test_accuracy"]].astype(float).dropna()
         except (OSError, ValueError, KeyError) as error:
-            reason = f"no column {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-            problems.append(f"{path}: {reason}")
+            problems.append(f"{path}: {error}")
             continue
         if not (curve["test_accuracy"].between(0, 100) & curve["epoch"].between(0, math.inf, inclusive="left")).all():
             problems.append(f"{path}: an epoch below 0 or an accuracy outside 0 to 100")
@@ -47,13 +46,14 @@ def draw_curves(runs: pd.DataFrame, curves: dict[str, pd.DataFrame]) -> list[tup
         for is_full, word in ((True, "full runs"), (False, "other runs")):
             shown = of_dataset[(of_dataset["full"] == is_full) & of_dataset["folder"].isin(curves)]
             if not shown.empty:
-                pictures.append((f"{LABELS[dataset]}, {word}", _picture(shown, curves)))
+                title = f"{LABELS[dataset]}, {word}"
+                pictures.append((title, _picture(title, shown, curves)))
     return pictures
 
 
-def _picture(runs: pd.DataFrame, curves: dict[str, pd.DataFrame]) -> str:
+def _picture(title: str, runs: pd.DataFrame, curves: dict[str, pd.DataFrame]) -> str:
     ink = {name: _INK for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
-    style = {**ink, "svg.fonttype": "none", "svg.hashsalt": str(runs["folder"].iloc[0]), "font.size": 9.5}
+    style = {**ink, "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9.5}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(5.2, 3.3), layout="constrained")
         axes = figure.add_subplot()
@@ -76,4 +76,6 @@ def _picture(runs: pd.DataFrame, curves: dict[str, pd.DataFrame]) -> str:
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    referred = set(re.findall(r"#([\w.-]+)", svg))  # the other names would be there twice in a page of two pictures
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in referred else "", svg)
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', svg, count=1)

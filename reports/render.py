@@ -30,7 +30,7 @@ def write(report: Report, out: str | Path) -> list[Path]:
         "runs.csv": report.runs.to_csv(index=False, **numbers),
     }
     for name, content in contents.items():
-        write_by_rename(folder / name, content.encode())
+        write_by_rename(folder / name, content.encode(errors="replace"))
     return [folder / name for name in contents]
 
 
@@ -101,8 +101,8 @@ def html(report: Report) -> str:
 
 
 def terminal(report: Report, *, width: int = 120) -> str:
-    """The tables in lines of at most `width` characters (never below 60), with what is missing and how to get it."""
-    width = max(width, 60)
+    """The tables in lines of at most `width` characters (never below 76; the command apart), and what is missing."""
+    width = max(width, 76)
     parts = [_origin(report)]
     wide = [(cells.LABELS[name], text.terminal(cells.results(report.results, name), width)) for name in DATASETS]
     if all(len(line) <= width for _, table in wide for line in table.splitlines()):

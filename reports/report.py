@@ -10,7 +10,7 @@ import pandas as pd
 from memcnn.training.environment import git_state, software_versions
 from memcnn.training.record import load_all
 from reports.figures import draw_curves, read_curves
-from reports.tables import memory_table, results_table, runs_table
+from reports.tables import clean, memory_table, results_table, runs_table
 
 RECORDS = Path(__file__).with_name("records")  # the committed ones
 
@@ -52,7 +52,7 @@ def build(runs: str | Path = "runs", records: str | Path = RECORDS) -> Report:
         memory=memory_table(table),
         runs=table,
         curves=draw_curves(table, curves),
-        problems=[*problems, *wrong],
+        problems=[clean(problem) for problem in [*problems, *wrong]],
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         commit=f"{git['commit'][:10]}{changes}" if git["commit"] else "unknown",
         software=f"{names}, pandas {version('pandas')}",

@@ -26,6 +26,11 @@ def published() -> pd.DataFrame:
     return table.assign(minutes=60 * clock[0] + clock[1])
 
 
+def clean(text: str) -> str:
+    """One line of printable characters, whatever a stranger's file holds."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
 def why_not_full(record: RunRecord) -> list[str]:
     """What keeps a run out of the main table, in words; empty exactly for the runs where `record.is_full`."""
     reasons = []
@@ -131,11 +136,12 @@ def _row(folder: Path, record: RunRecord, reasons: list[str]) -> tuple:
     unit = f"{device['count']} x " if device["count"] > 1 else ""
     threads = f" ({device['threads']} threads)" if device["type"] == "cpu" else ""
     commit = "" if record.commit is None else record.commit[:10] + ("" if record.clean else " with local changes")
+    device = f"{unit}{device['name']}{threads}"
     return (
         str(folder), record.model, record.dataset, record.seed, record.recipe.name, record.recipe.batch_size,
         record.iterations, record.recipe.iterations, record.test_accuracy, record.test_iteration, record.train_seconds,
         record.interruptions, record.parameter_bytes, record.peak_bytes, record.activation_bytes, record.engine,
-        _data(record), f"{unit}{device['name']}{threads}", software["torch"], commit, not reasons, "; ".join(reasons),
+        _data(record), clean(device), clean(software["torch"]), clean(commit), not reasons, clean("; ".join(reasons)),
     )  # fmt: skip
 
 

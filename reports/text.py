@@ -1,6 +1,7 @@
 """A frame of finished text as a Markdown, LaTeX or terminal table.
 
-Each function takes a frame from reports/cells.py, whose columns are (group, name) pairs.
+Each function takes a frame from reports/cells.py, whose columns are (group, name) pairs and whose cells are lines of
+printable characters.
 """
 import re
 import textwrap
@@ -31,21 +32,15 @@ def groups(columns: pd.MultiIndex) -> list[tuple[str, int]]:
     return [(group, len(list(names))) for group, names in groupby(columns, key=lambda column: column[0])]
 
 
-def clean(text: str) -> str:
-    """One line of printable characters: what a stranger's record may put into a terminal or a table row."""
-    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
-
-
 def escape_markdown(text: str) -> str:
     """GitHub shows the result as the text that went in."""
-    text = re.sub(r"([\\`*\[\]|~#])", r"\\\1", clean(text))
+    text = re.sub(r"([\\`*\[\]|~#])", r"\\\1", text)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def escape_latex(text: str) -> str:
     """LaTeX prints the text that went in; letters outside Latin-1 that it may not know become a question mark."""
-    known = lambda letter: letter if ord(letter) < 256 else "?"  # noqa: E731
-    return "".join(_LATEX.get(letter, known(letter)) for letter in clean(text))
+    return "".join(_LATEX.get(letter, letter if ord(letter) < 256 else "?") for letter in text)
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -79,7 +74,7 @@ def latex(frame: pd.DataFrame, *, caption: str, label: str) -> str:
 
 def terminal(frame: pd.DataFrame, width: int) -> str:
     """Columns two blanks apart under their groups; short column names where the long ones exceed `width`."""
-    rows = [[clean(cell) for cell in row] for row in frame.itertuples(index=False)]
+    rows = frame.values.tolist()
     left = [name in LEFT for _, name in frame.columns]
     for names in (dict(), SHORT):
         head = [names.get(name, name) for _, name in frame.columns]
@@ -110,7 +105,7 @@ def run_list(frame: pd.DataFrame, width: int) -> str:
 
 def wrap(line: str, width: int, *, indent: str = "") -> str:
     """The text in lines of at most `width` characters."""
-    return textwrap.fill(clean(line), width, subsequent_indent=indent, break_on_hyphens=False)
+    return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _align(row: list[str], widths: list[int], left: list[bool]) -> list[str]:

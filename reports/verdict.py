@@ -26,7 +26,7 @@ LEAST_RUNS = 3
 WIDEST_POINTS = 2.0  # percentage points, either side of the mean
 ROUNDING_POINTS = 0.005  # published accuracies have two decimals
 
-# Student's t, two-sided 95 %, by degrees of freedom; beyond 30 the last value serves, which is at most 4 % too wide.
+# Student's t, two-sided 95 %, by degrees of freedom; beyond 30 the last value serves, which is at most 4.2 % too wide.
 # Source: NIST/SEMATECH e-Handbook of Statistical Methods, section 1.3.6.7.2.
 T_975 = {
     2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228,

@@ -1,0 +1,222 @@
+import io
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import reports
+from memcnn.training.recipe import SMOKE
+from reports import cells, text
+from reports.render import markdown
+from reports.tables import clean
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "a | b || c\n| d |",
+    "\x1b[31mred\x1b[0m \x07 \r\n",
+    "100% of $x_1^2$ & #1 {\\input{/etc/passwd}} ~ \\",
+    "`code` *bold* _it_ [link](http://x) &amp;",
+    "\ud800 lone surrogate \u202e reversed",
+    "Ünïcödé 漢字 🚀",
+    "",
+)
+hostile_text = st.sampled_from(HOSTILE) | st.text(max_size=30)
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its tags, its links to elsewhere, the text of its cells."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.links, self.cells, self.ids = set(), [], [], []
+        self.inside = False
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        names = dict(attrs)
+        links = ("src", "href", "xlink:href", "action")
+        self.links += [value for name, value in attrs if name in links or "url(" in value]
+        self.ids += [value for name, value in attrs if name == "id"]
+        assert not any(name.startswith("on") for name in names)
+        self.inside = tag in ("td", "th")
+        if self.inside:
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, data):
+        if self.inside:
+            self.cells[-1] += data
+
+
+@pytest.fixture(scope="session")
+def report_with(tmp_path_factory, full, put):
+    """A report whose records say `words` wherever a record takes free text."""
+
+    def make(words, curve=None):
+        root = tmp_path_factory.mktemp("runs")
+        device = {"type": "cpu", "name": words, "count": 1, "threads": 2}
+        software = {"memcnn": words, "python": words, "torch": words, "torchvision": words, "platform": words}
+        put(root, full(device=device, software=software, commit=words, clean=None), curve)
+        put(root, full(seed=1, device=device, status="failed", reason=words, iterations=9, test_iteration=5))
+        put(root, full(recipe=SMOKE, iterations=12, test_iteration=12, device=device, software=software), curve)
+        (root / "spoilt").mkdir()
+        (root / "spoilt" / "record.json").write_bytes(words.encode(errors="replace"))
+        return reports.build(root, root / "none")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def rendered(report_with, tmp_path_factory):
+    """The text of each written file by name, for such a report."""
+
+    def make(words, curve=None):
+        paths = reports.write(report_with(words, curve), tmp_path_factory.mktemp("out"))
+        return {path.name: path.read_text("utf-8") for path in paths}
+
+    return make
+
+
+@pytest.mark.parametrize("words", HOSTILE)
+def test_html_shows_hostile_text_and_runs_none_of_it(rendered, words):
+    page = Page(rendered(words)["table.html"])
+    assert not page.tags & {"script", "img", "iframe", "link", "object", "base"}
+    assert clean(f"failed: {words}" if words else "failed") in page.cells
+    assert clean(f"{words} (2 threads)") in page.cells
+
+
+@given(words=hostile_text)
+def test_cleaned_text_is_one_printable_line_and_stays_as_it_is(words):
+    cleaned = clean(words)
+    assert cleaned.isprintable() and cleaned == cleaned.strip() == clean(cleaned)
+    assert [letter for letter in words if letter.isprintable() and letter != " "] == list(cleaned.replace(" ", ""))
+
+
+CURVE = "epoch,test_accuracy\n" + "".join(f"{epoch},{10 * epoch}\n" for epoch in range(1, 6))
+
+
+def test_html_needs_no_other_file_and_repeats_no_id(rendered):
+    page = Page(rendered("x", CURVE)["table.html"])
+    assert "svg" in page.tags
+    assert all(link.startswith(("#", "url(#")) for link in page.links), page.links
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_curves_are_drawn_apart_for_full_and_other_runs(report_with):
+    titles = [title for title, _ in report_with("x", CURVE).curves]
+    assert titles == ["CIFAR-10, full runs", "CIFAR-10, other runs"]
+
+
+def test_a_curve_has_a_point_for_each_evaluation_in_the_page_s_own_ink(report_with):
+    svg = report_with("x", CURVE).curves[0][1]
+    assert "currentColor" in svg and "#010203" not in svg
+    [line] = re.findall(r'<path d="([^"]*)"[^>]*stroke: #d4720b', svg.replace("\n", " "))[:1]
+    assert len(re.findall("[ML]", line)) == 5
+
+
+def table_blocks(source):
+    return re.findall(r"(?:^\|.*\n)+", source, flags=re.MULTILINE)
+
+
+@given(words=hostile_text)
+@example(words="<script>")
+@example(words="a | b")
+def test_markdown_tables_keep_their_shape_and_let_no_tag_through(report_with, words):
+    source = markdown(report_with(words))
+    assert "<" not in source
+    for block in table_blocks(source):
+        lines = block.splitlines()
+        assert len({len(line) for line in lines}) == 1
+        assert len({len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines}) == 1
+        assert re.fullmatch(r"\|( -+:? \|)+", lines[1])
+
+
+@given(words=hostile_text, width=st.integers(60, 200))
+def test_terminal_lines_fit_and_hold_no_control_character(report_with, words, width):
+    shown = reports.terminal(report_with(words), width=width)
+    lines = [line for line in shown.splitlines() if "bench.reproduce_table" not in line]
+    assert max(map(len, lines)) <= max(width, 76)
+    assert all(letter.isprintable() for line in lines for letter in line)
+
+
+def test_a_wide_terminal_shows_a_table_a_data_set_and_a_narrow_one_a_card_a_model(report_with):
+    report = report_with("x")
+    wide, narrow = reports.terminal(report, width=120), reports.terminal(report, width=80)
+    assert "ResNet-32        92.74   2:04       92.86  1:51       92.70     1" in wide
+    assert narrow.count("TensorFlow  ") == 6 and "TensorFlow         92.74, 2:04" in narrow
+
+
+def unescaped(latex):
+    """LaTeX without its comments and without escaped characters."""
+    return re.sub(r"\\.", "", re.sub(r"(?m)^%.*$", "", latex))
+
+
+@given(words=hostile_text | st.text(st.characters(codec="latin-1"), max_size=20))
+def test_latex_escapes_every_special_character(words):
+    words = "".join(letter for letter in words if letter.isprintable())
+    left = unescaped(re.sub(r"\\text\w+\{\}|\$\\?[\w-]+\$", "", text.escape_latex(words)))
+    assert not set(left) & set('&%$#_{}~^\\<>|"`')
+    assert left.isascii() or all(ord(letter) < 256 for letter in left)
+
+
+def test_latex_tables_are_balanced_and_every_row_has_all_its_cells(rendered):
+    for table in re.findall(r"\\begin\{tabular\}.*?\\end\{tabular\}", rendered("x")["table.tex"], flags=re.DOTALL):
+        columns = len(re.search(r"@\{\}([lr]+)@\{\}", table)[1])
+        for row in re.findall(r"(.*) \\\\", table):
+            spanned = sum(int(width) - 1 for width in re.findall(r"multicolumn\{(\d+)\}", row))
+            assert len(re.findall(r"(?<!\\)&", row)) + spanned == columns - 1
+        assert unescaped(table).count("{") == unescaped(table).count("}")
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs pdflatex: install texlive-latex-recommended")
+def test_latex_compiles_as_its_comment_says(rendered, tmp_path):
+    source = rendered("x")["table.tex"]
+    document = "".join(line[2:] for line in source.splitlines() if line.startswith(("% \\doc", "% \\begin")))
+    (tmp_path / "table.tex").write_text(source)
+    (tmp_path / "main.tex").write_text(document)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout
+
+
+def test_csv_holds_the_numbers_of_the_tables(report_with, tmp_path):
+    report = report_with("x")
+    _, results, _, _, memory, runs = reports.write(report, tmp_path)
+    read = pd.read_csv(results).set_index(["dataset", "model"])
+    pd.testing.assert_frame_equal(read, report.results, check_dtype=False)
+    pd.testing.assert_frame_equal(pd.read_csv(memory).set_index("model"), report.memory, check_dtype=False)
+    assert list(pd.read_csv(io.StringIO(runs.read_text()))["full"]) == [True, False, False]
+
+
+def test_the_command_names_only_what_is_missing(full, tmp_path, put):
+    for seed, accuracy in enumerate((92.8, 92.9, 93.0)):
+        put(tmp_path, full(seed=seed, test_accuracy=accuracy))
+    for model in ("resnet110", "resnet164", "revnet38", "revnet110", "revnet164"):
+        for dataset in ("cifar10", "cifar100"):
+            for seed in range(3):
+                put(tmp_path, full(model=model, dataset=dataset, seed=seed, test_accuracy=50 + seed / 10))
+    shown = reports.terminal(reports.build(tmp_path, tmp_path / "none"))
+    assert "--train --models resnet32 --datasets cifar100 --seeds 0-2" in shown
+    assert "12 cells: 1 reproduced, 10 differ, 1 without enough full runs." in shown
+
+
+def test_the_command_asks_for_more_seeds_where_the_runs_scatter_too_much(full, tmp_path, put):
+    for seed, accuracy in enumerate((90.0, 92.0, 95.0)):
+        put(tmp_path, full(seed=seed, test_accuracy=accuracy))
+    assert "--train --seeds 0-4" in reports.terminal(reports.build(tmp_path, tmp_path / "none"))
+
+
+def test_numbers_are_missing_or_signed_with_a_true_minus():
+    assert cells.number(float("nan"), 2) == "—"
+    assert cells.number(-0.156, 2, sign=True) == "−0.16"
+    assert cells.number(2452.8, 1) == "2,452.8"

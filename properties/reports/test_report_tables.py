@@ -1,0 +1,207 @@
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memcnn.models.resnet import MODELS
+from memcnn.training.recipe import PUBLISHED, SMOKE, override
+from memcnn.training.record import DATASETS, run_name
+from reports import cells
+from reports.tables import memory_table, published, results_table, runs_table, why_not_full
+
+DESIGN = """
+resnet-32  | 92.74, 2:04  | 69.10, 1:58  | 92.86, 1:51 | 69.81, 1:51 | 1.9 238.6
+resnet-110 | 93.99, 4:11  | 73.30, 6:44  | 93.55, 2:51 | 72.40, 2:39 | 6.8 810.7
+resnet-164 | 94.57, 11:05 | 76.79, 10:59 | 94.80, 4:59 | 76.47, 3:45 | 6.8 2452.8
+revnet-38  | 93.14, 2:17  | 71.17, 2:20  | 92.80, 2:09 | 69.90, 2:16 | 2.3 85.6
+revnet-110 | 94.02, 6:59  | 74.00, 7:03  | 94.10, 3:42 | 73.30, 3:50 | 7.3 85.7
+revnet-164 | 94.56, 13:09 | 76.39, 13:12 | 94.90, 7:21 | 76.90, 7:17 | 7.9 432.7
+"""
+
+GENERATED = {"official": False, "checksums": {"generated": "0" * 32}}
+SHORT = override(PUBLISHED, iterations=1500)
+RENAMED = override(PUBLISHED, learning_rate=0.05)
+
+# What makes a run no full run, and the words that the table must have for it.
+BROKEN_OFF = dict(iterations=900, test_iteration=500)
+FLAWS = {
+    "partial": (dict(status="partial", reason="budget exhausted", **BROKEN_OFF), "partial: budget exhausted"),
+    "failed": (dict(status="failed", reason="loss is nan", **BROKEN_OFF), "failed: loss is nan"),
+    "running": (dict(status="partial", **BROKEN_OFF), "partial"),
+    "smoke": (dict(recipe=SMOKE, iterations=12, test_iteration=12), "smoke recipe"),
+    "shortened": (dict(recipe=SHORT, iterations=1500, test_iteration=1500), "iterations 1500 not 80000"),
+    "other rate": (dict(recipe=RENAMED), "learning_rate 0.05 not 0.1"),
+    "generated": (dict(data=GENERATED), "generated"),
+    "engine off": (dict(engine=False), "engine off"),
+}
+
+
+def tables(*records):
+    pairs = [(Path("runs") / run_name(r.model, r.dataset, r.recipe, r.seed), r) for r in records]
+    runs = runs_table(pairs)
+    return runs, results_table(runs)
+
+
+def test_the_published_numbers_are_those_of_the_design():
+    table = published().set_index(["model", "dataset", "implementation"])
+    memory = published().dropna(subset="activations_mib").set_index("model")
+    for line in DESIGN.strip().splitlines():
+        name, *columns, sizes = [word.strip() for word in line.split("|")]
+        model = name.replace("-", "")
+        places = [(model, dataset, made) for made in ("TensorFlow", "PyTorch") for dataset in DATASETS]
+        for place, column in zip(places, columns, strict=True):
+            accuracy, time = column.split(", ")
+            hours, minutes = map(int, time.split(":"))
+            assert table.loc[place, "accuracy_percent"] == float(accuracy)
+            assert table.loc[place, "minutes"] == 60 * hours + minutes
+        found = memory.loc[model, ["parameters_mib", "activations_mib"]]
+        assert [float(value) for value in found] == [float(size) for size in sizes.split()]
+    assert len(table) == 24 + 6
+    assert published()["source"].notna().all()
+
+
+def test_mean_sd_time_and_difference_of_three_runs_are_as_computed_by_hand(full):
+    runs = [full(seed=s, test_accuracy=a, train_seconds=t) for s, a, t in ((0, 92, 3000), (1, 93, 3600), (2, 94, 4800))]
+    row = tables(*runs)[1].loc["cifar10", "resnet32"]
+    assert (row["n"], row["mean_percent"], row["sd_percent"], row["seconds_mean"]) == (3, 93, 1, 3800)
+    assert row["difference_points"] == pytest.approx(0.14)
+    assert row["low_percent"] == pytest.approx(93 - 4.9687, abs=1e-4)
+    assert row["high_percent"] == pytest.approx(93 + 4.9687, abs=1e-4)
+    shown = cells.results(tables(*runs)[1], "cifar10").iloc[0]
+    assert list(shown["this project"]) == ["93.00 ± 1.00", "3", "1:03", "88.03–97.97", "+0.14", "not enough runs"]
+
+
+def test_three_close_runs_near_the_published_value_reproduce_it(full):
+    runs = [full(seed=seed, test_accuracy=value) for seed, value in enumerate((92.7, 92.8, 92.9))]
+    assert tables(*runs)[1].loc[("cifar10", "resnet32"), "verdict"] == "reproduced"
+    runs = [full(seed=seed, test_accuracy=value) for seed, value in enumerate((91.0, 91.1, 91.2))]
+    assert tables(*runs)[1].loc[("cifar10", "resnet32"), "verdict"] == "differs"
+
+
+def test_one_run_shows_no_spread_and_two_no_interval(full):
+    shown = cells.results(tables(full(test_accuracy=92.5))[1], "cifar10").iloc[0]["this project"]
+    assert list(shown) == ["92.50", "1", "1:51", "—", "−0.36", "not enough runs"]
+    shown = cells.results(tables(full(test_accuracy=92), full(seed=1, test_accuracy=93))[1], "cifar10").iloc[0]
+    assert list(shown["this project"]) == ["92.50 ± 0.71", "2", "1:51", "—", "−0.36", "not enough runs"]
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_a_run_that_is_not_full_says_why_and_leaves_the_main_table_empty(full, flaw):
+    changes, words = FLAWS[flaw]
+    runs, results = tables(full(**changes))
+    assert words in runs.loc[0, "why"]
+    assert not runs.loc[0, "full"]
+    assert not results["n"].any()
+    others = cells.other_runs(runs)
+    assert len(others) == 1 and len(cells.full_runs(runs)) == 0
+    assert words in others.iloc[0]["", "why it does not count"]
+
+
+@st.composite
+def drawn_runs(draw):
+    """Changes to a full run, for up to twelve different folders; some keep it full."""
+    made = {}
+    for _ in range(draw(st.integers(0, 12))):
+        flaws = draw(st.lists(st.sampled_from(sorted(FLAWS)), max_size=2, unique=True))
+        changes = dict(
+            model=draw(st.sampled_from(sorted(MODELS))),
+            dataset=draw(st.sampled_from(DATASETS)),
+            seed=draw(st.integers(0, 3)),
+            test_accuracy=draw(st.floats(0, 100)),
+            train_seconds=draw(st.floats(0, 1e5)),
+            commit=draw(st.sampled_from([None, "0" * 40])),
+        )
+        recipe = PUBLISHED
+        for flaw in flaws:
+            if not {"status", "recipe"} & FLAWS[flaw][0].keys() & changes.keys():  # at most one of each
+                changes |= FLAWS[flaw][0]
+                recipe = changes.get("recipe", recipe)
+        changes["iterations"] = min(changes.get("iterations", recipe.iterations), recipe.iterations)
+        if changes.get("status", "complete") == "complete":
+            changes["iterations"] = recipe.iterations
+        changes["test_iteration"] = changes["iterations"]
+        made[run_name(changes["model"], changes["dataset"], recipe, changes["seed"])] = changes
+    return list(made.values())
+
+
+@given(drawn=drawn_runs())
+def test_the_main_table_holds_the_full_runs_and_nothing_else(full, drawn):
+    records = [full(**changes) for changes in drawn]
+    runs, results = tables(*records)
+    assert len(runs) == len(records)
+    for dataset in DATASETS:
+        shown = cells.results(results, dataset)
+        for place, model in enumerate(MODELS):
+            here = [r for r in records if (r.model, r.dataset) == (model, dataset) and r.is_full]
+            row, text = results.loc[dataset, model], shown.iloc[place]["this project"]
+            assert row["n"] == len(here)
+            if here:
+                assert row["mean_percent"] == pytest.approx(sum(r.test_accuracy for r in here) / len(here))
+                assert row["seconds_mean"] == pytest.approx(sum(r.train_seconds for r in here) / len(here))
+            else:
+                assert list(text) == ["—", "0", "—", "—", "—", "not enough runs"]
+                numbers = row.drop(["n", "verdict"]).filter(regex="^(?!tensorflow|pytorch)")
+                assert numbers.isna().all()
+
+
+@given(drawn=drawn_runs())
+def test_a_run_is_full_exactly_when_nothing_speaks_against_it(full, drawn):
+    for changes in drawn:
+        record = full(**changes)
+        assert record.is_full == (not why_not_full(record))
+
+
+@given(drawn=drawn_runs(), random=st.randoms(use_true_random=False))
+def test_the_order_of_the_records_changes_no_table(full, drawn, random):
+    records = [full(**changes) for changes in drawn]
+    runs, results = tables(*records)
+    random.shuffle(records)
+    shuffled, again = tables(*records)
+    pd.testing.assert_frame_equal(runs, shuffled)
+    pd.testing.assert_frame_equal(results, again)
+    pd.testing.assert_frame_equal(memory_table(runs), memory_table(shuffled))
+
+
+def test_a_seed_counts_once_and_the_first_given_counts_whatever_its_accuracy(full):
+    worse, better = full(test_accuracy=80.0), full(test_accuracy=95.0)
+    for first, second in ((worse, better), (better, worse)):
+        runs = runs_table([(Path("records/a"), first), (Path("runs/b"), second)])
+        row = results_table(runs).loc["cifar10", "resnet32"]
+        assert (row["n"], row["mean_percent"]) == (1, first.test_accuracy)
+        assert "seed 0 counts already, from records/a" in list(runs["why"])
+
+
+def test_the_same_record_in_two_places_is_one_run(full):
+    runs = runs_table([(Path("records/a"), full()), (Path("runs/a"), full()), (Path("runs/b"), full(seed=1))])
+    assert list(runs["folder"]) == ["records/a", "runs/b"]
+
+
+def test_runs_on_different_devices_show_their_range_of_times(full):
+    gpu = {"type": "cuda", "name": "GPU", "count": 2, "threads": 1}
+    runs, results = tables(full(), full(seed=1, device=gpu, train_seconds=1800.0), full(seed=2, device=gpu))
+    assert cells.results(results, "cifar10").iloc[0]["this project", "time"] == "0:30–1:51"
+    assert list(runs["device"]) == ["Some Processor (2 threads)", "2 x GPU", "2 x GPU"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.2, "0 s"), (59.4, "59 s"), (59.6, "0:01"), (90, "0:02"), (3599, "1:00"), (6660, "1:51"), (47340, "13:09")],
+)
+def test_a_duration_reads_as_hours_and_minutes(seconds, shown):
+    assert cells.duration(seconds) == shown
+
+
+def test_memory_is_that_of_a_step_at_batch_100_in_mebibytes(full):
+    big, tiny = 2**20 * 240, 2**20 * 30
+    smoke = full(recipe=SMOKE, iterations=12, test_iteration=12, activation_bytes=tiny)
+    partial = full(seed=1, **FLAWS["partial"][0], activation_bytes=big + 2**20, data=GENERATED)
+    plain = full(model="revnet38", engine=False, activation_bytes=big)
+    table = memory_table(tables(smoke, partial, plain, full(activation_bytes=big))[0])
+    assert list(table.loc["resnet32", ["least_mib", "most_mib", "records"]]) == [240, 241, 2]
+    assert table.loc["resnet32", "parameters_mib"] == pytest.approx(1.7811, abs=1e-4)
+    assert table.loc["revnet38", ["least_mib", "most_mib", "devices"]].isna().all()
+    shown = cells.memory(table)["this project"]
+    assert list(shown.iloc[0])[:4] == ["1.8", "240.0–241.0", "101 %", "2"]
+    assert list(shown.iloc[3]) == ["—", "—", "—", "0", "—"]
