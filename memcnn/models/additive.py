@@ -5,6 +5,7 @@ import operator
 from torch import Tensor, nn
 
 from memcnn.models.coupling import Coupling
+from memcnn.models.log_det import constant_log_det
 from memcnn.models.tape import lift, merge, split
 
 __all__ = ["AdditiveCoupling"]
@@ -32,6 +33,16 @@ class AdditiveCoupling(Coupling):
         x2 = subtract(y2, self.Gm, y1)
         x1 = subtract(y1, self.Fm, x2)
         return merge(x1, x2, self.split_dim)
+
+    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y, and log|det dy/dx| of each sample, (N,): 0, since F and G only shift."""
+        self._check_per_sample(x)
+        return self(x), constant_log_det(x)
+
+    def inverse_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x, and log|det dx/dy| of each sample, (N,): 0."""
+        self._check_per_sample(y)
+        return self.inverse(y), constant_log_det(y)
 
 
 def add(a: Tensor, branch: nn.Module, b: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import copy
 import warnings
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Coupling(nn.Module):
@@ -26,3 +26,8 @@ class Coupling(nn.Module):
 
     def extra_repr(self) -> str:
         return f"split_dim={self.split_dim}"
+
+    def _check_per_sample(self, x: Tensor) -> None:
+        if self.split_dim in (0, -x.dim()):
+            raise ValueError(f"a coupling that splits the batch, split_dim={self.split_dim} of an input of shape "
+                             f"{tuple(x.shape)}, has no log-determinant for each sample: choose another split_dim")

@@ -3,10 +3,13 @@
 How it works is told in ``memcnn.models.engine``.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from memcnn.models.additive import AdditiveCoupling
+from memcnn.models.affine import AffineCoupling
 from memcnn.models.coupling import Coupling
 from memcnn.models.tape import call, recording
 
@@ -65,8 +68,9 @@ class ReversibleBlock(InvertibleModuleWrapper):
 
     def __init__(self, Fm: nn.Module, Gm: nn.Module | None = None, coupling: str = "additive", keep_input: bool = False,
                  keep_input_inverse: bool = False, implementation_fwd: int | None = None,
-                 implementation_bwd: int | None = None, split_dim: int = 1, preserve_rng_state: bool = True):
-        super().__init__(create_coupling(Fm, Gm, coupling, implementation_fwd, implementation_bwd, split_dim=split_dim),
+                 implementation_bwd: int | None = None, adapter: Callable[[nn.Module], nn.Module] | None = None,
+                 split_dim: int = 1, preserve_rng_state: bool = True):
+        super().__init__(create_coupling(Fm, Gm, coupling, implementation_fwd, implementation_bwd, adapter, split_dim),
                          keep_input=keep_input, keep_input_inverse=keep_input_inverse,
                          preserve_rng_state=preserve_rng_state)
 
@@ -93,10 +97,15 @@ _REVERSIBLE = (InvertibleModuleWrapper, ReversibleSequential)
 
 def create_coupling(Fm: nn.Module, Gm: nn.Module | None = None, coupling: str = "additive",
                     implementation_fwd: int | None = None, implementation_bwd: int | None = None,
-                    split_dim: int = 1) -> Coupling:
-    """The coupling named ``coupling`` of the modules F and G (G: a copy of F if it is not given)."""
+                    adapter: Callable[[nn.Module], nn.Module] | None = None, split_dim: int = 1) -> Coupling:
+    """The coupling named ``coupling``, 'additive' or 'affine', of the modules F and G (G: a copy of F if not given).
+
+    ``adapter`` is for an affine coupling alone. NotImplementedError for another name.
+    """
+    if coupling == "affine":
+        return AffineCoupling(Fm, Gm, adapter, implementation_fwd, implementation_bwd, split_dim)
     if coupling != "additive":
-        raise ValueError(f"unknown coupling {coupling!r}: choose 'additive'")
+        raise NotImplementedError(f"unknown coupling {coupling!r}: choose 'additive' or 'affine'")
     return AdditiveCoupling(Fm, Gm, implementation_fwd, implementation_bwd, split_dim)
 
 

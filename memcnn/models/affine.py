@@ -1,0 +1,153 @@
+"""The affine coupling of RealNVP (Dinh et al., arXiv:1605.08803) and of Glow (Kingma, Dhariwal, arXiv:1807.03039)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from memcnn.models.coupling import Coupling
+from memcnn.models.log_det import sum_per_sample
+from memcnn.models.tape import lift, merge, split
+
+__all__ = ["AffineAdapterExp", "AffineAdapterNaive", "AffineAdapterSigmoid", "AffineCoupling"]
+
+
+class AffineCoupling(Coupling):
+    """y1 = s1 * x1 + t1 with (s1, t1) = F(x2), y2 = s2 * x2 + t2 with (s2, t2) = G(y1), on the halves of x and y.
+
+    Args:
+        Fm: F, a module that returns a scale and a shift for the other half, or what ``adapter`` makes such a module of.
+        Gm: G, likewise; a deep copy of F if it is not given.
+        adapter: called with F and with G, gives the modules that return scale and shift: one of the adapters below,
+            ``functools.partial(AffineAdapterExp, bound=1.0)``, or a class of your own.
+        split_dim: the dimension along which x and y are halved.
+    """
+
+    def __init__(self, Fm: nn.Module, Gm: nn.Module | None = None,
+                 adapter: Callable[[nn.Module], nn.Module] | None = None, implementation_fwd: int | None = None,
+                 implementation_bwd: int | None = None, split_dim: int = 1):
+        super().__init__(Fm, Gm, implementation_fwd, implementation_bwd, split_dim)
+        if adapter is not None:
+            self.Fm, self.Gm = adapter(self.Fm), adapter(self.Gm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y of the shape of x, whose size along ``split_dim`` must be even."""
+        x1, x2 = split(x, self.split_dim)
+        y1 = lift(x1, self.Fm, x2, scale, unscale)
+        y2 = lift(x2, self.Gm, y1, scale, unscale)
+        return merge(y1, y2, self.split_dim)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """x of the shape of y."""
+        y1, y2 = split(y, self.split_dim)
+        x2 = lift(y2, self.Gm, y1, unscale, scale)
+        x1 = lift(y1, self.Fm, x2, unscale, scale)
+        return merge(x1, x2, self.split_dim)
+
+    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y, and log|det dy/dx| = sum log|s1| + sum log|s2| of each sample, (N,)."""
+        self._check_per_sample(x)
+        x1, x2 = split(x, self.split_dim)
+        y1, log_s1 = lift(x1, self.Fm, x2, scale_log_det, unscale)
+        y2, log_s2 = lift(x2, self.Gm, y1, scale_log_det, unscale)
+        return merge(y1, y2, self.split_dim), log_s1 + log_s2
+
+    def inverse_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x, and log|det dx/dy| of each sample, (N,)."""
+        self._check_per_sample(y)
+        y1, y2 = split(y, self.split_dim)
+        x2, log_s2 = lift(y2, self.Gm, y1, unscale_log_det, scale)
+        x1, log_s1 = lift(y1, self.Fm, x2, unscale_log_det, scale)
+        return merge(x1, x2, self.split_dim), log_s1 + log_s2
+
+
+def scale(a: Tensor, h: tuple[Tensor, Tensor]) -> Tensor:
+    """s * a + t, where (s, t) = h."""
+    s, t = _scale_and_shift(h)
+    return a * s + t
+
+
+def unscale(a: Tensor, h: tuple[Tensor, Tensor]) -> Tensor:
+    """(a - t) / s, where (s, t) = h."""
+    s, t = _scale_and_shift(h)
+    return (a - t) / s
+
+
+def scale_log_det(a: Tensor, h: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """s * a + t, and the sum of log|s| over each sample."""
+    return scale(a, h), sum_per_sample(_log(h[0], a))
+
+
+def unscale_log_det(a: Tensor, h: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(a - t) / s, and the sum of -log|s| over each sample."""
+    return unscale(a, h), sum_per_sample(-_log(h[0], a))
+
+
+def _log(s: Tensor, a: Tensor) -> Tensor:
+    return s.to(a.dtype).abs().log().expand_as(a)
+
+
+def _scale_and_shift(h: object) -> tuple[Tensor, Tensor]:
+    if not isinstance(h, (tuple, list)) or len(h) != 2:  # a tensor could be unpacked too, along its batch
+        got = type(h).__name__ if not isinstance(h, (tuple, list)) else f"{len(h)} values"
+        raise TypeError("F and G of an affine coupling must return a pair (scale, shift): "
+                        f"got {got}; give the coupling an adapter, such as adapter=AffineAdapterNaive")
+    return h
+
+
+class AffineAdapterNaive(nn.Module):
+    """s = exp(h), t = h, where h = f(x) has the shape of x. The scale overflows where h does not fit exp."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.f = module
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        t = self.f(x)
+        return t.exp(), t
+
+
+class AffineAdapterSigmoid(nn.Module):
+    """s = sigmoid(h1 + 2), t = h0, where h0 and h1 take turns in f(x) along the dimension that f has doubled.
+
+    The scale lies between 0 and 1, and at 0.88 where f gives 0, as in Glow.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.f = module
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        t, h = by_turns(self.f(x), x)
+        return torch.sigmoid(h + 2), t
+
+
+class AffineAdapterExp(nn.Module):
+    """log s = bound * tanh(h1 / bound), t = h0, with h0 and h1 as for ``AffineAdapterSigmoid``.
+
+    The scale lies between exp(-bound) and exp(bound), and at 1 where f gives 0: RealNVP's exponential of a hyperbolic
+    tangent, with a fixed bound in the place of a learned one. It neither overflows nor reaches 0.
+    """
+
+    def __init__(self, module: nn.Module, *, bound: float = 2.0):
+        super().__init__()
+        if not bound > 0:
+            raise ValueError(f"bound must be positive, the largest |log s|: got {bound}")
+        self.f = module
+        self.bound = bound
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        t, h = by_turns(self.f(x), x)
+        return (self.bound * torch.tanh(h / self.bound)).exp(), t
+
+    def extra_repr(self) -> str:
+        return f"bound={self.bound}"
+
+
+def by_turns(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The even and the odd entries of h, of the shape of x each, along the one dimension where h is twice as large."""
+    dims = [dim for dim, (got, size) in enumerate(zip(h.shape, x.shape, strict=False)) if got != size]
+    if h.dim() != x.dim() or len(dims) != 1 or h.shape[dims[0]] != 2 * x.shape[dims[0]]:
+        raise ValueError("the adapted module must double one dimension of its input, for a scale and a shift: it gave "
+                         f"shape {tuple(h.shape)} for shape {tuple(x.shape)}; let it put out twice as many channels")
+    return h.unflatten(dims[0], (-1, 2)).unbind(dims[0] + 1)
