@@ -117,13 +117,12 @@ class Step(Link):
     def record(self) -> Iterator[None]:
         """Within this context the forward evaluation leaves handles in place of what autograd saves."""
         versions = [t._version for t in self.inputs]
-        with saved_tensors_hooks(self._pack, self._unpack):
+        with self.replay.first(), saved_tensors_hooks(self._pack, self._unpack):
             yield
         if versions != [t._version for t in self.inputs]:
             raise RuntimeError(f"{self.name} modifies its input in place, so that the block cannot be inverted: make "
                                "its first operation an out-of-place one")
         self.inputs = ()
-        self.replay.close()
 
     @contextmanager
     def collect(self) -> Iterator[None]:

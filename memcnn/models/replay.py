@@ -1,49 +1,61 @@
-"""What a module's second evaluation must see as the first did: random numbers, autocast, modes, buffers."""
+"""What a module's second evaluation must see as the first did: random numbers, autocast, modes, buffers.
 
-from collections.abc import Iterator, Sequence
+And what it must not do again: call somebody's hooks, move a generator, update a buffer.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _NormBase
 
 
 class Replay:
-    """Made just before the first evaluation of ``module`` on ``inputs``, closed just after it.
+    """Made before the first evaluation of ``module`` on ``inputs``, which runs within ``first()``.
 
-    Within the context ``replay()`` a further evaluation gives the same result and leaves the generators and the
-    module's buffers as it found them. It raises where a parameter was modified in place in the meantime.
+    A further evaluation within ``again()`` computes the same and leaves generators, buffers and modes as it found them.
+    RuntimeError if a parameter was modified in place in the meantime.
     """
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor], preserve_rng_state: bool):
         self.modules = [(m, m.training) for m in module.modules()]
         self.versions = [(name, p, p._version) for m, _ in self.modules
                          for name, p in m._parameters.items() if p is not None]
-        self.buffers = {id(b): (b, b._version, None if _ignores_its_buffers(m) else b.clone())
-                        for m, _ in self.modules for b in m._buffers.values() if b is not None}
-        devices = {x.device for x in inputs}
-        self.autocast = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled())
-            for kind in {"cpu", *(d.type for d in devices)} if torch.amp.is_autocast_available(kind)]
-        self.generators = []
-        if preserve_rng_state:
-            self.generators = [(device, _rng_state(device)) for device in {torch.device("cpu"), *devices}
-                               if device.type in ("cpu", "cuda")]
-
-    def close(self) -> None:
-        """Let go of everything that the evaluation did not change."""
-        self.generators = [(device, state) for device, state in self.generators
-                           if not torch.equal(state, _rng_state(device))]
-        self.buffers = {key: (b, version, None if b._version == version else before)
-                        for key, (b, version, before) in self.buffers.items()}
+        self.buffers = [(b, b._version, None if _ignores_its_buffers(m) else b.clone())
+                        for m, _ in self.modules for b in m._buffers.values() if b is not None]
+        devices = {torch.device("cpu"), *(x.device for x in inputs)}
+        self.autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind),
+                          torch.is_autocast_cache_enabled())
+                         for kind in {d.type for d in devices} if torch.amp.is_autocast_available(kind)]
+        self.generators = [(device, _rng_state(device)) for device in devices
+                           if preserve_rng_state and device.type in ("cpu", "cuda")]
+        self.replacing_hooks: list[Callable] = []
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
-        self._check_parameters()
+    def first(self) -> Iterator[None]:
+        """Notes which hooks replace a value, and at the end lets go of all that the evaluation did not change."""
         with ExitStack() as stack:
-            for kind, enabled, dtype, cache in self.autocast:
-                if enabled or torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, dtype, enabled, cache))
+            for hooks, key, hook in self._user_hooks():
+                _substitute(stack, hooks, key, functools.partial(self._noted, hook))
+            yield
+        self.generators = [(device, state) for device, state in self.generators
+                           if not torch.equal(state, _rng_state(device))]
+        self.buffers = [(b, version, before if b._version != version else None) for b, version, before in self.buffers]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        for name, parameter, version in self.versions:
+            if parameter._version != version:
+                raise RuntimeError(
+                    f"the parameter {name!r} of shape {tuple(parameter.shape)} was modified between forward and backward, "
+                    "so that the activations cannot be rebuilt: call backward before the parameters change")
+        with ExitStack() as stack:
+            for kind, *state in self.autocast:
+                if state[1] or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, *state))
             for module, training in self.modules:
                 if module.training != training:
                     stack.callback(setattr, module, "training", module.training)
@@ -51,24 +63,48 @@ class Replay:
             for device, state in self.generators:
                 stack.callback(_set_rng_state, device, _rng_state(device))
                 _set_rng_state(device, state)
-            for buffer, _, before in self.buffers.values():
-                # .data, since values that are put back must not look like a modification to autograd
+            for buffer, _, before in self.buffers:
+                # .data: autograd must not take a value that is put back for a modification
                 stack.callback(buffer.data.copy_, buffer.clone())
                 if before is not None:
                     buffer.data.copy_(before)
+            for hooks, key, hook in self._user_hooks():
+                if not any(hook is other for other in self.replacing_hooks):
+                    _substitute(stack, hooks, key, _silence)
             yield
 
-    def _check_parameters(self) -> None:
-        for name, parameter, version in self.versions:
-            if parameter._version != version:
-                raise RuntimeError(
-                    f"the parameter {name!r} of shape {tuple(parameter.shape)} was modified between forward and backward, "
-                    "so that the activations cannot be rebuilt: call backward before the parameters change")
+    def _user_hooks(self) -> list[tuple[dict, int, Callable]]:
+        """The forward hooks that run with ``module``, except those by which torch itself computes (spectral norm, FSDP)."""
+        registries = [torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks]
+        for module, _ in self.modules:
+            registries += module._forward_pre_hooks, module._forward_hooks
+        return [(hooks, key, hook) for hooks in registries if hooks for key, hook in hooks.items() if not _is_torchs(hook)]
+
+    def _noted(self, hook: Callable, *args, **kwargs):
+        result = hook(*args, **kwargs)
+        if result is not None:
+            self.replacing_hooks.append(hook)
+        return result
 
 
 def _ignores_its_buffers(module: nn.Module) -> bool:
     """Whether the module's output does not depend on its buffers, as for a norm that uses its batch's statistics."""
     return isinstance(module, _NormBase) and module.training
+
+
+def _is_torchs(hook: Callable) -> bool:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return (getattr(hook, "__module__", None) or type(hook).__module__).partition(".")[0] == "torch"
+
+
+def _silence(*_, **__) -> None:
+    """In the place of a hook that only looks on: it has seen the first evaluation."""
+
+
+def _substitute(stack: ExitStack, hooks: dict, key: int, hook: Callable) -> None:
+    stack.callback(hooks.__setitem__, key, hooks[key])
+    hooks[key] = hook
 
 
 def _rng_state(device: torch.device) -> Tensor:

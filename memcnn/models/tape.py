@@ -131,7 +131,7 @@ class Lift(Step):
         target = self.targets[0]()
         a = target.tensor if target is not None else None
         self.inputs = (b,)
-        with self.replay():
+        with self.replay.again():
             with self.collect():
                 h = self.module(b)
             unjoined = self.wanted and self.seen < len(self.handles)
@@ -172,7 +172,7 @@ class Call(Step):
             arguments = list(self.arguments)
             for position, leaf in zip(self.positions, leaves, strict=True):
                 arguments[position] = leaf
-            with self.replay(), self.collect():
+            with self.replay.again(), self.collect():
                 self.run(*arguments, **self.kwargs)
         return values
 
@@ -182,7 +182,7 @@ class Call(Step):
         others = [x for i, x in enumerate(self.arguments) if i not in self.positions]
         if len(outputs) < len(self.arguments):
             outputs += others
-        with self.replay(), torch.no_grad():
+        with self.replay.again(), torch.no_grad():
             inputs = self.undo(*outputs, **self.kwargs)
         inputs = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
         if len(inputs) == len(self.arguments):

@@ -17,7 +17,7 @@ BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 ACTIVATIONS = {"tanh": nn.Tanh, "relu in place": lambda: nn.ReLU(inplace=True), "silu": nn.SiLU, "gelu": nn.GELU,
                "sigmoid": nn.Sigmoid}
 LEAST_STATISTICS = 8
-"""Batch norm divides by a standard deviation; over fewer values than this it may be close to zero."""
+"""A norm divides by a standard deviation; over fewer values than this it may be close to zero, and is left out."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,9 @@ class Branch:
 
     def build(self, shape: Sequence[int]) -> nn.Module:
         channels, dims = shape[1], len(shape) - 2
-        layers = []
-        if self.norm == "batch" and torch.Size(shape).numel() // channels >= LEAST_STATISTICS:
-            layers.append(BATCH_NORMS[dims](channels))
-        elif self.norm is not None:
-            layers.append(nn.GroupNorm(1, channels))
+        norms = {"batch": (BATCH_NORMS[dims](channels), channels), "group": (nn.GroupNorm(1, channels), shape[0])}
+        norm, statistics = norms.get(self.norm, (None, 1))
+        layers = [norm] if norm and torch.Size(shape).numel() // statistics >= LEAST_STATISTICS else []
         layers.append(CONVOLUTIONS[dims](channels, channels, self.kernel, padding=self.kernel // 2))
         if self.activation is not None:
             layers.append(ACTIVATIONS[self.activation]())
