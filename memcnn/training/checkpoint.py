@@ -34,7 +34,11 @@ def load(folder: Path, identity: dict, *, device: torch.device) -> dict | None:
         content = torch.load(path, map_location=device, weights_only=True)
         found, state = content["identity"], content["state"]
     except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise BadCheckpoint(f"{path} cannot be read ({error}). --fresh moves it aside and begins anew.") from error
+        # torch's own message advises to load it without the protection of weights_only
+        raise BadCheckpoint(
+            f"{path} cannot be read, it is damaged or no checkpoint ({type(error).__name__}). "
+            "--fresh moves it aside and begins anew."
+        ) from error
     refuse_other_run(path, found, identity)
     return state
 

@@ -95,7 +95,7 @@ class Run:
         self.writer = SummaryWriter(
             str(self.folder / "tensorboard"),
             purge_step=self.iteration + 1,  # TensorBoard drops what a run that was killed wrote after its checkpoint
-            filename_suffix=f".from-{self.iteration}",
+            filename_suffix=f".{time.time_ns()}",  # else a run taken up within the same second overwrites the file
         )
         if self.interruptions:
             self.progress.say(f"Going on from iteration {self.iteration} in {self.folder}")

@@ -1,0 +1,56 @@
+"""What the tests of training share: a run that takes milliseconds, and ways to look at what it left."""
+
+import csv
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from memcnn import data as cifar_data
+from memcnn.training.recipe import SMOKE, override
+from memcnn.training.record import RunRecord, run_name
+from memcnn.training.trainer import train
+
+DATA = cifar_data.generate(10, train=40, test=50)
+# five iterations an epoch; evaluations after 5, 10 and 12 iterations, in three parts; a milestone inside an epoch
+RECIPE = override(SMOKE, batch_size=8, iterations=12, milestones=(7, 11), evaluate_every=5, test_images=45)
+NAME = run_name("resnet32", "cifar10", RECIPE, 0)
+
+
+def tiny(num_classes: int = 10, *, disable: bool = False) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 4, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, num_classes)
+    )
+
+
+class Slow(nn.Module):
+    """The tiny network, in 50 ms in training and as long as it is told in evaluation."""
+
+    def __init__(self, evaluation_seconds: float = 0.0) -> None:
+        super().__init__()
+        self.inner, self.evaluation_seconds = tiny(), evaluation_seconds
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.05 if self.training else self.evaluation_seconds)
+        return self.inner(images)
+
+
+def run(runs: Path, **options) -> RunRecord:
+    """The tiny run, with other options of `train` where given."""
+    defaults = {"recipe": RECIPE, "data": "generated", "progress": False}
+    return train("resnet32", "cifar10", **{**defaults, **options}, runs=runs)
+
+
+def checkpoint_of(folder: Path) -> dict:
+    """The state in a run's checkpoint."""
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["state"]
+
+
+def curve_of(folder: Path) -> list[dict]:
+    with open(folder / "curve.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without(values: dict, *names: str) -> dict:
+    return {name: value for name, value in values.items() if name not in names}

@@ -1,0 +1,121 @@
+"""What a run refuses: bad arguments, and a folder that holds, or is held by, another run."""
+
+import pytest
+import torch
+
+from memcnn.training import checkpoint
+from memcnn.training.checkpoint import BadCheckpoint
+from memcnn.training.files import FolderBusy, locked
+from memcnn.training.recipe import override
+from memcnn.training.trainer import BadArgument, train
+from properties.training.runs import NAME, RECIPE, checkpoint_of, run
+
+pytestmark = pytest.mark.usefixtures("tiny_runs")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "seed: got -1"),
+        ({"seed": 2**63}, "seed: got"),
+        ({"device": "tpu"}, "device: got 'tpu', but this PyTorch sees only cpu"),
+        ({"recipe": override(RECIPE, batch_size=41)}, "batch_size: got 41, but there are only 40"),
+        ({"recipe": override(RECIPE, test_images=51)}, "test_images: got 51, but there are only 50"),
+    ],
+)
+def test_a_bad_argument_is_refused_before_anything_is_written(tmp_path, options, message):
+    with pytest.raises(BadArgument, match=message):
+        run(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_model_or_data_set_is_refused_with_the_choices(tmp_path):
+    with pytest.raises(BadArgument, match="'resnet50': choose one of resnet32, "):
+        train("resnet50", "cifar10", recipe=RECIPE, data="generated", runs=tmp_path)
+    with pytest.raises(BadArgument, match="'mnist': choose one of cifar10, cifar100"):
+        train("resnet32", "mnist", recipe=RECIPE, data="generated", runs=tmp_path)
+
+
+def another_run(runs, name):
+    """A folder of the tiny run's name, with the files of another run in it; what the refusal must say."""
+    if name == "seed":
+        run(runs, seed=1)
+        (runs / NAME.replace("s0", "s1")).rename(runs / NAME)
+        return "seed is 1 there, 0 here"
+    if name == "engine":
+        run(runs, disable=True)
+        return "engine is False there, True here"
+    changed = override(RECIPE, weight_decay=0.5)
+    run(runs, recipe=changed)
+    (runs / NAME.replace(RECIPE.name, changed.name)).rename(runs / NAME)
+    return "recipe is .*'weight_decay': 0.5.* there, .*'weight_decay': 0.0002.* here"
+
+
+@pytest.mark.parametrize("name", ["seed", "engine", "recipe"])
+@pytest.mark.parametrize("finished", [True, False], ids=["record", "checkpoint"])
+def test_another_runs_folder_is_refused_by_what_differs(tmp_path, name, finished):
+    message = another_run(tmp_path, name)
+    if not finished:
+        (tmp_path / NAME / "record.json").unlink()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(BadCheckpoint, match=f"{NAME.replace('+', '.')}.*{message}.*--fresh"):
+        run(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_on_other_generated_images_is_refused(tmp_path):
+    run(tmp_path)
+    (tmp_path / NAME / "record.json").unlink()
+    content = torch.load(tmp_path / NAME / "checkpoint.pt", weights_only=True)
+    content["identity"]["MD5 of generated images"] = None
+    content["identity"]["official data"] = True
+    torch.save(content, tmp_path / NAME / "checkpoint.pt")
+    with pytest.raises(BadCheckpoint, match="official data is True there, False here"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half of one"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, content):
+    run(tmp_path)
+    (tmp_path / NAME / "record.json").unlink()
+    (tmp_path / NAME / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(BadCheckpoint, match="checkpoint.pt cannot be read, .*--fresh"):
+        run(tmp_path)
+    assert run(tmp_path, fresh=True).status == "complete"
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return open, (str(tmp_path / "harm"), "w")
+
+    run(tmp_path)
+    (tmp_path / NAME / "record.json").unlink()
+    torch.save({"identity": {}, "state": Harmful()}, tmp_path / NAME / "checkpoint.pt")
+    with pytest.raises(BadCheckpoint, match="cannot be read"):
+        run(tmp_path)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    run(tmp_path)
+    folder = tmp_path / NAME
+    before = (folder / "checkpoint.pt").read_bytes()
+
+    def crash(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(folder, {}, {"iteration": 99})
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert checkpoint_of(folder)["iteration"] == 12
+
+
+def test_a_folder_in_use_is_refused_and_not_moved(tmp_path):
+    with locked(tmp_path / NAME):
+        for fresh in (False, True):
+            with pytest.raises(FolderBusy, match=NAME.replace("+", ".")):
+                run(tmp_path, fresh=fresh)
+        assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    assert run(tmp_path).status == "complete"

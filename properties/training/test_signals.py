@@ -1,0 +1,83 @@
+"""Real signals to a real process that trains a RevNet."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import memcnn
+from memcnn.training.recipe import SMOKE, override
+from memcnn.training.record import load, run_name
+from memcnn.training.trainer import train
+from properties.training.runs import checkpoint_of, curve_of, without
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX; run on Linux or macOS")
+PACKAGE = Path(memcnn.__file__).resolve().parent
+RECIPE = override(SMOKE, batch_size=4, iterations=24, milestones=(10, 20), evaluate_every=4, test_images=20)
+WORDS = """revnet38 cifar10 --recipe smoke --batch-size 4 --iterations 24 --milestones 10,20 --evaluate-every 4
+    --test-images 20 --data generated --threads 1""".split()
+NAME = run_name("revnet38", "cifar10", RECIPE, 0)
+
+
+def process(*arguments: str, cwd: Path = PACKAGE.parent) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_sigterm_and_the_same_command_again_give_the_same_bits(tmp_path):
+    """A RevNet in a process of its own, as a script in its own folder and then as a module."""
+    first = process("train.py", *WORDS, "--runs", str(tmp_path / "stopped"), cwd=PACKAGE)
+    record = tmp_path / "stopped" / NAME / "record.json"
+    while not record.exists():  # the first evaluation
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.01)
+    first.send_signal(signal.SIGTERM)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 3, err
+    assert "(interrupted); go on with: " in out and "Traceback" not in err
+    stopped = load(record)
+    assert stopped.reason == "interrupted" and 4 <= stopped.iterations < 24
+
+    second = process("-m", "memcnn.train", *WORDS, "--runs", str(tmp_path / "stopped"))
+    out, err = second.communicate(timeout=120)
+    assert second.returncode == 0, err
+    assert f"Going on from iteration {stopped.iterations} " in err
+
+    whole = train("revnet38", "cifar10", recipe=RECIPE, data="generated", runs=tmp_path / "whole", progress=False)
+    resumed = load(record)
+    of_the_session = ("train_seconds", "interruptions", "commit", "clean")
+    assert resumed.interruptions == 1
+    assert without(vars(resumed), *of_the_session) == without(vars(whole), *of_the_session)
+    state, expected = checkpoint_of(tmp_path / "stopped" / NAME), checkpoint_of(tmp_path / "whole" / NAME)
+    torch.testing.assert_close(state["model"], expected["model"], rtol=0, atol=0)
+    torch.testing.assert_close(state["optimizer"], expected["optimizer"], rtol=0, atol=0)
+    rows, expected_rows = curve_of(tmp_path / "stopped" / NAME), curve_of(tmp_path / "whole" / NAME)
+    assert [without(row, "train_seconds") for row in rows] == [without(row, "train_seconds") for row in expected_rows]
+
+
+def test_a_second_interrupt_kills_at_once():
+    program = """if True:
+        import time
+        from memcnn.training.stopping import Stop
+        with Stop() as stop:
+            print("ready", flush=True)
+            while not stop.reason(needed_seconds=0):
+                time.sleep(0.01)
+            print("asked to stop", flush=True)
+            time.sleep(60)
+    """
+    running = process("-c", program)
+    assert running.stdout.readline() == "ready\n"
+    running.send_signal(signal.SIGINT)
+    assert running.stdout.readline() == "asked to stop\n"
+    running.send_signal(signal.SIGINT)
+    assert running.wait(timeout=10) == -signal.SIGINT
+    assert "Ctrl-C again stops at once" in running.stderr.read()
+    running.stdout.close()
+    running.stderr.close()
