@@ -44,14 +44,13 @@ class Replay:
         self.generators = [(device, state) for device, state in self.generators
                            if not torch.equal(state, _rng_state(device))]
         self.buffers = [(b, version, before if b._version != version else None) for b, version, before in self.buffers]
+        self.sets_parameters = any(p._version != version for _, p, version in self.versions)
+        if self.sets_parameters:  # as a layer does that initialises itself in its first forward pass
+            self.versions = [(name, p, p._version) for name, p, _ in self.versions]
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        for name, parameter, version in self.versions:
-            if parameter._version != version:
-                raise RuntimeError(
-                    f"the parameter {name!r} of shape {tuple(parameter.shape)} was modified between forward and backward, "
-                    "so that the activations cannot be rebuilt: call backward before the parameters change")
+        self._check_parameters("between forward and backward", "call backward before the parameters change")
         with ExitStack() as stack:
             for kind, *state in self.autocast:
                 if state[1] or torch.is_autocast_enabled(kind):
@@ -72,6 +71,14 @@ class Replay:
                 if not any(hook is other for other in self.replacing_hooks):
                     _substitute(stack, hooks, key, _silence)
             yield
+        if self.sets_parameters:
+            self._check_parameters("by its module's every forward pass", "modify it outside of forward, or just once")
+
+    def _check_parameters(self, when: str, fix: str) -> None:
+        for name, parameter, version in self.versions:
+            if parameter._version != version:
+                raise RuntimeError(f"the parameter {name!r} of shape {tuple(parameter.shape)} was modified {when}, so "
+                                   f"that the activations cannot be rebuilt: {fix}")
 
     def _user_hooks(self) -> list[tuple[dict, int, Callable]]:
         """The forward hooks that run with ``module``, except those by which torch itself computes (spectral norm, FSDP)."""

@@ -32,8 +32,11 @@ def split(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return x1, x2
 
 
-def lift(a: Tensor, branch: nn.Module, b: Tensor, join: Callable, part: Callable) -> Tensor:
-    """join(a, branch(b)), where ``part(join(a, h), h)`` gives back a. The result has the shape of a."""
+def lift(a: Tensor, branch: nn.Module, b: Tensor, join: Callable, part: Callable) -> Tensor | tuple[Tensor, ...]:
+    """out = join(a, branch(b)) of the shape of a, where ``part(out, h)`` gives back a if h = branch(b).
+
+    join may return a tuple of out and of further values of which nothing is rebuilt; so does lift then.
+    """
     tape = _tape()
     return join(a, branch(dense(b))) if tape is None else tape.lift(a, branch, b, join, part)
 
@@ -54,12 +57,12 @@ def recording(*, preserve_rng_state: bool = True, keep_input: bool = False) -> I
 
 
 def call(run: Callable, undo: Callable, module: nn.Module, inputs: Sequence, kwargs: dict, *,
-         preserve_rng_state: bool = True, keep_input: bool = False):
+         preserve_rng_state: bool = True, keep_input: bool = False, log_det: bool = False):
     """run(*inputs, **kwargs) recorded as one step, where undo(*outputs, **kwargs) gives back the inputs.
 
     Streams, that is floating-point and complex tensors among the positional inputs, are rebuilt; other arguments are
     kept. Where ``run`` returns fewer values than it takes, the inputs that are no streams are handed to ``undo`` after
-    them.
+    them. With ``log_det``, run returns (outputs, log_det), and undo takes the outputs alone.
     """
     tape = Tape(preserve_rng_state=preserve_rng_state, keep_input=keep_input)
     cells = [_whole(x) or Cell(x) for x in inputs if is_stream(x)]
@@ -67,7 +70,7 @@ def call(run: Callable, undo: Callable, module: nn.Module, inputs: Sequence, kwa
     step = Call(run, undo, module, inputs, kwargs, cells, tape.options)
     with _use(None), step.record():
         result = run(*inputs, **kwargs)
-    step.finish(result)
+    step.finish(result[0] if log_det else result)
     return result
 
 
@@ -97,16 +100,17 @@ class Tape:
                 Rearrange([whole], cells, lambda values: [torch.cat(values, dim)])
         self.cells.update((id(half), (half, cell)) for half, cell in zip(halves, cells, strict=True))
 
-    def lift(self, a: Tensor, branch: nn.Module, b: Tensor, join: Callable, part: Callable) -> Tensor:
+    def lift(self, a: Tensor, branch: nn.Module, b: Tensor, join: Callable, part: Callable):
         source, b = self.cell(b), dense(b)
         step = Lift(branch, a, self.cell(a), b, join, part, self.options)
         with _use(None), step.record():
-            out = join(a, branch(b))
+            result = join(a, branch(b))
+        out = result[0] if isinstance(result, tuple) else result
         if out.shape != a.shape or out.dtype != a.dtype:
             raise ValueError(f"{step.name} does not fit its coupling: the half that it changes is {a.dtype} of shape "
                              f"{tuple(a.shape)} and would become {out.dtype} of shape {tuple(out.shape)}")
         step.sources = self.cell(out), source
-        return out
+        return result
 
     def merge(self, halves: Sequence[Tensor], y: Tensor, dim: int) -> None:
         cells = [self.cell(half) for half in halves]
