@@ -4,10 +4,17 @@ from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.affine import AffineAdapterExp, AffineAdapterNaive, AffineAdapterSigmoid, AffineCoupling
 from memcnn.models.flows import ActNorm, InvertibleConv1x1
 from memcnn.models.rearrange import ChannelPermutation, DepthToSpace, SpaceToDepth
-from memcnn.models.revop import InvertibleModuleWrapper, ReversibleBlock, ReversibleSequential, create_coupling
+from memcnn.models.revop import (
+    InvertibleModuleWrapper,
+    ReversibleBlock,
+    ReversibleSequential,
+    create_coupling,
+    is_invertible_module,
+)
 
 __version__ = "2.0.0.dev0"
 
 __all__ = ["ActNorm", "AdditiveCoupling", "AffineAdapterExp", "AffineAdapterNaive", "AffineAdapterSigmoid",
            "AffineCoupling", "ChannelPermutation", "DepthToSpace", "InvertibleConv1x1", "InvertibleModuleWrapper",
-           "ReversibleBlock", "ReversibleSequential", "SpaceToDepth", "__version__", "create_coupling"]
+           "ReversibleBlock", "ReversibleSequential", "SpaceToDepth", "__version__", "create_coupling",
+           "is_invertible_module"]

@@ -1,4 +1,4 @@
-"""Running a program on a reversible module and on its twin, which shares nothing but its values and stores everything."""
+"""Running a program on a reversible module and on its twin, which has the same values and stores everything."""
 
 import copy
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class Outcome:
 
 
 def run(module: nn.Module, program: Callable[..., object], inputs: list[Tensor], seed: int = 0) -> Outcome:
-    """``program(module, *inputs)`` on fresh leaf copies of the inputs; it differentiates, and returns tensors or None."""
+    """``program(module, *inputs)`` on leaf copies of the inputs; it differentiates, and returns tensors or None."""
     leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.requires_grad) for x in inputs]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -50,7 +50,8 @@ def assert_same(actual: Outcome, expected: Outcome, *, limit: float) -> None:
     """Same results, gradients, buffers and generator state, tensors up to the relative error ``limit``."""
     assert len(actual.results) == len(expected.results)
     assert actual.gradients.keys() == expected.gradients.keys()
-    _assert_close({f"result {i}": pair for i, pair in enumerate(zip(actual.results, expected.results, strict=True))}, limit)
+    results = zip(actual.results, expected.results, strict=True)
+    _assert_close({f"result {i}": pair for i, pair in enumerate(results)}, limit)
     _assert_close({f"gradient of {name}": (actual.gradients[name], wanted)
                    for name, wanted in expected.gradients.items()}, limit)
     for name, wanted in expected.buffers.items():

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from memcnn.models.replay import Replay
+from memcnn.testing.tolerances import relative_error
 
 
 class Cell:
@@ -75,11 +76,16 @@ class Link:
         """The targets' values from the sources' values; None for a target that nobody holds any more."""
         raise NotImplementedError
 
+    def check(self, values: Sequence[Tensor | None]) -> None:
+        """RuntimeError if ``values`` are known to be wrong."""
+
     def rebuild(self, keep_graph: bool) -> None:
         """Give the targets their values: for good, or for a while in this pass if the graph is kept for another."""
         if keep_graph:
             _open_link()
-        for target, value in zip(self.targets, self.recompute(), strict=True):
+        values = self.recompute()
+        self.check(values)
+        for target, value in zip(self.targets, values, strict=True):
             if (cell := target()) is not None and cell.tensor is None:
                 cell.store(value)
                 if keep_graph:
@@ -102,10 +108,18 @@ class Rearrange(Link):
 
 
 class Step(Link):
-    """One recorded evaluation of ``module`` on ``inputs``, which are dense. A subclass says how to recompute it."""
+    """One recorded evaluation of ``module`` on ``inputs``, which are dense. A subclass says how to recompute it.
+
+    Args:
+        keep_input: leave the targets' tensors stored.
+        preserve_rng_state: give the recomputation the random numbers of the forward evaluation.
+        check_inverse: the largest relative error that the rebuilt targets may have, which are stored for that.
+    """
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor], targets: Sequence[Cell], *,
-                 keep_input: bool, preserve_rng_state: bool):
+                 keep_input: bool = False, preserve_rng_state: bool = True, check_inverse: float | None = None):
+        self.check_inverse = check_inverse
+        self.expected = [cell.tensor for cell in targets] if check_inverse is not None and not keep_input else []
         super().__init__(targets, keep=keep_input)
         self.module, self.inputs = module, inputs
         self.handles: list[weakref.ref[Handle]] = []
@@ -123,6 +137,15 @@ class Step(Link):
             raise RuntimeError(f"{self.name} modifies its input in place, so that the block cannot be inverted: make "
                                "its first operation an out-of-place one")
         self.inputs = ()
+
+    def check(self, values: Sequence[Tensor | None]) -> None:
+        for got, wanted in zip(values, self.expected, strict=False):
+            error = 0.0 if wanted is None else relative_error(got, wanted)
+            if not error <= self.check_inverse:
+                raise RuntimeError(
+                    f"{self.name} is not inverted: its input of shape {tuple(wanted.shape)} is rebuilt with a relative "
+                    f"error of {error:.1e}, more than check_inverse={self.check_inverse:.1e}, and gradients would be as "
+                    "wrong; mend its inverse, or use keep_input=True, which needs none")
 
     @contextmanager
     def collect(self) -> Iterator[None]:

@@ -33,6 +33,7 @@ class Replay:
         self.generators = [(device, _rng_state(device)) for device in devices
                            if preserve_rng_state and device.type in ("cpu", "cuda")]
         self.replacing_hooks: list[Callable] = []
+        self.sets_parameters = False
 
     @contextmanager
     def first(self) -> Iterator[None]:

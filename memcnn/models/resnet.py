@@ -48,7 +48,8 @@ bottleneck_branch.expansion = 4
 class ResidualUnit(nn.Module):
     """y = shortcut(x) + branch(x), for a unit that strides or changes its width: shortcut = conv1x1(stride), BN."""
 
-    def __init__(self, branch: Callable[..., nn.Module], in_channels: int, out_channels: int, stride: int, activate: bool):
+    def __init__(self, branch: Callable[..., nn.Module], in_channels: int, out_channels: int, stride: int,
+                 activate: bool):
         super().__init__()
         self.branch = branch(in_channels, out_channels, stride, activate=activate)
         self.shortcut = nn.Identity()

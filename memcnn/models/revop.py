@@ -3,7 +3,9 @@
 How it works is told in ``memcnn.models.engine``.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +13,11 @@ from torch import Tensor, nn
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.affine import AffineCoupling
 from memcnn.models.coupling import Coupling
-from memcnn.models.tape import call, recording
+from memcnn.models.replay import Replay
+from memcnn.models.tape import call, is_storing, recording, storing
 
-__all__ = ["InvertibleModuleWrapper", "ReversibleBlock", "ReversibleSequential", "create_coupling"]
+__all__ = ["InvertibleModuleWrapper", "ReversibleBlock", "ReversibleSequential", "create_coupling",
+           "is_invertible_module"]
 
 
 class InvertibleModuleWrapper(nn.Module):
@@ -30,10 +34,13 @@ class InvertibleModuleWrapper(nn.Module):
         num_bwd_passes: accepted for compatibility; a retained graph may be differentiated any number of times.
         disable: run ``fn`` under ordinary autograd, which stores every activation. May be switched at any time.
         preserve_rng_state: replay the random numbers of the forward pass (dropout) in the recomputation.
+        check_inverse: a relative error, such as 1e-4. Inputs are then stored after all, to be compared with what backward
+            rebuilds: a larger difference, of this block or accumulated behind it, is a RuntimeError.
     """
 
     def __init__(self, fn: nn.Module, keep_input: bool = False, keep_input_inverse: bool = False,
-                 num_bwd_passes: int = 1, disable: bool = False, preserve_rng_state: bool = True):
+                 num_bwd_passes: int = 1, disable: bool = False, preserve_rng_state: bool = True, *,
+                 check_inverse: float | None = None):
         super().__init__()
         if not isinstance(fn, nn.Module) or not callable(getattr(fn, "inverse", None)):
             raise TypeError(f"fn must be an nn.Module with forward and inverse: got {type(fn).__name__}; give it an "
@@ -43,6 +50,7 @@ class InvertibleModuleWrapper(nn.Module):
         self.keep_input_inverse = keep_input_inverse
         self.num_bwd_passes = num_bwd_passes
         self.preserve_rng_state = preserve_rng_state
+        self.check_inverse = check_inverse
         self._fn = fn
 
     def forward(self, *xin, **kwargs):
@@ -56,11 +64,12 @@ class InvertibleModuleWrapper(nn.Module):
     def _run(self, run, undo, inputs, kwargs, keep_input):
         if self.disable or not _is_recorded(self._fn, inputs):
             return run(*inputs, **kwargs)
+        options = {"preserve_rng_state": self.preserve_rng_state, "keep_input": keep_input,
+                   "check_inverse": self.check_inverse}
         if isinstance(self._fn, Coupling):
-            with recording(preserve_rng_state=self.preserve_rng_state, keep_input=keep_input):
+            with recording(**options):
                 return run(*inputs, **kwargs)
-        return call(run, undo, self._fn, inputs, kwargs,
-                    preserve_rng_state=self.preserve_rng_state, keep_input=keep_input)
+        return call(run, undo, self._fn, inputs, kwargs, **options)
 
 
 class ReversibleBlock(InvertibleModuleWrapper):
@@ -80,16 +89,32 @@ class ReversibleSequential(nn.Sequential):
 
     Args:
         *modules: couplings, wrapped blocks, or any modules with ``forward`` and ``inverse`` that map one tensor to one.
+        keep_every: let every ``keep_every``-th block, counted from the end, store its activations, so that backward need
+            not recompute it: 1 is ordinary autograd, 2 recomputes half of the blocks, None all of them.
     """
 
-    def __init__(self, *modules: nn.Module):
+    def __init__(self, *modules: nn.Module, keep_every: int | None = None):
         super().__init__(*(m if isinstance(m, _REVERSIBLE) else InvertibleModuleWrapper(m) for m in modules))
+        if keep_every is not None and (not isinstance(keep_every, int) or keep_every < 1):
+            raise ValueError(f"keep_every must be None or a whole number of at least 1: got {keep_every!r}")
+        self.keep_every = keep_every
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y of the shape that the modules give it."""
+        for i, module in enumerate(self):
+            with self._storage(len(self) - 1 - i):
+                x = module(x)
+        return x
 
     def inverse(self, y: Tensor) -> Tensor:
         """x with ``self(x) = y``, differentiable with the same savings."""
-        for module in reversed(self):
-            y = module.inverse(y)
+        for i, module in enumerate(reversed(self)):
+            with self._storage(len(self) - 1 - i):
+                y = module.inverse(y)
         return y
+
+    def _storage(self, distance_to_end: int) -> AbstractContextManager:
+        return storing() if self.keep_every and distance_to_end % self.keep_every == 0 else nullcontext()
 
 
 _REVERSIBLE = (InvertibleModuleWrapper, ReversibleSequential)
@@ -109,7 +134,52 @@ def create_coupling(Fm: nn.Module, Gm: nn.Module | None = None, coupling: str = 
     return AdditiveCoupling(Fm, Gm, implementation_fwd, implementation_bwd, split_dim)
 
 
+def is_invertible_module(module_in: nn.Module, test_input_shape: Sequence, test_input_dtype: torch.dtype = torch.float32,
+                         atol: float = 1e-6, random_seed: int = 42, *, device: torch.device | str = "cpu") -> bool:
+    """Whether inverse(forward(x)) = x and forward(inverse(y)) = y for a random x, and y = forward(x).
+
+    Random numbers, buffers and generators are as before the call when it returns.
+
+    Args:
+        module_in: the module, wrapped or not.
+        test_input_shape: the shape of x, or a sequence of shapes for a module of several inputs.
+        test_input_dtype: their dtype; their values are uniform in [0, 1).
+        atol: the largest absolute error, beside the relative one of ``torch.allclose``.
+        random_seed: which values.
+        device: where they lie; that of the module.
+    """
+    fn = module_in._fn if isinstance(module_in, InvertibleModuleWrapper) else module_in
+    if not hasattr(fn, "inverse"):
+        return False
+    generator = torch.Generator().manual_seed(random_seed)
+    inputs = [torch.rand(shape, generator=generator, dtype=test_input_dtype).to(device)
+              for shape in _shapes(test_input_shape)]
+    replay = Replay(fn, inputs, preserve_rng_state=True)
+
+    @torch.no_grad()
+    def evaluated(function: Callable, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        with replay.again():
+            result = function(*values)
+        return result if isinstance(result, tuple) else (result,)
+
+    outputs = evaluated(fn, inputs)
+    if any(x is y for x in inputs for y in outputs):
+        warnings.warn("an output of the module is its input itself, as of an identity function: wrapping it saves "
+                      "nothing", stacklevel=2)
+    return all(torch.allclose(got, wanted, atol=atol) for values, there, back in
+               ((inputs, fn, fn.inverse), (outputs, fn.inverse, fn))
+               for got, wanted in zip(evaluated(back, evaluated(there, values)), values, strict=True))
+
+
+def _shapes(shape: Sequence) -> Iterator[Sequence[int]]:
+    shapes = [shape] if all(isinstance(size, int) for size in shape) else shape
+    for one in shapes:
+        if not isinstance(one, (tuple, list)) or not all(isinstance(size, int) for size in one):
+            raise ValueError(f"test_input_shape must be a shape, such as (2, 4, 8, 8), or a sequence of shapes: got {shape!r}")
+        yield one
+
+
 def _is_recorded(fn: nn.Module, inputs: tuple) -> bool:
     """Whether autograd would record ``fn(*inputs)``."""
-    return torch.is_grad_enabled() and any(
+    return torch.is_grad_enabled() and not is_storing() and any(
         isinstance(t, Tensor) and t.requires_grad for source in (inputs, fn.parameters()) for t in source)

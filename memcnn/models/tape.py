@@ -50,28 +50,40 @@ def merge(y1: Tensor, y2: Tensor, dim: int) -> Tensor:
 
 
 @contextmanager
-def recording(*, preserve_rng_state: bool = True, keep_input: bool = False) -> Iterator[None]:
-    """Within this context ``split``, ``lift`` and ``merge`` forget activations."""
-    with _use(Tape(preserve_rng_state=preserve_rng_state, keep_input=keep_input)):
+def recording(**options) -> Iterator[None]:
+    """Within this context ``split``, ``lift`` and ``merge`` forget activations. The options are those of ``Step``."""
+    with _use(Tape(options)):
         yield
 
 
-def call(run: Callable, undo: Callable, module: nn.Module, inputs: Sequence, kwargs: dict, *,
-         preserve_rng_state: bool = True, keep_input: bool = False, log_det: bool = False):
+def call(run: Callable, undo: Callable, module: nn.Module, inputs: Sequence, kwargs: dict, **options):
     """run(*inputs, **kwargs) recorded as one step, where undo(*outputs, **kwargs) gives back the inputs.
 
     Streams, that is floating-point and complex tensors among the positional inputs, are rebuilt; other arguments are
     kept. Where ``run`` returns fewer values than it takes, the inputs that are no streams are handed to ``undo`` after
-    them. With ``log_det``, run returns (outputs, log_det), and undo takes the outputs alone.
+    them. The options are those of ``Step``.
     """
-    tape = Tape(preserve_rng_state=preserve_rng_state, keep_input=keep_input)
     cells = [_whole(x) or Cell(x) for x in inputs if is_stream(x)]
     inputs = [dense(x) if is_stream(x) else x for x in inputs]
-    step = Call(run, undo, module, inputs, kwargs, cells, tape.options)
+    step = Call(run, undo, module, inputs, kwargs, cells, options)
     with _use(None), step.record():
         result = run(*inputs, **kwargs)
-    step.finish(result[0] if log_det else result)
+    step.finish(result)
     return result
+
+
+@contextmanager
+def storing() -> Iterator[None]:
+    """Within this context blocks store their activations, as under ordinary autograd."""
+    previous, _local.storing = is_storing(), True
+    try:
+        yield
+    finally:
+        _local.storing = previous
+
+
+def is_storing() -> bool:
+    return getattr(_local, "storing", False)
 
 
 def is_stream(x: object) -> bool:
@@ -81,7 +93,7 @@ def is_stream(x: object) -> bool:
 class Tape:
     """The cells of the tensors inside of one block."""
 
-    def __init__(self, **options: bool):
+    def __init__(self, options: dict):
         self.options = options
         self.cells: dict[int, tuple[Tensor, Cell]] = {}  # the tensor, so that its id stays its own
 
@@ -139,7 +151,7 @@ class Lift(Step):
             with self.collect():
                 h = self.module(b)
             unjoined = self.wanted and self.seen < len(self.handles)
-            if a is None and (target is not None or unjoined):
+            if a is None and (target is not None or unjoined or self.expected):
                 with torch.no_grad():
                     a = self.part(out.value(), h)
             if unjoined:
@@ -155,14 +167,14 @@ class Call(Step):
 
     def __init__(self, run, undo, module, inputs, kwargs, cells, options):
         self.run, self.undo, self.kwargs = run, undo, kwargs
-        self.arguments = [None if is_stream(x) else x for x in inputs]
         self.positions = [i for i, x in enumerate(inputs) if is_stream(x)]
+        self.arguments = [None if i in self.positions else x for i, x in enumerate(inputs)]
         streams = [inputs[i] for i in self.positions]
         self.shapes = [x.shape for x in streams]
         super().__init__(module, streams, cells, **options)
 
-    def finish(self, result) -> None:
-        outputs = result if isinstance(result, tuple) else (result,)
+    def finish(self, result: object) -> None:
+        outputs = _as_list(result)
         self.results = [None if is_stream(y) else y for y in outputs]
         streams = [y for y in outputs if is_stream(y)]
         self.sources = [Cell(y) for y in streams]
@@ -183,12 +195,10 @@ class Call(Step):
     def _undone(self) -> Sequence[Tensor]:
         streams = iter(self.sources)
         outputs = [next(streams).value() if y is None else y for y in self.results]
-        others = [x for i, x in enumerate(self.arguments) if i not in self.positions]
         if len(outputs) < len(self.arguments):
-            outputs += others
+            outputs += [x for i, x in enumerate(self.arguments) if i not in self.positions]
         with self.replay.again(), torch.no_grad():
-            inputs = self.undo(*outputs, **self.kwargs)
-        inputs = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
+            inputs = _as_list(self.undo(*outputs, **self.kwargs))
         if len(inputs) == len(self.arguments):
             inputs = [inputs[i] for i in self.positions]
         shapes = [x.shape for x in inputs]
@@ -196,6 +206,10 @@ class Call(Step):
             raise RuntimeError(f"{self.name} does not invert itself: it was given tensors of shapes "
                                f"{[tuple(s) for s in self.shapes]} and its inverse returned {[tuple(s) for s in shapes]}")
         return inputs
+
+
+def _as_list(values: object) -> list:
+    return list(values) if isinstance(values, (tuple, list)) else [values]
 
 
 def _tag(y: Tensor, cells: Sequence[Cell], dim: int | None) -> None:

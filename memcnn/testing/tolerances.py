@@ -1,4 +1,4 @@
-"""The one table of tolerances. An error is relative to the largest entry of what was expected, see ``relative_error``."""
+"""The one table of tolerances. An error is relative to the largest entry of what was expected (``relative_error``)."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def tolerance(dtype: torch.dtype, *, depth: int = 1) -> float:
 
 
 def relative_error(actual: Tensor, expected: Tensor, *, least_scale: float = 0.0) -> float:
-    """max |actual - expected| / max |expected|, where the divisor is at least ``least_scale``; NaN if either has one."""
+    """max |actual - expected| / max |expected|, the divisor at least ``least_scale``; NaN if either has one."""
     if actual.shape != expected.shape:
         raise ValueError(f"cannot compare shapes {tuple(actual.shape)} and {tuple(expected.shape)}")
     if expected.numel() == 0:

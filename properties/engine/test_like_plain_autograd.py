@@ -1,8 +1,5 @@
 """A reversible block behaves as the same block under ordinary autograd, whatever a program does around it."""
 
-import copy
-import io
-import warnings
 
 import pytest
 import torch
@@ -12,7 +9,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
-from memcnn import InvertibleModuleWrapper, ReversibleSequential
+
 from properties.twin import assert_like_twin, backward, block, conv_branch, images, run, weighted_sum
 
 

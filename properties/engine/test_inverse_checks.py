@@ -1,0 +1,108 @@
+"""What can be asked of a block: to check its inverse, to keep its input, to say whether it is invertible."""
+
+import pytest
+import torch
+from torch import nn
+
+from memcnn import AdditiveCoupling, InvertibleModuleWrapper, is_invertible_module
+from properties.twin import assert_like_twin, backward, block, conv_branch, images, weighted_sum
+
+
+class Halves(nn.Module):
+    """x -> 2 x; ``factor`` is what the inverse multiplies with, rightly 0.5."""
+
+    def __init__(self, factor: float = 0.5):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return 2 * x
+
+    def inverse(self, y):
+        return y * self.factor
+
+
+class Swap(nn.Module):
+    """(x1, x2) -> (2 x2, x1 + tanh(x2))."""
+
+    def forward(self, x1, x2):
+        return 2 * x2, x1 + torch.tanh(x2)
+
+    def inverse(self, y1, y2):
+        return y2 - torch.tanh(y1 / 2), y1 / 2
+
+
+class BrokenCoupling(AdditiveCoupling):
+    def inverse(self, y):
+        return super().inverse(y) * 1.01
+
+
+def test_a_wrong_inverse_is_reported_with_its_error_and_its_block():
+    module = nn.Sequential(block(), InvertibleModuleWrapper(Halves(factor=0.51), check_inverse=1e-4))
+    loss = weighted_sum(module(images()))
+    with pytest.raises(RuntimeError, match=r"Halves is not inverted: .*\(2, 6, 5, 4\).* error of 2.0e-02.*=1.0e-04"):
+        loss.backward()
+
+
+def test_drift_along_a_chain_is_reported():
+    module = nn.Sequential(*(block(check_inverse=1e-6) for _ in range(4)), InvertibleModuleWrapper(Halves(0.5001)))
+    loss = weighted_sum(module(images()))
+    with pytest.raises(RuntimeError, match="Sequential is not inverted"):
+        loss.backward()
+
+
+def test_a_right_inverse_passes_its_check_and_leaves_everything_as_it_was():
+    def branch():
+        return nn.Sequential(conv_branch(), nn.Dropout(0.5))
+    module = block(branch, check_inverse=1e-10)
+    assert_like_twin(module, backward, images())
+    assert {b.item() for name, b in module.named_buffers() if name.endswith("num_batches_tracked")} == {1}
+
+
+def test_a_wrong_inverse_does_not_matter_where_the_input_is_kept():
+    module = nn.Sequential(block(), InvertibleModuleWrapper(Halves(factor=0.7), keep_input=True))
+    assert_like_twin(module, backward, images())
+
+
+def test_kept_inputs_are_what_backward_recomputes_from():
+    module = nn.Sequential(block(keep_input=True), block(keep_input=True))
+    assert_like_twin(module, backward, images())
+
+    def inverse(module, y):
+        for part in reversed(module):
+            y = part.inverse(y)
+        weighted_sum(y).backward()
+    assert_like_twin(nn.Sequential(block(keep_input_inverse=True), block(keep_input_inverse=True)), inverse, images())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_invertible_modules_are_told_from_others(dtype):
+    wrapped = block().to(dtype)
+    atol = 1e-5
+    assert is_invertible_module(wrapped, (2, 6, 5, 4), dtype, atol)
+    assert is_invertible_module(wrapped._fn, ((2, 6, 5, 4),), dtype, atol)
+    assert is_invertible_module(Swap(), ((2, 3), (2, 3)), dtype, atol)
+    assert not is_invertible_module(BrokenCoupling(conv_branch()).to(dtype), (2, 6, 5, 4), dtype, atol)
+    assert not is_invertible_module(conv_branch().to(dtype), (2, 3, 5, 4), dtype, atol)
+
+
+def test_asking_moves_neither_generators_nor_buffers():
+    module = block()
+    state = torch.get_rng_state()
+    buffers = {name: b.clone() for name, b in module.named_buffers()}
+    assert is_invertible_module(module, (2, 6, 5, 4), torch.float64)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(b, buffers[name]) for name, b in module.named_buffers())
+
+
+def test_an_identity_is_invertible_but_warned_of():
+    class Same(nn.Identity):
+        inverse = nn.Identity.forward
+    with pytest.warns(UserWarning, match="input itself"):
+        assert is_invertible_module(Same(), (2, 3))
+
+
+@pytest.mark.parametrize("shape", [3, (2, "a"), ((2, 3), 4)])
+def test_what_is_no_shape_is_refused(shape):
+    with pytest.raises((ValueError, TypeError)):
+        is_invertible_module(Swap(), shape)
