@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.affine import AffineCoupling
 from memcnn.models.coupling import Coupling
+from memcnn.models.log_det import constant_log_det
 from memcnn.models.replay import Replay
 from memcnn.models.tape import call, is_storing, recording, storing
 
@@ -61,7 +62,17 @@ class InvertibleModuleWrapper(nn.Module):
         """``fn.inverse(*yin, **kwargs)``, differentiable with the same savings."""
         return self._run(self._fn.inverse, self._fn, yin, kwargs, self.keep_input_inverse)
 
-    def _run(self, run, undo, inputs, kwargs, keep_input):
+    def forward_log_det(self, *xin, **kwargs):
+        """y = ``self(*xin, **kwargs)``, and log|det dy/dx| of each sample, (N,): see ``memcnn.models.log_det``."""
+        run = _log_det_method(self._fn, "forward_log_det")
+        return self._run(run, self._fn.inverse, xin, kwargs, self.keep_input, log_det=True)
+
+    def inverse_log_det(self, *yin, **kwargs):
+        """x = ``self.inverse(*yin, **kwargs)``, and log|det dx/dy| of each sample, (N,)."""
+        run = _log_det_method(self._fn, "inverse_log_det")
+        return self._run(run, self._fn, yin, kwargs, self.keep_input_inverse, log_det=True)
+
+    def _run(self, run, undo, inputs, kwargs, keep_input, log_det=False):
         if self.disable or not _is_recorded(self._fn, inputs):
             return run(*inputs, **kwargs)
         options = {"preserve_rng_state": self.preserve_rng_state, "keep_input": keep_input,
@@ -69,7 +80,7 @@ class InvertibleModuleWrapper(nn.Module):
         if isinstance(self._fn, Coupling):
             with recording(**options):
                 return run(*inputs, **kwargs)
-        return call(run, undo, self._fn, inputs, kwargs, **options)
+        return call(run, undo, self._fn, inputs, kwargs, log_det=log_det, **options)
 
 
 class ReversibleBlock(InvertibleModuleWrapper):
@@ -112,6 +123,24 @@ class ReversibleSequential(nn.Sequential):
             with self._storage(len(self) - 1 - i):
                 y = module.inverse(y)
         return y
+
+    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y, and log|det dy/dx| of each sample, (N,): the sum of the modules' own, see ``memcnn.models.log_det``."""
+        total = constant_log_det(x)
+        for i, module in enumerate(self):
+            with self._storage(len(self) - 1 - i):
+                x, log_det = module.forward_log_det(x)
+            total = total + log_det
+        return x, total
+
+    def inverse_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x, and log|det dx/dy| of each sample, (N,)."""
+        total = constant_log_det(y)
+        for i, module in enumerate(reversed(self)):
+            with self._storage(len(self) - 1 - i):
+                y, log_det = module.inverse_log_det(y)
+            total = total + log_det
+        return y, total
 
     def _storage(self, distance_to_end: int) -> AbstractContextManager:
         return storing() if self.keep_every and distance_to_end % self.keep_every == 0 else nullcontext()
@@ -177,6 +206,13 @@ def _shapes(shape: Sequence) -> Iterator[Sequence[int]]:
         if not isinstance(one, (tuple, list)) or not all(isinstance(size, int) for size in one):
             raise ValueError(f"test_input_shape must be a shape, such as (2, 4, 8, 8), or a sequence of shapes: got {shape!r}")
         yield one
+
+
+def _log_det_method(fn: nn.Module, name: str) -> Callable:
+    if not callable(method := getattr(fn, name, None)):
+        raise TypeError(f"{type(fn).__name__} has no {name}: give it one that returns the output and a value for each "
+                        "sample, as memcnn.models.log_det says")
+    return method
 
 
 def _is_recorded(fn: nn.Module, inputs: tuple) -> bool:

@@ -56,19 +56,20 @@ def recording(**options) -> Iterator[None]:
         yield
 
 
-def call(run: Callable, undo: Callable, module: nn.Module, inputs: Sequence, kwargs: dict, **options):
+def call(run: Callable, undo: Callable, module: nn.Module, inputs: Sequence, kwargs: dict, *, log_det: bool = False,
+         **options):
     """run(*inputs, **kwargs) recorded as one step, where undo(*outputs, **kwargs) gives back the inputs.
 
     Streams, that is floating-point and complex tensors among the positional inputs, are rebuilt; other arguments are
     kept. Where ``run`` returns fewer values than it takes, the inputs that are no streams are handed to ``undo`` after
-    them. The options are those of ``Step``.
+    them. With ``log_det``, run returns (outputs, log_det), of which undo takes the outputs. Other options: see ``Step``.
     """
     cells = [_whole(x) or Cell(x) for x in inputs if is_stream(x)]
     inputs = [dense(x) if is_stream(x) else x for x in inputs]
     step = Call(run, undo, module, inputs, kwargs, cells, options)
     with _use(None), step.record():
         result = run(*inputs, **kwargs)
-    step.finish(result)
+    step.finish(result[0] if log_det else result)
     return result
 
 
