@@ -1,4 +1,6 @@
 import json
+import os
+import sys
 
 import pytest
 from hypothesis import given
@@ -80,6 +82,15 @@ def test_a_bad_curve_is_reported_and_its_run_still_counts(tmp_path, full, put, c
     [problem] = report.problems
     assert problem.startswith(f"{folder / 'curve.csv'}: ") and reason in problem
     assert report.curves == [] and report.results.loc[("cifar10", "resnet32"), "n"] == 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a file system that takes any byte in a name")
+def test_a_run_in_a_folder_whose_name_is_no_text_is_no_crash(tmp_path, full):
+    folder = tmp_path / os.fsdecode(b"run-\xff")
+    folder.mkdir()
+    full().write(folder)
+    report = reports.build(tmp_path, tmp_path / "none")
+    assert "run-?" in reports.write(report, tmp_path / "out")[-1].read_text()
 
 
 def test_no_folder_and_no_record_leave_the_published_columns_and_the_command(tmp_path):

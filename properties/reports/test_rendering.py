@@ -111,16 +111,25 @@ def test_html_needs_no_other_file_and_repeats_no_id(rendered):
     assert len(page.ids) == len(set(page.ids))
 
 
+def points(svg):
+    """How many points each drawn line of ResNet-32 has, the strokes of the legend apart."""
+    paths = re.findall(r'<path d="([^"]*)"[^>]*stroke: #d4720b', svg.replace("\n", " "))
+    return [count for count in (len(re.findall("[ML]", path)) for path in paths) if count > 3]
+
+
 def test_curves_are_drawn_apart_for_full_and_other_runs(report_with):
-    titles = [title for title, _ in report_with("x", CURVE).curves]
-    assert titles == ["CIFAR-10, full runs", "CIFAR-10, other runs"]
+    pictures = report_with("x", CURVE).curves
+    assert [title for title, _ in pictures] == ["CIFAR-10, full runs", "CIFAR-10, other runs"]
+    assert [points(svg) for _, svg in pictures] == [[5], [5]]
 
 
-def test_a_curve_has_a_point_for_each_evaluation_in_the_page_s_own_ink(report_with):
+def test_two_evaluations_make_no_picture(report_with):
+    assert report_with("x", "epoch,test_accuracy\n1,10\n2,20\n").curves == []
+
+
+def test_curves_take_the_ink_of_the_page(report_with):
     svg = report_with("x", CURVE).curves[0][1]
     assert "currentColor" in svg and "#010203" not in svg
-    [line] = re.findall(r'<path d="([^"]*)"[^>]*stroke: #d4720b', svg.replace("\n", " "))[:1]
-    assert len(re.findall("[ML]", line)) == 5
 
 
 def table_blocks(source):
@@ -166,6 +175,11 @@ def test_latex_escapes_every_special_character(words):
     left = unescaped(re.sub(r"\\text\w+\{\}|\$\\?[\w-]+\$", "", text.escape_latex(words)))
     assert not set(left) & set('&%$#_{}~^\\<>|"`')
     assert left.isascii() or all(ord(letter) < 256 for letter in left)
+
+
+def test_latex_keeps_the_signs_of_this_report(rendered):
+    source = rendered("x")["table.tex"]
+    assert "92.70 & 1 & 1:51 & --- & $-$0.16 & not enough runs" in source and "?" not in source
 
 
 def test_latex_tables_are_balanced_and_every_row_has_all_its_cells(rendered):

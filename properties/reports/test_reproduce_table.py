@@ -20,7 +20,7 @@ GENERATED = {"official": False, "checksums": {"generated": "0" * 32}}
 def trained(monkeypatch, full):
     """Replaces the training of a cell by a finished record, or by what `outcomes` says for (model, dataset, seed).
 
-    An outcome is changes to that record, or an exception to raise. Returned: the calls so far, and the outcomes to fill.
+    An outcome is changes to that record, or an exception to raise. Returned: the calls so far, the outcomes to fill.
     """
     calls, outcomes = [], {}
 
