@@ -130,15 +130,15 @@ class Flow:
 
 @st.composite
 def flows(draw, *, kinds: Sequence[str] = KINDS, dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32),
-          max_depth: int = 4, max_size: int = 4, per_sample: bool = False) -> Flow:
-    """Chains of 1 to ``max_depth`` layers; none that splits the batch, and no batch norm, if ``per_sample``."""
+          max_depth: int = 4, max_size: int = 4, split_batch: bool = True, mix_samples: bool = True) -> Flow:
+    """Chains of 1 to ``max_depth`` layers; whether couplings may split the batch, and branches mix samples."""
     sizes = [draw(st.integers(1, max_size)) for _ in range(draw(st.integers(1, 2)))]
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, max_size)), *sizes)
-    even = draw(st.integers(1 if per_sample else 0, len(shape) - 1))
+    even = draw(st.integers(0 if split_batch else 1, len(shape) - 1))
     shape = tuple(2 * size if i == even else size for i, size in enumerate(shape))  # so that a coupling fits
     layers = []
     for _ in range(draw(st.integers(1, max_depth))):
-        splits = [i for i in range(1 if per_sample else 0, len(shape)) if shape[i] % 2 == 0]
+        splits = [i for i in range(0 if split_batch else 1, len(shape)) if shape[i] % 2 == 0]
         n, channels, *sizes = shape
         fits = {"affine": bool(splits), "additive": bool(splits), "up": channels % 2 ** len(sizes) == 0,
                 "down": all(size % 2 == 0 for size in sizes),
@@ -148,8 +148,8 @@ def flows(draw, *, kinds: Sequence[str] = KINDS, dtypes: Sequence[torch.dtype] =
         if kind in ("affine", "additive"):
             split_dim = draw(st.sampled_from(splits))
             options = {"split_dim": draw(st.sampled_from([split_dim, split_dim - len(shape)])),
-                       "doubled": draw(st.integers(0, len(shape) - 1)),
-                       "adapter": draw(st.sampled_from(list(ADAPTERS))), "norm": not per_sample and draw(st.booleans())}
+                       "doubled": draw(st.integers(0 if mix_samples else 1, len(shape) - 1)),
+                       "adapter": draw(st.sampled_from(list(ADAPTERS))), "norm": mix_samples and draw(st.booleans())}
         layers.append(Layer(kind, shape, **options))
         shape = layers[-1].output_shape
     return Flow(tuple(layers), dtype=draw(st.sampled_from(list(dtypes))), training=draw(st.booleans()),

@@ -6,9 +6,9 @@ An invertible module may have, beside ``forward`` and ``inverse``,
     inverse_log_det(y) -> (x, log_det)      x = inverse(y), log_det = log|det dx/dy|
 
 with log_det of shape (N,), a value for each sample: the Jacobian is that of the sample's entries in y with respect to
-its entries in x, over all dimensions but the first. Where a branch mixes samples, as batch normalisation does, the
-Jacobian of the whole batch is not block diagonal; but for the modules here the sum of log_det is its log-determinant
-still. Values are at least float32, whatever the dtype of x.
+its entries in x, over all dimensions but the first. Where a branch mixes samples, as batch normalisation does, there is
+no Jacobian of one sample; the sum of log_det over the batch is still the log-determinant of the batch's. Values are at
+least float32, whatever the dtype of x.
 """
 
 import torch

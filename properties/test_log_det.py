@@ -1,0 +1,266 @@
+"""Log-determinants are those of the dense Jacobian, and train with flat memory."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
+
+from memcnn import (
+    ActNorm,
+    AdditiveCoupling,
+    AffineAdapterExp,
+    AffineAdapterNaive,
+    AffineCoupling,
+    InvertibleConv1x1,
+    InvertibleModuleWrapper,
+    ReversibleSequential,
+)
+from memcnn.testing.tolerances import relative_error, tolerance
+from properties.flow_cases import Flow, flows
+from properties.test_flows import glow, nice
+from properties.test_memory import step_bytes
+from properties.twin import assert_like_twin, conv_branch, images, plain_twin, weighted_sum
+
+small_flows = partial(flows, split_batch=False, dtypes=[torch.float64], max_depth=3, max_size=2)
+
+
+@pytest.fixture(autouse=True)
+def weights_from_a_seed():
+    torch.manual_seed(0)
+
+
+def jacobian(function, x: Tensor) -> Tensor:
+    """(N, entries of a sample in the result, N, entries of a sample in x)."""
+    J = torch.autograd.functional.jacobian(function, x)
+    return J.reshape(len(x), -1, len(x), x[0].numel())
+
+
+def assert_log_det(actual: Tensor, expected: Tensor) -> None:
+    """Absolute errors: where the true value is zero, the sum of many logarithms is not."""
+    assert actual.shape == expected.shape
+    assert relative_error(actual, expected, least_scale=1.0) <= tolerance(torch.float64, depth=3)
+
+
+@given(small_flows(mix_samples=False))
+def test_each_samples_value_is_that_of_its_dense_jacobian(flow: Flow):
+    module, x = flow.build(), flow.input()
+    y, log_det = module.forward_log_det(x)  # what initialises itself has done so now, and J is that of one function
+    J = jacobian(module, x)
+    assert_log_det(log_det, torch.stack([J[i, :, i].slogdet()[1] for i in range(len(x))]))
+    J = jacobian(module.inverse, y.detach())
+    assert_log_det(module.inverse_log_det(y)[1], torch.stack([J[i, :, i].slogdet()[1] for i in range(len(x))]))
+
+
+@given(small_flows())
+@settings(max_examples=10)
+def test_where_samples_mix_the_sum_is_that_of_the_batchs_dense_jacobian(flow: Flow):
+    module, x = flow.build(), flow.input()
+    y, log_det = module.forward_log_det(x)
+    assert_log_det(log_det.sum(), jacobian(module, x).reshape(x.numel(), -1).slogdet()[1])
+
+
+@given(flows(split_batch=False))
+def test_outputs_are_those_without_log_determinants_and_directions_cancel(flow: Flow):
+    module, x = flow.build(), flow.input()
+    with torch.no_grad():
+        y, log_det = module.forward_log_det(x)
+        assert torch.equal(y, module(x))
+        back, inverse_log_det = module.inverse_log_det(y)
+        assert torch.equal(back, module.inverse(y))
+    assert log_det.shape == (len(x),) and log_det.dtype == flow.dtype
+    if not any(layer.norm and flow.training for layer in flow.layers):  # else rounding errors are amplified
+        limit = tolerance(flow.dtype, depth=2 * flow.depth)
+        assert relative_error(-inverse_log_det, log_det, least_scale=x[0].numel()) <= limit
+
+
+@given(flows(split_batch=False))
+def test_gradients_are_the_twins(flow: Flow):
+    def program(module, x):
+        y, log_det = module.forward_log_det(x)
+        (weighted_sum(y) + weighted_sum(log_det)).backward()
+        return y, log_det
+    assert_like_twin(flow.build(), program, flow.input().requires_grad_(), depth=2 * flow.depth)
+
+
+@given(flows(split_batch=False))
+def test_training_through_the_inverse_is_the_twins(flow: Flow):
+    def program(module, y):
+        x, log_det = module.inverse_log_det(y)
+        (weighted_sum(x) + weighted_sum(log_det)).backward()
+        return x, log_det
+    assert_like_twin(flow.build(), program, flow.output().requires_grad_(), depth=2 * flow.depth)
+
+
+@given(small_flows(mix_samples=False))
+@settings(max_examples=10)
+def test_gradients_are_those_of_finite_differences(flow: Flow):
+    module, x = flow.build().eval(), flow.input().requires_grad_()
+    parameters = list(module.parameters())[:3]
+    for method in (module.forward_log_det, module.inverse_log_det):
+        x = (flow.input() if method == module.forward_log_det else flow.output()).requires_grad_()
+        assert torch.autograd.gradcheck(lambda x, *_: method(x), (x, *parameters), atol=1e-5, fast_mode=True)  # noqa: B023
+
+
+def log_det_alone(module, x):
+    log_det = module.forward_log_det(x)[1]
+    weighted_sum(log_det).backward()
+    return log_det
+
+
+def log_det_modified_in_place(module, x):
+    total = module[0].forward_log_det(x)[1]
+    y, log_det = module[1].forward_log_det(x)
+    log_det += total
+    log_det *= 2
+    (weighted_sum(y) + weighted_sum(log_det)).backward()
+    return log_det
+
+
+def both_directions(module, x):
+    y, log_det = module.forward_log_det(x)
+    back, inverse_log_det = module.inverse_log_det(y.sin())
+    (weighted_sum(back) + weighted_sum(log_det * inverse_log_det)).backward()
+    return back, log_det, inverse_log_det
+
+
+def retained(module, x):
+    y, log_det = module.forward_log_det(x)
+    weighted_sum(log_det).backward(retain_graph=True)
+    weighted_sum(y).backward(retain_graph=True)
+    weighted_sum(log_det.square()).backward()
+
+
+def double_backward(module, x):
+    y, log_det = module.forward_log_det(x)
+    (gradient,) = torch.autograd.grad(weighted_sum(y.sin()) + weighted_sum(log_det.sin()), x, create_graph=True)
+    gradient.square().sum().backward()
+    return gradient
+
+
+def nested():
+    return ReversibleSequential(glow(1), InvertibleModuleWrapper(InvertibleModuleWrapper(ActNorm(8))), nice(1), glow(1))
+
+
+PROGRAMS = [log_det_alone, log_det_modified_in_place, both_directions, retained, double_backward]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+@pytest.mark.parametrize("chain", [partial(glow, 2), nested], ids=["glow", "nested"])
+def test_a_program_computes_what_it_computes_on_the_twin(chain, program):
+    flow, x = chain().double(), images(4, 8, 4, 4)
+    with torch.no_grad():
+        flow(x)
+    assert_like_twin(flow, program, x, depth=12)
+
+
+@pytest.mark.parametrize("chain", [glow, nice])
+def test_a_step_of_maximum_likelihood_is_flat_in_depth(chain):
+    class Likelihood(nn.Module):
+        def __init__(self, flow):
+            super().__init__()
+            self.flow = flow
+
+        def forward(self, x):
+            y, log_det = self.flow.forward_log_det(x)
+            return 0.5 * y.square().flatten(1).sum(1) - log_det
+
+    stored = (step_bytes(Likelihood(plain_twin(chain(6)))) - step_bytes(Likelihood(plain_twin(chain(2))))) / 4
+    assert stored > 12 * 4 * 8 * 16 * 16, "the twin must store at least twelve maps a step"
+    assert (step_bytes(Likelihood(chain(32))) - step_bytes(Likelihood(chain(4)))) / 28 < stored / 100
+
+
+@pytest.mark.parametrize("coupling", [AdditiveCoupling, partial(AffineCoupling, adapter=AffineAdapterNaive)])
+@pytest.mark.parametrize("direction", ["forward_log_det", "inverse_log_det"])
+def test_the_branches_are_evaluated_twice_a_step(coupling, direction):
+    class Counting(nn.Conv2d):
+        evaluations = 0
+
+        def forward(self, x):
+            self.evaluations += 1
+            return super().forward(x)
+
+    chain = ReversibleSequential(*(coupling(Counting(3, 3, 1), Counting(3, 3, 1)) for _ in range(3))).double()
+    y, log_det = getattr(chain, direction)(images())
+    (weighted_sum(y) + weighted_sum(log_det)).backward()
+    assert [part.evaluations for part in chain.modules() if isinstance(part, Counting)] == [2] * 6
+
+
+def test_the_density_of_a_flow_integrates_to_one():
+    def branch():
+        return nn.Sequential(nn.Conv1d(1, 8, 1), nn.Tanh(), nn.Conv1d(8, 2, 1))
+
+    flow = ReversibleSequential(*(layer for _ in range(3) for layer in (
+        ActNorm(2), InvertibleConv1x1(2), AffineCoupling(branch(), branch(), AffineAdapterExp)))).double().eval()
+    with torch.no_grad():
+        for part in flow.modules():
+            if isinstance(part, ActNorm):
+                part.log_scale.uniform_(-0.5, 0.5)
+                part.shift.uniform_(-0.5, 0.5)
+            if isinstance(part, InvertibleConv1x1):
+                part.triangles.add_(0.3 * torch.randn_like(part.triangles))
+        axis = torch.linspace(-20, 20, 401, dtype=torch.float64)
+        x = torch.cartesian_prod(axis, axis).unsqueeze(2)
+        y, log_det = flow.forward_log_det(x)
+        density = torch.exp(-0.5 * y.square().flatten(1).sum(1) - math.log(2 * math.pi) + log_det)
+    assert abs(density.sum() * (axis[1] - axis[0]) ** 2 - 1) < 1e-4
+
+
+def test_a_users_module_takes_part():
+    class Power(nn.Module):
+        """y = sign(x) |x|**exp(a), elementwise."""
+
+        def __init__(self, a):
+            super().__init__()
+            self.a = nn.Parameter(torch.tensor(a, dtype=torch.float64))
+
+        def forward(self, x):
+            return x.sign() * x.abs() ** self.a.exp()
+
+        def inverse(self, y):
+            return y.sign() * y.abs() ** (-self.a).exp()
+
+        def forward_log_det(self, x):
+            return self(x), (self.a + (self.a.exp() - 1) * x.abs().log()).flatten(1).sum(1)
+
+    def program(module, x):
+        y, log_det = module.forward_log_det(x)
+        (weighted_sum(y) + weighted_sum(log_det)).backward()
+        return y, log_det
+
+    chain = ReversibleSequential(Power(0.3), InvertibleConv1x1(6), Power(-0.2)).double()
+    outcome = assert_like_twin(chain, program, images(2, 6, 2, 1), depth=6)
+    J = jacobian(chain, images(2, 6, 2, 1))
+    assert_log_det(outcome.results[1], torch.stack([J[i, :, i].slogdet()[1] for i in range(2)]))
+    with pytest.raises(TypeError, match="Power has no inverse_log_det: give it one"):
+        chain.inverse_log_det(images(2, 6, 2, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_are_at_least_float32(dtype):
+    flow = glow(1, channels=6).to(dtype)
+    for block in flow:
+        y, log_det = block.forward_log_det(images(dtype=dtype))
+        assert y.dtype == dtype and log_det.dtype == torch.float32
+
+
+def test_under_autocast_values_are_those_of_the_scale_that_was_applied():
+    coupling = AffineCoupling(conv_branch(), conv_branch(), AffineAdapterNaive).eval()
+    x = images(dtype=torch.float32, requires_grad=False)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y, log_det = InvertibleModuleWrapper(coupling).forward_log_det(x)
+        scales = torch.cat([coupling.Fm(x[:, 3:])[0], coupling.Gm(y[:, :3])[0]], 1)
+    assert scales.dtype == torch.bfloat16 and log_det.dtype == torch.float32
+    expected = scales.double().log().flatten(1).sum(1)
+    assert relative_error(log_det, expected, least_scale=1.0) <= tolerance(torch.float32)
+
+
+@pytest.mark.parametrize("coupling", [AdditiveCoupling, partial(AffineCoupling, adapter=AffineAdapterNaive)])
+@pytest.mark.parametrize("split_dim", [0, -4])
+def test_a_split_batch_has_no_value_for_each_sample(coupling, split_dim):
+    block = InvertibleModuleWrapper(coupling(nn.Conv2d(6, 6, 1), split_dim=split_dim)).double()
+    for method in (block.forward_log_det, block.inverse_log_det):
+        with pytest.raises(ValueError, match=r"splits the batch.*shape \(2, 6, 5, 4\).*choose another split_dim"):
+            method(images())
