@@ -16,16 +16,18 @@ from torch.nn.modules.batchnorm import _NormBase
 class Replay:
     """Made before the first evaluation of ``module`` on ``inputs``, which runs within ``first()``.
 
-    A further evaluation within ``again()`` computes the same and leaves generators, buffers and modes as it found them.
-    RuntimeError if a parameter was modified in place in the meantime.
+    A further evaluation within ``again()`` sees the parameters and buffers that ``module`` had, computes the same, and
+    leaves generators, parameters, buffers and modes as it found them. RuntimeError if a parameter, or a buffer that the
+    first evaluation did not change, was modified in place in the meantime.
     """
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor], preserve_rng_state: bool):
         self.modules = [(m, m.training) for m in module.modules()]
-        self.versions = [(name, p, p._version) for m, _ in self.modules
-                         for name, p in m._parameters.items() if p is not None]
-        self.buffers = [(b, b._version, None if _ignores_its_buffers(m) else b.clone())
-                        for m, _ in self.modules for b in m._buffers.values() if b is not None]
+        self.parameters = [(m._parameters, name, p, p.requires_grad) for m, _ in self.modules
+                           for name, p in m._parameters.items() if p is not None]
+        self.buffers = [(m._buffers, name, b, None if _ignores_its_buffers(m) else b.clone()) for m, _ in self.modules
+                        for name, b in m._buffers.items() if b is not None]
+        self.unchanged: list[tuple[str, str, Tensor, int]] = []
         devices = {torch.device("cpu"), *(x.device for x in inputs)}
         self.autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind),
                           torch.is_autocast_cache_enabled())
@@ -38,20 +40,26 @@ class Replay:
     @contextmanager
     def first(self) -> Iterator[None]:
         """Notes which hooks replace a value, and at the end lets go of all that the evaluation did not change."""
+        versions = [p._version for _, _, p, _ in self.parameters], [b._version for _, _, b, _ in self.buffers]
         with ExitStack() as stack:
             for hooks, key, hook in self._user_hooks():
                 _substitute(stack, hooks, key, functools.partial(self._noted, hook))
             yield
         self.generators = [(device, state) for device, state in self.generators
                            if not torch.equal(state, _rng_state(device))]
-        self.buffers = [(b, version, before if b._version != version else None) for b, version, before in self.buffers]
-        self.sets_parameters = any(p._version != version for _, p, version in self.versions)
-        if self.sets_parameters:  # as a layer does that initialises itself in its first forward pass
-            self.versions = [(name, p, p._version) for name, p, _ in self.versions]
+        self.unchanged = [("parameter", name, p, p._version) for _, name, p, _ in self.parameters]
+        # a layer that initialises itself in its first forward pass sets its parameters, but does so once
+        self.sets_parameters = versions[0] != [version for *_, version in self.unchanged]
+        buffers, self.buffers = self.buffers, []
+        for (registry, name, b, before), version in zip(buffers, versions[1], strict=True):
+            if before is not None and b._version == version:
+                self.unchanged.append(("buffer", name, b, version))
+                before = None
+            self.buffers.append((registry, name, b, before))
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        self._check_parameters("between forward and backward", "call backward before the parameters change")
+        self._check_unchanged("between forward and backward", "call backward before it changes")
         with ExitStack() as stack:
             for kind, *state in self.autocast:
                 if state[1] or torch.is_autocast_enabled(kind):
@@ -60,10 +68,17 @@ class Replay:
                 if module.training != training:
                     stack.callback(setattr, module, "training", module.training)
                     module.training = training
+            for registry, name, tensor, *_ in (*self.parameters, *self.buffers):
+                if _was_exchanged(registry.get(name), tensor):
+                    _substitute(stack, registry, name, tensor)
+            for _, _, parameter, requires_grad in self.parameters:
+                if parameter.requires_grad != requires_grad:
+                    stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                    parameter.requires_grad_(requires_grad)
             for device, state in self.generators:
                 stack.callback(_set_rng_state, device, _rng_state(device))
                 _set_rng_state(device, state)
-            for buffer, _, before in self.buffers:
+            for _, _, buffer, before in self.buffers:
                 # .data: autograd must not take a value that is put back for a modification
                 stack.callback(buffer.data.copy_, buffer.clone())
                 if before is not None:
@@ -73,13 +88,13 @@ class Replay:
                     _substitute(stack, hooks, key, _silence)
             yield
         if self.sets_parameters:
-            self._check_parameters("by its module's every forward pass", "modify it outside of forward, or just once")
+            self._check_unchanged("by its module's every forward pass", "modify it outside of forward, or just once")
 
-    def _check_parameters(self, when: str, fix: str) -> None:
-        for name, parameter, version in self.versions:
-            if parameter._version != version:
-                raise RuntimeError(f"the parameter {name!r} of shape {tuple(parameter.shape)} was modified {when}, so "
-                                   f"that the activations cannot be rebuilt: {fix}")
+    def _check_unchanged(self, when: str, fix: str) -> None:
+        for kind, name, tensor, version in self.unchanged:
+            if tensor._version != version:
+                raise RuntimeError(f"the {kind} {name!r} of shape {tuple(tensor.shape)} was modified {when}, so that the "
+                                   f"activations cannot be rebuilt: {fix}")
 
     def _user_hooks(self) -> list[tuple[dict, int, Callable]]:
         """The forward hooks that run with ``module``, except those by which torch itself computes (spectral norm, FSDP)."""
@@ -110,9 +125,17 @@ def _silence(*_, **__) -> None:
     """In the place of a hook that only looks on: it has seen the first evaluation."""
 
 
-def _substitute(stack: ExitStack, hooks: dict, key: int, hook: Callable) -> None:
-    stack.callback(hooks.__setitem__, key, hooks[key])
-    hooks[key] = hook
+def _substitute(stack: ExitStack, registry: dict, key: int | str, value: Callable | Tensor) -> None:
+    stack.callback(registry.__setitem__, key, registry[key])
+    registry[key] = value
+
+
+def _was_exchanged(now: Tensor | None, then: Tensor) -> bool:
+    """Whether ``then`` gave way to ``now``, as after functional_call, or in a forward that assigns to self.buffer.
+
+    Tensors of a subclass are those of FSDP, which exchanges them itself.
+    """
+    return now is not then and all(type(t) in (Tensor, nn.Parameter) for t in (now, then))
 
 
 def _rng_state(device: torch.device) -> Tensor:
