@@ -35,7 +35,8 @@ def why_not_full(record: RunRecord) -> list[str]:
     """What keeps a run out of the main table, in words; empty exactly for the runs where `record.is_full`."""
     reasons = []
     if record.status != "complete":
-        reasons.append(f"{record.status}: {record.reason}" if record.reason else record.status)
+        reason = "still running, or killed" if record.reason is None else record.reason
+        reasons.append(f"{record.status}: {reason}")
     if not record.data["official"]:
         reasons.append(f"data: {_data(record)}")
     if not record.engine:

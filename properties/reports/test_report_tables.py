@@ -29,7 +29,7 @@ BROKEN_OFF = dict(iterations=900, test_iteration=500)
 FLAWS = {
     "partial": (dict(status="partial", reason="budget exhausted", **BROKEN_OFF), "partial: budget exhausted"),
     "failed": (dict(status="failed", reason="loss is nan", **BROKEN_OFF), "failed: loss is nan"),
-    "running": (dict(status="partial", **BROKEN_OFF), "partial"),
+    "running": (dict(status="partial", **BROKEN_OFF), "partial: still running, or killed"),
     "smoke": (dict(recipe=SMOKE, iterations=12, test_iteration=12), "smoke recipe"),
     "shortened": (dict(recipe=SHORT, iterations=1500, test_iteration=1500), "iterations 1500 not 80000"),
     "other rate": (dict(recipe=RENAMED), "learning_rate 0.05 not 0.1"),
