@@ -15,6 +15,7 @@ References point from a chain's start towards its end (handle, step, source cell
 reference counting alone frees everything.
 """
 
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -43,9 +44,9 @@ class Cell:
     def value(self) -> Tensor:
         if self.tensor._version != self.version:
             raise RuntimeError(
-                f"the output of a reversible block, shape {tuple(self.tensor.shape)}, was modified in place after the "
-                "forward pass, but backward rebuilds the block's activations from it: use an out-of-place operation, or "
-                "modify a clone of the output")
+                f"an output (or kept input) of a reversible block, shape {tuple(self.tensor.shape)}, was modified in place "
+                "after the forward pass, but backward rebuilds the block's activations from it: use an out-of-place "
+                "operation, or modify a clone")
         return self.tensor
 
 
@@ -64,12 +65,16 @@ class Handle:
 class Link:
     """Rebuilds its ``targets`` from its ``sources``."""
 
-    def __init__(self, targets: Sequence[Cell], sources: Sequence[Cell] = (), *, keep: bool = False):
-        self.sources = sources
+    def __init__(self, targets: Sequence[Cell], *, keep: bool = False):
         self.targets = [weakref.ref(cell) for cell in targets]
         self.kept = targets if keep else ()
-        for cell in targets:
-            if cell.link is None and not keep:
+        self.sources: Sequence[Cell] | None = None
+
+    def complete(self, sources: Sequence[Cell]) -> None:
+        """From now on the targets that are not kept hold this link, unless they hold another one already, and no tensor."""
+        self.sources = sources
+        for target in self.targets:
+            if (cell := target()) is not None and cell.link is None and not self.kept:
                 cell.tensor, cell.link = None, self
 
     def recompute(self) -> Sequence[Tensor | None]:
@@ -100,8 +105,9 @@ class Rearrange(Link):
     """Rebuilds a tensor from its halves, or halves from their tensor."""
 
     def __init__(self, targets: Sequence[Cell], sources: Sequence[Cell], operation: Callable):
-        super().__init__(targets, sources)
+        super().__init__(targets)
         self.operation = operation
+        self.complete(sources)
 
     def recompute(self) -> Sequence[Tensor]:
         return self.operation([cell.value() for cell in self.sources])
@@ -187,6 +193,7 @@ class Step(Link):
         self.handles.append(weakref.ref(handle))
         return handle
 
+    @torch.compiler.disable(reason="a recomputation runs as the forward pass did, outside of compiled code")
     def _unpack(self, saved: Handle | tuple[Tensor, int]) -> Tensor:
         if isinstance(saved, tuple):
             tensor, version = saved
@@ -233,16 +240,28 @@ def dense(x: Tensor) -> Tensor:
     return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.clone()
 
 
+_rebuilding = threading.RLock()
+"""A recomputation sets generators, buffers and modes for a while, which all threads share."""
+
+
 def _rebuild(step: Step) -> None:
     """Rebuild ``step``, and first, from the chain's stored end, whatever it needs. A loop: chains can be long."""
+    if step.sources is None:
+        raise RuntimeError(f"{step.name} differentiates within its own forward pass, of which a reversible block stores "
+                           "nothing: wrap the block with disable=True")
     keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
     waiting: list[Link] = [step]
-    while waiting:
-        missing = [cell.link for cell in waiting[-1].sources if cell.tensor is None]
-        if missing:
-            waiting.append(missing[0])
-        else:
-            waiting.pop().rebuild(keep_graph)
+    with _rebuilding:
+        try:
+            while waiting:
+                missing = [cell.link for cell in waiting[-1].sources if cell.tensor is None]
+                if missing:
+                    waiting.append(missing[0])
+                else:
+                    waiting.pop().rebuild(keep_graph)
+        except BaseException:
+            _end_pass(torch._C._current_graph_task_id())  # the backward pass ends here, without its callbacks
+            raise
 
 
 _KEPT_LINKS = 8

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.affine import AffineCoupling
@@ -75,6 +76,10 @@ class InvertibleModuleWrapper(nn.Module):
     def _run(self, run, undo, inputs, kwargs, keep_input, log_det=False):
         if self.disable or not _is_recorded(self._fn, inputs):
             return run(*inputs, **kwargs)
+        return self._run_recorded(run, undo, inputs, kwargs, keep_input, log_det)
+
+    @torch.compiler.disable(reason="a reversible block runs as it is; compile F and G for themselves: block.Fm.compile()")
+    def _run_recorded(self, run, undo, inputs, kwargs, keep_input, log_det):
         options = {"preserve_rng_state": self.preserve_rng_state, "keep_input": keep_input,
                    "check_inverse": self.check_inverse}
         if isinstance(self._fn, Coupling):
@@ -216,6 +221,12 @@ def _log_det_method(fn: nn.Module, name: str) -> Callable:
 
 
 def _is_recorded(fn: nn.Module, inputs: tuple) -> bool:
-    """Whether autograd would record ``fn(*inputs)``."""
-    return torch.is_grad_enabled() and not is_storing() and any(
+    """Whether autograd would record ``fn(*inputs)``, and lets us say what it saves."""
+    return torch.is_grad_enabled() and not is_storing() and not _is_transformed() and any(
         isinstance(t, Tensor) and t.requires_grad for source in (inputs, fn.parameters()) for t in source)
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func, forward-mode differentiation or torch.export is at work, none of which saves through hooks."""
+    return (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+            or torch.compiler.is_exporting() or torch.jit.is_tracing())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from memcnn.models.engine import Cell, Rearrange, Step, dense
 
 _TAG = "memcnn.cells"
+_STREAM = object()
 _local = threading.local()
 
 
@@ -122,7 +123,7 @@ class Tape:
         if out.shape != a.shape or out.dtype != a.dtype:
             raise ValueError(f"{step.name} does not fit its coupling: the half that it changes is {a.dtype} of shape "
                              f"{tuple(a.shape)} and would become {out.dtype} of shape {tuple(out.shape)}")
-        step.sources = self.cell(out), source
+        step.complete((self.cell(out), source))
         return result
 
     def merge(self, halves: Sequence[Tensor], y: Tensor, dim: int) -> None:
@@ -146,7 +147,7 @@ class Lift(Step):
         if not self.keep_graph:
             source.store(b)  # where b is a dense copy, the view that it replaces would keep a whole output alive
         target = self.targets[0]()
-        a = target.tensor if target is not None else None
+        a = target.value() if target is not None and target.tensor is not None else None
         self.inputs = (b,)
         with self.replay.again():
             with self.collect():
@@ -170,20 +171,28 @@ class Call(Step):
         self.run, self.undo, self.kwargs = run, undo, kwargs
         self.positions = [i for i, x in enumerate(inputs) if is_stream(x)]
         self.arguments = [None if i in self.positions else x for i, x in enumerate(inputs)]
+        self.versions = [(t, t._version) for t in (*self.arguments, *kwargs.values()) if isinstance(t, Tensor)]
         streams = [inputs[i] for i in self.positions]
-        self.shapes = [x.shape for x in streams]
+        self.kinds = [(x.dtype, tuple(x.shape)) for x in streams]
         super().__init__(module, streams, cells, **options)
 
     def finish(self, result: object) -> None:
         outputs = _as_list(result)
-        self.results = [None if is_stream(y) else y for y in outputs]
+        self.results = [_STREAM if is_stream(y) else y for y in outputs]
         streams = [y for y in outputs if is_stream(y)]
-        self.sources = [Cell(y) for y in streams]
+        if not streams:
+            raise TypeError(f"{self.name} must return a floating-point tensor, or a tuple with some, from which its "
+                            f"inverse gives back the input: got {type(result).__name__}")
+        self.complete([Cell(y) for y in streams])
         for y, cell in zip(streams, self.sources, strict=True):
             _tag(y, [cell], None)
 
     def recompute(self) -> Sequence[Tensor]:
-        values = [cell.tensor for cell in self.kept] or self._undone()
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                raise RuntimeError(f"an argument of {self.name}, shape {tuple(tensor.shape)}, was modified in place between "
+                                   "forward and backward, which uses it again: use an out-of-place operation")
+        values = [cell.value() for cell in self.kept] or self._undone()
         if self.wanted:
             leaves = self.inputs = [self.as_recorded(i, value) for i, value in enumerate(values)]
             arguments = list(self.arguments)
@@ -195,17 +204,17 @@ class Call(Step):
 
     def _undone(self) -> Sequence[Tensor]:
         streams = iter(self.sources)
-        outputs = [next(streams).value() if y is None else y for y in self.results]
+        outputs = [next(streams).value() if y is _STREAM else y for y in self.results]
         if len(outputs) < len(self.arguments):
             outputs += [x for i, x in enumerate(self.arguments) if i not in self.positions]
         with self.replay.again(), torch.no_grad():
             inputs = _as_list(self.undo(*outputs, **self.kwargs))
         if len(inputs) == len(self.arguments):
             inputs = [inputs[i] for i in self.positions]
-        shapes = [x.shape for x in inputs]
-        if shapes != self.shapes:
-            raise RuntimeError(f"{self.name} does not invert itself: it was given tensors of shapes "
-                               f"{[tuple(s) for s in self.shapes]} and its inverse returned {[tuple(s) for s in shapes]}")
+        kinds = [(x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
+        if kinds != self.kinds:
+            raise RuntimeError(f"{self.name} does not invert itself: it was given {self.kinds} and its inverse returned "
+                               f"{kinds}")
         return inputs
 
 
