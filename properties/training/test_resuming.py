@@ -7,12 +7,13 @@ import time
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import nn
 
 from memcnn.models.resnet import MODELS
+from memcnn.training import checkpoint
 from memcnn.training.recipe import override
 from memcnn.training.record import RunRecord, load
 from memcnn.training.stopping import Stop
@@ -25,20 +26,30 @@ class Killed(BaseException):
     """In place of a kill: nothing is saved after it."""
 
 
-def run_in_parts(runs, parts: list[tuple[int, bool]]) -> RunRecord:
-    """A run ended as often as `parts` says: at which question whether to stop, and whether by a kill; then finished."""
-    for questions, kill in [*parts, (10**9, False)]:
-        asked = iter(range(questions))
+def run_in_parts(runs, parts: list[tuple[int, str]]) -> RunRecord:
+    """A run ended as often as `parts` says, then finished.
 
-        def reason(self, *, needed_seconds, asked=asked, kill=kill):
-            if next(asked, None) is not None:
+    Part (n, how) is ended after it has asked n times whether to stop: by a "stop", by a "kill", or by a
+    "kill in saving" the next checkpoint.
+    """
+    for questions, how in [*parts, (10**9, "stop")]:
+        asked, save = iter(range(questions)), checkpoint.save
+
+        def reason(self, *, needed_seconds, asked=asked, how=how):
+            if next(asked, None) is not None or how == "kill in saving":
                 return None
-            if kill:
+            if how == "kill":
                 raise Killed
             return "interrupted"
 
+        def save_or_die(*arguments, asked=asked, how=how, save=save):
+            if how == "kill in saving" and next(asked, None) is None:
+                raise Killed
+            save(*arguments)
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Stop, "reason", reason)
+            patch.setattr(checkpoint, "save", save_or_die)
             try:
                 record = run(runs)
             except Killed:
@@ -72,7 +83,12 @@ def uninterrupted(tmp_path_factory, tiny_runs):
     return runs, run(runs)
 
 
-@given(parts=st.lists(st.tuples(st.integers(0, 21), st.booleans()), min_size=1, max_size=4))
+@given(
+    parts=st.lists(
+        st.tuples(st.integers(0, 21), st.sampled_from(["stop", "kill", "kill in saving"])), min_size=1, max_size=4
+    )
+)
+@example(parts=[(2, "stop"), (5, "kill in saving"), (1, "stop"), (0, "kill")])
 def test_resuming_gives_the_same_bits(tmp_path_factory, uninterrupted, parts):
     runs = tmp_path_factory.mktemp("in-parts")
     expected_runs, expected_record = uninterrupted

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 # a torchvision in miniature: half of it is imported before the line that fails
-INIT = "from torchvision import extension\nfrom torchvision import registrations\nloaded = True\n"
+INIT = "import torchvision.extension\nimport torchvision.registrations\nloaded = True\n"
 REGISTRATIONS = """
 import torch
 

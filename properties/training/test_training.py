@@ -200,6 +200,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
 
 
 def test_progress_goes_to_standard_error_in_lines_or_not_at_all(tmp_path, capsys):
+    run(tmp_path, budget_seconds=0)
     run(tmp_path)
     assert capsys.readouterr() == ("", "")
     run(tmp_path, fresh=True, progress=True)
