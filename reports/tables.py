@@ -135,7 +135,9 @@ def memory_table(runs: pd.DataFrame) -> pd.DataFrame:
 def _row(folder: Path, record: RunRecord, reasons: list[str]) -> tuple:
     device, software = record.device, record.software
     unit = f"{device['count']} x " if device["count"] > 1 else ""
-    threads = f" ({device['threads']} threads)" if device["type"] == "cpu" else ""
+    threads = ""
+    if device["type"] == "cpu":
+        threads = f" ({device['threads']} thread{'' if device['threads'] == 1 else 's'})"
     commit = "" if record.commit is None else record.commit[:10] + ("" if record.clean else " with local changes")
     device = f"{unit}{device['name']}{threads}"
     return (
