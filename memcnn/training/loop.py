@@ -40,7 +40,7 @@ class Run:
         self, folder: Path, identity: dict, recipe: Recipe, data: cifar.Data, device: torch.device, stop: Stop
     ) -> None:
         self.folder, self.recipe, self.data, self.device, self.stop = folder, recipe, data.to(device), device, stop
-        self.identity = {**identity, "MD5 of generated images": data.checksums.get(cifar.GENERATED)}
+        self.identity = {**identity, "data checksums": data.checksums}
         self.source = git_state()
         self.batches = len(data.train_images) // recipe.batch_size  # an epoch, the remainder left out
         self.plan_epoch = None

@@ -1,14 +1,17 @@
 """What a run refuses: bad arguments, and a folder that holds, or is held by, another run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from memcnn import data as cifar_data
 from memcnn.training import checkpoint
 from memcnn.training.checkpoint import BadCheckpoint
 from memcnn.training.files import FolderBusy, locked
 from memcnn.training.recipe import override
 from memcnn.training.trainer import BadArgument, train
-from properties.training.runs import NAME, RECIPE, checkpoint_of, run
+from properties.training.runs import DATA, NAME, RECIPE, checkpoint_of, run
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
 
@@ -42,6 +45,11 @@ def another_run(runs, name):
         run(runs, seed=1)
         (runs / NAME.replace("s0", "s1")).rename(runs / NAME)
         return "seed is 1 there, 0 here"
+    if name == "official data":
+        with pytest.MonkeyPatch.context() as patch:  # the same images, passed off as the real ones
+            patch.setattr(cifar_data, "load", lambda dataset, data: replace(DATA, official=True))
+            run(runs, data="elsewhere")
+        return "official data is True there, False here"
     if name == "engine":
         run(runs, disable=True)
         return "engine is False there, True here"
@@ -51,7 +59,7 @@ def another_run(runs, name):
     return "recipe is .*'weight_decay': 0.5.* there, .*'weight_decay': 0.0002.* here"
 
 
-@pytest.mark.parametrize("name", ["seed", "engine", "recipe"])
+@pytest.mark.parametrize("name", ["seed", "engine", "recipe", "official data"])
 @pytest.mark.parametrize("finished", [True, False], ids=["record", "checkpoint"])
 def test_another_runs_folder_is_refused_by_what_differs(tmp_path, name, finished):
     message = another_run(tmp_path, name)
@@ -67,10 +75,9 @@ def test_a_run_on_other_generated_images_is_refused(tmp_path):
     run(tmp_path)
     (tmp_path / NAME / "record.json").unlink()
     content = torch.load(tmp_path / NAME / "checkpoint.pt", weights_only=True)
-    content["identity"]["MD5 of generated images"] = None
-    content["identity"]["official data"] = True
+    content["identity"]["data checksums"] = {"generated": "another"}
     torch.save(content, tmp_path / NAME / "checkpoint.pt")
-    with pytest.raises(BadCheckpoint, match="official data is True there, False here"):
+    with pytest.raises(BadCheckpoint, match="data checksums is {'generated': 'another'} there, .* here"):
         run(tmp_path)
 
 
