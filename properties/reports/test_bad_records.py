@@ -64,6 +64,10 @@ def test_a_record_without_one_of_its_fields_is_left_out(build, full, tmp_path_fa
     assert left_out(build(json.dumps(values).encode()))
 
 
+def test_a_record_nested_without_end_is_left_out(build):
+    assert left_out(build(b"[" * 100_000))
+
+
 @pytest.mark.parametrize(
     ("curve", "reason"),
     [
