@@ -68,7 +68,8 @@ def test_training_through_the_inverse_is_the_twins(chain: Flow):
 def test_gradients_are_those_of_finite_differences(chain: Flow):
     module, x = chain.build().eval(), chain.input().requires_grad_()
     parameters = list(module.parameters())[:2]
-    assert torch.autograd.gradcheck(lambda x, *_: module(x), (x, *parameters), atol=1e-5, fast_mode=True)
+    for function in (module, module.inverse):
+        assert torch.autograd.gradcheck(lambda x, *_: function(x), (x, *parameters), atol=1e-5, fast_mode=True)  # noqa: B023
 
 
 def test_the_equations_and_the_adapters_numerics_are_those_of_1_5_2():
