@@ -5,8 +5,9 @@ import operator
 from torch import Tensor, nn
 
 from memcnn.models.coupling import Coupling
+from memcnn.models.exact import Grid
 from memcnn.models.log_det import constant_log_det
-from memcnn.models.tape import lift, merge, split
+from memcnn.models.tape import lift
 
 __all__ = ["AdditiveCoupling"]
 
@@ -18,21 +19,34 @@ class AdditiveCoupling(Coupling):
         Fm: F, a module that keeps the shape of a half.
         Gm: G, likewise; a deep copy of F if it is not given.
         split_dim: the dimension along which x and y are halved.
+        exact: round x, F(x2) and G(y1) to a grid, which makes the inversion exact: True, or the grid's step, a power of
+            two (True means 2^-10). See ``memcnn.models.exact``.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y of the shape of x, whose size along ``split_dim`` must be even."""
-        x1, x2 = split(x, self.split_dim)
-        y1 = add(x1, self.Fm, x2)
-        y2 = add(x2, self.Gm, y1)
-        return merge(y1, y2, self.split_dim)
+    def __init__(self, Fm: nn.Module, Gm: nn.Module | None = None, implementation_fwd: int | None = None,
+                 implementation_bwd: int | None = None, split_dim: int = 1, *, exact: bool | float | Grid = False):
+        super().__init__(Fm, Gm, implementation_fwd, implementation_bwd, split_dim)
+        self.grid = Grid.of(exact)
 
-    def inverse(self, y: Tensor) -> Tensor:
-        """x of the shape of y."""
-        y1, y2 = split(y, self.split_dim)
-        x2 = subtract(y2, self.Gm, y1)
-        x1 = subtract(y1, self.Fm, x2)
-        return merge(x1, x2, self.split_dim)
+    def couple(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        y1 = self._add(x1, self.Fm, x2)
+        y2 = self._add(x2, self.Gm, y1)
+        return y1, y2
+
+    def uncouple(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
+        x2 = self._subtract(y2, self.Gm, y1)
+        x1 = self._subtract(y1, self.Fm, x2)
+        return x1, x2
+
+    def _add(self, a: Tensor, branch: nn.Module, b: Tensor) -> Tensor:
+        """a + branch(b)."""
+        sums = self.grid or operator
+        return lift(a, branch, b, sums.add, sums.sub, verify=self.grid is not None)
+
+    def _subtract(self, a: Tensor, branch: nn.Module, b: Tensor) -> Tensor:
+        """a - branch(b)."""
+        sums = self.grid or operator
+        return lift(a, branch, b, sums.sub, sums.add, verify=self.grid is not None)
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y, and log|det dy/dx| of each sample, (N,): 0, since F and G only shift."""
@@ -43,13 +57,3 @@ class AdditiveCoupling(Coupling):
         """x, and log|det dx/dy| of each sample, (N,): 0."""
         self._check_per_sample(y)
         return self.inverse(y), constant_log_det(y)
-
-
-def add(a: Tensor, branch: nn.Module, b: Tensor) -> Tensor:
-    """a + branch(b)."""
-    return lift(a, branch, b, operator.add, operator.sub)
-
-
-def subtract(a: Tensor, branch: nn.Module, b: Tensor) -> Tensor:
-    """a - branch(b)."""
-    return lift(a, branch, b, operator.sub, operator.add)

@@ -30,19 +30,15 @@ class AffineCoupling(Coupling):
         if adapter is not None:
             self.Fm, self.Gm = adapter(self.Fm), adapter(self.Gm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y of the shape of x, whose size along ``split_dim`` must be even."""
-        x1, x2 = split(x, self.split_dim)
+    def couple(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         y1 = lift(x1, self.Fm, x2, scale, unscale)
         y2 = lift(x2, self.Gm, y1, scale, unscale)
-        return merge(y1, y2, self.split_dim)
+        return y1, y2
 
-    def inverse(self, y: Tensor) -> Tensor:
-        """x of the shape of y."""
-        y1, y2 = split(y, self.split_dim)
+    def uncouple(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
         x2 = lift(y2, self.Gm, y1, unscale, scale)
         x1 = lift(y1, self.Fm, x2, unscale, scale)
-        return merge(x1, x2, self.split_dim)
+        return x1, x2
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y, and log|det dy/dx| = sum log|s1| + sum log|s2| of each sample, (N,)."""

@@ -5,9 +5,18 @@ import warnings
 
 from torch import Tensor, nn
 
+from memcnn.models.exact import Grid
+from memcnn.models.tape import merge, split
+
 
 class Coupling(nn.Module):
-    """Holds F (``Fm``), G (``Gm``) and ``split_dim``; ``forward`` and ``inverse`` are written with split, lift, merge."""
+    """An invertible module of F (``Fm``) and G (``Gm``) on the halves of its input along ``split_dim``.
+
+    A subclass says what ``couple`` makes of the halves, and how ``uncouple`` undoes it, by means of ``lift``.
+    """
+
+    grid: Grid | None = None
+    """Where it is given, the halves are on it: see ``memcnn.models.exact``."""
 
     def __init__(self, Fm: nn.Module, Gm: nn.Module | None = None, implementation_fwd: int | None = None,
                  implementation_bwd: int | None = None, split_dim: int = 1):
@@ -23,6 +32,24 @@ class Coupling(nn.Module):
         self.Fm = Fm
         self.Gm = copy.deepcopy(Fm) if Gm is None else Gm
         self.split_dim = split_dim
+
+    def couple(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        """y1, y2, the halves of y."""
+        raise NotImplementedError(f"{type(self).__name__} must define couple(x1, x2)")
+
+    def uncouple(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
+        """x1, x2, the halves of x."""
+        raise NotImplementedError(f"{type(self).__name__} must define uncouple(y1, y2)")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y of the shape of x, whose size along ``split_dim`` must be even."""
+        halves = self.couple(*split(x, self.split_dim, self.grid))
+        return merge(*halves, self.split_dim, self.grid)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """x of the shape of y."""
+        halves = self.uncouple(*split(y, self.split_dim, self.grid))
+        return merge(*halves, self.split_dim, self.grid)
 
     def extra_repr(self) -> str:
         return f"split_dim={self.split_dim}"

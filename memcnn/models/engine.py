@@ -29,6 +29,10 @@ from memcnn.models.replay import Replay
 from memcnn.testing.tolerances import relative_error
 
 
+_uncompiled = torch.compiler.disable(reason="the engine of reversible blocks is no part of compiled code")
+"""For what autograd calls from within code that may be compiled, as a branch is."""
+
+
 class Cell:
     """One tensor of a chain: stored, or rebuilt by the link that consumed it."""
 
@@ -44,9 +48,9 @@ class Cell:
     def value(self) -> Tensor:
         if self.tensor._version != self.version:
             raise RuntimeError(
-                f"an output (or kept input) of a reversible block, shape {tuple(self.tensor.shape)}, was modified in place "
-                "after the forward pass, but backward rebuilds the block's activations from it: use an out-of-place "
-                "operation, or modify a clone")
+                f"an output (or kept input) of a reversible block, shape {tuple(self.tensor.shape)}, was modified in "
+                "place after the forward pass, but backward rebuilds the block's activations from it: use an "
+                "out-of-place operation, or modify a clone")
         return self.tensor
 
 
@@ -71,7 +75,7 @@ class Link:
         self.sources: Sequence[Cell] | None = None
 
     def complete(self, sources: Sequence[Cell]) -> None:
-        """From now on the targets that are not kept hold this link, unless they hold another one already, and no tensor."""
+        """From now on the targets, unless kept or another link has them, hold this link and no tensor."""
         self.sources = sources
         for target in self.targets:
             if (cell := target()) is not None and cell.link is None and not self.kept:
@@ -186,6 +190,7 @@ class Step(Link):
         """Parameters, and other leaves that autograd keeps alive anyway, are saved as they are."""
         return tensor.is_leaf and tensor.requires_grad and not any(tensor is t for t in self.inputs)
 
+    @_uncompiled
     def _pack(self, tensor: Tensor) -> Handle | tuple[Tensor, int]:
         if self._outside(tensor):
             return tensor, tensor._version
@@ -193,7 +198,7 @@ class Step(Link):
         self.handles.append(weakref.ref(handle))
         return handle
 
-    @torch.compiler.disable(reason="a recomputation runs as the forward pass did, outside of compiled code")
+    @_uncompiled
     def _unpack(self, saved: Handle | tuple[Tensor, int]) -> Tensor:
         if isinstance(saved, tuple):
             tensor, version = saved
@@ -212,6 +217,7 @@ class Step(Link):
                                "its gradient: use an out-of-place operation there, as ordinary autograd also asks")
         return saved.tensor
 
+    @_uncompiled
     def _collect(self, tensor: Tensor) -> None:
         if self._outside(tensor):
             return
@@ -235,9 +241,10 @@ class Step(Link):
 def dense(x: Tensor) -> Tensor:
     """x, or a copy of it in the same order of dimensions if it is a view with gaps or overlaps.
 
-    What is rebuilt has neither, and a kernel may compute otherwise, or save other tensors, for other strides.
+    What is rebuilt has neither, and a kernel may compute otherwise, or save other tensors, for other strides. A compiler
+    chooses its own kernels, and cannot trace the question.
     """
-    return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.clone()
+    return x if torch.compiler.is_compiling() or torch.ops.aten.is_non_overlapping_and_dense(x) else x.clone()
 
 
 _rebuilding = threading.RLock()

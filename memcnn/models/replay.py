@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -46,7 +47,7 @@ class Replay:
                 _substitute(stack, hooks, key, functools.partial(self._noted, hook))
             yield
         self.generators = [(device, state) for device, state in self.generators
-                           if not torch.equal(state, _rng_state(device))]
+                           if not numpy.array_equal(state, _rng_state(device))]  # torch.equal fails under fake tensors
         self.unchanged = [("parameter", name, p, p._version) for _, name, p, _ in self.parameters]
         # a layer that initialises itself in its first forward pass sets its parameters, but does so once
         self.sets_parameters = versions[0] != [version for *_, version in self.unchanged]

@@ -5,21 +5,28 @@ How it works is told in ``memcnn.models.engine``.
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
 
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.affine import AffineCoupling
 from memcnn.models.coupling import Coupling
+from memcnn.models.exact import Grid
 from memcnn.models.log_det import constant_log_det
 from memcnn.models.replay import Replay
-from memcnn.models.tape import call, is_storing, recording, storing
+from memcnn.models.tape import call, is_storing, merge, only, recording, split, storing
 
 __all__ = ["InvertibleModuleWrapper", "ReversibleBlock", "ReversibleSequential", "create_coupling",
            "is_invertible_module"]
+
+
+_uncompiled = torch.compiler.disable(
+    reason="a reversible block runs uncompiled, but its branches may be: coupling.Fm.compile()")
 
 
 class InvertibleModuleWrapper(nn.Module):
@@ -78,7 +85,7 @@ class InvertibleModuleWrapper(nn.Module):
             return run(*inputs, **kwargs)
         return self._run_recorded(run, undo, inputs, kwargs, keep_input, log_det)
 
-    @torch.compiler.disable(reason="a reversible block runs as it is; compile F and G for themselves: block.Fm.compile()")
+    @_uncompiled
     def _run_recorded(self, run, undo, inputs, kwargs, keep_input, log_det):
         options = {"preserve_rng_state": self.preserve_rng_state, "keep_input": keep_input,
                    "check_inverse": self.check_inverse}
@@ -107,33 +114,52 @@ class ReversibleSequential(nn.Sequential):
         *modules: couplings, wrapped blocks, or any modules with ``forward`` and ``inverse`` that map one tensor to one.
         keep_every: let every ``keep_every``-th block, counted from the end, store its activations, so that backward need
             not recompute it: 1 is ordinary autograd, 2 recomputes half of the blocks, None all of them.
+        exact: set ``exact`` of every coupling, which must be additive ones; None leaves them as they are.
     """
 
-    def __init__(self, *modules: nn.Module, keep_every: int | None = None):
+    def __init__(self, *modules: nn.Module, keep_every: int | None = None, exact: bool | float | Grid | None = None):
         super().__init__(*(m if isinstance(m, _REVERSIBLE) else InvertibleModuleWrapper(m) for m in modules))
         if keep_every is not None and (not isinstance(keep_every, int) or keep_every < 1):
             raise ValueError(f"keep_every must be None or a whole number of at least 1: got {keep_every!r}")
         self.keep_every = keep_every
+        if exact is not None:
+            for i, module in enumerate(self):
+                if not isinstance(module, InvertibleModuleWrapper) or not isinstance(module._fn, AdditiveCoupling):
+                    raise ValueError("only additive couplings can be exact: module "
+                                     f"{i} is a {type(getattr(module, '_fn', module)).__name__}")
+                module._fn.grid = Grid.of(exact)
 
     def forward(self, x: Tensor) -> Tensor:
         """y of the shape that the modules give it."""
-        for i, module in enumerate(self):
-            with self._storage(len(self) - 1 - i):
-                x = module(x)
+        for store, blocks in self._runs(list(self)):
+            with storing() if store else nullcontext():
+                x = _run_of(blocks, x, Coupling.couple) if len(blocks) > 1 else blocks[0](x)
         return x
 
     def inverse(self, y: Tensor) -> Tensor:
         """x with ``self(x) = y``, differentiable with the same savings."""
-        for i, module in enumerate(reversed(self)):
-            with self._storage(len(self) - 1 - i):
-                y = module.inverse(y)
+        for store, blocks in self._runs(list(reversed(self))):
+            with storing() if store else nullcontext():
+                y = _run_of(blocks, y, Coupling.uncouple) if len(blocks) > 1 else blocks[0].inverse(y)
         return y
+
+    def _runs(self, blocks: list[nn.Module]) -> Iterator[tuple[bool, list[nn.Module]]]:
+        """Whether to store, and the blocks to run together."""
+        def key(numbered: tuple[int, nn.Module]) -> tuple:
+            i, block = numbered
+            store = self._stores(len(blocks) - 1 - i)
+            return store, i if store or (what := _halves_passed_on(block)) is None else what
+        for (store, _), run in groupby(enumerate(blocks), key):
+            yield store, [block for _, block in run]
+
+    def _stores(self, distance_to_end: int) -> bool:
+        return self.keep_every is not None and distance_to_end % self.keep_every == 0
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y, and log|det dy/dx| of each sample, (N,): the sum of the modules' own, see ``memcnn.models.log_det``."""
         total = constant_log_det(x)
         for i, module in enumerate(self):
-            with self._storage(len(self) - 1 - i):
+            with storing() if self._stores(len(self) - 1 - i) else nullcontext():
                 x, log_det = module.forward_log_det(x)
             total = total + log_det
         return x, total
@@ -142,16 +168,55 @@ class ReversibleSequential(nn.Sequential):
         """x, and log|det dx/dy| of each sample, (N,)."""
         total = constant_log_det(y)
         for i, module in enumerate(reversed(self)):
-            with self._storage(len(self) - 1 - i):
+            with storing() if self._stores(len(self) - 1 - i) else nullcontext():
                 y, log_det = module.inverse_log_det(y)
             total = total + log_det
         return y, total
 
-    def _storage(self, distance_to_end: int) -> AbstractContextManager:
-        return storing() if self.keep_every and distance_to_end % self.keep_every == 0 else nullcontext()
-
 
 _REVERSIBLE = (InvertibleModuleWrapper, ReversibleSequential)
+
+
+def _halves_passed_on(block: nn.Module) -> tuple | None:
+    """Alike for blocks that can hand on the halves of a tensor instead of the tensor; None for any other block."""
+    if not isinstance(block, InvertibleModuleWrapper) or block.disable or block.keep_input or block.keep_input_inverse:
+        return None
+    coupling = block._fn
+    if not isinstance(coupling, Coupling) or _is_hooked(block) or _is_hooked(coupling):
+        return None
+    if (type(coupling).forward, type(coupling).inverse) != (Coupling.forward, Coupling.inverse):
+        return None
+    return coupling.split_dim, coupling.grid, block.preserve_rng_state, block.check_inverse
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether somebody wants to see the module called."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+                torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks,
+                torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks))
+
+
+def _run_of(blocks: Sequence[InvertibleModuleWrapper], x: Tensor, change: Callable) -> Tensor:
+    """The wrapped couplings one after the other, ``change`` being Coupling.couple or uncouple."""
+    if not any(_is_recorded(block._fn, (x,)) for block in blocks):
+        return _halves_changed(blocks, x, change)
+    options = {"preserve_rng_state": blocks[0].preserve_rng_state, "check_inverse": blocks[0].check_inverse}
+    return _recorded_run(blocks, x, change, options)
+
+
+@_uncompiled
+def _recorded_run(blocks: Sequence[InvertibleModuleWrapper], x: Tensor, change: Callable, options: dict) -> Tensor:
+    with recording(**options):
+        return _halves_changed(blocks, x, change)
+
+
+def _halves_changed(blocks: Sequence[InvertibleModuleWrapper], x: Tensor, change: Callable) -> Tensor:
+    coupling = blocks[0]._fn
+    halves = split(x, coupling.split_dim, coupling.grid)
+    for block in blocks:
+        halves = getattr(block._fn, change.__name__)(*halves)
+        only(*halves)
+    return merge(*halves, coupling.split_dim, coupling.grid)
 
 
 def create_coupling(Fm: nn.Module, Gm: nn.Module | None = None, coupling: str = "additive",

@@ -8,46 +8,59 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from memcnn.models.engine import Cell, Rearrange, Step, dense
+from memcnn.models.exact import Grid
 
 _TAG = "memcnn.cells"
 _STREAM = object()
 _local = threading.local()
 
 
-def split(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The two halves of x along ``dim``, as views; an odd size there is a ValueError."""
+def split(x: Tensor, dim: int, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
+    """The two halves of x, or of x snapped to ``grid``, along ``dim``, as views; an odd size there is a ValueError."""
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"cannot split an input of shape {tuple(x.shape)} along dimension {dim}: it has "
                          f"{x.dim()} dimensions; choose another split_dim")
     if x.shape[dim] % 2:
         raise ValueError(f"cannot split an input of shape {tuple(x.shape)} in two along dimension {dim}: its size "
                          f"there, {x.shape[dim]}, is odd; give it an even size or choose another split_dim")
+    tape = _tape()
+    if grid is not None and (tape is None or _tagged(x).grid != grid):
+        x = grid.snap(x)
     x1, x2 = x.chunk(2, dim)
-    if (tape := _tape()) is not None:
+    if tape is not None:
         tape.split(x, (x1, x2), dim % x.dim())
     return x1, x2
 
 
-def lift(a: Tensor, branch: nn.Module, b: Tensor, join: Callable, part: Callable) -> Tensor | tuple[Tensor, ...]:
+def lift(a: Tensor, branch: nn.Module, b: Tensor, join: Callable, part: Callable, *,
+         verify: bool = False) -> Tensor | tuple[Tensor, ...]:
     """out = join(a, branch(b)) of the shape of a, where ``part(out, h)`` gives back a if h = branch(b).
 
-    join may return a tuple of out and of further values of which nothing is rebuilt; so does lift then.
+    join may return a tuple of out and of further values of which nothing is rebuilt; so does lift then. With ``verify``
+    it is a RuntimeError if the recomputation of branch(b) has other bits.
     """
     tape = _tape()
-    return join(a, branch(dense(b))) if tape is None else tape.lift(a, branch, b, join, part)
+    return join(a, branch(dense(b))) if tape is None else tape.lift(a, branch, b, join, part, verify)
 
 
-def merge(y1: Tensor, y2: Tensor, dim: int) -> Tensor:
-    """The two halves side by side along ``dim``."""
+def merge(y1: Tensor, y2: Tensor, dim: int, grid: Grid | None = None) -> Tensor:
+    """The two halves, which are on ``grid`` if that is given, side by side along ``dim``."""
     y = torch.cat((y1, y2), dim)
     if (tape := _tape()) is not None:
-        tape.merge((y1, y2), y, dim % y.dim())
+        tape.merge((y1, y2), y, dim % y.dim(), grid)
     return y
+
+
+def only(*tensors: Tensor) -> None:
+    """Within a recording of several blocks: these are all that the blocks to come are given."""
+    if (tape := _tape()) is not None:
+        tape.cells = {id(x): (x, tape.cell(x)) for x in tensors}
 
 
 @contextmanager
@@ -105,20 +118,22 @@ class Tape:
         return self.cells[id(x)][1]
 
     def split(self, x: Tensor, halves: Sequence[Tensor], dim: int) -> None:
-        references, tag_dim = _tagged(x)
-        if tag_dim == dim:
-            cells = [reference() or Cell(half) for reference, half in zip(references, halves, strict=True)]
+        tag = _tagged(x)
+        if tag.dim == dim:
+            cells = [reference() or Cell(half) for reference, half in zip(tag.cells, halves, strict=True)]
         else:
             cells = [Cell(half) for half in halves]
             if (whole := _whole(x)) is not None:
                 Rearrange([whole], cells, lambda values: [torch.cat(values, dim)])
         self.cells.update((id(half), (half, cell)) for half, cell in zip(halves, cells, strict=True))
 
-    def lift(self, a: Tensor, branch: nn.Module, b: Tensor, join: Callable, part: Callable):
+    def lift(self, a: Tensor, branch: nn.Module, b: Tensor, join: Callable, part: Callable, verify: bool):
         source, b = self.cell(b), dense(b)
         step = Lift(branch, a, self.cell(a), b, join, part, self.options)
         with _use(None), step.record():
-            result = join(a, branch(b))
+            h = branch(b)
+            result = join(a, h)
+        step.fingerprint = _fingerprint(h) if verify else None
         out = result[0] if isinstance(result, tuple) else result
         if out.shape != a.shape or out.dtype != a.dtype:
             raise ValueError(f"{step.name} does not fit its coupling: the half that it changes is {a.dtype} of shape "
@@ -126,12 +141,12 @@ class Tape:
         step.complete((self.cell(out), source))
         return result
 
-    def merge(self, halves: Sequence[Tensor], y: Tensor, dim: int) -> None:
+    def merge(self, halves: Sequence[Tensor], y: Tensor, dim: int, grid: Grid | None) -> None:
         cells = [self.cell(half) for half in halves]
         for cell, view in zip(cells, y.detach().chunk(2, dim), strict=True):
             if cell.tensor is not None:
                 cell.store(view)
-        _tag(y, cells, dim)
+        _tag(y, cells, dim, grid)
 
 
 class Lift(Step):
@@ -152,6 +167,10 @@ class Lift(Step):
         with self.replay.again():
             with self.collect():
                 h = self.module(b)
+            if self.fingerprint is not None and not torch.equal(self.fingerprint, _fingerprint(h)):
+                raise RuntimeError(f"{self.name} does not reproduce itself bit for bit, so that an exact coupling is not "
+                                   "exact here: use deterministic kernels (torch.use_deterministic_algorithms) and the "
+                                   "same number of threads in forward and backward, or exact=False")
             unjoined = self.wanted and self.seen < len(self.handles)
             if a is None and (target is not None or unjoined or self.expected):
                 with torch.no_grad():
@@ -190,8 +209,8 @@ class Call(Step):
     def recompute(self) -> Sequence[Tensor]:
         for tensor, version in self.versions:
             if tensor._version != version:
-                raise RuntimeError(f"an argument of {self.name}, shape {tuple(tensor.shape)}, was modified in place between "
-                                   "forward and backward, which uses it again: use an out-of-place operation")
+                raise RuntimeError(f"an argument of {self.name}, shape {tuple(tensor.shape)}, was modified in place "
+                                   "between forward and backward, which uses it again: use an out-of-place operation")
         values = [cell.value() for cell in self.kept] or self._undone()
         if self.wanted:
             leaves = self.inputs = [self.as_recorded(i, value) for i, value in enumerate(values)]
@@ -222,18 +241,32 @@ def _as_list(values: object) -> list:
     return list(values) if isinstance(values, (tuple, list)) else [values]
 
 
-def _tag(y: Tensor, cells: Sequence[Cell], dim: int | None) -> None:
-    """Let a block that is given y find its cells: the tensor's own where ``dim`` is None, else those of its halves.
+class Tag(NamedTuple):
+    """What a block leaves with its output, for the block that is given it.
 
-    Weakly, since the graph outlives what is rebuilt; the steps that need a cell hold it.
+    The cells are held weakly, since the graph outlives what is rebuilt; the steps that need a cell hold it.
     """
+
+    cells: Sequence["weakref.ref[Cell]"]
+    dim: int | None  # of the tensor itself where it is None, else of its halves along this dimension
+    grid: Grid | None
+    identity: tuple[int, int] | None
+
+
+def _tag(y: Tensor, cells: Sequence[Cell], dim: int | None, grid: Grid | None = None) -> None:
     if y.grad_fn is not None:
-        y.grad_fn.metadata[_TAG, y.output_nr] = [weakref.ref(cell) for cell in cells], dim, _identity(y)
+        y.grad_fn.metadata[_TAG, y.output_nr] = Tag([weakref.ref(cell) for cell in cells], dim, grid, _identity(y))
 
 
-def _tagged(x: Tensor) -> tuple[Sequence["weakref.ref[Cell]"], int | None]:
+def _tagged(x: Tensor) -> Tag:
     tag = x.grad_fn.metadata.get((_TAG, x.output_nr)) if x.grad_fn is not None else None
-    return tag[:2] if tag is not None and tag[2] == _identity(x) else ((), -1)
+    return tag if tag is not None and tag.identity == _identity(x) else Tag((), -1, None, None)
+
+
+def _fingerprint(h: Tensor) -> Tensor:
+    """The sum of the bits of h, taken as integers."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return h.detach().view(integers[h.element_size()]).sum(dtype=torch.int64)
 
 
 def _identity(x: Tensor) -> tuple[int, int]:
@@ -242,16 +275,16 @@ def _identity(x: Tensor) -> tuple[int, int]:
 
 def _whole(x: Tensor) -> Cell | None:
     """The cell of the whole of x if x is a block's output that somebody upstream needs, else None."""
-    references, dim = _tagged(x)
-    cells = [reference() for reference in references]
+    tag = _tagged(x)
+    cells = [reference() for reference in tag.cells]
     if not any(cells):
         return None
-    if dim is None:
+    if tag.dim is None:
         return cells[0]
     whole = Cell(x)
-    halves = x.detach().chunk(2, dim)
+    halves = x.detach().chunk(2, tag.dim)
     Rearrange([cell or Cell(half) for cell, half in zip(cells, halves, strict=True)], [whole],
-              lambda values: values[0].chunk(2, dim))
+              lambda values: values[0].chunk(2, tag.dim))
     return whole
 
 

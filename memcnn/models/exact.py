@@ -1,0 +1,73 @@
+"""Exact mode: inversion without rounding, so that gradients are bit for bit those of stored activations.
+
+Sums of floating-point numbers on a fixed grid, say multiples of 2^-10, are exact as long as they stay below the largest
+number with all its grid neighbours: 2^14 in float32, with its 24 bits. A coupling whose input and whose F(x2), G(y1)
+are snapped to such a grid inverts exactly at any depth. Snapping has the derivative of the identity.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DEFAULT_STEP = 2.0**-10
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Multiples of ``step``, a power of two, in a stream of float32 or float64."""
+
+    step: float = DEFAULT_STEP
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.step, float) or not 0 < self.step < math.inf or math.frexp(self.step)[0] != 0.5:
+            raise ValueError(f"the step of an exact coupling must be a power of two, such as 2**-10: got {self.step!r}")
+
+    @classmethod
+    def of(cls, exact: "bool | float | Grid") -> "Grid | None":
+        """The grid that the argument ``exact`` of a coupling means: False, True, or a step."""
+        if isinstance(exact, (bool, Grid)):
+            return cls() if exact is True else exact or None
+        return cls(exact)
+
+    def limit(self, dtype: torch.dtype) -> float:
+        """Up to here every multiple of ``step`` is a number of ``dtype``."""
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"an exact coupling needs a float32 or float64 input: got {dtype}; its branches may run in a "
+                             "lower precision, under torch.autocast for one")
+        return 2 * self.step / torch.finfo(dtype).eps
+
+    def snap(self, x: Tensor) -> Tensor:
+        """x rounded to the grid, as an identity to autograd. OverflowError where the grid ends."""
+        return self.checked(_Snap.apply(x, self.step))
+
+    def add(self, a: Tensor, h: Tensor) -> Tensor:
+        return self.checked(a + _Snap.apply(h.to(a.dtype), self.step))
+
+    def sub(self, a: Tensor, h: Tensor) -> Tensor:
+        return self.checked(a - _Snap.apply(h.to(a.dtype), self.step))
+
+    def checked(self, x: Tensor) -> Tensor:
+        limit = self.limit(x.dtype)
+        largest = x.detach().abs().amax().item() if x.numel() else 0.0
+        if not largest <= limit:
+            raise OverflowError(f"a value of {largest:.3g} in an exact coupling leaves the grid of {x.dtype} with step "
+                                f"{self.step:.3g}, which ends at {limit:.3g}: use a larger step, float64, or exact=False")
+        return x
+
+
+class _Snap(torch.autograd.Function):
+    """To the nearest multiple of ``step``; + 0.0 makes a negative zero a positive one, as sums do."""
+
+    @staticmethod
+    def forward(x: Tensor, step: float) -> Tensor:
+        return torch.round(x / step) * step + 0.0
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
