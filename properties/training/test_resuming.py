@@ -151,10 +151,10 @@ def test_a_budget_is_not_exceeded_but_used(tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "resnet32", lambda num_classes, *, disable: Slow())
     recipe = override(RECIPE, iterations=1000, evaluate_every=1000)
     started = time.monotonic()
-    record = run(tmp_path, recipe=recipe, budget_seconds=2.5)
-    assert time.monotonic() - started < 2.5
+    record = run(tmp_path, recipe=recipe, budget_seconds=3.5)
+    assert time.monotonic() - started < 3.5
     assert (record.status, record.reason) == ("partial", "budget exhausted")
-    assert 2 <= record.iterations < 50
+    assert 2 <= record.iterations < 70
     assert run(tmp_path, recipe=recipe, budget_seconds=0).iterations == record.iterations
 
 
