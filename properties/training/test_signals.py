@@ -38,14 +38,14 @@ def test_sigterm_and_the_same_command_again_give_the_same_bits(tmp_path):
         assert first.poll() is None, first.communicate()
         time.sleep(0.01)
     first.send_signal(signal.SIGTERM)
-    out, err = first.communicate(timeout=60)
+    out, err = first.communicate(timeout=300)
     assert first.returncode == 3, err
     assert "(interrupted); go on with: " in out and "Traceback" not in err
     stopped = load(record)
     assert stopped.reason == "interrupted" and 4 <= stopped.iterations < 24
 
     second = process("-m", "memcnn.train", *WORDS, "--runs", str(tmp_path / "stopped"))
-    out, err = second.communicate(timeout=120)
+    out, err = second.communicate(timeout=300)
     assert second.returncode == 0, err
     assert f"Going on from iteration {stopped.iterations} " in err
 
