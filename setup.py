@@ -23,7 +23,7 @@ setup(
             "hypothesis",
             "jinja2",
             "matplotlib",
-            "pandas",
+            "pandas>=2.2",
             "pytest",
             "pytest-benchmark",
             "tabulate",
