@@ -43,6 +43,8 @@ def test_only_a_complete_published_run_on_official_data_with_the_engine_is_full(
 
 
 INCONSISTENT = [
+    ("train_seconds", {"train_seconds": 10**400}),
+    ("activation_bytes", {"activation_bytes": 10**400}),
     ("iterations", {"iterations": 79_999, "test_iteration": 79_500}),
     ("test_iteration", {"test_iteration": 79_500}),
     ("test_iteration", {"test_accuracy": None, "test_loss": None, "test_iteration": None}),
