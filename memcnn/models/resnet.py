@@ -8,7 +8,6 @@ takes ``num_classes`` and returns a module that maps images (N, 3, 32, 32) to lo
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
 from memcnn.models.additive import AdditiveCoupling
@@ -72,10 +71,11 @@ class ResNet(nn.Module):
         reversible: make every unit that neither strides nor changes its width a reversible one, whose F and G are
             two branches at half the width.
         disable: keep the reversible units' weights but run them with ordinary autograd (every activation stored).
+        exact: invert without rounding, see ``memcnn.models.exact``.
     """
 
     def __init__(self, branch: Callable[..., nn.Module], units: Sequence[int], channels: Sequence[int],
-                 num_classes: int = 10, *, reversible: bool = False, disable: bool = False):
+                 num_classes: int = 10, *, reversible: bool = False, disable: bool = False, exact: bool = False):
         super().__init__()
         if len(channels) != len(units) + 1:
             raise ValueError(f"channels must name the stem and each of the {len(units)} stages, so {len(units) + 1} "
@@ -87,7 +87,7 @@ class ResNet(nn.Module):
         for stage, (count, (in_width, width)) in enumerate(zip(units, pairwise([stem, *widths]), strict=True)):
             self.stages.append(nn.Sequential(*(
                 _unit(branch, in_width if unit == 0 else width, width, stride=2 if stage > 0 and unit == 0 else 1,
-                      activate=(stage, unit) != (0, 0), reversible=reversible, disable=disable)
+                      activate=(stage, unit) != (0, 0), reversible=reversible, disable=disable, exact=exact)
                 for unit in range(count))))
         self.head = nn.Sequential(
             *_activation(widths[-1]), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
@@ -115,27 +115,30 @@ def resnet164(num_classes: int = 10, *, disable: bool = False) -> ResNet:
     return ResNet(bottleneck_branch, (18, 18, 18), (16, 16, 32, 64), num_classes)
 
 
-def revnet38(num_classes: int = 10, *, disable: bool = False) -> ResNet:
-    return ResNet(basic_branch, (3, 3, 3), (32, 32, 64, 112), num_classes, reversible=True, disable=disable)
+def revnet38(num_classes: int = 10, *, disable: bool = False, exact: bool = False) -> ResNet:
+    return ResNet(basic_branch, (3, 3, 3), (32, 32, 64, 112), num_classes, reversible=True, disable=disable,
+                  exact=exact)
 
 
-def revnet110(num_classes: int = 10, *, disable: bool = False) -> ResNet:
-    return ResNet(basic_branch, (9, 9, 9), (32, 32, 64, 128), num_classes, reversible=True, disable=disable)
+def revnet110(num_classes: int = 10, *, disable: bool = False, exact: bool = False) -> ResNet:
+    return ResNet(basic_branch, (9, 9, 9), (32, 32, 64, 128), num_classes, reversible=True, disable=disable,
+                  exact=exact)
 
 
-def revnet164(num_classes: int = 10, *, disable: bool = False) -> ResNet:
-    return ResNet(bottleneck_branch, (9, 9, 9), (32, 32, 64, 128), num_classes, reversible=True, disable=disable)
+def revnet164(num_classes: int = 10, *, disable: bool = False, exact: bool = False) -> ResNet:
+    return ResNet(bottleneck_branch, (9, 9, 9), (32, 32, 64, 128), num_classes, reversible=True, disable=disable,
+                  exact=exact)
 
 
 MODELS = {model.__name__: model for model in (resnet32, resnet110, resnet164, revnet38, revnet110, revnet164)}
 
 
 def _unit(branch: Callable[..., nn.Module], in_width: int, width: int, *, stride: int, activate: bool,
-          reversible: bool, disable: bool) -> nn.Module:
+          reversible: bool, disable: bool, exact: bool) -> nn.Module:
     if not reversible or stride != 1 or in_width != width:
         return ResidualUnit(branch, in_width, width, stride, activate)
     F, G = (branch(width // 2, width // 2, activate=activate) for _ in range(2))
-    return InvertibleModuleWrapper(AdditiveCoupling(F, G), disable=disable)
+    return InvertibleModuleWrapper(AdditiveCoupling(F, G, exact=exact), disable=disable)
 
 
 def _activation(channels: int, wanted: bool = True) -> Sequence[nn.Module]:
