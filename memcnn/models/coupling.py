@@ -23,7 +23,7 @@ class Coupling(nn.Module):
         super().__init__()
         for name, module in (("Fm", Fm), ("Gm", Gm)):
             if not isinstance(module, nn.Module) and (name == "Fm" or module is not None):
-                raise TypeError(f"{name} must be an nn.Module: got {type(module).__name__}; wrap a function in a module")
+                raise TypeError(f"{name} must be an nn.Module: got {type(module).__name__}; make a module of it")
         if not isinstance(split_dim, int):
             raise TypeError(f"split_dim must be an integer, the dimension to halve: got {split_dim!r}")
         if implementation_fwd is not None or implementation_bwd is not None:

@@ -28,7 +28,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from memcnn.models.replay import Replay
 from memcnn.testing.tolerances import relative_error
 
-
 _uncompiled = torch.compiler.disable(reason="the engine of reversible blocks is no part of compiled code")
 """For what autograd calls from within code that may be compiled, as a branch is."""
 
@@ -154,8 +153,8 @@ class Step(Link):
             if not error <= self.check_inverse:
                 raise RuntimeError(
                     f"{self.name} is not inverted: its input of shape {tuple(wanted.shape)} is rebuilt with a relative "
-                    f"error of {error:.1e}, more than check_inverse={self.check_inverse:.1e}, and gradients would be as "
-                    "wrong; mend its inverse, or use keep_input=True, which needs none")
+                    f"error of {error:.1e}, more than check_inverse={self.check_inverse:.1e}, and gradients would be "
+                    "as wrong; mend its inverse, or use keep_input=True, which needs none")
 
     @contextmanager
     def collect(self) -> Iterator[None]:
@@ -213,8 +212,8 @@ class Step(Link):
                 _end_pass(-1)
                 return tensor
         if saved.tensor._version != saved.version:
-            raise RuntimeError(f"{self.name} modifies in place a tensor of shape {tuple(saved.shape)} that is needed for "
-                               "its gradient: use an out-of-place operation there, as ordinary autograd also asks")
+            raise RuntimeError(f"{self.name} modifies in place a tensor of shape {tuple(saved.shape)} that is needed "
+                               "for its gradient: use an out-of-place operation there, as ordinary autograd also asks")
         return saved.tensor
 
     @_uncompiled
@@ -233,16 +232,16 @@ class Step(Link):
             _forget_later(handle)
 
     def _diverged(self, then: str, now: str) -> RuntimeError:
-        return RuntimeError(f"{self.name} computed something else in the recomputation than in the forward pass ({then} "
-                            f"then, {now} now): its forward must depend on its input, parameters, buffers and torch's "
-                            "random numbers alone")
+        return RuntimeError(f"{self.name} computed something else in the recomputation than in the forward pass "
+                            f"({then} then, {now} now): its forward must depend on its input, parameters, buffers and "
+                            "torch's random numbers alone")
 
 
 def dense(x: Tensor) -> Tensor:
     """x, or a copy of it in the same order of dimensions if it is a view with gaps or overlaps.
 
-    What is rebuilt has neither, and a kernel may compute otherwise, or save other tensors, for other strides. A compiler
-    chooses its own kernels, and cannot trace the question.
+    What is rebuilt has neither, and a kernel may compute otherwise, or save other tensors, for other strides. A
+    compiler chooses its own kernels, and cannot trace the question.
     """
     return x if torch.compiler.is_compiling() or torch.ops.aten.is_non_overlapping_and_dense(x) else x.clone()
 
@@ -254,8 +253,8 @@ _rebuilding = threading.RLock()
 def _rebuild(step: Step) -> None:
     """Rebuild ``step``, and first, from the chain's stored end, whatever it needs. A loop: chains can be long."""
     if step.sources is None:
-        raise RuntimeError(f"{step.name} differentiates within its own forward pass, of which a reversible block stores "
-                           "nothing: wrap the block with disable=True")
+        raise RuntimeError(f"{step.name} differentiates within its own forward pass, of which a reversible block "
+                           "stores nothing: wrap the block with disable=True")
     keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
     waiting: list[Link] = [step]
     with _rebuilding:
@@ -272,7 +271,7 @@ def _rebuild(step: Step) -> None:
 
 
 _KEPT_LINKS = 8
-"""A pass that keeps its graph cannot tell when autograd is done with an activation. It holds those of this many links."""
+"""A pass that keeps its graph cannot tell when autograd is done with activations, and holds those of so many links."""
 
 _passes: dict[int, deque[list[tuple[weakref.ref, int]]]] = {}
 

@@ -94,15 +94,16 @@ class Replay:
     def _check_unchanged(self, when: str, fix: str) -> None:
         for kind, name, tensor, version in self.unchanged:
             if tensor._version != version:
-                raise RuntimeError(f"the {kind} {name!r} of shape {tuple(tensor.shape)} was modified {when}, so that the "
-                                   f"activations cannot be rebuilt: {fix}")
+                raise RuntimeError(f"the {kind} {name!r} of shape {tuple(tensor.shape)} was modified {when}, so that "
+                                   f"the activations cannot be rebuilt: {fix}")
 
     def _user_hooks(self) -> list[tuple[dict, int, Callable]]:
-        """The forward hooks that run with ``module``, except those by which torch itself computes (spectral norm, FSDP)."""
+        """The forward hooks that run with ``module``, but for those by which torch computes (spectral norm, FSDP)."""
         registries = [torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks]
         for module, _ in self.modules:
             registries += module._forward_pre_hooks, module._forward_hooks
-        return [(hooks, key, hook) for hooks in registries if hooks for key, hook in hooks.items() if not _is_torchs(hook)]
+        return [(hooks, key, hook) for hooks in registries if hooks
+                for key, hook in hooks.items() if not _is_torchs(hook)]
 
     def _noted(self, hook: Callable, *args, **kwargs):
         result = hook(*args, **kwargs)

@@ -43,8 +43,8 @@ class InvertibleModuleWrapper(nn.Module):
         num_bwd_passes: accepted for compatibility; a retained graph may be differentiated any number of times.
         disable: run ``fn`` under ordinary autograd, which stores every activation. May be switched at any time.
         preserve_rng_state: replay the random numbers of the forward pass (dropout) in the recomputation.
-        check_inverse: a relative error, such as 1e-4. Inputs are then stored after all, to be compared with what backward
-            rebuilds: a larger difference, of this block or accumulated behind it, is a RuntimeError.
+        check_inverse: a relative error, such as 1e-4. Inputs are then stored after all, to be compared with what
+            backward rebuilds: a larger difference, of this block or accumulated behind it, is a RuntimeError.
     """
 
     def __init__(self, fn: nn.Module, keep_input: bool = False, keep_input_inverse: bool = False,
@@ -112,8 +112,8 @@ class ReversibleSequential(nn.Sequential):
 
     Args:
         *modules: couplings, wrapped blocks, or any modules with ``forward`` and ``inverse`` that map one tensor to one.
-        keep_every: let every ``keep_every``-th block, counted from the end, store its activations, so that backward need
-            not recompute it: 1 is ordinary autograd, 2 recomputes half of the blocks, None all of them.
+        keep_every: let every ``keep_every``-th block, counted from the end, store its activations, so that backward
+            need not recompute it: 1 is ordinary autograd, 2 recomputes half of the blocks, None all of them.
         exact: set ``exact`` of every coupling, which must be additive ones; None leaves them as they are.
     """
 
@@ -233,8 +233,9 @@ def create_coupling(Fm: nn.Module, Gm: nn.Module | None = None, coupling: str = 
     return AdditiveCoupling(Fm, Gm, implementation_fwd, implementation_bwd, split_dim)
 
 
-def is_invertible_module(module_in: nn.Module, test_input_shape: Sequence, test_input_dtype: torch.dtype = torch.float32,
-                         atol: float = 1e-6, random_seed: int = 42, *, device: torch.device | str = "cpu") -> bool:
+def is_invertible_module(module_in: nn.Module, test_input_shape: Sequence,
+                         test_input_dtype: torch.dtype = torch.float32, atol: float = 1e-6, random_seed: int = 42, *,
+                         device: torch.device | str = "cpu") -> bool:
     """Whether inverse(forward(x)) = x and forward(inverse(y)) = y for a random x, and y = forward(x).
 
     Random numbers, buffers and generators are as before the call when it returns.
@@ -274,7 +275,8 @@ def _shapes(shape: Sequence) -> Iterator[Sequence[int]]:
     shapes = [shape] if all(isinstance(size, int) for size in shape) else shape
     for one in shapes:
         if not isinstance(one, (tuple, list)) or not all(isinstance(size, int) for size in one):
-            raise ValueError(f"test_input_shape must be a shape, such as (2, 4, 8, 8), or a sequence of shapes: got {shape!r}")
+            raise ValueError("test_input_shape must be a shape, such as (2, 4, 8, 8), or a sequence of shapes: "
+                             f"got {shape!r}")
         yield one
 
 
@@ -292,6 +294,6 @@ def _is_recorded(fn: nn.Module, inputs: tuple) -> bool:
 
 
 def _is_transformed() -> bool:
-    """Whether torch.func, forward-mode differentiation or torch.export is at work, none of which saves through hooks."""
+    """Whether torch.func, forward-mode differentiation or torch.export is at work: none saves through hooks."""
     return (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
             or torch.compiler.is_exporting() or torch.jit.is_tracing())

@@ -1,7 +1,8 @@
 """The steps that reversible blocks are written with, and how they are recorded.
 
 ``split``, ``lift`` and ``merge`` are plain differentiable operations. Within ``recording()`` they forget their
-activations (see ``memcnn.models.engine``). ``call`` records a module of which only ``forward`` and ``inverse`` are known.
+activations (see ``memcnn.models.engine``). ``call`` records a module of which nothing is known but ``forward`` and
+``inverse``.
 """
 
 import threading
@@ -76,7 +77,8 @@ def call(run: Callable, undo: Callable, module: nn.Module, inputs: Sequence, kwa
 
     Streams, that is floating-point and complex tensors among the positional inputs, are rebuilt; other arguments are
     kept. Where ``run`` returns fewer values than it takes, the inputs that are no streams are handed to ``undo`` after
-    them. With ``log_det``, run returns (outputs, log_det), of which undo takes the outputs. Other options: see ``Step``.
+    them. With ``log_det``, run returns (outputs, log_det), of which undo takes the outputs. For other options see
+    ``Step``.
     """
     cells = [_whole(x) or Cell(x) for x in inputs if is_stream(x)]
     inputs = [dense(x) if is_stream(x) else x for x in inputs]
@@ -168,9 +170,9 @@ class Lift(Step):
             with self.collect():
                 h = self.module(b)
             if self.fingerprint is not None and not torch.equal(self.fingerprint, _fingerprint(h)):
-                raise RuntimeError(f"{self.name} does not reproduce itself bit for bit, so that an exact coupling is not "
-                                   "exact here: use deterministic kernels (torch.use_deterministic_algorithms) and the "
-                                   "same number of threads in forward and backward, or exact=False")
+                raise RuntimeError(f"{self.name} does not reproduce itself bit for bit, so that an exact coupling is "
+                                   "not exact here: use deterministic kernels (torch.use_deterministic_algorithms) and "
+                                   "the same number of threads in forward and backward, or exact=False")
             unjoined = self.wanted and self.seen < len(self.handles)
             if a is None and (target is not None or unjoined or self.expected):
                 with torch.no_grad():
@@ -232,8 +234,8 @@ class Call(Step):
             inputs = [inputs[i] for i in self.positions]
         kinds = [(x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
         if kinds != self.kinds:
-            raise RuntimeError(f"{self.name} does not invert itself: it was given {self.kinds} and its inverse returned "
-                               f"{kinds}")
+            raise RuntimeError(f"{self.name} does not invert itself: it was given {self.kinds} and its inverse "
+                               f"returned {kinds}")
         return inputs
 
 

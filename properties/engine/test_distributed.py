@@ -100,7 +100,7 @@ def assert_gradients(model: nn.Module, expected: dict[str, Tensor | None]) -> No
 def data_parallel_step(options: dict, ddp: dict) -> None:
     model = network(**options)
     wrapped = DistributedDataParallel(model, **ddp)
-    for step in range(3):  # the buckets are rebuilt, and a static graph is taken for one, after the first
+    for _ in range(3):  # the buckets are rebuilt, and a static graph is taken for one, after the first
         model.zero_grad()
         local_loss(wrapped).backward()
     assert_gradients(model, expected_gradients(**options))
@@ -125,7 +125,7 @@ def reduction_begins_before_the_last_recomputation() -> None:
         return dist.all_reduce(buffer, async_op=True).get_future().then(lambda future: future.value()[0])
 
     wrapped.register_comm_hook(None, reduce)
-    for step in range(2):
+    for _ in range(2):
         model.zero_grad()
         loss = local_loss(wrapped)
         Branch.events.clear()
@@ -148,7 +148,7 @@ def sharded_step(units: Callable[[Network], list[nn.Module]], reshard: bool, fro
     mesh = init_device_mesh("cpu", (RANKS,))
     for unit in [*units(model), model]:
         fully_shard(unit, mesh=mesh, reshard_after_forward=reshard)
-    for step in range(2):
+    for _ in range(2):
         model.zero_grad()
         local_loss(model).backward()
     assert_gradients(model, expected)

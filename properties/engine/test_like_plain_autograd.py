@@ -7,10 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils.checkpoint import checkpoint
 
-
-from properties.twin import assert_like_twin, backward, block, conv_branch, images, run, weighted_sum
+from properties.twin import assert_like_twin, backward, block, conv_branch, images, weighted_sum
 
 
 def around(before=lambda x: x, after=lambda y: y):
@@ -209,7 +207,8 @@ BRANCHES = {
     "spectral_norm": lambda: nn.Sequential(spectral_norm(nn.Conv2d(3, 3, 3, padding=1)), nn.Tanh()),
     "self_made_norm": lambda: nn.Sequential(SelfMadeNorm(), nn.Conv2d(3, 3, 1)),
     "functional_norm": FunctionalNorm,
-    "linear_on_a_flattened_view": lambda: nn.Sequential(nn.Flatten(2), nn.Linear(20, 20), nn.GELU(), nn.Unflatten(2, (5, 4))),
+    "linear_on_a_flattened_view": lambda: nn.Sequential(nn.Flatten(2), nn.Linear(20, 20), nn.GELU(),
+                                                        nn.Unflatten(2, (5, 4))),
     "instance_and_group_norm": lambda: nn.Sequential(nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
                                                      nn.GroupNorm(3, 3), nn.SiLU()),
     "max_pool": lambda: nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(3, 3, 1)),
