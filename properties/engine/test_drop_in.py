@@ -1,0 +1,114 @@
+"""Code written for MemCNN 1.5 runs unchanged: names, arguments, state-dict keys, the example of its README."""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import Variable
+
+import memcnn
+from properties.twin import conv_branch
+
+NAMES = {
+    "memcnn": ["AdditiveCoupling", "AffineCoupling", "AffineAdapterNaive", "AffineAdapterSigmoid",
+               "InvertibleModuleWrapper", "ReversibleBlock", "create_coupling", "is_invertible_module"],
+    "memcnn.models.revop": ["InvertibleModuleWrapper", "ReversibleBlock", "create_coupling", "is_invertible_module"],
+    "memcnn.models.additive": ["AdditiveCoupling"],
+    "memcnn.models.affine": ["AffineCoupling", "AffineAdapterNaive", "AffineAdapterSigmoid"],
+    "memcnn.models.resnet": ["ResNet"],
+}
+ARGUMENTS = {
+    "InvertibleModuleWrapper": ["fn", "keep_input", "keep_input_inverse", "num_bwd_passes", "disable",
+                                "preserve_rng_state"],
+    "ReversibleBlock": ["Fm", "Gm", "coupling", "keep_input", "keep_input_inverse", "implementation_fwd",
+                        "implementation_bwd", "adapter"],
+    "AdditiveCoupling": ["Fm", "Gm", "implementation_fwd", "implementation_bwd", "split_dim"],
+    "AffineCoupling": ["Fm", "Gm", "adapter", "implementation_fwd", "implementation_bwd", "split_dim"],
+    "create_coupling": ["Fm", "Gm", "coupling", "implementation_fwd", "implementation_bwd", "adapter"],
+    "is_invertible_module": ["module_in", "test_input_shape", "test_input_dtype", "atol", "random_seed"],
+}
+
+
+class ExampleOperation(nn.Module):
+    """Convolution, batch norm, ReLU: the operation of the 1.5 README."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.seq = nn.Sequential(nn.Conv2d(channels, channels, (3, 3), padding=1), nn.BatchNorm2d(channels),
+                                 nn.ReLU(inplace=True))
+
+    def forward(self, x):
+        return self.seq(x)
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in NAMES.items() for name in names])
+def test_a_name_is_where_it_was(module, name):
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_keep_names_and_order(name):
+    assert list(inspect.signature(getattr(memcnn, name)).parameters)[:len(ARGUMENTS[name])] == ARGUMENTS[name]
+
+
+def test_the_readme_example_of_the_original_runs_unchanged():
+    X = Variable(torch.rand(2, 10, 8, 8))
+    F, G = ExampleOperation(channels=10 // 2), ExampleOperation(channels=10 // 2)
+    Y = memcnn.models.revop.ReversibleBlock(F, G)(X)
+    Y.sum().backward()
+    with torch.no_grad():
+        x1, x2 = X.chunk(2, 1)
+        y1 = x1 + F(x2)
+        assert torch.allclose(Y, torch.cat([y1, x2 + G(y1)], 1))
+    assert all(p.grad is not None for p in (*F.parameters(), *G.parameters()))
+
+
+@pytest.mark.parametrize(("shape", "split_dim", "message"), [
+    ((2, 9, 8, 8), 1, "its size there, 9, is odd"), ((2, 10, 7, 8), 2, "its size there, 7, is odd"),
+    ((2, 10), 2, "it has 2 dimensions"), ((2, 1, 8, 8), 1, "its size there, 1, is odd"),
+])
+def test_shapes_that_cannot_be_halved_are_rejected(shape, split_dim, message):
+    block = memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(nn.Identity(), split_dim=split_dim))
+    for method in (block, block.inverse, block._fn):
+        with pytest.raises(ValueError, match=re.escape(str(tuple(shape))) + ".*" + message):
+            method(torch.rand(shape, requires_grad=True))
+
+
+def test_state_dict_keys_are_the_originals():
+    keys = memcnn.ReversibleBlock(conv_branch(), conv_branch()).state_dict().keys()
+    assert {key.split(".")[0] for key in keys} == {"_fn"}
+    assert {key.split(".")[1] for key in keys} == {"Fm", "Gm"}
+    assert "_fn.Fm.0.weight" in keys and "_fn.Gm.1.running_mean" in keys
+
+
+def test_g_is_a_copy_of_f_if_it_is_not_given():
+    coupling = memcnn.AdditiveCoupling(conv_branch())
+    assert coupling.Gm is not coupling.Fm
+    assert all(torch.equal(f, g) and f is not g
+               for f, g in zip(coupling.Fm.parameters(), coupling.Gm.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("make", [memcnn.AdditiveCoupling, memcnn.AffineCoupling, memcnn.ReversibleBlock,
+                                  memcnn.create_coupling])
+def test_the_implementation_arguments_warn_and_change_nothing(make):
+    with pytest.warns(DeprecationWarning, match="have no effect"):
+        make(conv_branch(), implementation_fwd=1, implementation_bwd=0)
+
+
+def test_num_bwd_passes_is_accepted_and_never_too_few():
+    block = memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(conv_branch()), num_bwd_passes=1)
+    loss = block(torch.rand(2, 6, 4, 4)).square().sum()
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+
+
+def test_the_code_of_the_readme_runs():
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    examples = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert examples
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})
