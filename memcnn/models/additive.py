@@ -1,6 +1,6 @@
 """The additive coupling of NICE (Dinh et al., arXiv:1410.8516) and of RevNets (Gomez et al., arXiv:1707.04585)."""
 
-import operator
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -40,13 +40,14 @@ class AdditiveCoupling(Coupling):
 
     def _add(self, a: Tensor, branch: nn.Module, b: Tensor) -> Tensor:
         """a + branch(b)."""
-        sums = self.grid or operator
-        return lift(a, branch, b, sums.add, sums.sub, verify=self.grid is not None)
+        return lift(a, branch, b, *self._sums(), verify=self.grid is not None)
 
     def _subtract(self, a: Tensor, branch: nn.Module, b: Tensor) -> Tensor:
         """a - branch(b)."""
-        sums = self.grid or operator
-        return lift(a, branch, b, sums.sub, sums.add, verify=self.grid is not None)
+        return lift(a, branch, b, *reversed(self._sums()), verify=self.grid is not None)
+
+    def _sums(self) -> tuple[Callable, Callable]:
+        return (self.grid.add, self.grid.sub) if self.grid is not None else (_plus, _minus)
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y, and log|det dy/dx| of each sample, (N,): 0, since F and G only shift."""
@@ -57,3 +58,20 @@ class AdditiveCoupling(Coupling):
         """x, and log|det dx/dy| of each sample, (N,): 0."""
         self._check_per_sample(y)
         return self.inverse(y), constant_log_det(y)
+
+
+def _plus(a: Tensor, h: Tensor) -> Tensor:
+    return a + _fitting(h, a)
+
+
+def _minus(a: Tensor, h: Tensor) -> Tensor:
+    return a - _fitting(h, a)
+
+
+def _fitting(h: Tensor, a: Tensor) -> Tensor:
+    """h, where it has the shape of a or is broadcast to it, else a ValueError."""
+    if isinstance(h, Tensor) and (h.shape == a.shape or h.dim() <= a.dim() and all(
+            size in (1, wanted) for size, wanted in zip(reversed(h.shape), reversed(a.shape), strict=False))):
+        return h
+    got = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else f"a {type(h).__name__}"
+    raise ValueError(f"F and G of an additive coupling must keep the shape of a half, {tuple(a.shape)}: got {got}")

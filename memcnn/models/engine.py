@@ -16,6 +16,7 @@ reference counting alone frees everything.
 """
 
 import threading
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -130,6 +131,10 @@ class Step(Link):
         self.check_inverse = check_inverse
         self.expected = [cell.tensor for cell in targets] if check_inverse is not None and not keep_input else []
         super().__init__(targets, keep=keep_input)
+        if not keep_input and inputs and inputs[0].dtype in (torch.bfloat16, torch.float16):
+            warnings.warn(f"rebuilding a {inputs[0].dtype} stream rounds as much again as computing in it, so that "
+                          "gradients drift by percents, growing with depth: give the blocks float32 (x.float()) and "
+                          "run their branches under torch.autocast, or use keep_input=True", stacklevel=2)
         self.module, self.inputs = module, inputs
         self.handles: list[weakref.ref[Handle]] = []
         self.requires_grad = [t.requires_grad for t in inputs]
