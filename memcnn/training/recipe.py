@@ -88,7 +88,7 @@ PUBLISHED = Recipe(
 )
 
 SMOKE = replace(  # seconds a run: shows that everything works, measures nothing
-    PUBLISHED, name="smoke", batch_size=16, iterations=12, milestones=(6, 9), evaluate_every=6, test_images=256
+    PUBLISHED, name="smoke", batch_size=10, iterations=12, milestones=(6, 9), evaluate_every=6, test_images=100
 )
 
 RECIPES = {"published": PUBLISHED, "smoke": SMOKE}
