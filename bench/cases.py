@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,13 @@ class Checkpointed(nn.Sequential):
         return x
 
 
-SUBJECTS = {"plain": nn.Sequential, "checkpoint": Checkpointed, "reversible": ReversibleSequential}
+SUBJECTS = {
+    "plain": nn.Sequential,
+    "checkpoint": Checkpointed,
+    "keep-every-2": partial(ReversibleSequential, keep_every=2),  # the dial between plain and reversible
+    "keep-every-4": partial(ReversibleSequential, keep_every=4),
+    "reversible": ReversibleSequential,
+}
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,13 @@ import pandas as pd  # noqa: E402
 
 from bench.summary import load, memory_table, time_table  # noqa: E402
 
-STYLES = {"plain": ("o", "-"), "checkpoint": ("s", "--"), "reversible": ("^", "-")}
-NAMES = {"plain": "ordinary autograd", "checkpoint": "checkpoint per block", "reversible": "reversible"}
-COLOURS = {"plain": "#b2452b", "checkpoint": "#7a7a7a", "reversible": "#14588c"}  # apart in shades of grey too
+SUBJECTS = {  # name, colour (apart in shades of grey too), marker, line
+    "plain": ("ordinary autograd", "#b2452b", "o", "-"),
+    "checkpoint": ("checkpoint per block", "#7a7a7a", "s", "--"),
+    "keep-every-2": ("reversible, every 2nd block stored", "#9dbfd9", "v", ":"),
+    "keep-every-4": ("reversible, every 4th block stored", "#5b93bd", "D", ":"),
+    "reversible": ("reversible", "#14588c", "^", "-"),
+}
 
 
 def memory_figure(results: pd.DataFrame, folder: Path) -> Path:
@@ -47,8 +51,8 @@ def _axes(x: str, y: str) -> tuple[plt.Figure, plt.Axes]:
 
 
 def _line(axes: plt.Axes, subject: str, x: pd.Index, y: pd.Series, spread: list | None = None) -> None:
-    marker, line = STYLES[subject]
-    axes.errorbar(x, y, spread, marker=marker, linestyle=line, color=COLOURS[subject], label=NAMES[subject], capsize=3)
+    name, colour, marker, line = SUBJECTS[subject]
+    axes.errorbar(x, y, spread, marker=marker, linestyle=line, color=colour, label=name, capsize=3)
 
 
 def _save(figure: plt.Figure, axes: plt.Axes, depths: pd.Index, path: Path) -> Path:
