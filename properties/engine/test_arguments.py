@@ -1,0 +1,403 @@
+"""What may go in and out of a block: several tensors, keywords, integers, None, complex and empty tensors.
+
+And the parameters it may have: frozen, unused and shared ones. And two blocks at once in two threads.
+"""
+
+import gc
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
+from memcnn.testing.memory import TensorMeter
+from memcnn.testing.tolerances import relative_error, tolerance
+from properties.twin import assert_like_twin, backward, block, conv_branch, images, plain_twin, weighted_sum
+
+DEPTH = 3
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+
+
+def rows(seed: int = 0, *, requires_grad: bool = True) -> Tensor:
+    return images(4, 3, seed=seed, requires_grad=requires_grad)
+
+
+class TwoStreams(nn.Module):
+    """y1 = x1 + F(x2), y2 = x2 + G(y1) of two tensors, by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.F, self.G = net(), net()
+
+    def forward(self, x1, x2):
+        y1 = x1 + self.F(x2)
+        return y1, x2 + self.G(y1)
+
+    def inverse(self, y1, y2):
+        x2 = y2 - self.G(y1)
+        return y1 - self.F(x2), x2
+
+
+class ListOfStreams(TwoStreams):
+    def forward(self, x1, x2):
+        return list(super().forward(x1, x2))
+
+    def inverse(self, y1, y2):
+        return list(super().inverse(y1, y2))
+
+
+class PassesOneOn(nn.Module):
+    """Returns its second input itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.F = net()
+
+    def forward(self, x1, x2):
+        return x1 + self.F(x2), x2
+
+    def inverse(self, y1, y2):
+        return y1 - self.F(y2), y2
+
+
+class WithNone(PassesOneOn):
+    def forward(self, x1, x2):
+        y1, y2 = super().forward(x1, x2)
+        return None, y1, None, y2
+
+    def inverse(self, _1, y1, _2, y2):
+        return super().inverse(y1, y2)
+
+
+class WithLengths(PassesOneOn):
+    """Returns an integer tensor beside its streams."""
+
+    def forward(self, x1, x2):
+        return *super().forward(x1, x2), torch.tensor(x1.shape)
+
+    def inverse(self, y1, y2, lengths):
+        assert lengths.tolist() == list(y1.shape)
+        return super().inverse(y1, y2)
+
+
+class Conditioned(nn.Module):
+    """y = 2 scale x + F(condition) + shift, of keywords."""
+
+    def __init__(self):
+        super().__init__()
+        self.F = net()
+
+    def forward(self, x, *, condition, scale=1.0, shift=None):
+        return 2 * scale * x + self.F(condition) + (0 if shift is None else shift)
+
+    def inverse(self, y, *, condition, scale=1.0, shift=None):
+        return (y - (0 if shift is None else shift) - self.F(condition)) / (2 * scale)
+
+
+class Looked(nn.Module):
+    """y = x + scale[kind] f(embedding of index), of an integer tensor and a word."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.f = nn.Embedding(5, 3), net()
+
+    def forward(self, x, index, kind):
+        return x + self._shift(index, kind)
+
+    def inverse(self, y, index, kind):
+        return y - self._shift(index, kind)
+
+    def _shift(self, index, kind):
+        return self.f(self.table(index)) * {"once": 1, "twice": 2}[kind]
+
+
+def wrapped(module: nn.Module) -> InvertibleModuleWrapper:
+    return InvertibleModuleWrapper(module).double()
+
+
+def differentiated(*outputs):
+    tensors = [y for y in outputs if isinstance(y, Tensor) and y.is_floating_point()]
+    sum(weighted_sum(y) * (i + 1) for i, y in enumerate(tensors)).backward()
+    return tensors
+
+
+def once(module, *inputs):
+    return differentiated(*module(*inputs))
+
+
+def in_a_chain(module, *inputs):
+    for _ in range(DEPTH):
+        inputs = [y for y in module(*inputs) if isinstance(y, Tensor) and y.is_floating_point()]
+    return differentiated(*inputs)
+
+
+def one_output_used(module, *inputs):
+    return differentiated([y for y in module(*inputs) if y is not None][0])
+
+
+def one_input_without_gradient(module, x1, x2):
+    return differentiated(*module(x1, x2.detach()))
+
+
+def same_tensor_twice(module, x1, x2):
+    return differentiated(*module(x1, x1))
+
+
+@pytest.mark.parametrize("program", [once, in_a_chain, one_output_used, one_input_without_gradient, same_tensor_twice],
+                         ids=lambda program: program.__name__)
+@pytest.mark.parametrize("make", [TwoStreams, ListOfStreams, PassesOneOn, WithNone, WithLengths],
+                         ids=lambda make: make.__name__)
+def test_several_tensors_go_in_and_out(make, program):
+    assert_like_twin(wrapped(make()), program, rows(0), rows(1))
+
+
+@pytest.mark.parametrize("make", [TwoStreams, ListOfStreams, PassesOneOn], ids=lambda make: make.__name__)
+def test_several_tensors_go_in_and_out_of_the_inverse(make):
+    def program(module, y1, y2):
+        x1, x2 = module.inverse(*module.inverse(y1, y2))
+        return differentiated(*module(x1.sin(), x2))
+    assert_like_twin(wrapped(make()), program, rows(0), rows(1))
+
+
+@pytest.mark.parametrize("condition", [lambda x: x, lambda x: x.sin(), lambda x: x.detach()],
+                         ids=["leaf", "computed", "without gradient"])
+def test_keywords_are_handed_on_and_differentiated(condition):
+    def program(module, x, other):
+        given = condition(other)
+        for _ in range(DEPTH):
+            x = module(x, condition=given, scale=0.5, shift=other.mean())
+        y = module.inverse(x.tanh(), condition=given)
+        return differentiated(y)
+    assert_like_twin(wrapped(Conditioned()), program, rows(0), rows(1))
+
+
+def test_integers_and_words_are_handed_on():
+    def program(module, x):
+        index = torch.tensor([0, 1, 1, 4])
+        for kind in ("once", "twice", "once"):
+            x = module(x, index, kind)
+        return differentiated(module.inverse(x.tanh(), index, "twice"))
+    assert_like_twin(wrapped(Looked()), program, rows())
+
+
+def test_a_coupling_takes_its_input_as_a_keyword():
+    assert_like_twin(block(net), lambda module, x: differentiated(module(x=x)), images(4, 6))
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("chain", [
+    lambda: nn.Sequential(*(block(net) for _ in range(DEPTH))),
+    lambda: ReversibleSequential(*(AdditiveCoupling(net(), net()) for _ in range(DEPTH))).double(),
+], ids=["wrapped blocks", "sequence"])
+@pytest.mark.parametrize("frozen", ["Fm", "Gm", "0._fn.Fm.0.weight", "0.", "1.", "2."])
+def test_frozen_parameters_get_no_gradient_and_leave_the_others_theirs(chain, frozen, requires_grad):
+    model = chain()
+    for name, p in model.named_parameters():
+        p.requires_grad_(frozen not in name and not name.startswith(frozen))
+    outcome = assert_like_twin(model, backward, images(4, 6, requires_grad=requires_grad))
+    assert any(g is None for g in outcome.gradients.values())
+
+
+def test_a_frozen_block_hands_the_gradient_to_its_input():
+    assert_like_twin(block(net).requires_grad_(False), backward, images(4, 6))
+
+
+@pytest.mark.parametrize("then, before_backward", [(True, False), (False, True)], ids=["frozen", "unfrozen"])
+@pytest.mark.parametrize("branch, shape", [(net, (4, 6)), (conv_branch, (2, 6, 5, 4))], ids=["linear", "conv"])
+def test_parameters_frozen_or_unfrozen_before_backward_are_those_of_the_forward_pass(branch, shape, then,
+                                                                                   before_backward):
+    """As an adversary is switched on and off."""
+    def program(module, x):
+        module.requires_grad_(then)
+        loss = weighted_sum(module(module(x)))
+        module.requires_grad_(before_backward)
+        loss.backward()
+        assert all(p.requires_grad == before_backward for p in module.parameters())
+    assert_like_twin(block(branch), program, images(*shape))
+
+
+class UsesHalf(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = net(), net()
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_unused_parameters_get_no_gradient():
+    outcome = assert_like_twin(nn.Sequential(block(UsesHalf), block(UsesHalf)), backward, images(4, 6))
+    assert any(g is None for g in outcome.gradients.values())
+
+
+class Shared(nn.Module):
+    """One module as F of a block, as G of another and between them."""
+
+    def __init__(self):
+        super().__init__()
+        shared = net()
+        self.first = InvertibleModuleWrapper(AdditiveCoupling(shared, net()))
+        self.second = InvertibleModuleWrapper(AdditiveCoupling(net(), shared))
+        self.shared = shared
+
+    def forward(self, x):
+        return self.second(self.first(x) * self.shared(x[:, :3]).repeat(1, 2))
+
+
+def same_branch_twice() -> nn.Module:
+    branch = net()
+    return nn.Sequential(*(InvertibleModuleWrapper(AdditiveCoupling(branch, branch)) for _ in range(2)))
+
+
+def same_block_twice() -> nn.Module:
+    repeated = block(net)
+    return nn.Sequential(repeated, block(net), repeated)
+
+
+def same_coupling_twice_in_a_sequence() -> nn.Module:
+    coupling = AdditiveCoupling(net(), net())
+    return ReversibleSequential(coupling, AdditiveCoupling(net(), net()), coupling)
+
+
+@pytest.mark.parametrize("make", [Shared, same_branch_twice, same_block_twice, same_coupling_twice_in_a_sequence],
+                         ids=lambda make: make.__name__)
+def test_shared_modules_gather_their_gradients(make):
+    assert_like_twin(make().double(), backward, images(4, 6))
+
+
+def test_batch_norm_shared_between_blocks_moves_once_for_each_use():
+    branch = conv_branch()
+    model = nn.Sequential(*(InvertibleModuleWrapper(AdditiveCoupling(branch, branch)) for _ in range(2))).double()
+    assert_like_twin(model, backward, images())
+    assert branch[1].num_batches_tracked == 4
+
+
+@pytest.mark.parametrize("branch, shape", [(net, (0, 6)), (conv_branch, (0, 6, 5, 4)), (nn.Identity, (2, 0, 3))],
+                         ids=["no rows", "no images", "no channels"])
+def test_empty_inputs_give_gradients_of_zero(branch, shape):
+    model = nn.Sequential(block(branch), block(branch)).eval()
+    x = images(*shape)
+    y = model(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == shape
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex_streams_have_the_twins_gradients(dtype):
+    def branch() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 3, dtype=dtype), nn.Tanh(), nn.Linear(3, 3, dtype=dtype))
+    model = nn.Sequential(*(InvertibleModuleWrapper(AdditiveCoupling(branch(), branch())) for _ in range(2)))
+    gradients = []
+    for module in (model, plain_twin(model)):
+        x = torch.complex(rows(0, requires_grad=False), rows(1, requires_grad=False)).repeat(1, 2).to(dtype)
+        x.requires_grad_()
+        weighted_sum(torch.view_as_real(module(x))).backward()
+        gradients.append([torch.view_as_real(t.grad) for t in (x, *module.parameters())])
+    for got, wanted in zip(*gradients, strict=True):
+        assert relative_error(got, wanted) < tolerance(wanted.dtype, depth=2)
+
+
+def test_arguments_that_are_kept_are_no_cycle():
+    gc.collect()
+    gc.disable()
+    try:
+        with TensorMeter() as meter:
+            module = wrapped(Conditioned())
+            parameters = meter.current_bytes
+            condition, x = rows(1), rows(0)
+            y = module(module(x, condition=condition.sin()), condition=condition.cos())
+            weighted_sum(y).backward()
+            del y, x, condition
+            module.zero_grad()
+            assert meter.current_bytes == parameters
+    finally:
+        gc.enable()
+
+
+def test_lists_of_outputs_are_no_cycle():
+    gc.collect()
+    gc.disable()
+    try:
+        with TensorMeter() as meter:
+            module = wrapped(ListOfStreams())
+            parameters = meter.current_bytes
+            y1, y2 = module(rows(0), rows(1))
+            del y1, y2
+            assert meter.current_bytes == parameters
+    finally:
+        gc.enable()
+
+
+def several_streams(depth: int, disable: bool) -> int:
+    """Peak bytes of a step through wrapped modules of two streams."""
+    chain = [InvertibleModuleWrapper(TwoStreams(), disable=disable) for _ in range(depth)]
+    x1, x2 = (torch.ones(2048, 3, requires_grad=True) for _ in range(2))
+    for p in [x1, x2, *(p for module in chain for p in module.parameters())]:
+        p.grad = torch.zeros_like(p)
+    with TensorMeter() as meter:
+        inputs = x1, x2
+        for module in chain:
+            inputs = module(*inputs)
+        sum(y.sum() for y in inputs).backward()
+    return meter.peak_bytes
+
+
+def test_chains_of_several_streams_are_flat_in_memory():
+    stored = (several_streams(6, True) - several_streams(2, True)) / 4
+    assert (several_streams(24, False) - several_streams(4, False)) / 20 < stored / 100
+
+
+class LongDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = F.dropout(layer(x).tanh(), 0.5)
+        return x
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["two modules", "one module"])
+def test_two_threads_differentiate_at_once(shared):
+    models = [nn.Sequential(*(block(LongDropout) for _ in range(4))) for _ in range(2)]
+    if shared:
+        models[1] = models[0]
+    twins = [plain_twin(models[0])] * 2 if shared else [plain_twin(model) for model in models]
+
+    def losses(modules: list[nn.Module]) -> list[Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return [weighted_sum(module(images(32, 16, seed=i))) for i, module in enumerate(modules)]
+
+    def gradients(modules: list[nn.Module]) -> list[Tensor]:
+        results: list[object] = [None, None]
+        start = threading.Barrier(2)
+
+        def differentiate(i: int, loss: Tensor) -> None:
+            start.wait()
+            try:
+                results[i] = torch.autograd.grad(loss, list(modules[i].parameters()))
+            except RuntimeError as error:
+                results[i] = error
+        threads = [threading.Thread(target=differentiate, args=pair) for pair in enumerate(losses(modules))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    wanted = gradients(twins)
+    for _ in range(3):
+        generator = torch.get_rng_state()
+        for got, expected in zip(gradients(models), wanted, strict=True):
+            assert isinstance(got, tuple), got
+            for g, w in zip(got, expected, strict=True):
+                assert relative_error(g, w) < tolerance(torch.float64, depth=4)
+        assert torch.equal(torch.get_rng_state(), generator)
