@@ -1,0 +1,135 @@
+"""One contender in a process of its own: a command in JSON on each line of stdin, its answer on a line of stdout.
+
+    {"command": "hello"}                                              versions
+    {"command": "behaviour", "title": ...}                            outcome; runs in a fork with a time limit
+    {"command": "evaluations"}                                        F's and G's in a step
+    {"command": "build", "blocks": ..., "batch": ..., "channels": ..., "side": ...}
+    {"command": "step", "repeat": ...}                                seconds of each training step of what was built
+    {"command": "memory"} {"command": "work"}                         peak bytes, floating-point operations of a step
+
+An answer is {"failed": message} where the command failed.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import select
+import signal
+import sys
+import time
+from functools import partial
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from .behaviours import BEHAVIOURS, evaluations, examine
+from .chains import ROOT, chain, conv_branch
+
+LIMIT_SECONDS = 60.0
+
+
+class Worker:
+    def __init__(self, contender: str):
+        self.contender, self.build_chain = contender, partial(chain, contender)
+        self.model = None
+
+    def hello(self) -> dict:
+        importlib.import_module("sympy")  # which backward of a Function imports: once for all forks
+        self.build_chain([conv_branch(2), conv_branch(2)])(torch.ones(1, 4, 2, 2))  # imports all it needs
+        return {"torch": torch.__version__, "python": sys.version.split()[0], "threads": torch.get_num_threads()}
+
+    def behaviour(self, title: str) -> dict:
+        return in_a_fork(partial(examine, self.build_chain, BEHAVIOURS[title]))
+
+    def evaluations(self) -> dict:
+        return in_a_fork(partial(evaluations, self.build_chain))
+
+    def build(self, blocks: int, batch: int, channels: int, side: int) -> dict:
+        torch.manual_seed(0)
+        self.model = self.build_chain([conv_branch(channels // 2) for _ in range(2 * blocks)])
+        self.data, self.output_gradient = (torch.randn(batch, channels, side, side) for _ in range(2))
+        return {}
+
+    def step(self, repeat: int = 1) -> dict:
+        return {"seconds": [self._timed() for _ in range(repeat)]}
+
+    def memory(self) -> dict:
+        """Above parameters, input and the output's gradient; the gradients of parameters and input are inside."""
+        peak_bytes = _memory_meter().allocator_peak_bytes(self._fresh_step())
+        return {"peak_bytes": peak_bytes, "gradient_bytes": sum(p.nbytes for p in self.model.branches.parameters())}
+
+    def work(self) -> dict:
+        with Work() as work:
+            self._fresh_step()()
+        return {"flops": work.flops}
+
+    def _timed(self) -> float:
+        run = self._fresh_step()
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    def _fresh_step(self):
+        """A forward and backward pass from a new leaf, with no gradients there."""
+        self.model.zero_grad()
+        x = self.data.clone().requires_grad_()
+        return lambda: self.model(x).backward(self.output_gradient)
+
+
+class Work(TorchDispatchMode):
+    """Counts the operations of convolutions by torch's own formulas; its FlopCounterMode fails within RevTorch."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def _memory_meter():
+    """memcnn.testing.memory of this project, which needs nothing but torch, under another name: see ``chains``."""
+    spec = importlib.util.spec_from_file_location("memory_meter", ROOT / "memcnn/testing/memory.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def in_a_fork(function) -> dict:
+    """function(), or why there is no answer: what crashes or hangs does so alone."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            answer = function()
+        except BaseException as error:
+            answer = {"outcome": "error", "detail": f"{type(error).__name__}: {error}", "error": None}
+        os.write(writer, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as stream:
+        if not select.select([stream], [], [], LIMIT_SECONDS)[0]:
+            os.kill(child, signal.SIGKILL)
+        data = stream.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if data:
+        return json.loads(data)
+    why = f"no answer within {LIMIT_SECONDS:.0f} s" if status == -signal.SIGKILL else f"ended by signal {-status}"
+    return {"outcome": "error", "detail": why, "error": None}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a contender prints is no answer
+    worker = Worker(sys.argv[1])
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        try:
+            answer = getattr(worker, arguments.pop("command"))(**arguments)
+        except Exception as error:
+            answer = {"failed": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
