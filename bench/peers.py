@@ -58,8 +58,8 @@ class Contender:
         return answer
 
     def end(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        with self.process:  # closes its stdin, on which it ends
+            pass
 
 
 @contextmanager

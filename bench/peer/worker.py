@@ -117,7 +117,7 @@ def in_a_fork(function) -> dict:
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if data:
         return json.loads(data)
-    why = f"no answer within {LIMIT_SECONDS:.0f} s" if status == -signal.SIGKILL else f"ended by signal {-status}"
+    why = f"no answer within {LIMIT_SECONDS:g} s" if status == -signal.SIGKILL else f"ended by signal {-status}"
     return {"outcome": "error", "detail": why, "error": None}
 
 

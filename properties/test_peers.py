@@ -1,0 +1,127 @@
+"""The comparison with peers: what this project gets right, and that what is wrong is seen as wrong."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from bench import cases, peer_tables
+from bench.peer import worker as worker_module
+from bench.peer.behaviours import BEHAVIOURS, examine
+from bench.peer.chains import Chain, Coupling, conv_branch
+from bench.peers import Failed, contenders
+
+TINY = {"blocks": 2, "batch": 2, "channels": 4, "side": 4}
+
+
+@pytest.fixture(scope="module", params=["ReversibleSequential", "wrapped blocks"])
+def ours(request):
+    with contenders([request.param, "plain"]) as workers:
+        yield workers
+
+
+def test_this_project_gets_every_behaviour_right(ours):
+    outcomes = {title: ours[0].ask("behaviour", title=title) for title in BEHAVIOURS}
+    assert {title: outcome for title, outcome in outcomes.items() if outcome["outcome"] != "right"} == {}
+
+
+def test_this_project_evaluates_f_and_g_once_more_in_backward(ours):
+    assert ours[0].ask("evaluations") == {"forward": 1, "backward": 1}
+
+
+def test_convolution_work_is_four_thirds_of_plain(ours):
+    for worker in ours:
+        worker.ask("build", **TINY)
+    flops, plain_flops = (worker.ask("work")["flops"] for worker in ours)
+    assert 3 * flops == 4 * plain_flops > 0
+    assert len(ours[0].ask("step", repeat=3)["seconds"]) == 3
+    assert ours[0].ask("memory")["peak_bytes"] > ours[0].ask("memory")["gradient_bytes"] > 0
+
+
+def test_a_command_that_fails_says_why_and_leaves_the_worker_at_work(ours):
+    with pytest.raises(Failed, match="no such behaviour"):
+        ours[0].ask("behaviour", title="no such behaviour")
+    assert ours[0].ask("hello")["torch"] == torch.__version__
+
+
+class Detached(Coupling):
+    """Planted: G's gradient does not reach the first half."""
+
+    def forward(self, x):
+        x1, x2 = x.chunk(2, 1)
+        y1 = x1 + self.F(x2)
+        return torch.cat((y1, x2 + self.G(y1.detach())), 1)
+
+
+class Twice(Coupling):
+    """Planted: F is evaluated once too often."""
+
+    def forward(self, x):
+        self.F(x.chunk(2, 1)[1])
+        return super().forward(x)
+
+
+class Raises(Coupling):
+    def forward(self, x):
+        raise ValueError("planted\nand more")
+
+
+def outcome_of(block: type[nn.Module], title: str) -> dict:
+    def build(branches, **_):
+        return Chain(branches, nn.Sequential(*(block(*pair) for pair in zip(branches[::2], branches[1::2],
+                                                                             strict=True))))
+    return examine(build, BEHAVIOURS[title])
+
+
+@pytest.mark.parametrize(("block", "title", "outcome", "detail"), [
+    (Coupling, "gradient of the input", "right", ""),
+    (Detached, "output", "right", ""),
+    (Detached, "gradient of the input", "wrong", "gradient of the input"),
+    (Detached, "dropout in F and G", "wrong", "gradient"),
+    (Twice, "BatchNorm moves once a step", "wrong", "2 moves, not 1"),
+    (Twice, "forward hooks on F and G called once", "wrong", "6 calls, not 4"),
+    (Raises, "output", "error", "ValueError: planted"),
+    (Raises, "parameters changed before backward: refused", "error", "ValueError: planted"),
+], ids=str)
+def test_a_planted_fault_is_seen(block, title, outcome, detail):
+    found = outcome_of(block, title)
+    assert found["outcome"] == outcome
+    assert detail in found["detail"] and "\n" not in found["detail"]
+
+
+def terminated():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_what_crashes_or_hangs_is_an_error_and_does_so_alone(monkeypatch):
+    monkeypatch.setattr(worker_module, "LIMIT_SECONDS", 0.2)
+    assert worker_module.in_a_fork(terminated)["detail"] == f"ended by signal {signal.SIGTERM:d}"
+    assert worker_module.in_a_fork(lambda: time.sleep(60))["detail"] == "no answer within 0.2 s"
+
+
+def test_the_branches_are_those_of_the_other_benchmarks():
+    assert str(conv_branch(8)) == str(cases.branch(8))
+
+
+def test_ratios_are_taken_within_a_round():
+    seconds = {"plain": (1.0, 2.0, 4.0), "other": (3.0, 4.0, 4.0)}
+    times = [{"contender": name, "blocks": 4, "round": i, "seconds": s}
+             for name, values in seconds.items() for i, s in enumerate(values)]
+    found = peer_tables.ratios(times)
+    assert found[found.contender == "other"].ratio.tolist() == [3, 2, 1]
+    assert peer_tables.spread(found[found.contender == "other"].ratio) == "2.00 [1.50, 2.50]"
+
+
+def test_the_behaviour_table_says_how_wrong():
+    rows = [{"contender": "a", "behaviour": "z", "outcome": "right", "error": 0.0, "detail": ""},
+            {"contender": "b", "behaviour": "z", "outcome": "wrong", "error": 0.5, "detail": "gradient"},
+            {"contender": "a", "behaviour": "c", "outcome": "wrong", "error": None, "detail": "2 moves, not 1"},
+            {"contender": "b", "behaviour": "c", "outcome": "error", "error": None, "detail": "why"}]
+    table = peer_tables.behaviour_table({"behaviours": rows})
+    assert table.to_dict("list") == {"a": ["right", "**wrong** (2 moves, not 1)"], "b": ["**wrong** (5e-01)", "error"]}
+    assert table.index.tolist() == ["z", "c"]
+    assert peer_tables.messages({"behaviours": rows}) == [("b", "c", "why")]
