@@ -239,6 +239,7 @@ def test_a_users_module_takes_part():
         chain.inverse_log_det(images(2, 6, 2, 1))
 
 
+@pytest.mark.filterwarnings("ignore:rebuilding a:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_values_are_at_least_float32(dtype):
     flow = glow(1, channels=6).to(dtype)
