@@ -80,6 +80,20 @@ def test_a_retained_graph_is_flat_in_depth_too():
     assert slope(composition, depths=(8, 24), backward=twice) < stored / 100
 
 
+def test_training_through_the_inverse_is_as_flat():
+    class Inverse(ByHand):
+        def forward(self, y):
+            for block in reversed(self.blocks):
+                y = block.inverse(y)
+            return y
+
+    def chain(depth):
+        couplings = (AdditiveCoupling(conv_branch(4), conv_branch(4)) for _ in range(depth))
+        return Inverse(*map(InvertibleModuleWrapper, couplings))
+    stored = step_bytes(plain_twin(chain(6))) - step_bytes(plain_twin(chain(5)))
+    assert step_bytes(chain(32)) - step_bytes(chain(4)) < 28 * stored / 100
+
+
 def test_disabled_blocks_store_everything():
     """The plain twin is no reversible block in disguise, and the meter sees what is stored."""
     composition = "nn.Sequential of wrapped blocks"
