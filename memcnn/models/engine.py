@@ -15,6 +15,7 @@ References point from a chain's start towards its end (handle, step, source cell
 reference counting alone frees everything.
 """
 
+import functools
 import threading
 import warnings
 import weakref
@@ -211,11 +212,13 @@ class Step(Link):
                                    "between forward and backward: call backward before the parameters change")
             return tensor
         if saved.tensor is None:
-            _rebuild(self)
             if torch._C._current_graph_task_id() == -1:  # no backward pass: somebody looks into the graph
-                tensor = saved.tensor
-                _end_pass(-1)
-                return tensor
+                try:
+                    _rebuild(self)
+                    return saved.tensor
+                finally:
+                    _end_pass(-1)
+            _rebuild(self)
         if saved.tensor._version != saved.version:
             raise RuntimeError(f"{self.name} modifies in place a tensor of shape {tuple(saved.shape)} that is needed "
                                "for its gradient: use an out-of-place operation there, as ordinary autograd also asks")
@@ -263,16 +266,12 @@ def _rebuild(step: Step) -> None:
     keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
     waiting: list[Link] = [step]
     with _rebuilding:
-        try:
-            while waiting:
-                missing = [cell.link for cell in waiting[-1].sources if cell.tensor is None]
-                if missing:
-                    waiting.append(missing[0])
-                else:
-                    waiting.pop().rebuild(keep_graph)
-        except BaseException:
-            _end_pass(torch._C._current_graph_task_id())  # the backward pass ends here, without its callbacks
-            raise
+        while waiting:
+            missing = [cell.link for cell in waiting[-1].sources if cell.tensor is None]
+            if missing:
+                waiting.append(missing[0])
+            else:
+                waiting.pop().rebuild(keep_graph)
 
 
 _KEPT_LINKS = 8
@@ -287,7 +286,9 @@ def _open_link() -> None:
     if task not in _passes:
         _passes[task] = deque()
         if task != -1:
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: _end_pass(task))
+            end = functools.partial(_end_pass, task)
+            torch.autograd.Variable._execution_engine.queue_callback(end)
+            weakref.finalize(end, _end_pass, task)  # a pass that ends in an error drops its callbacks uncalled
     _passes[task].append([])
     if len(_passes[task]) > _KEPT_LINKS:
         _forget(_passes[task].popleft())

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from memcnn.models.engine import Cell, Rearrange, Step, dense
 from memcnn.models.exact import Grid
@@ -199,11 +200,12 @@ class Call(Step):
 
     def finish(self, result: object) -> None:
         outputs = _as_list(result)
-        self.results = [_STREAM if is_stream(y) else y for y in outputs]
         streams = [y for y in outputs if is_stream(y)]
         if not streams:
             raise TypeError(f"{self.name} must return a floating-point tensor, or a tuple with some, from which its "
                             f"inverse gives back the input: got {type(result).__name__}")
+        # the graph refers to this step, which must not refer to the graph
+        self.results = [_STREAM if is_stream(y) else tree_map_only(Tensor, Tensor.detach, y) for y in outputs]
         self.complete([Cell(y) for y in streams])
         for y, cell in zip(streams, self.sources, strict=True):
             _tag(y, [cell], None)

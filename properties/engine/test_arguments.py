@@ -320,15 +320,31 @@ def test_arguments_that_are_kept_are_no_cycle():
         gc.enable()
 
 
-def test_lists_of_outputs_are_no_cycle():
+class WithMoreBeside(PassesOneOn):
+    """Returns a dictionary of further tensors beside its streams."""
+
+    def forward(self, x1, x2):
+        y1, y2 = super().forward(x1, x2)
+        return y1, y2, {"norm": y1.norm()}
+
+    def inverse(self, y1, y2, _):
+        return super().inverse(y1, y2)
+
+
+@pytest.mark.parametrize("make", [ListOfStreams, WithLengths, WithMoreBeside], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("trained", [True, False], ids=["differentiated", "dropped"])
+def test_outputs_are_no_cycle(make, trained):
     gc.collect()
     gc.disable()
     try:
         with TensorMeter() as meter:
-            module = wrapped(ListOfStreams())
+            module = wrapped(make())
             parameters = meter.current_bytes
-            y1, y2 = module(rows(0), rows(1))
-            del y1, y2
+            outputs = module(rows(0), rows(1))
+            if trained:
+                differentiated(*outputs)
+            del outputs
+            module.zero_grad()
             assert meter.current_bytes == parameters
     finally:
         gc.enable()
