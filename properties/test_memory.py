@@ -6,7 +6,7 @@ from torch import nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.memory import TensorMeter
-from properties.twin import conv_branch, plain_twin, weighted_sum
+from properties.twin import OnlyInvertible, conv_branch, plain_twin, weighted_sum
 
 
 class ByHand(nn.Module):
@@ -18,20 +18,6 @@ class ByHand(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x
-
-
-class OnlyInvertible(nn.Module):
-    """A coupling of which the wrapper knows nothing but forward and inverse."""
-
-    def __init__(self, coupling):
-        super().__init__()
-        self.coupling = coupling
-
-    def forward(self, x):
-        return self.coupling(x)
-
-    def inverse(self, y):
-        return self.coupling.inverse(y)
 
 
 COMPOSITIONS = {

@@ -101,6 +101,20 @@ def block(branch: Callable[[], nn.Module] = conv_branch, **options) -> Invertibl
     return InvertibleModuleWrapper(AdditiveCoupling(branch(), branch()), **options).double()
 
 
+class OnlyInvertible(nn.Module):
+    """A coupling of which a wrapper knows nothing but ``forward`` and ``inverse``."""
+
+    def __init__(self, coupling: nn.Module):
+        super().__init__()
+        self.coupling = coupling
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.coupling(x)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return self.coupling.inverse(y)
+
+
 def images(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, requires_grad: bool = True) -> Tensor:
     """Normally distributed values, (2, 6, 5, 4) if no shape is given."""
     generator = torch.Generator().manual_seed(seed)

@@ -8,21 +8,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from memcnn import InvertibleModuleWrapper, ReversibleSequential
-from properties.twin import block, images, plain_twin, weighted_sum
+from properties.twin import OnlyInvertible, block, images, plain_twin, weighted_sum
 
 DEPTH = 3
-
-
-class OnlyInvertible(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.coupling = block()._fn
-
-    def forward(self, x):
-        return self.coupling(x)
-
-    def inverse(self, y):
-        return self.coupling.inverse(y)
 
 
 CHAINS = {  # and how often backward evaluates each branch
@@ -30,7 +18,7 @@ CHAINS = {  # and how often backward evaluates each branch
     "ReversibleSequential": (lambda: ReversibleSequential(*(block() for _ in range(DEPTH))), 1),
     "kept inputs": (lambda: nn.Sequential(*(block(keep_input=True) for _ in range(DEPTH))), 1),
     "modules with forward and inverse": (
-        lambda: nn.Sequential(*(InvertibleModuleWrapper(OnlyInvertible()) for _ in range(DEPTH))), 2),
+        lambda: nn.Sequential(*(InvertibleModuleWrapper(OnlyInvertible(block()._fn)) for _ in range(DEPTH))), 2),
 }
 
 

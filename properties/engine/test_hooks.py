@@ -8,25 +8,21 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from memcnn import ReversibleSequential
-from properties.twin import assert_like_twin, backward, block, conv_branch, images, plain_twin, weighted_sum
-
-
-class OnlyInvertible(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.coupling = block()._fn
-
-    def forward(self, x):
-        return self.coupling(x)
-
-    def inverse(self, y):
-        return self.coupling.inverse(y)
-
+from properties.twin import (
+    OnlyInvertible,
+    assert_like_twin,
+    backward,
+    block,
+    conv_branch,
+    images,
+    plain_twin,
+    weighted_sum,
+)
 
 CHAINS = {
     "couplings": lambda: nn.Sequential(block(), block()),
     "ReversibleSequential": lambda: ReversibleSequential(block()._fn, block()._fn),
-    "modules with forward and inverse": lambda: ReversibleSequential(OnlyInvertible(), OnlyInvertible()),
+    "modules with forward and inverse": lambda: ReversibleSequential(*(OnlyInvertible(block()._fn) for _ in range(2))),
 }
 REGISTRATIONS = {
     "forward pre-hook": lambda m, note: m.register_forward_pre_hook(lambda *_: note()),
