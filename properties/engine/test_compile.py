@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.memory import TensorMeter
 from memcnn.testing.tolerances import relative_error, tolerance
-from properties.twin import FLOOR, conv_branch, images, plain_twin, weighted_sum
+from properties.twin import FLOOR, OnlyInvertible, conv_branch, images, plain_twin, weighted_sum
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None,
                                     reason="inductor needs a C++ compiler: install g++")
@@ -50,27 +50,14 @@ class Network(nn.Module):
         return self.head(x.tanh())
 
 
-class OnlyInvertible(nn.Module):
-    """A coupling of which the wrapper knows nothing but forward and inverse."""
-
-    def __init__(self):
-        super().__init__()
-        self.coupling = AdditiveCoupling(Branch(), Branch())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.coupling(x)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        return self.coupling.inverse(y)
-
-
 MODELS = {
     "wrapped blocks in a loop": Network,
     "blocks with dropout": lambda: Network(dropout=0.3),
     "a reversible sequence": lambda: nn.Sequential(nn.Conv2d(6, 6, 1), ReversibleSequential(
         *(AdditiveCoupling(Branch()) for _ in range(3)))),
     "modules with forward and inverse": lambda: nn.Sequential(
-        nn.Conv2d(6, 6, 1), *(InvertibleModuleWrapper(OnlyInvertible()) for _ in range(2))),
+        nn.Conv2d(6, 6, 1),
+        *(InvertibleModuleWrapper(OnlyInvertible(AdditiveCoupling(Branch(), Branch()))) for _ in range(2))),
 }
 
 

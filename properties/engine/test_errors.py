@@ -12,7 +12,7 @@ from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequenti
 from memcnn.models import engine, tape
 from memcnn.testing.tolerances import tolerance
 from properties.test_state import held_bytes
-from properties.twin import assert_same, backward, block, images, plain_twin, run, weighted_sum
+from properties.twin import assert_like_twin, assert_same, backward, block, images, plain_twin, run, weighted_sum
 
 
 def net() -> nn.Module:
@@ -478,3 +478,21 @@ def test_an_error_of_a_hook_between_blocks_leaves_everything_in_order(retain_gra
     assert surroundings(module) == before
     assert held_bytes() <= held
     assert_in_order(module, twin)
+
+
+def test_an_output_modified_before_the_next_block_is_not_taken_for_what_the_block_put_out():
+    first, second = block(), block()
+    y = first(images())
+    with torch.no_grad():
+        y.mul_(2)
+    loss = weighted_sum(second(y))
+    with pytest.raises(RuntimeError, match="modified in place after the forward pass"):
+        loss.backward()
+
+
+def test_an_output_given_other_data_before_the_next_block_trains_as_in_the_twin():
+    def program(module, x):
+        y = module(x)
+        y.data = y.data * 2
+        weighted_sum(module(y)).backward()
+    assert_like_twin(block(), program, images())

@@ -9,25 +9,11 @@ from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.tolerances import tolerance
-from properties.twin import assert_same, backward, conv_branch, images, plain_twin, run, weighted_sum
+from properties.twin import OnlyInvertible, assert_same, backward, conv_branch, images, plain_twin, run, weighted_sum
 
 DEPTH = 4
 LOW = [torch.bfloat16, torch.float16]
 cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
-
-
-class OnlyInvertible(nn.Module):
-    """A coupling of which the wrapper knows nothing but forward and inverse."""
-
-    def __init__(self, branch):
-        super().__init__()
-        self.coupling = AdditiveCoupling(branch(), branch())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.coupling(x)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        return self.coupling.inverse(y)
 
 
 class Linears(nn.Module):
@@ -56,7 +42,7 @@ KINDS = {
         *(InvertibleModuleWrapper(AdditiveCoupling(branch(), branch())) for _ in range(DEPTH))),
     "a sequence": lambda branch: ReversibleSequential(*(AdditiveCoupling(branch(), branch()) for _ in range(DEPTH))),
     "modules with forward and inverse": lambda branch: ReversibleSequential(
-        *(OnlyInvertible(branch) for _ in range(DEPTH))),
+        *(OnlyInvertible(AdditiveCoupling(branch(), branch())) for _ in range(DEPTH))),
 }
 
 
