@@ -288,11 +288,26 @@ def test_empty_inputs_give_gradients_of_zero(branch, shape):
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
+class OnlyInvertible(nn.Module):
+    """A coupling of which the wrapper knows nothing but forward and inverse."""
+
+    def __init__(self, coupling):
+        super().__init__()
+        self.coupling = coupling
+
+    def forward(self, x):
+        return self.coupling(x)
+
+    def inverse(self, y):
+        return self.coupling.inverse(y)
+
+
+@pytest.mark.parametrize("kind", [lambda coupling: coupling, OnlyInvertible], ids=["coupling", "module"])
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
-def test_complex_streams_have_the_twins_gradients(dtype):
+def test_complex_streams_have_the_twins_gradients(dtype, kind):
     def branch() -> nn.Module:
         return nn.Sequential(nn.Linear(3, 3, dtype=dtype), nn.Tanh(), nn.Linear(3, 3, dtype=dtype))
-    model = nn.Sequential(*(InvertibleModuleWrapper(AdditiveCoupling(branch(), branch())) for _ in range(2)))
+    model = nn.Sequential(*(InvertibleModuleWrapper(kind(AdditiveCoupling(branch(), branch()))) for _ in range(2)))
     gradients = []
     for module in (model, plain_twin(model)):
         x = torch.complex(rows(0, requires_grad=False), rows(1, requires_grad=False)).repeat(1, 2).to(dtype)

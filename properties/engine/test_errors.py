@@ -64,6 +64,7 @@ def test_an_input_that_cannot_be_halved_is_refused(split_dim, shape, words, disa
             direction(torch.ones(shape, dtype=torch.float64, requires_grad=True))
         with torch.no_grad(), refused(ValueError, *words):
             direction(torch.ones(shape, dtype=torch.float64))
+    assert tape._tape() is None
 
 
 @pytest.mark.parametrize("make, words", [
@@ -447,14 +448,17 @@ def test_a_retained_graph_is_differentiated_after_an_error():
     lambda failing: InvertibleModuleWrapper(AdditiveCoupling(net(), failing)),
     lambda failing: ReversibleSequential(AdditiveCoupling(net(), net()), AdditiveCoupling(net(), failing)),
 ], ids=["F", "G", "sequence"])
-def test_another_block_may_take_the_input_of_one_that_failed(make):
-    """As code does that tries a smaller batch, or falls back to another branch."""
+@pytest.mark.parametrize("instead", [lambda other, h: other(h), lambda other, h: h.sin(),
+                                     lambda other, h: other(h.detach()).sum() * h.sin()],
+                         ids=["another block", "no block", "both"])
+def test_the_input_of_a_block_that_failed_may_go_elsewhere(make, instead):
+    """As in code that tries a smaller batch, or falls back to something else."""
     def program(module, x):
         first, failing, other = module
         h = first(x)
         with pytest.raises(ArithmeticError):
             failing(h)
-        y = other(h)
+        y = instead(other, h)
         weighted_sum(y).backward()
         return y
     module = nn.ModuleList([block(net), make(Failing(1)).double(), block(net)])
