@@ -23,13 +23,22 @@ pytestmark = [  # the compiler's own, of any model with a graph break
 ]
 
 
+@torch.compiler.disable(recursive=False)
+def uncompiled_sine(x: Tensor) -> Tensor:
+    """The compiler watches this run, and whatever saving x calls."""
+    return x.sin()
+
+
 class Branch(nn.Module):
     def __init__(self, channels: int = 3, dropout: float = 0.0):
         super().__init__()
         self.net = conv_branch(channels)
         self.dropout = dropout
+        self.broken = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.broken:
+            x = uncompiled_sine(x)
         return F.dropout(self.net(x), self.dropout, self.training)
 
 
@@ -130,6 +139,23 @@ def test_compiled_branches_train_as_those_of_the_twin_and_are_compiled_once(back
     compiled_branches(model, backend)
     assert_steps_like(training_step(model), model, training_step(twin), twin)
     assert counters["frames"]["ok"] == counters["frames"]["total"] <= 4, "more was compiled than the branches"
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["one graph", "two graphs"])
+def test_blocks_of_compiled_branches_show_the_compiler_their_two_evaluations_alone(broken):
+    """The twin's steps give the measure: one evaluation, with all frames that the compiler meets there."""
+    def frames(model: nn.Module) -> int:
+        before = counters["frames"]["total"]
+        training_step(model)(images())
+        return counters["frames"]["total"] - before
+    torch.manual_seed(0)
+    model = Network(depth=2).double()
+    for part in model.modules():
+        if isinstance(part, Branch):
+            part.broken = broken
+    twin = compiled_branches(plain_twin(model), "aot_eager")
+    assert frames(twin) > 0
+    assert frames(compiled_branches(model, "aot_eager")) == 2 * frames(twin)
 
 
 def test_a_compiled_training_step_trains_as_its_twin():
