@@ -1,6 +1,6 @@
 """Time and peak memory of plain, checkpointed and reversible chains.
 
-    python -m bench --quick                    depth up to 16, batch 16: about a minute on two cores
+    python -m bench --quick                    depth up to 16, batch 8: about two minutes on two cores
     python -m bench                            depth up to 64, batch 32: about ten
     python -m bench -k "depth8 and reversible" only what the expression selects
 

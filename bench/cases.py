@@ -84,7 +84,7 @@ def branch(channels: int) -> nn.Sequential:
 
 def cases(*, quick: bool, repeats: int) -> list[Case]:
     """Every depth with every subject, `repeats` times; subjects alternate, so that a drift of the machine meets all."""
-    depths, batch = ((4, 8, 16), 16) if quick else ((4, 8, 16, 32, 64), 32)
+    depths, batch = ((4, 8, 16), 8) if quick else ((4, 8, 16, 32, 64), 32)
     return [
         Case(depth, subject, repeat, batch=batch)
         for depth, repeat, subject in itertools.product(depths, range(repeats), SUBJECTS)

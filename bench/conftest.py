@@ -11,7 +11,7 @@ REPEATS = {"test_time": 3, "test_memory": 1}  # bytes do not vary
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("memcnn")
-    group.addoption("--quick", action="store_true", help="depth up to 16, batch 16")
+    group.addoption("--quick", action="store_true", help="depth up to 16, batch 8")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     group.addoption("--device", default=default, help=f"where to run (here: {default})")
 
