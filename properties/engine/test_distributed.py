@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel, replicate
 
-from memcnn import AdditiveCoupling, InvertibleModuleWrapper
+from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.tolerances import relative_error, tolerance
 from properties.twin import FLOOR, images, plain_twin
 
@@ -41,13 +41,14 @@ class Branch(nn.Module):
 class Network(nn.Module):
     """Convolution, wrapped blocks, mean over the map: (N, 6, H, W) to (N, 6)."""
 
-    def __init__(self, *, unused: bool = False, shared: bool = False):
+    def __init__(self, *, unused: bool = False, shared: bool = False, sequence: bool = False):
         super().__init__()
         self.stem = nn.Conv2d(6, 6, 1)
         pairs = [(Branch(f"F{i}", unused), Branch(f"G{i}")) for i in range(DEPTH)]
         if shared:
             pairs[-1] = pairs[0][::-1]
-        self.blocks = nn.Sequential(*(InvertibleModuleWrapper(AdditiveCoupling(F, G)) for F, G in pairs))
+        blocks = [InvertibleModuleWrapper(AdditiveCoupling(F, G)) for F, G in pairs]
+        self.blocks = ReversibleSequential(*blocks) if sequence else nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(self.stem(x)).mean((2, 3))
@@ -115,8 +116,8 @@ def accumulated_without_synchronisation() -> None:
     assert_gradients(model, expected_gradients(steps=2))
 
 
-def reduction_begins_before_the_last_recomputation() -> None:
-    model = network()
+def reduction_begins_before_the_last_recomputation(sequence: bool) -> None:
+    model = network(sequence=sequence)
     wrapped = DistributedDataParallel(model, bucket_cap_mb=1e-4)
 
     def reduce(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -138,9 +139,9 @@ def reduction_begins_before_the_last_recomputation() -> None:
         assert events[:events.index(f"evaluate G{i}")].count("reduce") >= DEPTH - 1 - i, events
 
 
-def sharded_step(units: Callable[[Network], list[nn.Module]], reshard: bool, frozen: str) -> None:
-    model = network()
-    expected = expected_gradients()
+def sharded_step(units: Callable[[Network], list[nn.Module]], sequence: bool, reshard: bool, frozen: str) -> None:
+    model = network(sequence=sequence)
+    expected = expected_gradients(sequence=sequence)
     for name, p in model.named_parameters():
         if frozen and frozen in name:
             p.requires_grad_(False)
@@ -205,6 +206,8 @@ def on_two_ranks(processes: ProcessPoolExecutor, tmp_path) -> Callable:
     ({"shared": True, "unused": True}, {"find_unused_parameters": True}),
     ({"shared": True}, {"static_graph": True}),
     ({"unused": True}, {"static_graph": True}),
+    ({"sequence": True}, {}),
+    ({"sequence": True, "shared": True, "unused": True}, {"find_unused_parameters": True}),
     ({}, {"gradient_as_bucket_view": True, "bucket_cap_mb": 1e-4}),
 ], ids=lambda options: " ".join(options) or "default")
 def test_data_parallel_gradients_are_those_of_one_process_on_the_whole_batch(on_two_ranks, options, ddp):
@@ -215,15 +218,18 @@ def test_gradients_gather_without_synchronisation(on_two_ranks):
     on_two_ranks(accumulated_without_synchronisation)
 
 
-def test_data_parallel_reduces_while_blocks_are_recomputed(on_two_ranks):
-    on_two_ranks(reduction_begins_before_the_last_recomputation)
+@pytest.mark.parametrize("sequence", [False, True], ids=["wrapped blocks", "sequence"])
+def test_data_parallel_reduces_while_blocks_are_recomputed(on_two_ranks, sequence):
+    on_two_ranks(reduction_begins_before_the_last_recomputation, sequence)
 
 
 @pytest.mark.parametrize("frozen", ["", "Fm"])
 @pytest.mark.parametrize("reshard", [True, False], ids=["resharded", "kept"])
+@pytest.mark.parametrize("sequence", [False, True], ids=["wrapped blocks", "sequence"])
 @pytest.mark.parametrize("units", [branches, layers_of_branches, blocks, nothing], ids=lambda units: units.__name__)
-def test_fully_sharded_gradients_are_those_of_one_process_on_the_whole_batch(on_two_ranks, units, reshard, frozen):
-    on_two_ranks(sharded_step, units, reshard, frozen)
+def test_fully_sharded_gradients_are_those_of_one_process_on_the_whole_batch(on_two_ranks, units, sequence, reshard,
+                                                                                     frozen):
+    on_two_ranks(sharded_step, units, sequence, reshard, frozen)
 
 
 def replicas_on_cpu(model: nn.Module, monkeypatch) -> list[nn.Module]:
@@ -235,7 +241,7 @@ def replicas_on_cpu(model: nn.Module, monkeypatch) -> list[nn.Module]:
     return replicate(model, list(range(RANKS)))
 
 
-@pytest.mark.parametrize("options", [{}, {"shared": True}, {"unused": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"shared": True}, {"unused": True}, {"sequence": True}], ids=str)
 def test_replicas_hand_the_gradients_to_their_model(monkeypatch, options):
     model = network(**options)
     x, target = batch()
