@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.memory import TensorMeter
 from memcnn.testing.tolerances import relative_error, tolerance
-from properties.twin import assert_like_twin, backward, block, conv_branch, images, plain_twin, weighted_sum
+from properties.twin import OnlyInvertible, assert_like_twin, backward, block, conv_branch, images, plain_twin, weighted_sum
 
 DEPTH = 3
 
@@ -286,20 +286,6 @@ def test_empty_inputs_give_gradients_of_zero(branch, shape):
     y.sum().backward()
     assert y.shape == x.grad.shape == shape
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
-
-
-class OnlyInvertible(nn.Module):
-    """A coupling of which the wrapper knows nothing but forward and inverse."""
-
-    def __init__(self, coupling):
-        super().__init__()
-        self.coupling = coupling
-
-    def forward(self, x):
-        return self.coupling(x)
-
-    def inverse(self, y):
-        return self.coupling.inverse(y)
 
 
 @pytest.mark.parametrize("kind", [lambda coupling: coupling, OnlyInvertible], ids=["coupling", "module"])
