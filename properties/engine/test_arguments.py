@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.memory import TensorMeter
 from memcnn.testing.tolerances import relative_error, tolerance
-from properties.twin import OnlyInvertible, assert_like_twin, backward, block, conv_branch, images, plain_twin, weighted_sum
+from properties.twin import (
+    OnlyInvertible,
+    assert_like_twin,
+    backward,
+    block,
+    conv_branch,
+    images,
+    plain_twin,
+    weighted_sum,
+)
 
 DEPTH = 3
 
