@@ -297,19 +297,18 @@ def test_empty_inputs_give_gradients_of_zero(branch, shape):
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-class Sine(nn.Module):
-    """Unlike the hyperbolic tangent it has no poles."""
+class SoftSign(nn.Module):
+    """Bounded, as the tangent and sine of a complex number are not: what dwarfs x cannot be subtracted from it."""
 
     def forward(self, x):
-        return x.sin()
+        return x / (1 + x.abs())
 
 
 @pytest.mark.parametrize("kind", [lambda coupling: coupling, OnlyInvertible], ids=["coupling", "module"])
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 def test_complex_streams_have_the_twins_gradients(dtype, kind):
     def branch() -> nn.Module:
-        return nn.Sequential(nn.Linear(3, 3, dtype=dtype), Sine(), nn.Linear(3, 3, dtype=dtype))
-    torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 3, dtype=dtype), SoftSign(), nn.Linear(3, 3, dtype=dtype))
     model = nn.Sequential(*(InvertibleModuleWrapper(kind(AdditiveCoupling(branch(), branch()))) for _ in range(2)))
     gradients = []
     for module in (model, plain_twin(model)):
