@@ -94,7 +94,7 @@ class Run:
         )
         self.writer = SummaryWriter(
             str(self.folder / "tensorboard"),
-            purge_step=self.iteration + 1,  # TensorBoard drops what a run that was killed wrote after its checkpoint
+            purge_step=self._last_evaluation() + 1,  # TensorBoard drops what a killed run wrote after its checkpoint
             filename_suffix=f".{time.time_ns()}",  # else a run taken up within the same second overwrites the file
         )
         if self.interruptions:

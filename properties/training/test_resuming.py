@@ -89,6 +89,7 @@ def uninterrupted(tmp_path_factory, tiny_runs):
     )
 )
 @example(parts=[(2, "stop"), (5, "kill in saving"), (1, "stop"), (0, "kill")])
+@example(parts=[(5, "stop"), (0, "kill in saving")])  # stopped just before an evaluation, killed just after it
 def test_resuming_gives_the_same_bits(tmp_path_factory, uninterrupted, parts):
     runs = tmp_path_factory.mktemp("in-parts")
     expected_runs, expected_record = uninterrupted
