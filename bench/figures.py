@@ -3,14 +3,12 @@
 import sys
 from pathlib import Path
 
-import matplotlib
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-matplotlib.use("svg")
-
-import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
-import pandas as pd  # noqa: E402
-
-from bench.summary import load, memory_table, time_table  # noqa: E402
+from bench.summary import load, memory_table, time_table
 
 SUBJECTS = {  # name, colour (apart in shades of grey too), marker, line
     "plain": ("ordinary autograd", "#b2452b", "o", "-"),
@@ -43,25 +41,25 @@ def time_figure(results: pd.DataFrame, folder: Path) -> Path:
     return _save(figure, axes, table.index, folder / "time_against_depth.svg")
 
 
-def _axes(x: str, y: str) -> tuple[plt.Figure, plt.Axes]:
-    figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _line(axes: plt.Axes, subject: str, x: pd.Index, y: pd.Series, spread: list | None = None) -> None:
+def _line(axes: Axes, subject: str, x: pd.Index, y: pd.Series, spread: list | None = None) -> None:
     name, colour, marker, line = SUBJECTS[subject]
     axes.errorbar(x, y, spread, marker=marker, linestyle=line, color=colour, label=name, capsize=3)
 
 
-def _save(figure: plt.Figure, axes: plt.Axes, depths: pd.Index, path: Path) -> Path:
+def _save(figure: Figure, axes: Axes, depths: pd.Index, path: Path) -> Path:
     axes.set_xticks(list(depths))
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context({"svg.hashsalt": "memcnn"}):
+    with rc_context({"svg.hashsalt": "memcnn"}):
         figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
     return path
 
 
