@@ -31,6 +31,12 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test's weights are the same whichever tests run before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def cifar() -> Path:
     """The folder with the official CIFAR files; a test that asks for it is skipped where there is none."""
