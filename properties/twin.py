@@ -91,8 +91,11 @@ def weighted_sum(y: Tensor) -> Tensor:
 
 
 def conv_branch(channels: int = 3) -> nn.Sequential:
-    """Convolution, normalisation, in-place activation, convolution: (N, channels, H, W) to the same shape."""
-    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.Tanh(),
+    """Convolution, normalisation, activation, convolution: (N, channels, H, W) to the same shape.
+
+    The first convolution has no bias: before a normalisation its gradient is 0, and what is computed is rounding alone.
+    """
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.Tanh(),
                          nn.Conv2d(channels, channels, 3, padding=1))
 
 

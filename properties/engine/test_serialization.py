@@ -21,8 +21,6 @@ from memcnn.models.resnet import MODELS
 from memcnn.testing.tolerances import tolerance
 from properties.twin import assert_same, backward, block, conv_branch, images, run, weighted_sum
 
-LIMIT = tolerance(torch.float64, depth=4)
-
 
 def sequence() -> ReversibleSequential:
     return ReversibleSequential(AdditiveCoupling(conv_branch(), conv_branch()), block(), keep_every=2).double()
@@ -78,7 +76,7 @@ def test_a_duplicate_trains_as_the_original_and_shares_nothing(make, duplicate, 
         assert all(p.grad is None for p in twin.parameters())
         module.zero_grad()
         twin.load_state_dict(module.state_dict())
-    assert_same(run(twin, backward, [images()]), run(module, backward, [images()]), limit=LIMIT)
+    assert_same(run(twin, backward, [images()]), run(module, backward, [images()]), limit=tolerance(torch.float64))
 
 
 def test_settings_are_part_of_a_pickle():
@@ -104,7 +102,7 @@ def test_state_keys_are_those_of_version_1_5_2(make, prefix):
 def test_the_states_of_a_module_and_of_its_disabled_self_are_interchangeable():
     module, disabled = block(), block(disable=True)
     disabled.load_state_dict(module.state_dict(), strict=True)
-    assert_same(run(module, backward, [images()]), run(disabled, backward, [images()]), limit=LIMIT)
+    assert_same(run(module, backward, [images()]), run(disabled, backward, [images()]), limit=tolerance(torch.float64))
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("revnet")])
