@@ -1,5 +1,7 @@
 """The one table of tolerances. An error is relative to the largest entry of what was expected (``relative_error``)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,9 +10,20 @@ ROUNDINGS_PER_BLOCK = 1_000
 each, and one inversion; correct blocks of the shipped kinds stay below a tenth of this."""
 
 
-def tolerance(dtype: torch.dtype, *, depth: int = 1) -> float:
-    """The largest relative error allowed after ``depth`` blocks computed in ``dtype``."""
-    return ROUNDINGS_PER_BLOCK * torch.finfo(dtype).eps * depth
+def tolerance(dtype: torch.dtype, *, depth: int = 1, condition: float = 1.0) -> float:
+    """The largest relative error allowed after ``depth`` blocks computed in ``dtype``.
+
+    condition: by how much the computation amplifies a relative change of its input.
+    """
+    return ROUNDINGS_PER_BLOCK * torch.finfo(dtype).eps * depth * condition
+
+
+def describe(dtype: torch.dtype, *, depth: int = 1, condition: float = 1.0) -> str:
+    """Where a ``tolerance`` comes from, in words."""
+    eps, name = torch.finfo(dtype).eps, str(dtype).removeprefix("torch.")
+    words = f"{ROUNDINGS_PER_BLOCK} roundings of {name}, {eps:.1e}"
+    words += f", x {depth} blocks" if depth > 1 else ""
+    return words + (f" x condition number {condition:.3g}" if condition > 1 else "")
 
 
 def relative_error(actual: Tensor, expected: Tensor, *, least_scale: float = 0.0) -> float:
@@ -25,3 +38,15 @@ def relative_error(actual: Tensor, expected: Tensor, *, least_scale: float = 0.0
         return 0.0
     scale = max(expected.abs().max().item(), least_scale)
     return difference / scale if scale else float("inf")
+
+
+def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The relative error of several tensors: the largest difference anywhere over the largest expected entry of all.
+
+    Tensors of other dtypes than floating point must be equal, else it is infinite.
+    """
+    if not all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True) if not e.is_floating_point()):
+        return float("inf")
+    pairs = [(a, e) for a, e in zip(actual, expected, strict=True) if e.is_floating_point() and e.numel()]
+    scale = max((e.detach().abs().max().item() for _, e in pairs), default=0.0)
+    return max((relative_error(a, e, least_scale=scale) for a, e in pairs), default=0.0)
