@@ -9,14 +9,17 @@ Two meters, because each sees what the other cannot:
 * `allocator_peak_bytes` asks the allocator: on the CPU by the events that the profiler records, on CUDA by the counters
   of the caching allocator. It sees scratch too, which is why it is the larger of the two.
 
-`measure_step_memory` tells what one training step adds to parameters and gradients.
+`measure_step_memory` tells what one training step adds to parameters and gradients, `measure_peak_split` what the worst
+instant of a step consists of.
 """
 
 import json
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +31,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+CUDA_BLOCK_BYTES = 512  # CUDA's caching allocator hands out whole blocks
+
 
 @dataclass(frozen=True)
 class StepMemory:
@@ -38,21 +43,57 @@ class StepMemory:
     activation_bytes: int  # what the step adds at its worst instant
 
 
+@dataclass(frozen=True)
+class PeakSplit:
+    """What is alive at the worst instant of a training step, in bytes; see `measure_peak_split`."""
+
+    parameter_bytes: int
+    buffer_bytes: int  # running statistics and the like
+    gradient_bytes: int  # those in place at that instant, as `.grad` of a parameter
+    optimizer_bytes: int  # state that the optimiser keeps from step to step
+    batch_bytes: int
+    activation_bytes: int  # all else: what backward needs, gradients of activations, what an operator is computing
+    peak_bytes: int  # the sum of these
+    in_backward: bool  # whether that instant lies in the backward pass
+    allocated_bytes: int | None = None  # by the allocator, scratch included: a model's step on the CPU or on CUDA
+    reserved_bytes: int | None = None  # what CUDA's allocator took from the device
+
+
 class TensorMeter(TorchDispatchMode):
     """A context that counts the bytes of all tensors made within it.
 
     `current_bytes` are alive now, `peak_bytes` were alive at the worst instant so far. A storage counts once, from the
     operator that returns it until its last tensor is gone; views and in-place results add nothing; what existed at
-    entry is never counted, not even when it is freed inside. Sparse tensors are not counted. Meters may be nested.
-    After the end, `current_bytes` still falls as tensors go: what stays is what somebody holds.
+    entry is not counted, not even when it is freed inside, unless it is handed to `count`. Sparse tensors are not
+    counted. Meters may be nested. After the end, `current_bytes` still falls as tensors go: what stays is what somebody
+    holds.
+
+    `current` and `peak` are the same by label: "" for what nobody has labelled. `peak_in_backward` tells whether the
+    worst instant lay in a backward pass. With `block_bytes` each storage counts as a whole number of such blocks: 512
+    for the memory that CUDA's caching allocator hands out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, block_bytes: int = 1) -> None:
         super().__init__()
-        self.current_bytes = 0
-        self.peak_bytes = 0
+        self.current_bytes = self.peak_bytes = 0
+        self.current: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self.peak_in_backward = False
+        self._block_bytes = block_bytes
         self._known: dict[int, weakref.ref] = {}  # by id, every storage met that is still alive
-        self._counted: dict[int, int] = {}  # bytes of those that were made inside
+        self._counted: dict[int, int] = {}  # bytes of those that count
+        self._labels: dict[int, str] = {}
+
+    def count(self, tensors: Iterable[torch.Tensor], label: str) -> None:
+        """Count the storages of `tensors` under `label` as long as they live, wherever they were made."""
+        for storage in _storages(list(tensors)):
+            self._meet(storage)
+            key = id(storage)
+            self.current[self._labels.get(key, "")] -= self._counted.get(key, 0)
+            self.current[label] += self._counted.get(key, 0)
+            self._labels[key] = label
+            self._count(storage)
+        self._note_peak()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -63,9 +104,14 @@ class TensorMeter(TorchDispatchMode):
         for storage in _storages(result):
             if self._meet(storage) or id(storage) in self._counted:
                 self._count(storage)
-        if not _sums_gradients(func):
-            self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+        if self.current_bytes > self.peak_bytes and not _sums_gradients(func):
+            self._note_peak()
         return result
+
+    def _note_peak(self) -> None:
+        if self.current_bytes > self.peak_bytes:
+            self.peak_bytes, self.peak = self.current_bytes, Counter(self.current)
+            self.peak_in_backward = torch._C._current_graph_task_id() != -1
 
     def _meet(self, storage: torch.UntypedStorage) -> bool:
         """Whether the storage is met for the first time; from then on its end is noticed."""
@@ -75,14 +121,18 @@ class TensorMeter(TorchDispatchMode):
 
         def forget(_: weakref.ref) -> None:
             del self._known[key]
-            self.current_bytes -= self._counted.pop(key, 0)
+            size = self._counted.pop(key, 0)
+            self.current_bytes -= size
+            self.current[self._labels.pop(key, "")] -= size
 
         self._known[key] = weakref.ref(storage, forget)
         return True
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        self.current_bytes += size - self._counted.get(key, 0)
+        key, size = id(storage), _in_blocks(storage.nbytes(), self._block_bytes)
+        more = size - self._counted.get(key, 0)
+        self.current_bytes += more
+        self.current[self._labels.get(key, "")] += more
         self._counted[key] = size
 
 
@@ -102,21 +152,26 @@ def allocator_peak_bytes(fn: Callable[[], object], *, device: str | torch.device
 
     Raises RuntimeError while a profiler is running (CPU), ValueError for a device without a meter.
     """
-    device = torch.device(device)
+    return _allocator_peak_bytes(fn, torch.device(device), {})
+
+
+def _allocator_peak_bytes(fn: Callable[[], object], device: torch.device, alive: dict[int, int]) -> int:
+    """The same, counting as well the storages `alive` at entry, bytes by address, as long as they live."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         fn()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        alive_bytes = sum(_in_blocks(size, CUDA_BLOCK_BYTES) for size in alive.values())
+        return torch.cuda.max_memory_allocated(device) - before + alive_bytes
     if device.type != "cpu":
         raise ValueError(f"no allocator meter for device {device.type!r}, only cpu and cuda; use tensor_peak_bytes")
     if torch.autograd._profiler_enabled():
         raise RuntimeError("a profiler is already running, and there can be only one; use tensor_peak_bytes within it")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         fn()
-    return _peak_of(_allocations(profiler))
+    return _peak_of(_allocations(profiler), alive)
 
 
 def measure_step_memory(
@@ -153,6 +208,66 @@ def measure_step_memory(
     return StepMemory(_bytes(parameters), resident_bytes + activation_bytes, activation_bytes)
 
 
+def measure_peak_split(
+    model: nn.Module,
+    step: Callable[[], object],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    batch: Iterable[torch.Tensor] = (),
+    block_bytes: int = 1,
+    allocator: bool = False,
+) -> PeakSplit:
+    """What the worst instant of `step()` consists of, where `step` trains `model` on `batch` once.
+
+    `step` runs once beforehand, so that gradients and the state of `optimizer` are in place as in the midst of a
+    training run. What it changes stays changed. The split is that of the tensors, on any device, fake and meta tensors
+    too; `block_bytes` is `TensorMeter`'s. With `allocator`, for the CPU and CUDA, `step` runs once more to fill
+    `allocated_bytes` and `reserved_bytes`, which is all that the process has reserved.
+    """
+    parameters, batch = list(model.parameters()), list(batch)
+
+    def resident() -> dict[str, list[torch.Tensor]]:
+        return {
+            "parameter": parameters,
+            "buffer": list(model.buffers()),
+            "gradient": [p.grad for p in parameters if p.grad is not None],
+            "optimizer": [] if optimizer is None else tree_leaves(list(optimizer.state.values())),
+            "batch": batch,
+        }
+
+    step()
+    with TensorMeter(block_bytes=block_bytes) as meter, _counting_gradients(meter, parameters):
+        for label, tensors in resident().items():
+            meter.count(tensors, label)
+        step()
+    allocated_bytes = reserved_bytes = None
+    if allocator:
+        device = parameters[0].device if parameters else torch.device("cpu")
+        allocated_bytes = _allocator_peak_bytes(step, device, _sizes(tree_leaves(resident())))
+        reserved_bytes = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+    return PeakSplit(
+        **{f"{label}_bytes": meter.peak[label] for label in ("parameter", "buffer", "gradient", "optimizer", "batch")},
+        activation_bytes=meter.peak[""],
+        peak_bytes=meter.peak_bytes,
+        in_backward=meter.peak_in_backward,
+        allocated_bytes=allocated_bytes,
+        reserved_bytes=reserved_bytes,
+    )
+
+
+@contextmanager
+def _counting_gradients(meter: TensorMeter, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    def count(parameter: nn.Parameter) -> None:
+        meter.count([parameter.grad], "gradient")
+
+    hooks = [p.register_post_accumulate_grad_hook(count) for p in parameters if p.requires_grad]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _sums_gradients(func: torch._ops.OpOverload) -> bool:
     """Whether `func` is the engine of autograd adding up two gradients that meet, rather than somebody's own sum.
 
@@ -180,6 +295,16 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum({id(storage): storage.nbytes() for storage in _storages(list(tensors))}.values())
 
 
+def _in_blocks(size: int, block_bytes: int) -> int:
+    """`size` rounded up to whole blocks."""
+    return -(-size // block_bytes) * block_bytes
+
+
+def _sizes(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes of the distinct storages behind `tensors`, by their address."""
+    return {storage.data_ptr(): storage.nbytes() for storage in _storages(list(tensors)) if storage.nbytes()}
+
+
 def _allocations(profiler: profile) -> list[tuple[int, int]]:
     """(address, bytes) of every CPU allocation, and of every release with bytes negative, in order of time."""
     with tempfile.TemporaryDirectory() as folder:
@@ -190,10 +315,10 @@ def _allocations(profiler: profile) -> list[tuple[int, int]]:
     return [(event["args"]["Addr"], event["args"]["Bytes"]) for event in events if event["args"]["Device Type"] == 0]
 
 
-def _peak_of(allocations: Iterable[tuple[int, int]]) -> int:
-    """The highest running sum, where a release counts only if its allocation did."""
-    alive: dict[int, int] = {}
-    current_bytes = peak_bytes = 0
+def _peak_of(allocations: Iterable[tuple[int, int]], alive: dict[int, int]) -> int:
+    """The highest running sum, beginning with those `alive`, where a release counts only if its allocation did."""
+    alive = dict(alive)
+    current_bytes = peak_bytes = sum(alive.values())
     for address, size in allocations:
         if size > 0:
             alive[address] = size

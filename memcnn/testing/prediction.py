@@ -1,0 +1,106 @@
+"""The memory and the arithmetic of one training step, predicted without computing it.
+
+The step runs on fake tensors, which have shapes, dtypes and lifetimes but no data, so that a model that fits no device
+can be asked about too. Bytes are those of `memcnn.testing.memory.TensorMeter`: of the tensors, exact, without what a
+kernel borrows as scratch.
+
+A step is that of `memcnn.training`: forward and loss, gradients of the last step freed, backward, update.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from memcnn.testing.memory import CUDA_BLOCK_BYTES, PeakSplit, measure_peak_split
+
+Batch = tuple[Tensor, Tensor]  # inputs and targets
+Loss = Callable[[Tensor, Tensor], Tensor]  # of the model's output and the targets: a scalar
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+SGD: MakeOptimizer = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=2e-4)
+
+
+def predict_step_memory(
+    make_model: Callable[[], nn.Module],
+    make_batch: Callable[[], Batch],
+    *,
+    loss: Loss = F.cross_entropy,
+    optimizer: MakeOptimizer | None = SGD,
+    autocast: torch.dtype | None = None,
+    device: str = "cpu",
+) -> PeakSplit:
+    """What the worst instant of a training step will consist of, in bytes; nothing is computed.
+
+    Args:
+        make_model: returns the model, on the CPU, in the mode it is trained in. It is called on fake tensors, as
+            `make_batch` is, so neither may look at values.
+        make_batch: returns inputs and targets, on the CPU.
+        loss: of the model's output and the targets.
+        optimizer: makes the optimiser of the model's parameters; None for a step without an update.
+        autocast: dtype of autocast around forward pass and loss, such as torch.bfloat16; None for none.
+        device: "cpu" or "cuda", where the step shall run. On CUDA tensors take whole blocks of 512 bytes, and
+            optimisers work on all parameters at once, as their default there is, which takes a copy of the gradients.
+    """
+    with FakeTensorMode():
+        model, optimiser, batch, step = training_step(
+            make_model, make_batch, loss=loss, optimizer=optimizer, autocast=autocast, all_at_once=device == "cuda"
+        )
+        block_bytes = CUDA_BLOCK_BYTES if device == "cuda" else 1
+        return measure_peak_split(model, step, optimizer=optimiser, batch=batch, block_bytes=block_bytes)
+
+
+def step_flops(
+    make_model: Callable[[], nn.Module],
+    make_batch: Callable[[], Batch],
+    *,
+    loss: Loss = F.cross_entropy,
+    autocast: torch.dtype | None = None,
+) -> int:
+    """Floating-point operations of one forward and backward pass, a recomputation included.
+
+    Those of matrix products and convolutions, a multiplication and an addition each counting as one, as
+    `torch.utils.flop_counter` has it; the rest of a step is small beside them. Arguments as of `predict_step_memory`.
+    """
+    with FakeTensorMode():
+        *_, step = training_step(make_model, make_batch, loss=loss, optimizer=None, autocast=autocast)
+        with FlopCounterMode(display=False) as counter:
+            step()
+    return counter.get_total_flops()
+
+
+def training_step(
+    make_model: Callable[[], nn.Module],
+    make_batch: Callable[[], Batch],
+    *,
+    loss: Loss = F.cross_entropy,
+    optimizer: MakeOptimizer | None = SGD,
+    autocast: torch.dtype | None = None,
+    all_at_once: bool = False,
+) -> tuple[nn.Module, torch.optim.Optimizer | None, Batch, Callable[[], None]]:
+    """The model, its optimiser, its batch, and a function that trains the model on it once.
+
+    With `all_at_once` the optimiser updates all parameters in one operation, unless it is told otherwise.
+    """
+    model, batch = make_model(), make_batch()
+    optimiser = None if optimizer is None else optimizer(model.parameters())
+    for group in optimiser.param_groups if optimiser and all_at_once else ():
+        if group.get("foreach", True) is None and not group.get("fused"):
+            group["foreach"] = True
+    inputs, targets = batch
+    device_type = inputs.device.type
+
+    def step() -> None:
+        with torch.autocast(device_type, dtype=autocast, enabled=autocast is not None):
+            outputs = model(inputs)
+            value = loss(outputs, targets)
+        model.zero_grad() if optimiser is None else optimiser.zero_grad()
+        value.backward()
+        if optimiser is not None:
+            optimiser.step()
+
+    return model, optimiser, batch, step
