@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from memcnn.models.replay import Replay
-from memcnn.testing.tolerances import relative_error
+from memcnn.rounding import relative_error
 
 _uncompiled = torch.compiler.disable(reason="the engine of reversible blocks is no part of compiled code")
 """For what autograd calls from within code that may be compiled, as a branch is."""

@@ -5,6 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from memcnn.rounding import relative_error
+
+__all__ = ["ROUNDINGS_PER_BLOCK", "describe", "distance", "relative_error", "tolerance"]
+
 ROUNDINGS_PER_BLOCK = 1_000
 """How many unit roundings of the dtype a block may add. A block evaluates some ten operations of a few hundred terms
 each, and one inversion; correct blocks of the shipped kinds stay below a tenth of this."""
@@ -24,20 +28,6 @@ def describe(dtype: torch.dtype, *, depth: int = 1, condition: float = 1.0) -> s
     words = f"{ROUNDINGS_PER_BLOCK} roundings of {name}, {eps:.1e}"
     words += f", x {depth} blocks" if depth > 1 else ""
     return words + (f" x condition number {condition:.3g}" if condition > 1 else "")
-
-
-def relative_error(actual: Tensor, expected: Tensor, *, least_scale: float = 0.0) -> float:
-    """max |actual - expected| / max |expected|, the divisor at least ``least_scale``; NaN if either has one."""
-    if actual.shape != expected.shape:
-        raise ValueError(f"cannot compare shapes {tuple(actual.shape)} and {tuple(expected.shape)}")
-    if expected.numel() == 0:
-        return 0.0
-    actual, expected = actual.detach().double(), expected.detach().double()
-    difference = (actual - expected).abs().max().item()
-    if difference == 0:
-        return 0.0
-    scale = max(expected.abs().max().item(), least_scale)
-    return difference / scale if scale else float("inf")
 
 
 def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -1,0 +1,1 @@
+"""The laws of a reversible block, one a file; `memcnn.testing` has their public names."""

@@ -1,0 +1,69 @@
+"""How much a block amplifies rounding: the condition number of one direction, and the growth with depth."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from memcnn.testing.laws.subject import Subject, without_dropout
+from memcnn.testing.tolerances import distance
+
+FAILS = 1e-2
+"""A rebuilt activation this far off, relative to the largest, is no longer the activation."""
+PROBES = 3
+DEEPEST = 64
+
+
+def condition_number(subject: Subject, function: Callable, values: Sequence[Tensor]) -> float:
+    """Relative change of ``function(values)`` for a small relative change of ``values``, the largest of a few; >= 1.
+
+    Both changes are relative to the largest entry. The small change is the square root of the dtype's rounding, so that
+    neither rounding nor curvature decides.
+    """
+    generator = torch.Generator().manual_seed(subject.seed)
+    base = subject.evaluated(function, values)
+    largest = 1.0
+    for _ in range(PROBES):
+        changed = [value + math.sqrt(torch.finfo(value.dtype).eps) * value.abs().max()
+                   * torch.randn(value.shape, generator=generator).to(value)
+                   if value.is_floating_point() and value.numel() else value for value in values]
+        cause = distance(changed, values)
+        if cause:
+            effect = distance(subject.evaluated(function, changed), base)
+            if math.isfinite(effect):
+                largest = max(largest, effect / cause)
+    return largest
+
+
+def growth(subject: Subject) -> str:
+    """What becomes of the error when the block is repeated, in words; "" where that is nothing to worry about.
+
+    The block is run d times, with the same weights, and inverted d times, for d = 1, 2, 4, ... 64, or until the error
+    passes 1 %.
+    """
+    module = subject.fresh()
+    without_dropout(module)
+    errors: dict[int, float] = {}
+    depth = 1
+    while depth <= DEEPEST and (not errors or errors[depth // 2] < FAILS):
+        values = subject.inputs
+        for function in (module, module.inverse):
+            for _ in range(depth):
+                values = subject.evaluated(function, values)
+                if [v.shape for v in values] != [x.shape for x in subject.inputs]:
+                    return ""
+        errors[depth] = distance(values, subject.inputs)
+        depth *= 2
+    deepest, error = list(errors.items())[-1]
+    dtype = str(subject.dtype).removeprefix("torch.")
+    if deepest == 1:
+        return f"right, but badly conditioned: one block alone loses {error:.0%} of the input in {dtype}"
+    if not math.isfinite(error):
+        return f"right, but badly conditioned: {deepest} such blocks give values that are not finite in {dtype}"
+    rate = (error / max(errors[1], torch.finfo(subject.dtype).eps)) ** (1 / (deepest - 1))
+    if error < FAILS:
+        return ""
+    fails_at = max(2, round(1 + math.log(FAILS / max(errors[1], torch.finfo(subject.dtype).eps)) / math.log(rate)))
+    return (f"right, but badly conditioned: the error grows {rate:.2g}-fold a block, so that {dtype} fails (1 % of the "
+            f"input) at a depth of about {fails_at} such blocks with these weights")

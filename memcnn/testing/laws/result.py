@@ -1,0 +1,87 @@
+"""What a check found: one `Result` for each claim, and a `Report` of many."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Result:
+    """One claim about a module, the error measured, and the largest error that rounding explains.
+
+    `skipped` says why nothing could be measured; such a result neither holds nor fails.
+    """
+
+    law: str  # inverse, gradients, state, memory or log_det
+    claim: str
+    error: float = math.nan
+    limit: float = math.nan
+    limit_from: str = ""
+    explanation: str = ""  # of a failure: what is wrong; of a success: what is worth knowing
+    skipped: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return not self.skipped and not self.error <= self.limit  # an error that is NaN fails
+
+    @property
+    def verdict(self) -> str:
+        return "SKIP" if self.skipped else "FAIL" if self.failed else "PASS"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The results of one or several checks; prints as a table."""
+
+    results: tuple[Result, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[Result, ...]:
+        return tuple(result for result in self.results if result.failed)
+
+    @property
+    def failed_laws(self) -> frozenset[str]:
+        return frozenset(result.law for result in self.failures)
+
+    def __iter__(self) -> Iterator[Result]:
+        return iter(self.results)
+
+    def __add__(self, other: "Report") -> "Report":
+        return Report(self.results + other.results)
+
+    def of(self, law: str) -> "Report":
+        return Report(tuple(result for result in self.results if result.law == law))
+
+    def summary(self) -> str:
+        """One sentence: what holds, and what is wrong."""
+        if self.passed:
+            laws = list(dict.fromkeys(result.law for result in self.results if not result.skipped))
+            return f"all laws hold: {', '.join(laws)}" if laws else "nothing could be checked"
+        right = [law for law in ("inverse", "gradients") if law not in self.failed_laws
+                 and any(result.law == law and not result.skipped for result in self.results)]
+        wrong = "; ".join(dict.fromkeys(result.explanation or result.claim for result in self.failures))
+        beginning = {"inverse": "the inverse is right, but ", "gradients": "the gradients are right, but "}
+        return (beginning[right[0]] if right else "") + wrong
+
+    def to_dicts(self) -> list[dict]:
+        """The results with their verdicts, for JSON; an error that is no finite number as text."""
+        def plain(value: object) -> object:
+            return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        return [{key: plain(value) for key, value in (asdict(result) | {"verdict": result.verdict}).items()}
+                for result in self.results]
+
+    def __str__(self) -> str:
+        rows = [(r.verdict, r.law, r.claim, "" if r.skipped else f"{r.error:.2g}",
+                 "" if r.skipped else f"{r.limit:.2g}") for r in self.results]
+        header = "", "law", "claim", "error", "limit"
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                 for row in (header, *rows)]
+        remarks = [f"{r.verdict} {r.law}, {r.claim}: {r.skipped or r.explanation}"
+                   + (f" (limit: {r.limit_from})" if r.failed and r.limit_from else "")
+                   for r in self.results if r.skipped or r.explanation]
+        return "\n".join([*lines, *([""] if remarks else []), *remarks])
