@@ -15,15 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memcnn._torchvision import torchvision
+from memcnn import archives
+from memcnn.archives import DATASETS, NUM_CLASSES
 
-DATASETS = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
-NUM_CLASSES = {"cifar10": 10, "cifar100": 100}
 GENERATED = "generated"
-
-
-class DataNotFound(RuntimeError):
-    """The official files are neither there nor to be had; the message says where they were looked for."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +56,14 @@ class EpochPlan:
         return EpochPlan(*(value.to(device) for value in vars(self).values()))
 
 
-def load(dataset: str, data: str | Path | None = None, *, download: bool = True) -> Data:
+def load(dataset: str, data: str | Path | None = None, *, download: bool = True, unofficial: bool = False) -> Data:
     """The data set `dataset` ("cifar10" or "cifar100") on the CPU.
 
     data: the folder that holds torchvision's cifar-10-batches-py/ or cifar-100-python/, or the word "generated" for
-    made-up images of the same shape. By default the environment's MEMCNN_DATA, else ./data.
-    Raises DataNotFound when the official files are missing and cannot be downloaded.
+    made-up images of the same shape. By default the environment's MEMCNN_DATA, else ./data. unofficial: files that are
+    not the official ones will do; the result's `official` says which they are.
+    Raises archives.DataNotFound when the official files are missing and cannot be downloaded, and archives.BadData for
+    a file that does not hold what it should.
     """
     if dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
@@ -74,61 +71,14 @@ def load(dataset: str, data: str | Path | None = None, *, download: bool = True)
     if where == GENERATED:
         return generate(NUM_CLASSES[dataset])
     folder = Path(where)
-    source = DATASETS[dataset]
-    checksums, faults = verify_files(source, folder)
-    if faults and download:
-        created = not folder.exists()
-        try:
-            source(folder, download=True)
-        except (OSError, RuntimeError) as error:
-            if created and folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-            raise DataNotFound(_not_found(source, folder, faults, f"The download failed: {error}")) from error
-        checksums, faults = verify_files(source, folder)
-    if faults:
-        raise DataNotFound(_not_found(source, folder, faults, "Nothing was downloaded."))
-    train, test = (source(folder, train=train) for train in (True, False))
-    return _data(_images(train), train.targets, _images(test), test.targets, NUM_CLASSES[dataset], True, checksums)
+    checksums, official = archives.find(dataset, folder, download=download, unofficial=unofficial)
+    train, test = (archives.read(dataset, folder, train=train) for train in (True, False))
+    return _data(*train, *test, NUM_CLASSES[dataset], official, checksums)
 
 
 def whereabouts(data: str | Path | None) -> str:
     """The folder that `load` looks in, or the word "generated"."""
     return str(data or os.environ.get("MEMCNN_DATA") or "data")
-
-
-def verify_files(source: type, folder: Path) -> tuple[dict[str, str], list[str]]:
-    """MD5 of each file of a torchvision CIFAR class under `folder`, and what is wrong with them, a sentence a file."""
-    if not (folder / source.base_folder).is_dir():
-        return {}, ["there is no such folder"]
-    official = dict([*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])])
-    checksums, faults = {}, []
-    for name, wanted in official.items():
-        path = folder / source.base_folder / name
-        if not path.is_file():
-            faults.append(f"{name} is missing")
-            continue
-        with open(path, "rb") as file:
-            digest = hashlib.md5(usedforsecurity=False)
-            while block := file.read(1 << 20):
-                digest.update(block)
-        checksums[name] = digest.hexdigest()
-        if checksums[name] != wanted:
-            faults.append(f"{name} has MD5 {checksums[name]}, official is {wanted}")
-    return checksums, faults
-
-
-def _not_found(source: type, folder: Path, faults: list[str], outcome: str) -> str:
-    return (
-        f"{source.__name__} was looked for in {(folder / source.base_folder).resolve()}: {'; '.join(faults)}.\n"
-        f"{outcome}\n"
-        f"To get it, download {source.url} (MD5 {source.tgz_md5}) where there is a network and unpack it.\n"
-        f"Then point at the folder that holds {source.base_folder}/: --data FOLDER, or MEMCNN_DATA=FOLDER in the "
-        "environment.\nTo try things without it: --data generated (made-up images; results mean nothing)."
-    )
-
-
-def _images(dataset) -> Tensor:
-    return torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
 
 
 def _data(train_images, train_labels, test_images, test_labels, num_classes, official, checksums) -> Data:

@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # run as a script: this folder's names (data, mod
 
 import torch  # noqa: E402
 
-from memcnn.data import DATASETS, DataNotFound  # noqa: E402
+from memcnn.archives import DATASETS, BadData, DataNotFound  # noqa: E402
 from memcnn.models.resnet import MODELS  # noqa: E402
 from memcnn.training.checkpoint import BadCheckpoint  # noqa: E402
 from memcnn.training.files import FolderBusy  # noqa: E402
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except (BadArgument, BadCheckpoint) as error:
         parser.error(str(error))
-    except (DataNotFound, FolderBusy, OSError) as error:
+    except (BadData, DataNotFound, FolderBusy, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

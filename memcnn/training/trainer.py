@@ -44,7 +44,7 @@ def train(
 
     data: see `memcnn.data.load`; device: by default "cuda" where there is one, else "cpu"; disable: RevNets as plain
     autograd; progress: show it on standard error.
-    Raises BadArgument, BadCheckpoint for a folder that holds another run (both ValueError), memcnn.data.DataNotFound,
+    Raises BadArgument, BadCheckpoint for a folder that holds another run (both ValueError), memcnn.archives.DataNotFound,
     and FolderBusy while another process trains in the same folder.
     """
     deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
