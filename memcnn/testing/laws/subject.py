@@ -39,6 +39,13 @@ class Subject:
                             f"({', '.join(type(x).__name__ for x in self.inputs)})")
         if not any(x.is_floating_point() for x in self.inputs):
             raise TypeError(f"an input must be of floating point: got {', '.join(str(x.dtype) for x in self.inputs)}")
+        try:
+            with torch.no_grad():
+                self.evaluated(self.fresh(), self.inputs)
+        except Exception as error:
+            shapes = ", ".join(str(tuple(x.shape)) for x in self.inputs)
+            raise NotRunnable(f"forward raised {type(error).__name__} for inputs of shape {shapes}, {self.dtype}: "
+                              f"{error}") from error
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,14 +57,6 @@ class Subject:
         def blocks(module: nn.Module) -> int:
             return sum(map(blocks, module.children())) or callable(getattr(module, "inverse", None))
         return max(1, blocks(self.module))
-
-        try:
-            with torch.no_grad():
-                self.evaluated(self.fresh(), self.inputs)
-        except Exception as error:
-            shapes = ", ".join(str(tuple(x.shape)) for x in self.inputs)
-            raise NotRunnable(f"forward raised {type(error).__name__} for inputs of shape {shapes}, {self.dtype}: "
-                              f"{error}") from error
 
     def in_double(self) -> "Subject":
         """The same in float64; `NotRunnable` if it cannot be."""
