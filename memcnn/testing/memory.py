@@ -118,15 +118,14 @@ class TensorMeter(TorchDispatchMode):
         key = id(storage)
         if key in self._known:
             return False
-
-        def forget(_: weakref.ref) -> None:
-            del self._known[key]
-            size = self._counted.pop(key, 0)
-            self.current_bytes -= size
-            self.current[self._labels.pop(key, "")] -= size
-
-        self._known[key] = weakref.ref(storage, forget)
+        self._known[key] = weakref.ref(storage, lambda _: self._forget(key))
         return True
+
+    def _forget(self, key: int) -> None:
+        del self._known[key]
+        size = self._counted.pop(key, 0)
+        self.current_bytes -= size
+        self.current[self._labels.pop(key, "")] -= size
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), _in_blocks(storage.nbytes(), self._block_bytes)
