@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tensorboardX import SummaryWriter
 from torch import Tensor
 
 from memcnn import data as cifar
@@ -27,6 +26,7 @@ from memcnn.training.progress import Progress
 from memcnn.training.recipe import Recipe
 from memcnn.training.record import RunRecord
 from memcnn.training.stopping import Stop
+from memcnn.training.tensorboard import TensorBoard
 
 COLUMNS = ("iteration", "epoch", "learning_rate", "train_loss", "test_loss", "test_accuracy", "train_seconds")
 STATE = ("iteration", "rows", "window", "train_seconds", "interruptions", "memory", "step_seconds")  # of a Run, saved
@@ -92,11 +92,7 @@ class Run:
             batch_size=self.recipe.batch_size,
             shown=shown,
         )
-        self.writer = SummaryWriter(
-            str(self.folder / "tensorboard"),
-            purge_step=self._last_evaluation() + 1,  # TensorBoard drops what a killed run wrote after its checkpoint
-            filename_suffix=f".{time.time_ns()}",  # else a run taken up within the same second overwrites the file
-        )
+        self.writer = TensorBoard(self.folder / "tensorboard", first=self._last_evaluation() + 1)
         if self.interruptions:
             self.progress.say(f"Going on from iteration {self.iteration} in {self.folder}")
         try:
@@ -214,8 +210,7 @@ class Run:
             "test_accuracy": test_accuracy,
             "train_seconds": self.train_seconds,
         }
-        for name in COLUMNS[2:-1]:
-            self.writer.add_scalar(name, row[name], self.iteration)
+        self.writer.add({name: row[name] for name in COLUMNS[2:-1]}, self.iteration)
         self.progress.show(self.iteration, **(self._shown_values() | {"test": f"{test_accuracy:.2f}%"}))
         self.rows.append(row)
         self.window.zero_()
@@ -230,7 +225,6 @@ class Run:
         state = {name: getattr(self, name) for name in STATE}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         checkpoint.save(self.folder, self.identity, state)
-        self.writer.flush()
         self.save_seconds = 0.5 + time.perf_counter() - started
 
     def _write_record(self, status: str, reason: str | None) -> RunRecord:

@@ -1,0 +1,37 @@
+"""What TensorBoard shows of a run, from the first evaluation on.
+
+tensorboardX's SummaryWriter hands events to a thread, which ends when the disk is full; whoever adds to its queue then
+waits forever, as TensorBoard's own did (https://github.com/tensorflow/tensorboard/issues/6167). Its file writer is used
+here without the thread: an event is on the disk, or an OSError, when `add` returns.
+"""
+
+import time
+from pathlib import Path
+
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
+
+
+class TensorBoard:
+    """A new event file in `folder`; what the files before it say about iterations from `first` on is void."""
+
+    def __init__(self, folder: Path, *, first: int) -> None:
+        folder.mkdir(exist_ok=True)
+        # TensorBoard reads files in the order of their names: here that of the sessions, whatever the clock says
+        self._file = RecordWriter(str(folder / f"events.out.tfevents.{len(list(folder.iterdir())):010d}"))
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(session_log=SessionLog(status=SessionLog.START), step=first))
+        self._file.flush()
+
+    def add(self, values: dict[str, float], iteration: int) -> None:
+        for name, value in values.items():
+            self._write(Event(summary=scalar(name, value), step=iteration))
+        self._file.flush()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._file.write(event.SerializeToString())
+
+    def close(self) -> None:
+        self._file.close()
