@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from memcnn.testing.laws.result import BADLY_CONDITIONED
 from memcnn.testing.laws.subject import Subject, without_dropout
 from memcnn.testing.tolerances import distance
 
@@ -39,14 +40,14 @@ def condition_number(subject: Subject, function: Callable, values: Sequence[Tens
 def growth(subject: Subject) -> str:
     """What becomes of the error when the block is repeated, in words; "" where that is nothing to worry about.
 
-    The block is run d times, with the same weights, and inverted d times, for d = 1, 2, 4, ... 64, or until the error
-    passes 1 %.
+    The block is run d times, with the same weights, and inverted d times, for d = 1, 2, 4, ... until the error passes
+    1 % or 64 blocks are reached, where a chain counts as its blocks.
     """
     module = subject.fresh()
     without_dropout(module)
     errors: dict[int, float] = {}
     depth = 1
-    while depth <= DEEPEST and (not errors or errors[depth // 2] < FAILS):
+    while depth * subject.depth <= DEEPEST and (not errors or errors[depth // 2] < FAILS):
         values = subject.inputs
         for function in (module, module.inverse):
             for _ in range(depth):
@@ -57,13 +58,14 @@ def growth(subject: Subject) -> str:
         depth *= 2
     deepest, error = list(errors.items())[-1]
     dtype = str(subject.dtype).removeprefix("torch.")
-    if deepest == 1:
-        return f"right, but badly conditioned: one block alone loses {error:.0%} of the input in {dtype}"
+    if deepest == 1 and error >= FAILS:
+        return (f"{BADLY_CONDITIONED}in {dtype} the inverse of one block alone is off by {error:.2g} times "
+                "the input's largest entry")
     if not math.isfinite(error):
-        return f"right, but badly conditioned: {deepest} such blocks give values that are not finite in {dtype}"
-    rate = (error / max(errors[1], torch.finfo(subject.dtype).eps)) ** (1 / (deepest - 1))
+        return f"{BADLY_CONDITIONED}{deepest} such blocks give values that are not finite in {dtype}"
     if error < FAILS:
         return ""
+    rate = (error / max(errors[1], torch.finfo(subject.dtype).eps)) ** (1 / (deepest - 1))
     fails_at = max(2, round(1 + math.log(FAILS / max(errors[1], torch.finfo(subject.dtype).eps)) / math.log(rate)))
-    return (f"right, but badly conditioned: the error grows {rate:.2g}-fold a block, so that {dtype} fails (1 % of the "
+    return (f"{BADLY_CONDITIONED}the error grows {rate:.2g}-fold a block, so that {dtype} fails (1 % of the "
             f"input) at a depth of about {fails_at} such blocks with these weights")

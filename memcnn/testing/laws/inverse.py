@@ -66,7 +66,8 @@ def _forward_undoes_inverse(subject: Subject) -> Result:
     without_dropout(module)
     generator = torch.Generator().manual_seed(subject.seed)
     try:
-        y = [value + NOISE * value.std(correction=0) * torch.randn(value.shape, generator=generator).to(value)
+        y = [subject.representable(
+                 value + NOISE * value.std(correction=0) * torch.randn(value.shape, generator=generator).to(value))
              if value.is_floating_point() else value for value in subject.evaluated(module, subject.inputs)]
         x = subject.evaluated(module.inverse, y)
     except Exception as error:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from memcnn.models.coupling import Coupling
 from memcnn.models.revop import InvertibleModuleWrapper
 
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+            nn.MultiheadAttention)
 
 
 class NotRunnable(ValueError):
@@ -22,6 +24,7 @@ class NotRunnable(ValueError):
 class Subject:
     """A module with ``forward`` and ``inverse``, the inputs on which it is tested, and the seed of every evaluation.
 
+    Inputs of a module with an exact coupling are rounded to its grid, as it does itself (``memcnn.models.exact``).
     wrap: run it in an `InvertibleModuleWrapper`, as it would be trained. None: if nothing in it is wrapped yet.
     """
 
@@ -46,6 +49,12 @@ class Subject:
             shapes = ", ".join(str(tuple(x.shape)) for x in self.inputs)
             raise NotRunnable(f"forward raised {type(error).__name__} for inputs of shape {shapes}, {self.dtype}: "
                               f"{error}") from error
+        object.__setattr__(self, "inputs", tuple(map(self.representable, self.inputs)))
+
+    def representable(self, x: Tensor) -> Tensor:
+        """x, or the nearest value on the grid of the module's exact couplings."""
+        grids = [part.grid for part in self.module.modules() if isinstance(part, Coupling) and part.grid is not None]
+        return max(grids, key=lambda grid: grid.step).snap(x) if grids and x.is_floating_point() else x
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,7 +101,11 @@ class Subject:
         """Random numbers as at every evaluation; torch's generators are left alone."""
         cuda = {x.device for x in self.inputs if x.device.type == "cuda"}
         with torch.random.fork_rng(devices=list(cuda)):
-            torch.manual_seed(self.seed)
+            # torch.manual_seed also notes a stack trace for each kind of device that is not there
+            torch.default_generator.manual_seed(self.seed)
+            for device in cuda:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(self.seed)
             yield
 
     def evaluated(self, function: Callable, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -118,7 +131,8 @@ def is_wrapped(module: nn.Module) -> bool:
 
 def without_dropout(module: nn.Module) -> bool:
     """Puts dropout layers in evaluation mode, and tells whether one drew masks before."""
-    active = [part for part in module.modules() if isinstance(part, DROPOUTS) and part.training]
+    active = [part for part in module.modules()
+              if isinstance(part, DROPOUTS) and part.training and getattr(part, "dropout", 1.0)]
     for part in active:
         part.eval()
     return bool(active)
