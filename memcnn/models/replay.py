@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -47,7 +46,7 @@ class Replay:
                 _substitute(stack, hooks, key, functools.partial(self._noted, hook))
             yield
         self.generators = [(device, state) for device, state in self.generators
-                           if not numpy.array_equal(state, _rng_state(device))]  # torch.equal fails under fake tensors
+                           if not _equal(state, _rng_state(device))]
         self.unchanged = [("parameter", name, p, p._version) for _, name, p, _ in self.parameters]
         # a layer that initialises itself in its first forward pass sets its parameters, but does so once
         self.sets_parameters = versions[0] != [version for *_, version in self.unchanged]
@@ -142,6 +141,12 @@ def _was_exchanged(now: Tensor | None, then: Tensor) -> bool:
 
 def _rng_state(device: torch.device) -> Tensor:
     return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+
+
+def _equal(state: Tensor, other: Tensor) -> bool:
+    """Whether two states of a generator are the same. They are real tensors, under a mode of fake ones, too."""
+    with torch._C._DisableTorchDispatch():
+        return torch.equal(state, other)
 
 
 def _set_rng_state(device: torch.device, state: Tensor) -> None:
