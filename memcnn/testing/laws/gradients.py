@@ -21,7 +21,8 @@ FLOOR = 1e-3
 STEPS = 1e-5, 1e-6, 1e-7
 """Of central differences, relative to the largest entry; they are extrapolated from a step and its half."""
 DIFFERENCES_LIMIT = 1e-6
-DIFFERENCES = "those of finite differences in float64"
+KINDS = "outputs", "gradients of inputs", "gradients of parameters"
+DIFFERENCES = "gradients = finite differences in float64"
 ROUGH = 1e-3
 """Finite differences that disagree with themselves by more than this decide nothing."""
 
@@ -64,26 +65,26 @@ def _like_plain(subject: Subject, where: str = "") -> list[Result]:
     twin = subject.plain()
     if twin is None:
         return []
-    claims = {kind: f"{kind} those of plain backpropagation{where}"
-              for kind in ("outputs", "inputs' gradients", "parameters' gradients")}
+    claims = {kind: f"{kind} = plain backpropagation's{where}" for kind in KINDS}
+    outputs_of, of_inputs, of_parameters = KINDS
     wanted = gradients_of(subject, twin)
     try:
         got = gradients_of(subject, subject.trained())
     except Exception as error:
-        return [Result("gradients", claims["inputs' gradients"], math.inf, 0.0,
+        return [Result("gradients", claims[of_inputs], math.inf, 0.0,
                        explanation=f"the training step raised {type(error).__name__}: {error}")]
     condition = _condition(subject)
     scale = {"depth": 2 * subject.depth, "condition": condition}
     limit, source = tolerance(subject.dtype, **scale), describe(subject.dtype, **scale)
     outputs = {f"output {i}": y for i, y in enumerate(wanted.outputs)}
-    pairs = {"outputs": (dict(zip(outputs, got.outputs, strict=True)), outputs),
-             "inputs' gradients": (_of_inputs(got), _of_inputs(wanted)),
-             "parameters' gradients": (_of_parameters(got), _of_parameters(wanted))}
+    pairs = {outputs_of: (dict(zip(outputs, got.outputs, strict=True)), outputs),
+             of_inputs: (_of_inputs(got), _of_inputs(wanted)),
+             of_parameters: (_of_parameters(got), _of_parameters(wanted))}
     largest = max((g.abs().max().item() for g in wanted.by_name.values() if g is not None and g.numel()), default=0.0)
     results = []
     for kind, (actual, expected) in pairs.items():
         if expected:
-            least = FLOOR * largest if kind != "outputs" else 0.0
+            least = FLOOR * largest if kind != outputs_of else 0.0
             name, error = _worst(actual, expected, least)
             explanation = "" if error <= limit else _told(name, actual[name], expected[name])
             results.append(Result("gradients", claims[kind], error, limit, source, explanation))

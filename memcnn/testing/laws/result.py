@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 
+BADLY_CONDITIONED = "right, but badly conditioned: "
+
+
 @dataclass(frozen=True)
 class Result:
     """One claim about a module, the error measured, and the largest error that rounding explains.
@@ -60,12 +63,18 @@ class Report:
         """One sentence: what holds, and what is wrong."""
         if self.passed:
             laws = list(dict.fromkeys(result.law for result in self.results if not result.skipped))
-            return f"all laws hold: {', '.join(laws)}" if laws else "nothing could be checked"
-        right = [law for law in ("inverse", "gradients") if law not in self.failed_laws
-                 and any(result.law == law and not result.skipped for result in self.results)]
-        wrong = "; ".join(dict.fromkeys(result.explanation or result.claim for result in self.failures))
-        beginning = {"inverse": "the inverse is right, but ", "gradients": "the gradients are right, but "}
-        return (beginning[right[0]] if right else "") + wrong
+            notes = [r.explanation for r in self.results if r.explanation.startswith(BADLY_CONDITIONED)]
+            return "; ".join([f"all laws hold: {', '.join(laws)}", *notes[:1]]) if laws else "nothing could be checked"
+        held = {result.law for result in self.results if not result.skipped} - self.failed_laws
+        right = [law for law in ("inverse", "gradients") if law in held]
+        beginning = f"the {right[0]} {'is' if right[0] == 'inverse' else 'are'} right, but " if right else ""
+        return beginning + "; ".join(self.of(law)._first_failure() for law in dict.fromkeys(
+            result.law for result in self.failures))
+
+    def _first_failure(self) -> str:
+        """In words; a gradient is told of by the words that name a parameter or an input."""
+        result = self.failures[0]
+        return result.explanation or f"{result.claim} does not hold: error {result.error:.2g}, limit {result.limit:.2g}"
 
     def to_dicts(self) -> list[dict]:
         """The results with their verdicts, for JSON; an error that is no finite number as text."""
@@ -81,7 +90,10 @@ class Report:
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                  for row in (header, *rows)]
-        remarks = [f"{r.verdict} {r.law}, {r.claim}: {r.skipped or r.explanation}"
-                   + (f" (limit: {r.limit_from})" if r.failed and r.limit_from else "")
-                   for r in self.results if r.skipped or r.explanation]
-        return "\n".join([*lines, *([""] if remarks else []), *remarks])
+        remarks: dict[str, str] = {}  # by text, of those that say the same the first
+        for r in self.results:
+            text = r.skipped or r.explanation
+            source = f"\n     limit: {r.limit_from}" if r.failed and r.limit_from else ""
+            if text:
+                remarks.setdefault(text, f"{r.verdict} {r.law}, {r.claim}:\n     {text}{source}")
+        return "\n".join([*lines, *([""] if remarks else []), *remarks.values()])

@@ -1,0 +1,20 @@
+"""A pytest plugin: ``pytest -p memcnn.testing.plugin`` gives every test the fixture ``assert_reversible``."""
+
+from collections.abc import Callable
+
+import pytest
+
+from memcnn.testing.checks import check_all
+from memcnn.testing.laws.result import Report
+
+
+@pytest.fixture
+def assert_reversible() -> Callable[..., Report]:
+    """``assert_reversible(module, *inputs)``: fails with a table unless every law holds; options as for `check_all`."""
+    def check(module, *inputs, **options) -> Report:
+        __tracebackhide__ = True
+        report = check_all(module, *inputs, **options)
+        if not report.passed:
+            pytest.fail(f"{report.summary()}\n\n{report}", pytrace=False)
+        return report
+    return check
