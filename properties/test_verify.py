@@ -68,6 +68,8 @@ def broken():
     raise OSError("no weights here")
 '''
 
+ENVIRONMENT = {"PYTHONPATH": ":".join(["", *sys.path]), "OMP_NUM_THREADS": "1"}
+
 
 @pytest.fixture
 def blocks(tmp_path, monkeypatch) -> Path:
@@ -103,7 +105,7 @@ def test_the_example_runs_when_pasted_and_fails_as_told(blocks, capsys):
     _, out, _ = run(capsys, "user_blocks:Flipped", "--vary", "0,2,3", "--laws", "inverse")
     code = "\n".join(line[4:] for line in out.partition("breaks the law of inverse:\n")[2].splitlines())
     pasted = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                            env={"PYTHONPATH": ":".join(["", *sys.path])})
+                            env=ENVIRONMENT)
     assert "FAIL  inverse" in pasted.stdout and "only in the first half along dimension 1" in pasted.stdout
 
 
@@ -180,7 +182,7 @@ def test_wrong(assert_reversible):
     assert_reversible(Flipped(), torch.randn(2, 4, 4, 4), laws=["inverse"])
 ''')
     done = subprocess.run([sys.executable, "-m", "pytest", "-p", "memcnn.testing.plugin", "-p", "no:cacheprovider"],
-                          capture_output=True, text=True, env={"PYTHONPATH": ":".join(["", *sys.path])})
+                          capture_output=True, text=True, env=ENVIRONMENT)
     assert "1 failed, 1 passed" in done.stdout
     assert re.search(r"FAIL +inverse +inverse\(forward\(x\)\) = x", done.stdout)
     assert "only in the first half along dimension 1" in done.stdout
