@@ -55,6 +55,18 @@ class EpochPlan:
     def to(self, device: torch.device | str) -> "EpochPlan":
         return EpochPlan(*(value.to(device) for value in vars(self).values()))
 
+    def part(self, start: int, stop: int) -> "EpochPlan":
+        """What happens to the images from `start` to before `stop`, as views."""
+        return EpochPlan(*(value[start:stop] for value in vars(self).values()))
+
+    def clone(self) -> "EpochPlan":
+        return EpochPlan(*(value.clone() for value in vars(self).values()))
+
+    def copy_(self, other: "EpochPlan") -> None:
+        """Take the values of another plan for as many images, in place."""
+        for mine, value in zip(vars(self).values(), vars(other).values(), strict=True):
+            mine.copy_(value)
+
 
 def load(dataset: str, data: str | Path | None = None, *, download: bool = True, unofficial: bool = False) -> Data:
     """The data set `dataset` ("cifar10" or "cifar100") on the CPU.
@@ -157,10 +169,12 @@ def _crop(images: Tensor, top: Tensor, left: Tensor, size: tuple[int, int] = (32
     return windows[torch.arange(len(images), device=images.device), :, top, left]
 
 
+def batch(data: Data, plan: EpochPlan, *, pad: int) -> tuple[Tensor, Tensor]:
+    """The training images of a plan, or of a part of one, augmented: float32 (B, 3, 32, 32), and their labels (B,)."""
+    images = normalise(data.train_images[plan.order], data.mean)
+    return augment(images, pad=pad, top=plan.top, left=plan.left, flip=plan.flip), data.train_labels[plan.order]
+
+
 def train_batch(data: Data, plan: EpochPlan, index: int, *, batch_size: int, pad: int) -> tuple[Tensor, Tensor]:
-    """Batch `index` of an epoch: float32 (batch_size, 3, 32, 32) and labels (batch_size,)."""
-    part = slice(index * batch_size, (index + 1) * batch_size)
-    chosen = plan.order[part]
-    images = normalise(data.train_images[chosen], data.mean)
-    images = augment(images, pad=pad, top=plan.top[part], left=plan.left[part], flip=plan.flip[part])
-    return images, data.train_labels[chosen]
+    """Batch `index` of an epoch."""
+    return batch(data, plan.part(index * batch_size, (index + 1) * batch_size), pad=pad)

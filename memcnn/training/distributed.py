@@ -1,0 +1,153 @@
+"""One run in several processes, on one machine or more, as torchrun starts them: each takes its share of every batch.
+
+    torchrun --nproc-per-node 2 -m memcnn.train revnet38 cifar10
+
+The first process (rank 0) reads and writes the run's folder, alone: the others may be on machines that have no such
+folder. What one process decides, as whether to stop, all of them do, in the same place.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from memcnn.training.execution import Execution
+
+T = TypeVar("T")
+LOST = ("onnection closed", "onnection reset", "onnect timeout", "roken pipe", "imed out", "NCCL", "gloo")
+"""What PyTorch's errors say when another process is gone; they have no type of their own."""
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run has ended, or cannot be reached, so that this one cannot go on."""
+
+
+class World:
+    """The processes of one run, and this one's place among them. By default there is this one alone."""
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """Which of `count` things are this process's: consecutive ones, as many for each but for the last."""
+        each = -(-count // self.size)
+        return slice(min(self.rank * each, count), min((self.rank + 1) * each, count))
+
+    def from_first(self, function: Callable[[], T]) -> T:
+        """function() as the first process, which alone calls it, has it; an Exception there is raised in all."""
+        if self.size == 1:
+            return function()
+        outcome: list = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = function()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def in_turn(self, function: Callable[[], T]) -> T:
+        """function() in every process: the first, then one of each other machine, then the rest; each has its own.
+
+        So that what the first leaves on a disk, like a download, the others find. An Exception is raised in all.
+        """
+        turn = 0 if self.is_first else 1 if self.local_rank == 0 else 2
+        result, error = None, None
+        for now in range(3):
+            if now == turn:
+                try:
+                    result = function()
+                except Exception as raised:
+                    error = raised
+            if errors := [one for one in self.gathered(error) if one is not None]:
+                raise errors[0]
+        return result
+
+    def agreed(self, reason: str | None) -> str | None:
+        """The reason of the first process that has one, in every process; None if none has one."""
+        if self.size == 1:
+            return reason
+        someone = torch.tensor(reason is not None, dtype=torch.int)
+        dist.all_reduce(someone, dist.ReduceOp.MAX)
+        return next(one for one in self.gathered(reason) if one is not None) if someone else None
+
+    def gathered(self, value: T) -> list[T]:
+        """Every process's value, by rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def summed(self, x: Tensor) -> Tensor:
+        """The sum of every process's x."""
+        total = x.clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def take_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give each tensor the first process's value, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def spread(self, model: nn.Module, execution: Execution) -> nn.Module:
+        """What trains the model in every process, with gradients averaged over them."""
+        if self.size == 1:
+            return model
+        if execution.sync_batch_norm:
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # each process has running statistics of its own, of which the first one's are saved and evaluated
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    @contextmanager
+    def noticing_losses(self) -> Iterator[None]:
+        """ProcessLost for the errors by which PyTorch says that another process is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size > 1 and any(words in str(error) for words in LOST):
+                raise ProcessLost(
+                    f"process {self.rank} of {self.size} lost another one, and cannot go on without it; the same "
+                    "command goes on from the last checkpoint"
+                ) from error
+            raise
+
+
+@contextmanager
+def joined(device: str | None) -> Iterator[World]:
+    """The world that torchrun made, for as long as the context lasts; this process alone where there is none.
+
+    device: as asked for; "cpu" connects the processes by gloo alone, though there be GPUs.
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield _world()
+    elif dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
+        gpus = torch.cuda.is_available() and device != "cpu"
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        try:
+            yield _world()
+        finally:
+            dist.destroy_process_group()
+    else:
+        yield World()
+
+
+def _world() -> World:
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", dist.get_rank())))
+
+
+def is_first() -> bool:
+    """Whether this is the process of the run that speaks, before and after it has joined the others."""
+    return int(os.environ.get("RANK", 0)) == 0 if dist.is_torchelastic_launched() else True
