@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from torch import Tensor, nn
 
+from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.laws.gradients import check_gradients
 from memcnn.testing.laws.inverse import check_inverse
 from memcnn.testing.laws.log_det import check_log_det
@@ -38,8 +39,16 @@ def check_all(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool | No
         raise TypeError(f"unknown options: {', '.join(sorted(strange))}")
     report = Report(())
     for law, check in LAWS.items():
-        wanted = law in laws if laws is not None else law != "log_det" or hasattr(module, "forward_log_det")
+        wanted = law in laws if laws is not None else law != "log_det" or _has_log_det(module)
         if wanted:
             own = {name: options[name] for name in of.get(law, ()) if name in options}
             report += check(module, *inputs, seed=seed, **own, **({} if law in UNWRAPPED else {"wrap": wrap}))
     return report
+
+
+def _has_log_det(module: nn.Module) -> bool:
+    if isinstance(module, InvertibleModuleWrapper):
+        return _has_log_det(module._fn)
+    if isinstance(module, ReversibleSequential):
+        return all(map(_has_log_det, module))
+    return callable(getattr(module, "forward_log_det", None))

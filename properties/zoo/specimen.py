@@ -1,0 +1,108 @@
+"""A healthy module or a fault to put before the checks, and the parts that most of them are made of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from memcnn.testing import Report, check_all
+
+DEPTHS = 2, 4
+"""Of the chains that the law of memory compares: what grows, grows with every block."""
+SHAPE = 3, 4, 3, 4
+LARGE = 4, 4, 24, 24
+"""So that what a further block keeps stands out from a generator's state."""
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A module to be checked on a tensor of ``shape``.
+
+    make: gives the module; what it draws comes from torch's generator, which ``seed`` has set.
+    wrap, chain: as for `check_all`.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...] = SHAPE
+    wrap: bool | None = None
+    chain: Callable[[int], nn.Module] | None = None
+    scale: float = 1.0
+    finite_differences: bool = True
+
+    def report(self, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Report:
+        generator = torch.Generator().manual_seed(seed)
+        x = self.scale * torch.randn(self.shape, generator=generator, dtype=torch.float64).to(dtype)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = self.make().to(dtype)
+            return check_all(module, x, seed=seed, wrap=self.wrap, depths=DEPTHS, chain=self.chain,
+                             finite_differences=self.finite_differences)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a specimen, and how the checks must tell.
+
+    law, claim: that name the fault; the claim by its beginning.
+    says: words of the explanation.
+    also: the laws in which it shows as a consequence.
+    """
+
+    specimen: Specimen
+    what: str
+    law: str
+    claim: str
+    says: str
+    also: frozenset[str] = frozenset()
+
+
+def fault(name: str, what: str, make: Callable[[], nn.Module], law: str, claim: str, says: str, *also: str,
+          **options) -> Fault:
+    """A fault of the module that ``make`` gives; the options are those of `Specimen`."""
+    return Fault(Specimen(name, make, **options), what, law, claim, says, frozenset(also))
+
+
+def branch(channels: int = 2, out_channels: int | None = None, *between: nn.Module) -> nn.Sequential:
+    """Convolution, ``between``, tanh, convolution: (N, channels, H, W) to (N, out_channels, H, W)."""
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=not between), *between, nn.Tanh(),
+                         nn.Conv2d(channels, out_channels or channels, 1))
+
+
+def normalised() -> nn.Sequential:
+    """A branch with batch normalisation; no bias before it, whose gradient is rounding alone."""
+    return branch(2, None, nn.BatchNorm2d(2))
+
+
+def dropping() -> nn.Sequential:
+    """A branch with dropout."""
+    return branch(2, None, nn.Dropout(0.5))
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.chunk(2, 1)
+
+
+def whole(x1: Tensor, x2: Tensor) -> Tensor:
+    return torch.cat((x1, x2), 1)
+
+
+class Own(nn.Module):
+    """An additive coupling as a user writes it: the wrapper knows its ``forward`` and ``inverse`` and no more."""
+
+    def __init__(self, make: Callable[[], nn.Module] = branch):
+        super().__init__()
+        self.F, self.G = make(), make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x1, x2 = halves(x)
+        y1 = x1 + self.F(x2)
+        y2 = x2 + self.G(y1)
+        return whole(y1, y2)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        y1, y2 = halves(y)
+        x2 = y2 - self.G(y1)
+        x1 = y1 - self.F(x2)
+        return whole(x1, x2)
