@@ -21,9 +21,9 @@ from memcnn.data import GENERATED, whereabouts
 from memcnn.train import duration
 from memcnn.training.recipe import RECIPES
 from memcnn.training.record import DATASETS, BadRecord, RunRecord, load, run_name
+from memcnn.training.text import clean
 from memcnn.training.trainer import train
 from reports import cells
-from reports.tables import clean
 
 # Those of a kind side by side, the quick ones first.
 MODELS = ("resnet32", "revnet38", "resnet110", "revnet110", "resnet164", "revnet164")

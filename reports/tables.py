@@ -7,6 +7,7 @@ import pandas as pd
 from memcnn.models.resnet import MODELS
 from memcnn.training.recipe import PUBLISHED, RECIPES, Recipe
 from memcnn.training.record import DATASETS, RunRecord
+from memcnn.training.text import clean
 from reports.verdict import half_width, verdict
 
 MIB = 2**20
@@ -26,11 +27,6 @@ def published() -> pd.DataFrame:
     return table.assign(minutes=60 * clock[0] + clock[1])
 
 
-def clean(text: str) -> str:
-    """One line of printable characters, whatever a stranger's file holds."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-
-
 def why_not_full(record: RunRecord) -> list[str]:
     """What keeps a run out of the main table, in words; empty exactly for the runs where `record.is_full`."""
     reasons = []
@@ -38,7 +34,7 @@ def why_not_full(record: RunRecord) -> list[str]:
         reason = "still running, or killed" if record.reason is None else record.reason
         reasons.append(f"{record.status}: {reason}")
     if not record.data["official"]:
-        reasons.append(f"data: {_data(record)}")
+        reasons.append(f"data: {record.data_kind}")
     if not record.engine:
         reasons.append("reversible engine off")
     if record.recipe != PUBLISHED:
@@ -144,14 +140,9 @@ def _row(folder: Path, record: RunRecord, reasons: list[str]) -> tuple:
         str(folder), record.model, record.dataset, record.seed, record.recipe.name, record.recipe.batch_size,
         record.iterations, record.recipe.iterations, record.test_accuracy, record.test_iteration, record.train_seconds,
         record.interruptions, record.parameter_bytes, record.peak_bytes, record.activation_bytes, record.engine,
-        _data(record), clean(device), clean(software["torch"]), clean(commit), not reasons, clean("; ".join(reasons)),
+        record.data_kind, clean(device), clean(software["torch"]), clean(commit), not reasons,
+        clean("; ".join(reasons)),
     )  # fmt: skip
-
-
-def _data(record: RunRecord) -> str:
-    if record.data["official"]:
-        return "official"
-    return "generated" if "generated" in record.data["checksums"] else "not the official files"
 
 
 def _recipe(recipe: Recipe) -> str:

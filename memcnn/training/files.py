@@ -1,24 +1,48 @@
 """A run's folder: files replaced so that nobody sees half of one, and one writer at a time."""
 
+import json
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
+
+from memcnn.training.text import clean
 
 try:
     import fcntl
 except ImportError:  # Windows: the folder is not locked
     fcntl = None
 
+LOCK = ".lock"
 
-def write_by_rename(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: written beside it, flushed to the disk, then renamed over it."""
+
+def write_by_rename(path: Path, content: bytes, *, keep: Path | None = None) -> None:
+    """Replace `path` by `content`: written beside it, flushed to the disk, then renamed over it.
+
+    keep: where the file that was at `path` goes. Where writing fails, as on a full disk, both are as they were, and
+    nothing is left beside them.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    if os.name == "posix":  # the renaming itself reaches the disk
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def move_aside(folder: Path) -> Path:
@@ -34,13 +58,57 @@ class FolderBusy(RuntimeError):
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`, made when missing, for this process alone; FolderBusy while another one holds it."""
+def locked(folder: Path) -> Iterator[str | None]:
+    """Hold `folder`, made when missing, for this process alone; FolderBusy, with the holder, while another one has it.
+
+    The lock is the kernel's and ends with its process, however that ends; on a network file system it is the server's
+    (Linux locks NFS files there). What is written in it only says who holds it. Yields who held it last and ended
+    without letting go, None where nobody did.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "wb") as file:
-        if fcntl is not None:
+    if fcntl is None:
+        yield None
+        return
+    with _lock(folder) as file:
+        dead = _holder(file)
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(timezone.utc).isoformat()}
+        _write(file, json.dumps(holder))
+        try:
+            yield dead
+        finally:
+            with suppress(OSError):  # of a full disk, or one that has gone: the lock ends all the same
+                _write(file, "")
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[int]:
+    """The descriptor of the folder's lock file, locked."""
+    path = folder / LOCK
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise FolderBusy(f"another process is training in {folder}") from None
-        yield
+                raise FolderBusy(f"{_holder(file) or 'another process'} is training in {folder}") from None
+            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+                yield file
+                return
+        finally:
+            os.close(file)
+        folder.mkdir(parents=True, exist_ok=True)  # the folder was moved aside in between: lock the one that is there
+
+
+def _holder(file: int) -> str | None:
+    """Who wrote himself into the lock file, in words."""
+    try:
+        holder = json.loads(os.pread(file, 1000, 0))
+        since = datetime.fromisoformat(holder["since"])
+        return f"process {holder['pid']:d} on {clean(holder['host'])} (since {since:%Y-%m-%d %H:%M:%S} UTC)"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _write(file: int, text: str) -> None:
+    os.ftruncate(file, 0)
+    os.pwrite(file, text.encode(), 0)

@@ -76,6 +76,13 @@ class RunRecord:
         """Whether this run may stand beside published numbers."""
         return self.status == "complete" and self.recipe == PUBLISHED and self.data["official"] and self.engine
 
+    @property
+    def data_kind(self) -> str:
+        """What it was trained and evaluated on, in words: "official", "generated" or "not the official files"."""
+        if self.data["official"]:
+            return "official"
+        return "generated" if "generated" in self.data["checksums"] else "not the official files"
+
     def write(self, folder: str | Path) -> Path:
         """Write record.json into `folder`, by rename; its path."""
         path = Path(folder) / FILE_NAME

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import reports
 from memcnn.training.recipe import SMOKE
+from memcnn.training.text import clean
 from reports import cells, text
 from reports.render import markdown
-from reports.tables import clean
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -1,5 +1,6 @@
 """What a run refuses: bad arguments, and a folder that holds, or is held by, another run."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -76,17 +77,18 @@ def test_a_run_on_other_generated_images_is_refused(tmp_path):
     (tmp_path / NAME / "record.json").unlink()
     content = torch.load(tmp_path / NAME / "checkpoint.pt", weights_only=True)
     content["identity"]["data checksums"] = {"generated": "another"}
-    torch.save(content, tmp_path / NAME / "checkpoint.pt")
+    checkpoint.save(tmp_path / NAME, content["identity"], content["state"])
     with pytest.raises(BadCheckpoint, match="data checksums is {'generated': 'another'} there, .* here"):
         run(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half of one"])
-def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, content):
+def test_a_damaged_checkpoint_without_a_good_one_before_is_refused_by_name(tmp_path, content):
     run(tmp_path)
     (tmp_path / NAME / "record.json").unlink()
     (tmp_path / NAME / "checkpoint.pt").write_bytes(content)
-    with pytest.raises(BadCheckpoint, match="checkpoint.pt cannot be read, .*--fresh"):
+    (tmp_path / NAME / "checkpoint.previous.pt").unlink()
+    with pytest.raises(BadCheckpoint, match="checkpoint.pt cannot be read, .*previous.pt is missing.*--fresh"):
         run(tmp_path)
     assert run(tmp_path, fresh=True).status == "complete"
 
@@ -94,14 +96,17 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, content):
 def test_a_checkpoint_cannot_run_code(tmp_path):
     class Harmful:
         def __reduce__(self):
-            return open, (str(tmp_path / "harm"), "w")
+            return os.mkdir, (str(tmp_path / "harm"),)
 
     run(tmp_path)
     (tmp_path / NAME / "record.json").unlink()
-    torch.save({"identity": {}, "state": Harmful()}, tmp_path / NAME / "checkpoint.pt")
-    with pytest.raises(BadCheckpoint, match="cannot be read"):
+    for _ in range(2):  # the checkpoint, and the one before
+        checkpoint.save(tmp_path / NAME, {}, {"model": Harmful()})
+    with pytest.raises(BadCheckpoint, match="no checkpoint .UnpicklingError.; .*no checkpoint .UnpicklingError."):
         run(tmp_path)
     assert not (tmp_path / "harm").exists()
+    torch.load(tmp_path / NAME / "checkpoint.pt", weights_only=False)  # it would have
+    assert (tmp_path / "harm").exists()
 
 
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
