@@ -5,32 +5,19 @@ gradient is the derivative of ``forward`` at all, which matters for blocks with 
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from memcnn.testing.laws.conditioning import condition_number
+from memcnn.testing.laws.differences import DIFFERENCES, like_finite_differences
 from memcnn.testing.laws.result import Report, Result
+from memcnn.testing.laws.step import FLOOR, Gradients, but_right_without, gradients_of
 from memcnn.testing.laws.subject import NotRunnable, Subject
-from memcnn.testing.tolerances import describe, tolerance
+from memcnn.testing.tolerances import describe, distance, tolerance
 
-FLOOR = 1e-3
-"""A gradient that cancels to zero is compared at this fraction of the largest one."""
-STEPS = 1e-5, 1e-6, 1e-7
-"""Of central differences, relative to the largest entry; they are extrapolated from a step and its half."""
-DIFFERENCES_LIMIT = 1e-6
 KINDS = "outputs", "gradients of inputs", "gradients of parameters"
-DIFFERENCES = "gradients = finite differences in float64"
-ROUGH = 1e-3
-"""Finite differences that disagree with themselves by more than this decide nothing."""
-
-
-@dataclass(frozen=True)
-class Gradients:
-    outputs: list[Tensor]
-    by_name: dict[str, Tensor | None]
 
 
 def check_gradients(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool | None = None,
@@ -49,7 +36,7 @@ def check_gradients(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: boo
             straight-through estimator).
     """
     subject = Subject(module, inputs, seed, wrap)
-    results = _like_plain(subject)
+    results = [*_like_plain(subject), *_added(subject)]
     try:
         exact = subject.in_double()
     except NotRunnable as error:
@@ -57,11 +44,11 @@ def check_gradients(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: boo
     if subject.dtype != torch.float64:
         results += _like_plain(exact, " in float64")
     if finite_differences:
-        results.append(_like_finite_differences(exact))
+        results.append(like_finite_differences(exact))
     return Report(tuple(results))
 
 
-def _like_plain(subject: Subject, where: str = "") -> list[Result]:
+def _like_plain(subject: Subject, where: str = "", *, explain: bool = True) -> list[Result]:
     twin = subject.plain()
     if twin is None:
         return []
@@ -88,26 +75,26 @@ def _like_plain(subject: Subject, where: str = "") -> list[Result]:
             name, error = _worst(actual, expected, least)
             explanation = "" if error <= limit else _told(name, actual[name], expected[name])
             results.append(Result("gradients", claims[kind], error, limit, source, explanation))
+    if explain and any(result.failed for result in results):
+        hint = but_right_without(subject, lambda other: not any(r.failed for r in _like_plain(other, explain=False)))
+        results = [replace(r, explanation=r.explanation + hint) if r.failed else r for r in results]
     return results
 
 
-def gradients_of(subject: Subject, module: nn.Module) -> Gradients:
-    """The outputs and gradients of one training step, by the names of inputs and parameters in ``subject.module``."""
-    leaves = subject.leaves()
-    for parameter in module.parameters():
-        parameter.grad = None
-    with subject.seeded():
-        outputs = module(*leaves)
-        outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
-        subject.loss(outputs).backward()
-    named = {name: x.grad for name, x in zip(subject.input_names, leaves, strict=True) if x.requires_grad}
-    named |= {name: p.grad for name, p in zip(_parameter_names(subject), module.parameters(), strict=True)
-              if p.requires_grad}
-    return Gradients([y.detach() for y in outputs], named)
-
-
-def _parameter_names(subject: Subject) -> list[str]:
-    return [f"parameter {name}" for name, _ in subject.module.named_parameters()]
+def _added(subject: Subject) -> list[Result]:
+    """Whether a step adds its gradients to those of an earlier one, as accumulation over batches needs it."""
+    try:
+        wanted = gradients_of(subject, subject.trained()).by_name
+        got = gradients_of(subject, subject.trained(), start=1.0).by_name
+    except Exception:  # another claim tells of a step that does not run
+        return []
+    names = [name for name, gradient in wanted.items() if gradient is not None and gradient.isfinite().all()]
+    errors = {name: distance([got[name]], [wanted[name] + 1]) for name in names}
+    name, error = max(errors.items(), key=lambda item: item[1], default=("", 0.0))
+    limit = tolerance(subject.dtype, depth=subject.depth)
+    explanation = f"the gradient of {name.removeprefix('parameter ')} is not added to the one that is there"
+    return [Result("gradients", "gradients are added to earlier ones", error, limit,
+                   describe(subject.dtype, depth=subject.depth), explanation if error > limit else "")]
 
 
 def _of_inputs(gradients: Gradients) -> dict[str, Tensor | None]:
@@ -160,82 +147,3 @@ def _told(name: str, got: Tensor | None, wanted: Tensor | None) -> str:
         return f"{what} is {ratio:.4g} times what it should be"
     off = ((got - wanted).norm() / wanted.norm()).item()
     return f"{what} is {off:.2g} off, relative to its norm, and in no constant ratio"
-
-
-def _like_finite_differences(subject: Subject) -> Result:
-    module = subject.trained()
-    buffers = [(b, b.clone()) for b in module.buffers()]
-
-    @torch.no_grad()
-    def loss(values: Sequence[Tensor]) -> float:
-        for buffer, before in buffers:
-            buffer.copy_(before)
-        return subject.loss(subject.evaluated(module, values)).item()
-
-    try:
-        found = gradients_of(subject, module).by_name
-    except Exception as error:
-        return Result("gradients", DIFFERENCES, math.inf, 0.0,
-                      explanation=f"the training step raised {type(error).__name__}: {error}")
-    inputs = [x.detach().clone() for x in subject.inputs]
-    tensors = dict(zip(subject.input_names, inputs, strict=True))
-    tensors |= dict(zip(_parameter_names(subject), (p.detach() for p in module.parameters()), strict=True))
-    tensors = {name: tensors[name] for name in found}
-    scale = FLOOR * max((g.norm().item() for g in found.values() if g is not None), default=0.0)
-    worst, told, rough = 0.0, "", 0.0
-    generator = torch.Generator().manual_seed(subject.seed)
-    for name, tensor in tensors.items():
-        gradient = torch.zeros_like(tensor) if found[name] is None else found[name]
-        signs = torch.randint(2, tensor.shape, generator=generator).to(tensor) * 2 - 1
-        along = [gradient / gradient.abs().max()] if gradient.any() else []
-        for direction in [signs, *along]:
-            slope, doubt = _slope(lambda: loss(inputs), tensor, direction)  # noqa: B023
-            size = max(gradient.norm().item(), scale, abs(slope) / max(1.0, direction.norm().item()))
-            predicted = (gradient * direction).sum().item()
-            # along itself a gradient g has the slope |g|^2 / max|g|, far more than |g|
-            size = max(size, abs(predicted)) or 1.0
-            error, doubt = abs(predicted - slope) / size, doubt / size
-            rough = max(rough, doubt)
-            if error - 2 * doubt > worst:
-                worst = error
-                told = _told_of_slope(name, found[name], predicted, slope)
-    if rough > ROUGH:
-        return Result("gradients", DIFFERENCES, skipped="the loss is too rough here: finite differences of two steps "
-                                                        f"differ by {rough:.1g}")
-    limit = max(DIFFERENCES_LIMIT, 2 * rough)
-    source = f"central differences at a step and its half, which agree to {rough:.1e}"
-    return Result("gradients", DIFFERENCES, worst, limit, source, told if worst > limit else "")
-
-
-def _slope(loss: Callable[[], float], tensor: Tensor, direction: Tensor) -> tuple[float, float]:
-    """The derivative of ``loss()`` as ``tensor`` moves along ``direction``, and by how much two steps disagree.
-
-    Where they disagree, as where a ReLU has its kink between them, shorter steps are tried.
-    """
-    start = tensor.clone()
-
-    def difference(h: float) -> float:
-        tensor.copy_(start + h * direction)
-        ahead = loss()
-        tensor.copy_(start - h * direction)
-        behind = loss()
-        tensor.copy_(start)
-        return (ahead - behind) / (2 * h)
-
-    best = math.nan, math.inf
-    for step in STEPS:
-        h = step * max(1.0, start.abs().max().item())
-        coarse, fine = difference(h), difference(h / 2)
-        best = min(best, ((4 * fine - coarse) / 3, abs(fine - coarse)), key=lambda found: found[1])
-        if best[1] <= DIFFERENCES_LIMIT * abs(best[0]) / 10:
-            break
-    return best
-
-
-def _told_of_slope(name: str, gradient: Tensor | None, predicted: float, slope: float) -> str:
-    what = f"the gradient of {name.removeprefix('parameter ')}"
-    if gradient is None or not gradient.any():
-        return f"{what} is {'missing' if gradient is None else 'zero'}, but the loss depends on it"
-    if slope and abs(predicted / slope - 1) < 10:
-        return f"{what} says {predicted:.4g} where finite differences give {slope:.4g}: {predicted / slope:.4g} times"
-    return f"{what} says {predicted:.4g} where finite differences give {slope:.4g}"

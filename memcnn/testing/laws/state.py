@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memcnn.testing.laws.gradients import gradients_of
+from memcnn.models.revop import InvertibleModuleWrapper
 from memcnn.testing.laws.result import Report, Result
-from memcnn.testing.laws.subject import Subject, as_tuple
+from memcnn.testing.laws.step import gradients_of
+from memcnn.testing.laws.subject import Subject, as_tuple, reordered
 from memcnn.testing.tolerances import describe, distance, tolerance
 
 aten = torch.ops.aten
@@ -186,22 +187,31 @@ def _calls(subject: Subject, module: nn.Module, run: Callable[[nn.Module], objec
 
 def _two_steps(subject: Subject, claim: str) -> Result:
     """Two forward passes, then their backward passes in either order, against one after the other."""
-    others = [-x if x.is_floating_point() else x for x in subject.inputs]
+    others = [reordered(x) for x in subject.inputs]
     batches = (subject.inputs, others)
 
     def gradients(order: Sequence[int] | None) -> list[Tensor]:
-        module, losses, collected = subject.trained(), [], []
-        for batch in batches:
-            leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in batch]
-            collected += [x for x in leaves if x.requires_grad]
+        module, steps, found = subject.trained(), [], {}
+
+        def differentiate(i: int) -> None:
+            loss, leaves = steps[i]
+            parameters = [p for p in module.parameters() if p.requires_grad]
+            for parameter in parameters:
+                parameter.grad = None
+            loss.backward()
+            found[i] = [torch.zeros_like(x) if x.grad is None else x.grad for x in (*leaves, *parameters)]
+
+        for i, batch in enumerate(batches):
+            leaves = [x.detach().clone().requires_grad_() for x in batch if x.is_floating_point()]
+            floating = iter(leaves)
             with subject.seeded():
-                losses.append(subject.loss(as_tuple(module(*leaves))))
+                outputs = module(*(next(floating) if x.is_floating_point() else x for x in batch))
+                steps.append((subject.loss(as_tuple(outputs)), leaves))
             if order is None:
-                losses[-1].backward()
+                differentiate(i)
         for i in order or ():
-            losses[i].backward()
-        collected += [p for p in module.parameters() if p.requires_grad]
-        return [torch.zeros_like(x) if x.grad is None else x.grad for x in collected]
+            differentiate(i)
+        return [*found[0], *found[1]]
 
     wanted = gradients(None)
     if not all(g.isfinite().all() for g in wanted):
@@ -237,14 +247,39 @@ def _autocast(subject: Subject, claim: str) -> Result:
                 outputs = as_tuple(module(*leaves))
         except Exception as error:
             return Result("state", claim, skipped=f"does not run under autocast: {type(error).__name__}: {error}")
+        if _rebuilds(module) and {y.dtype for y in outputs} - {x.dtype for x in leaves}:
+            return Result("state", claim, skipped="under autocast the output is of lower precision than the input, "
+                                                  "which no inverse rebuilds from it; keep the stream in float32")
+        calls = Counter()
+        for part in module.modules():
+            part.register_forward_pre_hook(lambda *_: calls.update(["in backward"]))
         loss = subject.loss([y.float() for y in outputs])
         with backward:
             loss.backward()
     if not forward.dtypes:
         return Result("state", claim, skipped="computes no convolution or matrix product")
-    strange = backward.dtypes - forward.dtypes
+    if not _rebuilds(module) and not calls:
+        return Result("state", claim, skipped="computes nothing again in backward")
+    strange = backward.dtypes - forward.dtypes - _products_of_plain_backward(subject)
     return _counted(claim, [f"backward computes products in {_dtype(dtype)}, forward only in "
                             f"{', '.join(sorted(map(_dtype, forward.dtypes)))}" for dtype in strange])
+
+
+def _rebuilds(module: nn.Module) -> bool:
+    return any(isinstance(part, InvertibleModuleWrapper) and not part.disable for part in module.modules())
+
+
+def _products_of_plain_backward(subject: Subject) -> set[torch.dtype]:
+    """That of a matrix inverse, for one, is computed in the dtype of the matrix, under autocast, too."""
+    twin, products = subject.plain(), _Products()
+    if twin is None:
+        return set()
+    leaves = subject.leaves()
+    with torch.autocast(leaves[0].device.type, torch.bfloat16):
+        outputs = as_tuple(twin(*leaves))
+    with products:
+        subject.loss([y.float() for y in outputs]).backward()
+    return products.dtypes
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,14 @@ class Subject:
         """A copy of the module as it was given."""
         return copy.deepcopy(self.module)
 
+    def initialised(self) -> "Subject":
+        """The same after a plain forward pass, where one sets parameters, as ActNorm's first does."""
+        once = self.fresh()
+        with torch.no_grad():
+            self.evaluated(once, self.inputs)
+        changed = any(not torch.equal(a, b) for a, b in zip(once.parameters(), self.module.parameters(), strict=True))
+        return replace(self, module=once) if changed else self
+
     def plain(self) -> nn.Module | None:
         """A copy under ordinary autograd; None where the module has an engine of its own."""
         if self.wrap is False and not is_wrapped(self.module):
@@ -123,6 +131,11 @@ class Subject:
     @property
     def input_names(self) -> list[str]:
         return ["the input"] if len(self.inputs) == 1 else [f"input {i}" for i in range(len(self.inputs))]
+
+
+def reordered(x: Tensor) -> Tensor:
+    """Other values of the same range: the samples in reverse order; of a single sample, the entries."""
+    return x.flip(0 if len(x) > 1 else tuple(range(x.dim()))) if x.dim() else x
 
 
 def is_wrapped(module: nn.Module) -> bool:
