@@ -55,6 +55,60 @@ def test_arguments_keep_names_and_order(name):
     assert list(inspect.signature(getattr(memcnn, name)).parameters)[:len(ARGUMENTS[name])] == ARGUMENTS[name]
 
 
+@pytest.mark.parametrize("name, defaults", [
+    ("InvertibleModuleWrapper", {"keep_input": False, "keep_input_inverse": False, "num_bwd_passes": 1,
+                                 "disable": False, "preserve_rng_state": True, "check_inverse": None}),
+    ("ReversibleBlock", {"Gm": None, "coupling": "additive", "keep_input": False, "keep_input_inverse": False,
+                         "implementation_fwd": None, "implementation_bwd": None, "adapter": None, "split_dim": 1,
+                         "preserve_rng_state": True}),
+    ("AdditiveCoupling", {"Gm": None, "implementation_fwd": None, "implementation_bwd": None, "split_dim": 1,
+                          "exact": False}),
+    ("AffineCoupling", {"Gm": None, "adapter": None, "implementation_fwd": None, "implementation_bwd": None,
+                        "split_dim": 1}),
+    ("create_coupling", {"Gm": None, "coupling": "additive", "implementation_fwd": None, "implementation_bwd": None,
+                         "adapter": None, "split_dim": 1}),
+    ("is_invertible_module", {"test_input_dtype": torch.float32, "atol": 1e-6, "random_seed": 42, "device": "cpu"}),
+    ("ReversibleSequential", {"keep_every": None, "exact": None}),
+])
+def test_arguments_have_their_defaults(name, defaults):
+    parameters = inspect.signature(getattr(memcnn, name)).parameters.values()
+    assert {p.name: p.default for p in parameters if p.default is not p.empty} == defaults
+
+
+def test_a_block_hands_its_arguments_on():
+    F, G = conv_branch(), conv_branch()
+    made = memcnn.ReversibleBlock(F, G, "affine", True, False, None, None, memcnn.AffineAdapterNaive, 2, False)
+    assert (made.keep_input, made.keep_input_inverse, made.preserve_rng_state) == (True, False, False)
+    assert isinstance(made._fn, memcnn.AffineCoupling) and made._fn.split_dim == 2
+    assert (made._fn.Fm.f, made._fn.Gm.f) == (F, G)
+    made = memcnn.ReversibleBlock(F, G, split_dim=3, keep_input_inverse=True)
+    assert (made.keep_input, made.keep_input_inverse, made.preserve_rng_state) == (False, True, True)
+    assert isinstance(made._fn, memcnn.AdditiveCoupling) and made._fn.split_dim == 3
+    assert (made._fn.Fm, made._fn.Gm) == (F, G)
+    with pytest.raises(NotImplementedError, match="unknown coupling 'other'"):
+        memcnn.ReversibleBlock(F, coupling="other")
+
+
+def test_a_wrapper_shows_its_settings():
+    settings = {"keep_input": True, "keep_input_inverse": True, "num_bwd_passes": 3, "disable": True,
+                "preserve_rng_state": False, "check_inverse": 0.5}
+    made = memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(conv_branch()), **settings)
+    assert {name: getattr(made, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize("make, shown", [
+    (lambda: memcnn.AdditiveCoupling(nn.Identity(), split_dim=2), "AdditiveCoupling(\n  split_dim=2\n"),
+    (lambda: memcnn.AffineAdapterExp(nn.Identity(), bound=3.0), "AffineAdapterExp(\n  bound=3.0\n"),
+    (lambda: memcnn.ActNorm(5), "ActNorm(5)"),
+    (lambda: memcnn.InvertibleConv1x1(5), "InvertibleConv1x1(5)"),
+    (lambda: memcnn.ChannelPermutation([1, 0]), "ChannelPermutation(2)"),
+    (lambda: memcnn.SpaceToDepth(), "SpaceToDepth(factor=2)"),
+    (lambda: memcnn.DepthToSpace(3), "DepthToSpace(factor=3)"),
+], ids=["additive", "exp", "actnorm", "conv1x1", "permutation", "squeeze", "unsqueeze"])
+def test_a_module_prints_what_it_was_made_of(make, shown):
+    assert repr(make()).startswith(shown)
+
+
 def test_the_readme_example_of_the_original_runs_unchanged():
     X = Variable(torch.rand(2, 10, 8, 8))
     F, G = ExampleOperation(channels=10 // 2), ExampleOperation(channels=10 // 2)
@@ -95,8 +149,12 @@ def test_g_is_a_copy_of_f_if_it_is_not_given():
 @pytest.mark.parametrize("make", [memcnn.AdditiveCoupling, memcnn.AffineCoupling, memcnn.ReversibleBlock,
                                   memcnn.create_coupling])
 def test_the_implementation_arguments_warn_and_change_nothing(make):
-    with pytest.warns(DeprecationWarning, match="have no effect"):
-        make(conv_branch(), implementation_fwd=1, implementation_bwd=0)
+    for arguments in ({"implementation_fwd": 1, "implementation_bwd": 0}, {"implementation_fwd": 0},
+                      {"implementation_bwd": 0}):
+        with pytest.warns(DeprecationWarning, match="have no effect") as warned:
+            make(conv_branch(), **arguments)
+        own_line = make in (memcnn.AdditiveCoupling, memcnn.AffineCoupling)  # Python shows it there alone
+        assert not own_line or warned[0].filename == __file__
 
 
 def test_num_bwd_passes_is_accepted_and_never_too_few():

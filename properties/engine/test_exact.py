@@ -104,6 +104,18 @@ def test_a_value_that_leaves_the_grid_is_an_error():
     chain().double()(torch.full((2, 6, 5, 4), 2e4, dtype=torch.float64))
 
 
+def test_the_grid_ends_with_the_largest_number_whose_neighbours_are_on_it():
+    grid, end = Grid(), torch.tensor([2.0**14, -2.0**14])
+    assert grid.limit(torch.float32) == 2.0**14 and grid.limit(torch.float64) == 2.0**43
+    assert torch.equal(grid.snap(end), end)
+    with pytest.raises(OverflowError):
+        grid.snap(torch.nextafter(end, 2 * end))
+
+
+def test_a_zero_on_the_grid_is_a_positive_one():
+    assert not Grid().snap(torch.tensor([-0.0, -1e-9, 0.0])).signbit().any()
+
+
 def test_a_branch_that_does_not_reproduce_itself_is_an_error():
     class Drifting(nn.Module):
         calls = 0
