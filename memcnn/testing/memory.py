@@ -13,25 +13,24 @@ Two meters, because each sees what the other cannot:
 instant of a step consists of.
 """
 
-import json
 import sys
-import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.autograd.graph import _engine_run_backward
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-CUDA_BLOCK_BYTES = 512  # CUDA's caching allocator hands out whole blocks
+from memcnn.testing.allocator import CUDA_BLOCK_BYTES, allocator_peak_bytes, allocator_total_bytes, in_blocks
+
+__all__ = ["CUDA_BLOCK_BYTES", "PeakSplit", "StepMemory", "TensorMeter", "allocator_peak_bytes", "measure_peak_split",
+           "measure_step_memory", "tensor_peak_bytes"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class PeakSplit:
     batch_bytes: int
     activation_bytes: int  # all else: what backward needs, gradients of activations, what an operator is computing
     peak_bytes: int  # the sum of these
-    in_backward: bool  # whether that instant lies in the backward pass
+    phase: str  # in which that instant lies: "forward", "backward" or "update"
     allocated_bytes: int | None = None  # by the allocator, scratch included: a model's step on the CPU or on CUDA
     reserved_bytes: int | None = None  # what CUDA's allocator took from the device
 
@@ -128,7 +127,7 @@ class TensorMeter(TorchDispatchMode):
         self.current[self._labels.pop(key, "")] -= size
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), _in_blocks(storage.nbytes(), self._block_bytes)
+        key, size = id(storage), in_blocks(storage.nbytes(), self._block_bytes)
         more = size - self._counted.get(key, 0)
         self.current_bytes += more
         self.current[self._labels.get(key, "")] += more
@@ -140,37 +139,6 @@ def tensor_peak_bytes(fn: Callable[[], object]) -> int:
     with TensorMeter() as meter:
         fn()
     return meter.peak_bytes
-
-
-def allocator_peak_bytes(fn: Callable[[], object], *, device: str | torch.device = "cpu") -> int:
-    """The most bytes that `fn()` holds from the allocator at one instant, scratch included.
-
-    On the CPU these are the bytes asked for inside `fn`, exact to the byte; memory that was there at entry and is freed
-    inside does not lower the count. On CUDA it is the rise of the allocator's high-water mark above the bytes allocated
-    at entry, in the allocator's units of 512 bytes; the mark is reset. Neither may be nested in itself.
-
-    Raises RuntimeError while a profiler is running (CPU), ValueError for a device without a meter.
-    """
-    return _allocator_peak_bytes(fn, torch.device(device), {})
-
-
-def _allocator_peak_bytes(fn: Callable[[], object], device: torch.device, alive: dict[int, int]) -> int:
-    """The same, counting as well the storages `alive` at entry, bytes by address, as long as they live."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        fn()
-        torch.cuda.synchronize(device)
-        alive_bytes = sum(_in_blocks(size, CUDA_BLOCK_BYTES) for size in alive.values())
-        return torch.cuda.max_memory_allocated(device) - before + alive_bytes
-    if device.type != "cpu":
-        raise ValueError(f"no allocator meter for device {device.type!r}, only cpu and cuda; use tensor_peak_bytes")
-    if torch.autograd._profiler_enabled():
-        raise RuntimeError("a profiler is already running, and there can be only one; use tensor_peak_bytes within it")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        fn()
-    return _peak_of(_allocations(profiler), alive)
 
 
 def measure_step_memory(
@@ -220,8 +188,8 @@ def measure_peak_split(
 
     `step` runs once beforehand, so that gradients and the state of `optimizer` are in place as in the midst of a
     training run. What it changes stays changed. The split is that of the tensors, on any device, fake and meta tensors
-    too; `block_bytes` is `TensorMeter`'s. With `allocator`, for the CPU and CUDA, `step` runs once more to fill
-    `allocated_bytes` and `reserved_bytes`, which is all that the process has reserved.
+    too; `block_bytes` is `TensorMeter`'s. With `allocator`, for the CPU and CUDA, `step` runs again, on the CPU twice,
+    to fill `allocated_bytes` and, on CUDA, `reserved_bytes`, which is all that the process has reserved.
     """
     parameters, batch = list(model.parameters()), list(batch)
 
@@ -238,17 +206,23 @@ def measure_peak_split(
     with TensorMeter(block_bytes=block_bytes) as meter, _counting_gradients(meter, parameters):
         for label, tensors in resident().items():
             meter.count(tensors, label)
+        peaks_before_update = []
+        if optimizer is not None:
+            hook = optimizer.register_step_pre_hook(lambda *_: peaks_before_update.append(meter.peak_bytes))
         step()
+    if optimizer is not None:
+        hook.remove()
+    in_update = peaks_before_update and meter.peak_bytes > peaks_before_update[-1]
     allocated_bytes = reserved_bytes = None
     if allocator:
         device = parameters[0].device if parameters else torch.device("cpu")
-        allocated_bytes = _allocator_peak_bytes(step, device, _sizes(tree_leaves(resident())))
+        allocated_bytes = allocator_total_bytes(step, lambda: tree_leaves(resident()), device=device)
         reserved_bytes = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     return PeakSplit(
         **{f"{label}_bytes": meter.peak[label] for label in ("parameter", "buffer", "gradient", "optimizer", "batch")},
         activation_bytes=meter.peak[""],
         peak_bytes=meter.peak_bytes,
-        in_backward=meter.peak_in_backward,
+        phase="update" if in_update else "backward" if meter.peak_in_backward else "forward",
         allocated_bytes=allocated_bytes,
         reserved_bytes=reserved_bytes,
     )
@@ -292,37 +266,3 @@ def _storages(tree: object) -> list[torch.UntypedStorage]:
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the distinct storages behind `tensors`."""
     return sum({id(storage): storage.nbytes() for storage in _storages(list(tensors))}.values())
-
-
-def _in_blocks(size: int, block_bytes: int) -> int:
-    """`size` rounded up to whole blocks."""
-    return -(-size // block_bytes) * block_bytes
-
-
-def _sizes(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Bytes of the distinct storages behind `tensors`, by their address."""
-    return {storage.data_ptr(): storage.nbytes() for storage in _storages(list(tensors)) if storage.nbytes()}
-
-
-def _allocations(profiler: profile) -> list[tuple[int, int]]:
-    """(address, bytes) of every CPU allocation, and of every release with bytes negative, in order of time."""
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_bytes())["traceEvents"] if event["name"] == "[memory]"]
-    events.sort(key=lambda event: event["ts"])
-    return [(event["args"]["Addr"], event["args"]["Bytes"]) for event in events if event["args"]["Device Type"] == 0]
-
-
-def _peak_of(allocations: Iterable[tuple[int, int]], alive: dict[int, int]) -> int:
-    """The highest running sum, beginning with those `alive`, where a release counts only if its allocation did."""
-    alive = dict(alive)
-    current_bytes = peak_bytes = sum(alive.values())
-    for address, size in allocations:
-        if size > 0:
-            alive[address] = size
-            current_bytes += size
-            peak_bytes = max(peak_bytes, current_bytes)
-        else:
-            current_bytes -= alive.pop(address, 0)
-    return peak_bytes

@@ -1,0 +1,177 @@
+"""The published memory of the six networks, recomputed on fake tensors, and why it differs where it does."""
+
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from bench.allocator_2018 import Meter2018
+from memcnn.models.resnet import MODELS
+from memcnn.testing.memory import CUDA_BLOCK_BYTES, TensorMeter, measure_step_memory
+from memcnn.testing.prediction import predict_step_memory
+from reports.tables import MIB, published
+
+BATCH = 100
+COMMAND = "python -m bench.memory --table --out reports/activations.md"
+
+
+def render(*, progress: Callable[[str], None] = lambda text: None, batch: int = BATCH) -> str:
+    """Both tables and their notes as Markdown."""
+    rows = []
+    for name in MODELS:
+        progress(f"predicting {name}")
+        rows.append(row(name, batch))
+    table = pd.DataFrame(rows).set_index("model")
+    values = published().dropna(subset="activations_mib").set_index("model")
+    return PAGE.format(
+        command=COMMAND,
+        torch=torch.__version__,
+        batch=batch,
+        beside=_markdown(beside_published(table, values)),
+        saved=_markdown(saved(table)),
+        stem=f"{(table.held_2018 - table.held_2018_without_relu).max() / MIB:.1f}",
+    )
+
+
+def row(name: str, batch: int) -> dict:
+    """All numbers of one network, in bytes; `twin`: with the engine off."""
+    reversible, twin = MODELS[name], lambda: MODELS[name](disable=True)
+    held = held_after_forward(reversible, batch)
+    has_engine = name.startswith("revnet")
+    return {
+        "model": name,
+        "model_blocks": model_blocks(reversible),
+        "held": held["tensors"],
+        "held_blocks": held["blocks"],
+        "held_2018": held["blocks of 2018"],
+        "held_2018_without_relu": held_after_forward(lambda: without_stem_relu(reversible()), batch)["blocks of 2018"],
+        "peak": peak_activations(reversible, batch),
+        "step": whole_step(reversible, batch),
+        "twin_held": held_after_forward(twin, batch)["tensors"] if has_engine else None,
+        "twin_peak": peak_activations(twin, batch) if has_engine else None,
+        "twin_step": whole_step(twin, batch) if has_engine else None,
+    }
+
+
+def make_batch(batch: int) -> tuple[Tensor, Tensor]:
+    return torch.empty(batch, 3, 32, 32), torch.zeros(batch, dtype=torch.int64)
+
+
+def held_after_forward(make_model: Callable[[], nn.Module], batch: int) -> dict[str, int]:
+    """Bytes beyond the model once the loss is there, counted in three ways: batch, outputs, what backward will need."""
+    with FakeTensorMode():
+        model = make_model()
+        with TensorMeter() as tensors, TensorMeter(block_bytes=CUDA_BLOCK_BYTES) as blocks, Meter2018() as old:
+            images, labels = make_batch(batch)
+            outputs = model(images)
+            loss = F.cross_entropy(outputs, labels)  # noqa: F841 holds the graph
+            return {
+                "tensors": tensors.current_bytes,
+                "blocks": blocks.current_bytes,
+                "blocks of 2018": old.allocated_bytes,
+            }
+
+
+def peak_activations(make_model: Callable[[], nn.Module], batch: int) -> int:
+    """Bytes that a step adds to model, gradients and batch at its worst instant."""
+    with FakeTensorMode():
+        model, (images, labels) = make_model(), make_batch(batch)
+        return measure_step_memory(model, lambda: F.cross_entropy(model(images), labels).backward()).activation_bytes
+
+
+def whole_step(make_model: Callable[[], nn.Module], batch: int) -> int:
+    """Bytes of everything at the worst instant of a training step, in the allocator's blocks."""
+    return predict_step_memory(make_model, lambda: make_batch(batch), device="cuda").peak_bytes
+
+
+def model_blocks(make_model: Callable[[], nn.Module]) -> int:
+    """Bytes of parameters and buffers in the allocator's blocks."""
+    with FakeTensorMode(), TensorMeter(block_bytes=CUDA_BLOCK_BYTES) as meter:
+        model = make_model()  # noqa: F841 holds them
+        return meter.current_bytes
+
+
+def without_stem_relu(model: nn.Module) -> nn.Module:
+    """The network as if its first ReLU saved nothing for backward."""
+    model.stem[2] = nn.Identity()
+    return model
+
+
+def beside_published(table: pd.DataFrame, values: pd.DataFrame) -> pd.DataFrame:
+    """Published and recomputed, in MiB."""
+    columns = {
+        ("parameters", "published"): values.parameters_mib,
+        ("parameters", "here"): table.model_blocks / MIB,
+        ("activations", "published"): values.activations_mib,
+        ("activations", "here"): table.held / MIB,
+        ("activations", "as counted in 2018"): table.held_2018 / MIB,
+        ("activations", "and less the stem's ReLU"): table.held_2018_without_relu / MIB,
+        ("activations", "still differs by"): table.held_2018_without_relu / MIB - values.activations_mib,
+    }
+    return pd.DataFrame({f"{group}: {name}": column.reindex(table.index) for (group, name), column in columns.items()})
+
+
+def saved(table: pd.DataFrame) -> pd.DataFrame:
+    """Reversible units against their stored-activation twins, in MiB."""
+    columns = {"held after forward": "held", "peak of step": "peak", "whole step on CUDA": "step"}
+    pairs = {}
+    for text, name in columns.items():
+        twin = table[f"twin_{name}"].astype(float).fillna(table[name])
+        pairs[f"{text}: stored"] = twin / MIB
+        pairs[f"{text}: reversible"] = (table[name] / MIB).where(table.index.str.startswith("revnet"))
+    pairs["saved of the whole step"] = 100 * (1 - table.step / table.twin_step.astype(float))
+    return pd.DataFrame(pairs)
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    cells = table.map(lambda value: "–" if pd.isna(value) else f"{round(value, 1) + 0:,.1f}")  # + 0: no -0.0
+    if "saved of the whole step" in cells:
+        cells["saved of the whole step"] = [c if c == "–" else f"{c} %" for c in cells["saved of the whole step"]]
+    return cells.rename_axis("").reset_index().to_markdown(
+        index=False, colalign=("left", *["right"] * len(cells.columns)), disable_numparse=True
+    )
+
+
+PAGE = """# Memory of the six networks: published and recomputed
+
+    {command}
+
+makes this page on any machine: the networks run on fake tensors, which have shapes and lifetimes but no data, so that
+the numbers are exact (torch {torch}) and the same everywhere. Batch {batch}, float32, ten classes, MiB.
+
+## Beside the published table
+
+{beside}
+
+Why they differ:
+
+* **Unit.** The published table is headed MB, but its numbers are MiB. *Parameters* are parameters and BatchNorm's
+  buffers in the allocator's 512-byte blocks.
+* **What is counted.** *Activations* are what was allocated beyond the model when the forward pass of the *first*
+  iteration had ended: batch, output, loss and what backward needs. From the second iteration on gradients and momentum
+  would add twice the parameters. *Here* counts the same instant, tensor by tensor.
+* **The allocator of 2018** took requests above 1 MiB in units of 128 KiB. Maps of 100 x 64 x 8 x 8 float32 take 12.5
+  units, so each was counted half a unit too large, and the batch, 9.4 units, as 10. *As counted in 2018* applies that
+  allocator's rules to the tensors of this forward pass (bench/allocator_2018.py).
+* **The stem's ReLU** ({stem} MiB, RevNet-38 and -110). Its output is saved for its own backward, and is the input of
+  the first reversible unit. MemCNN 1.5 emptied the storage of a block's input, the saved output with it, and so did not
+  count it; that is also why these two networks cannot be trained by it on today's PyTorch. This project never empties a
+  tensor that somebody else has saved. In RevNet-164 the first unit is not reversible, and both keep that map.
+* **What is left**: below 0.1 but for RevNet-38. Its last stage has 112 channels, whose maps fit no block left over by
+  another stage exactly; that allocator gave out such blocks whole, so that the count depends on the order in which
+  blocks came free, cuDNN's workspaces among them. MemCNN 1.5.2's own forward pass, on a CPU and by the same rules,
+  gives 85.3 (and for the others the published numbers to 0.1).
+
+## What reversibility saves
+
+{saved}
+
+*Held after forward* is what the published figure means. *Peak of step* is the worst instant of forward and backward
+beyond model, gradients and batch: in a RevNet it lies in the backward pass, where one branch's activations are rebuilt,
+which the published figure leaves out. *Whole step on CUDA* is everything, parameters, gradients, momentum and batch
+included, in 512-byte blocks; see `python -m bench.memory --help` for what no prediction counts. *Stored* is the same
+network under ordinary autograd (`disable=True`).
+"""
