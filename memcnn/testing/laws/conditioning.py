@@ -31,7 +31,10 @@ def condition_number(subject: Subject, function: Callable, values: Sequence[Tens
                    if value.is_floating_point() and value.numel() else value for value in values]
         cause = distance(changed, values)
         if cause:
-            effect = distance(subject.evaluated(function, changed), base)
+            try:
+                effect = distance(subject.evaluated(function, changed), base)
+            except Exception:  # beside a value at the end of its range
+                continue
             if math.isfinite(effect):
                 largest = max(largest, effect / cause)
     return largest
@@ -49,14 +52,17 @@ def growth(subject: Subject) -> str:
     depth = 1
     while depth * subject.depth <= DEEPEST and (not errors or errors[depth // 2] < FAILS):
         values = subject.inputs
-        for function in (module, module.inverse):
-            for _ in range(depth):
-                values = subject.evaluated(function, values)
-                if [v.shape for v in values] != [x.shape for x in subject.inputs]:
-                    return ""
+        try:
+            for function in (module, module.inverse):
+                for _ in range(depth):
+                    values = subject.evaluated(function, values)
+                    if [v.shape for v in values] != [x.shape for x in subject.inputs]:
+                        return ""
+        except Exception:  # the range of one block is not within the domain of the next
+            break
         errors[depth] = distance(values, subject.inputs)
         depth *= 2
-    deepest, error = list(errors.items())[-1]
+    deepest, error = list(errors.items())[-1] if errors else (0, 0.0)
     dtype = str(subject.dtype).removeprefix("torch.")
     if deepest == 1 and error >= FAILS:
         return (f"{BADLY_CONDITIONED}in {dtype} the inverse of one block alone is off by {error:.2g} times "

@@ -1,0 +1,177 @@
+"""The checks on what public packages contain: ranges that are intervals, parameters set by the first batch, inverses
+of matrices, engines of their own. Small look-alikes; the packages themselves are tested by ``bench.findings``."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from memcnn.testing import Report, check_gradients, check_inverse, check_state
+
+AUTOCAST = "products keep autocast's dtype in backward"
+TWO_STEPS = "two steps under way do not mix"
+
+
+class Logit(nn.Module):
+    """(0, 1) to the real line; both directions refuse what they are not defined for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (x > 0).all() or not (x < 1).all():
+            raise ValueError("outside (0, 1)")
+        return x.logit()
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y.sigmoid()
+
+
+class Sigmoid(Logit):
+    def forward(self, x: Tensor) -> Tensor:
+        return Logit.inverse(self, x)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return Logit.forward(self, y)
+
+
+class Turned(nn.Module):
+    """An angle in [-pi, pi) turned by 1."""
+
+    def forward(self, x: Tensor, by: float = 1.0) -> Tensor:
+        return torch.remainder(x + by + math.pi, 2 * math.pi) - math.pi
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return self(y, -1.0)
+
+
+class FirstBatch(nn.Module):
+    """Scales by what its first batch says, and notes in a buffer that it has done so."""
+
+    gradient_scale = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.s = nn.Parameter(torch.zeros(5))
+        self.register_buffer("done", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.done:
+            self.s.data = -x.detach().std(0).log()
+            self.done.fill_(True)
+        s = self.gradient_scale * self.s + (1 - self.gradient_scale) * self.s.detach()
+        return x * s.exp()
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y * torch.exp(-self.s)
+
+
+class WrongAfterFirstBatch(FirstBatch):
+    gradient_scale = 1.1
+
+
+class Linear(nn.Module):
+    """x W^-1, whose derivative is a product in the dtype of W."""
+
+    def __init__(self):
+        super().__init__()
+        self.W = nn.Parameter(torch.eye(5) + 0.1 * torch.randn(5, 5, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (x @ torch.inverse(self.W) - x).to(x)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y + (y @ self.W - y).to(y)
+
+
+class Stream(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.inverse(self.W)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y @ self.W
+
+
+class Again(torch.autograd.Function):
+    """x + f(x), computed again in backward, in whatever precision that happens in."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, f: nn.Module) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.f = f
+        return x + f(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.f(x).backward(gradient)
+        return gradient + x.grad, None
+
+
+class OwnEngine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(5, 5)
+        nn.init.constant_(self.f.weight, 0.05)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Again.apply(x, self.f)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        x = y
+        for _ in range(60):
+            x = y - self.f(x)
+        return x
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def of(report: Report, claim: str):
+    (result,) = (result for result in report if result.claim == claim)
+    return result
+
+
+def test_a_layer_of_the_unit_interval_is_checked_within_it():
+    for layer, x in ((Logit(), drawn(4, 5).sigmoid()), (Sigmoid(), 4 * drawn(4, 5))):
+        report = check_inverse(layer, x) + check_state(layer, x)
+        assert report.passed, report
+        assert not of(report, "forward(inverse(y)) = y").skipped
+        assert not of(report, TWO_STEPS).skipped
+
+
+def test_a_layer_on_the_circle_is_checked_within_one_turn():
+    report = check_inverse(Turned(), 3 * torch.tanh(drawn(8, 5)))
+    assert report.passed, report
+
+
+def test_a_single_sample_is_compared_with_its_own_entries_in_another_order():
+    report = check_inverse(Sigmoid(), drawn(1, 5)) + check_state(Sigmoid(), drawn(1, 5))
+    assert report.passed, report
+
+
+def test_what_the_first_batch_sets_is_set_before_finite_differences_are_taken():
+    assert check_gradients(FirstBatch(), drawn(4, 5), wrap=False).passed
+
+
+def test_a_wrong_gradient_of_what_the_first_batch_sets_is_seen():
+    report = check_gradients(WrongAfterFirstBatch(), drawn(4, 5), wrap=False)
+    assert "1.1 times" in report.summary(), report
+
+
+def test_the_derivative_of_a_matrix_inverse_under_autocast_is_no_fault():
+    own, wrapped = check_state(Linear(), drawn(4, 5), wrap=False), check_state(Linear(), drawn(4, 5))
+    assert own.passed, own
+    assert of(own, AUTOCAST).skipped == "computes nothing again in backward"
+    assert wrapped.passed, wrapped
+    assert not of(wrapped, AUTOCAST).skipped
+
+
+def test_a_stream_that_autocast_makes_bfloat16_is_not_judged():
+    report = check_state(Stream(), drawn(4, 5))
+    assert "keep the stream in float32" in of(report, AUTOCAST).skipped, report
+    assert report.passed, report
+
+
+def test_an_engine_that_computes_again_without_autocast_is_seen():
+    result = of(check_state(OwnEngine(), drawn(4, 5), wrap=False), AUTOCAST)
+    assert result.failed and "float32, forward only in bfloat16" in result.explanation, result
