@@ -34,7 +34,7 @@ def like_finite_differences(subject: Subject, *, explain: bool = True) -> Result
         return subject.loss(subject.evaluated(module, values)).item()
 
     try:
-        found = gradients_of(subject, module).by_name
+        found = gradients_of(subject, subject.trained()).by_name
     except Exception as error:
         return Result("gradients", DIFFERENCES, math.inf, 0.0,
                       explanation=f"the training step raised {type(error).__name__}: {error}")

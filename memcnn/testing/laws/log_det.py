@@ -62,8 +62,14 @@ def _compared(subject: Subject, method: str, values: Tensor) -> Result:
     difference = reported.cpu().double() - wanted
     error = (difference.abs().max() / max(1.0, wanted.abs().max().item())).item()
     told = f"{method} says {_numbers(reported)}, the Jacobian {_numbers(wanted)}"
-    if wanted.any() and (reported.cpu() + wanted).abs().max() < 1e-6 * wanted.abs().max():
-        told += ": the sign is reversed"
+    if wanted.any():
+        ratio = ((reported.cpu().double() * wanted).sum() / wanted.square().sum()).item()
+        if error <= tolerance(torch.float32):
+            told = f"{method} is {error:.1g} off in float64, as in float32: something in it is of float32"
+        elif (reported.cpu() + wanted).abs().max() < 1e-6 * wanted.abs().max():
+            told += ": the sign is reversed"
+        elif (reported.cpu() - ratio * wanted).abs().max() < 1e-6 * wanted.abs().max():
+            told += f": {ratio:.4g} times as much"
     return Result("log_det", claim, error, limit, source, "" if error <= limit else told)
 
 

@@ -64,7 +64,7 @@ def _peak_bytes(subject: Subject, chain: nn.Module) -> int:
     """Beyond input, parameters and their gradients."""
     (x,) = subject.leaves()
     with torch.no_grad(), subject.seeded():
-        chain(x)  # a layer that initialises itself has done so
+        chain(x.clone())  # a layer that initialises itself has done so
     for value in (x, *chain.parameters()):
         value.grad = torch.zeros_like(value)
     with TensorMeter() as meter, subject.seeded():

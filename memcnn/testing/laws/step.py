@@ -23,7 +23,8 @@ def gradients_of(subject: Subject, module: nn.Module, *, start: float | None = N
 
     start: every entry of the gradients that are there before; None for no gradients.
     """
-    leaves = subject.leaves()
+    leaves, parameters = subject.leaves(), module.parameters()
+    trained = {name: p for name, p in zip(parameter_names(subject), parameters, strict=True) if p.requires_grad}
     for tensor in (*leaves, *module.parameters()):
         if tensor.requires_grad:
             tensor.grad = None if start is None else torch.full_like(tensor, start)
@@ -32,8 +33,7 @@ def gradients_of(subject: Subject, module: nn.Module, *, start: float | None = N
         outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
         subject.loss(outputs).backward()
     named = {name: x.grad for name, x in zip(subject.input_names, leaves, strict=True) if x.requires_grad}
-    named |= {name: p.grad for name, p in zip(parameter_names(subject), module.parameters(), strict=True)
-              if p.requires_grad}
+    named |= {name: p.grad for name, p in trained.items()}
     return Gradients([y.detach() for y in outputs], named)
 
 

@@ -105,21 +105,21 @@ class Subject:
                 for x in self.inputs]
 
     @contextmanager
-    def seeded(self) -> Iterator[None]:
-        """Random numbers as at every evaluation; torch's generators are left alone."""
+    def seeded(self, run: int = 0) -> Iterator[None]:
+        """Random numbers as at every evaluation, or others for another ``run``; torch's generators are left alone."""
         cuda = {x.device for x in self.inputs if x.device.type == "cuda"}
         with torch.random.fork_rng(devices=list(cuda)):
             # torch.manual_seed also notes a stack trace for each kind of device that is not there
-            torch.default_generator.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed + run)
             for device in cuda:
                 with torch.cuda.device(device):
-                    torch.cuda.manual_seed(self.seed)
+                    torch.cuda.manual_seed(self.seed + run)
             yield
 
     def evaluated(self, function: Callable, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """``function(*inputs)`` as a tuple of tensors."""
+        """``function(*inputs)`` as a tuple of tensors; it is given copies, since a faulty one writes to them."""
         with self.seeded():
-            return as_tuple(function(*inputs))
+            return as_tuple(function(*(x.clone() for x in inputs)))
 
     def loss(self, outputs: Sequence[Tensor]) -> Tensor:
         """A scalar whose gradient varies from entry to entry of every output."""
