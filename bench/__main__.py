@@ -1,11 +1,13 @@
-"""Time and peak memory of plain, checkpointed and reversible chains.
+"""Time and peak memory of training steps: plain, checkpointed, reversible; blocks, chains and whole networks.
 
-    python -m bench --quick                    depth up to 16, batch 8: about two minutes on two cores
-    python -m bench                            depth up to 64, batch 32: about ten
-    python -m bench -k "depth8 and reversible" only what the expression selects
+    python -m bench --quick                     about two minutes on two cores
+    python -m bench                             under ten
+    python -m bench -k "depth8 and reversible"  only what the expression selects, as in pytest
+    python -m bench.report FILE.json            tables and figures of the measurements, as Markdown and HTML
+    python -m bench.gate BASE.json NOW.json     what became worse
+    python -m bench.compare COMMIT_A COMMIT_B   two commits side by side
 
-Writes the measurements of pytest-benchmark as JSON and prints a summary of them. The number of threads is torch's:
-set OMP_NUM_THREADS to change it.
+Writes the measurements of pytest-benchmark as JSON and prints a summary of them.
 """
 
 import argparse
@@ -25,7 +27,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="smaller batch, depth up to 16")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
+    parser.add_argument("--modes", action="store_true", help="bfloat16, channels_last, torch.compile on the CPU, too")
+    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: as OMP_NUM_THREADS says)")
+    parser.add_argument("--clock", choices=["wall", "cpu"], help="cpu: seconds of this process alone, for a CPU shared "
+                        "with others; with --threads 1 (default: wall)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("-k", metavar="EXPRESSION", help="run only the cases that match, as in pytest")
     parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder of the JSON (%(default)s)")
@@ -35,10 +41,9 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     result = args.out / f"{datetime.now():%Y%m%d-%H%M%S}.json"
     options = [f"--benchmark-json={result}", "--benchmark-quiet", "--verbose", "-p", "no:cacheprovider"]
-    if args.quick:
-        options.append("--quick")
-    if args.device:
-        options.append(f"--device={args.device}")
+    options += ["-W", "default"]  # in a test a warning is an error; it does not end a measurement
+    options += [f"--{name}" for name in ("quick", "modes") if getattr(args, name)]
+    options += [f"--{name}={value}" for name in ("device", "threads", "clock") if (value := getattr(args, name))]
     if args.k:
         options += ["-k", args.k]
     status = pytest.main([*options, str(HERE)])

@@ -1,98 +1,179 @@
-"""What is compared: one chain of coupling blocks, run by plain autograd, checkpointed per block, and reversible.
+"""What is compared: one chain of coupling blocks, run in the ways of SUBJECTS, at the sizes of the series below.
 
-A block is an additive coupling of 64 channels, 32 in either stream, whose branches F and G are convolution, BatchNorm,
-ReLU, convolution, BatchNorm. All subjects hold the same blocks with the same weights.
+A block is an additive coupling whose branches F and G are convolution, BatchNorm, ReLU, convolution, BatchNorm on half
+of the channels. All subjects hold the same blocks with the same weights. The training steps of whole networks are in
+``bench.networks``, precision, memory format, compiler and CUDA graphs in ``bench.modes``.
 """
 
-import itertools
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from math import isqrt
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from memcnn import AdditiveCoupling, ReversibleSequential
+from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
+
+Blocks = Sequence[AdditiveCoupling]
 
 
 class Checkpointed(nn.Sequential):
     """Stores the input of each block, and runs the block again in the backward pass."""
 
+    replay = True
+
     def forward(self, x: Tensor) -> Tensor:
         for block in self:
-            x = checkpoint(block, x, use_reentrant=False)
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.replay)
         return x
 
 
-SUBJECTS = {
-    "plain": nn.Sequential,
-    "checkpoint": Checkpointed,
-    "keep-every-2": partial(ReversibleSequential, keep_every=2),  # the dial between plain and reversible
-    "keep-every-4": partial(ReversibleSequential, keep_every=4),
-    "reversible": ReversibleSequential,
+class CheckpointedSegments(nn.Sequential):
+    """The same with segments of sqrt(n) blocks: Chen et al., "Training Deep Nets with Sublinear Memory Cost"."""
+
+    replay = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint_sequential(self, isqrt(len(self)), x, use_reentrant=False, preserve_rng_state=self.replay)
+
+
+def plain(blocks: Blocks, replay: bool) -> nn.Module:
+    return nn.Sequential(*blocks)
+
+
+def checkpointed(blocks: Blocks, replay: bool, kind: type[nn.Sequential] = Checkpointed) -> nn.Module:
+    model = kind(*blocks)
+    model.replay = replay
+    return model
+
+
+def checkpointed_segments(blocks: Blocks, replay: bool) -> nn.Module:
+    return checkpointed(blocks, replay, CheckpointedSegments)
+
+
+def wrapped(blocks: Blocks, replay: bool) -> nn.Module:
+    return nn.Sequential(*(InvertibleModuleWrapper(block, preserve_rng_state=replay) for block in blocks))
+
+
+def reversible(blocks: Blocks, replay: bool, keep_every: int | None = None) -> nn.Module:
+    return ReversibleSequential(*wrapped(blocks, replay), keep_every=keep_every)
+
+
+SUBJECTS: dict[str, Callable[[Blocks, bool], nn.Module]] = {
+    "plain": plain,
+    "checkpoint": checkpointed,
+    "checkpoint-sqrt": checkpointed_segments,
+    "keep-every-2": lambda blocks, replay: reversible(blocks, replay, 2),  # the dial between plain and reversible
+    "keep-every-4": lambda blocks, replay: reversible(blocks, replay, 4),
+    "wrapped": wrapped,
+    "reversible": reversible,
 }
+"""Builders of a module from blocks; the second argument asks for the random numbers of forward in the recomputation."""
+
+THREE = ("plain", "checkpoint", "reversible")
 
 
 @dataclass(frozen=True)
-class Case:
-    """A chain of `depth` blocks on a batch of (batch, channels, side, side) in float32; `repeat` tells reruns apart."""
+class Step:
+    """A training step, to be called, and what it works on besides the model."""
 
-    depth: int
+    run: Callable[[], None]
+    batch: Sequence[Tensor]
+    optimizer: torch.optim.Optimizer | None = None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """`depth` blocks on a batch of (batch, channels, side, side); `mode` is one of ``bench.modes.MODES``."""
+
+    series: str
     subject: str
-    repeat: int = 0
-    batch: int = 32
+    depth: int
+    batch: int
     channels: int = 64
     side: int = 32
+    mode: str = "eager"
+
+    @property
+    def group(self) -> str:
+        """What the subjects of one comparison have in common."""
+        return f"{self.series}-depth{self.depth}-{self.batch}x{self.channels}x{self.side}-{self.mode}"
+
+    cycle = group
+    """Cases of one cycle are timed in turn."""
 
     def __str__(self) -> str:
-        return f"depth{self.depth}-{self.subject}-{self.repeat}"
+        return f"{self.group}-{self.subject}"
+
+    def info(self) -> dict:
+        return {"case": str(self), "comparison": self.group, **asdict(self)}
 
     def model(self, device: str | torch.device) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            branches = [branch(self.channels // 2) for _ in range(2 * self.depth)]
+            branches = [Branch(self.channels // 2) for _ in range(2 * self.depth)]
         blocks = [AdditiveCoupling(F, G) for F, G in zip(branches[::2], branches[1::2], strict=True)]
-        return SUBJECTS[self.subject](*blocks).to(device)
+        return SUBJECTS[self.subject](blocks, self.mode != "graph").to(device)  # a capture knows no generator state
 
-    def step(self, model: nn.Module, device: str | torch.device) -> Callable[[], None]:
+    def step(self, model: nn.Module, device: str | torch.device, autocast: Callable = nullcontext) -> Step:
         """One forward and backward pass from a fixed input, which gets a gradient too, and a fixed output gradient."""
+        memory_format = torch.channels_last if self.mode == "channels_last" else torch.contiguous_format
         generator = torch.Generator().manual_seed(1)
         x, output_gradient = (
-            torch.randn(self.batch, self.channels, self.side, self.side, generator=generator).to(device)
+            torch.randn(self.batch, self.channels, self.side, self.side, generator=generator)
+            .to(device, memory_format=memory_format)
             for _ in range(2)
         )
         x.requires_grad_()
         x.grad = torch.zeros_like(x)
 
         def run() -> None:
-            model(x).backward(output_gradient)
+            with autocast():
+                y = model(x)
+            y.backward(output_gradient)
 
-        return run
-
-
-def branch(channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(channels),
-        nn.ReLU(),
-        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(channels),
-    )
+        return Step(run, (x, x.grad, output_gradient))
 
 
-def cases(*, quick: bool, repeats: int) -> list[Case]:
-    """Every depth with every subject, `repeats` times; subjects alternate, so that a drift of the machine meets all."""
-    depths, batch = ((4, 8, 16), 8) if quick else ((4, 8, 16, 32, 64), 32)
+class Branch(nn.Sequential):
+    """F or G: (N, channels, H, W) to the same shape."""
+
+    def __init__(self, channels: int):
+        super().__init__(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)  # a frame of our own: Module.compile passes over those of torch.nn
+
+
+def branches(model: nn.Module) -> list[nn.Module]:
+    """F and G of every coupling, and the branches of plain residual units."""
+    return [part for name, part in model.named_modules() if name.rpartition(".")[2] in ("Fm", "Gm", "branch")]
+
+
+def chains(*, quick: bool, cuda: bool) -> list[Chain]:
+    """The series of a run but for its modes; on a GPU, whose time is short, batches are 16 times as large."""
+    scale = 16 if cuda else 1
+    depths = (1, 4, 8, 16) if quick else (1, 4, 8, 16, 32, 64)
+    batches = (1, 16) if quick else (1, 4, 16, 64)
+    widths = (16, 128) if quick else (8, 32, 128, 256)
     return [
-        Case(depth, subject, repeat, batch=batch)
-        for depth, repeat, subject in itertools.product(depths, range(repeats), SUBJECTS)
+        *(Chain("depth", subject, depth, 4 * scale) for depth in depths for subject in SUBJECTS),
+        *(Chain("batch", subject, 8, batch * scale, side=16) for batch in batches for subject in THREE),
+        *(Chain("width", subject, 4, 4 * scale, width, side=16) for width in widths for subject in THREE),
+        *(Chain("tiny", subject, 32, 2, 4, 4) for subject in SUBJECTS),
     ]
 
 
-def clock() -> float:
-    """Seconds, once all work on the GPU is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def law(*, quick: bool) -> list[Chain]:
+    """The law of memory to 1000 blocks. Their time says nothing."""
+    subjects = ("plain", "checkpoint", "checkpoint-sqrt", "reversible")
+    depths = (50, 100) if quick else (64, 250, 1000)
+    return [Chain("law", subject, depth, 2, 8, 8) for depth in depths for subject in subjects]

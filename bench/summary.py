@@ -2,83 +2,266 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from bench.peer_tables import spread
+
 MIB = 2**20
+GIB = 2**30
+BUDGETS_GIB = (1, 4, 16, 80)
+
+NAMES = {
+    "plain": "plain autograd",
+    "checkpoint": "checkpoint per block",
+    "checkpoint-sqrt": "checkpoint sqrt(n)",
+    "keep-every-2": "every 2nd block stored",
+    "keep-every-4": "every 4th block stored",
+    "wrapped": "wrapped blocks",
+    "reversible": "ReversibleSequential",
+}
+"""Of the contenders, in order: the dial stands between plain and reversible."""
+
+Section = tuple[str, str, pd.DataFrame]
+"""Title, what is to be known about it, and a table of text and numbers."""
 
 
-def load(path: Path) -> pd.DataFrame:
-    """One row per benchmark: its group ("time" or "memory"), `median_s`, `rounds`, and what is in its `extra_info`.
+def load(path: str | Path) -> pd.DataFrame:
+    """One row per measurement: `group` ("time" or "memory"), `median_s`, `rounds`, and what is in its `extra_info`.
 
-    `subject` is ordered as the subjects ran.
+    ValueError for a file that holds no measurements of ``bench``.
     """
-    benchmarks = json.loads(Path(path).read_text("utf-8"))["benchmarks"]
-    results = pd.DataFrame(
-        {"group": b["group"], "median_s": b["stats"]["median"], "rounds": b["stats"]["rounds"], **b["extra_info"]}
-        for b in benchmarks
-    )
-    results["subject"] = pd.Categorical(results.subject, results.subject.unique(), ordered=True)
-    return results
+    try:
+        benchmarks = json.loads(Path(path).read_text("utf-8"))["benchmarks"]
+        results = pd.DataFrame(
+            {"group": b["group"], "median_s": b["stats"]["median"], "rounds": b["stats"]["rounds"], **b["extra_info"]}
+            for b in benchmarks
+        )
+        if results.empty or not {"group", "case", "comparison", "subject", "series"} <= set(results):
+            raise KeyError("case")
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} holds no measurements of python -m bench ({type(error).__name__})") from None
+    return results.reindex(columns=list(dict.fromkeys([*results, *OPTIONAL])))
+
+
+
+OPTIONAL = ("repeat", "depth", "batch", "channels", "side", "mode", "network", "load",
+            "peak_bytes", "activation_bytes", "allocated_bytes", "evaluations", "branches")
+"""Columns that not every measurement has."""
+
+
+def ratios(results: pd.DataFrame) -> pd.DataFrame:
+    """The time measurements, with `ratio` to plain.
+
+    It is taken within one repeat, whose subjects ran one right after the other; nan where plain did not run.
+    """
+    times = results[results.group == "time"].copy()
+    keys = ["comparison", "repeat"]
+    plain = times[times.subject == "plain"].set_index(keys).median_s
+    times["ratio"] = times.median_s / plain.reindex(pd.MultiIndex.from_frame(times[keys])).array
+    return times
 
 
 def time_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Per depth and subject: median milliseconds, and the ratio to plain as its median and range over the repeats.
-
-    A ratio is taken within one repeat, whose subjects ran one right after the other; it is nan where plain did not run.
-    """
-    times = results[results.group == "time"].copy()
-    plain = times[times.subject == "plain"].set_index(["depth", "repeat"]).median_s
-    times["ratio"] = times.median_s / plain.reindex(pd.MultiIndex.from_frame(times[["depth", "repeat"]])).array
-    groups = times.groupby(["depth", "subject"], observed=True)
-    return pd.DataFrame(
-        {
-            "median ms": groups.median_s.median() * 1e3,
-            "repeats": groups.size(),
-            "ratio to plain": groups.ratio.median(),
-            "lowest": groups.ratio.min(),
-            "highest": groups.ratio.max(),
-        }
+    """Per case: median seconds and n over the repeats, and the ratio to plain as median and quartiles."""
+    groups = ratios(results).groupby("case", sort=False)
+    rows = groups[["series", "comparison", "subject", "depth", "batch", "channels", "side", "mode", "network"]].first()
+    quartiles = groups.ratio.quantile([0.25, 0.5, 0.75]).unstack()
+    return rows.assign(
+        median_s=groups.median_s.median(),
+        low_s=groups.median_s.quantile(0.25),
+        high_s=groups.median_s.quantile(0.75),
+        n=groups.size(),
+        ratio=quartiles[0.5],
+        ratio_low=quartiles[0.25],
+        ratio_high=quartiles[0.75],
     )
 
 
-def memory_table(results: pd.DataFrame, column: str = "activation_bytes") -> pd.DataFrame:
-    """MiB per subject (rows) and depth (columns)."""
-    return results[results.group == "memory"].pivot(index="subject", columns="depth", values=column) / MIB
+def series_of(results: pd.DataFrame, group: str, series: str) -> pd.DataFrame:
+    return results[(results.group == group) & (results.series == series)]
 
 
-def render(results: pd.DataFrame) -> str:
-    """All tables as text, with the environment in which they were measured."""
-    first = results.iloc[0]
-    software = first.software
-    changes = "" if first.clean in (True, None) else " with uncommitted changes"
-    lines = [
-        f"{first.device['name']} ({first.device['type']}, {first.device['threads']} threads), "
-        f"torch {software['torch']}, Python {software['python']}, memcnn {software['memcnn']}, "
-        f"commit {(first.commit or 'unknown')[:12]}{changes}",
-        "One forward and backward pass through a chain of coupling blocks: "
-        f"float32, batch {first.batch}, {first.channels} channels of {first.side} x {first.side}",
+def pivot(rows: pd.DataFrame, column: str, value: str, how: Callable | str = "first") -> pd.DataFrame:
+    """Contenders, by their names and in their order, against `column`."""
+    table = rows.assign(**{column: rows[column].astype(int)}).pivot_table(
+        index="subject", columns=column, values=value, aggfunc=how, sort=False, observed=True
+    )
+    table = table.reindex(index=[s for s in NAMES if s in table.index]).sort_index(axis=1)
+    return table.rename(index=NAMES).rename_axis(index=None, columns=None)
+
+
+def fit(rows: pd.DataFrame) -> pd.DataFrame:
+    """Peak bytes of a step as a + b depth (+ c sqrt(depth) for sqrt(n) checkpoints), by least squares from depth 4 on.
+
+    A row per contender: `a`, `b`, `c` in bytes, `misfit` the largest relative error at a measured depth. Contenders
+    measured at no more depths than there are coefficients are left out.
+    """
+    fits = {}
+    for subject, one in rows[rows.depth >= 4].groupby("subject", sort=False):
+        terms = np.array([[1, d, d**0.5][: 3 if subject == "checkpoint-sqrt" else 2] for d in one.depth])
+        if len(terms) > terms.shape[1]:
+            found = np.linalg.lstsq(terms, one.peak_bytes, rcond=None)[0]
+            misfit = abs(terms @ found / one.peak_bytes - 1).max()
+            fits[subject] = [*found, *[0.0] * (3 - len(found)), misfit]
+    table = pd.DataFrame.from_dict(fits, orient="index", columns=["a", "b", "c", "misfit"])
+    return table.reindex([s for s in NAMES if s in table.index])
+
+
+def largest_depth(fits: pd.DataFrame, budget_bytes: float) -> pd.Series:
+    """How many blocks fit, by ``fit``: the largest d with a + b d + c sqrt(d) within the budget."""
+    root = (-fits.c + np.sqrt(np.maximum(fits.c**2 + 4 * fits.b * (budget_bytes - fits.a), 0))) / (2 * fits.b)
+    return np.floor(np.maximum(root, 0) ** 2).astype(int)
+
+
+def contenders(results: pd.DataFrame) -> pd.DataFrame:
+    """Contenders x (time ratio to plain, peak activations, evaluations of F and G), from the series "depth"."""
+    times, memory = series_of(ratios(results), "time", "depth"), series_of(results, "memory", "depth")
+    columns = {}
+    for depth in [d for d in (16, 64) if (times.depth == d).any()]:
+        ratio = pivot(times[times.depth == depth], "depth", "ratio", spread)
+        columns[f"time / plain, {depth} blocks"] = ratio[depth]
+    for depth in [d for d in (16, 64) if (memory.depth == d).any()]:
+        columns[f"peak activations, {depth} blocks, MiB"] = pivot(memory, "depth", "activation_bytes")[depth] / MIB
+    deepest = memory[memory.depth == memory.depth.max()]
+    if not deepest.empty:
+        per_branch = deepest.assign(per_branch=2 * deepest.evaluations / deepest.branches)
+        columns["evaluations of F and G per block and step"] = pivot(per_branch, "depth", "per_branch").iloc[:, 0]
+    return pd.DataFrame(columns)
+
+
+def sections(results: pd.DataFrame) -> list[Section]:
+    """All tables that the measurements allow."""
+    memory, times = results[results.group == "memory"], ratios(results)
+    per_repeat = f"Median [quartiles] of n = {times.repeat.nunique()} interleaved repeats. "
+    found: list[Section] = []
+
+    def add(title: str, note: str, table: pd.DataFrame) -> None:
+        if not table.empty:
+            found.append((title, note, table.reset_index(names="").round(3)))
+
+    of_depth = series_of(memory, "memory", "depth")
+    add("Contenders", per_repeat + "Time relative to plain autograd; the arithmetic of one more evaluation of F and G "
+        "makes 4/3 = 1.33. Peak of the tensors beyond parameters, gradients and input, exact. Evaluations: 2 is once F "
+        "and once G.", contenders(results))
+    if not of_depth.empty:
+        add("Peak activation memory against depth, MiB", "By blocks: what the worst instant of a step holds beyond "
+            "parameters, gradients and input; tensors alone, equal on every machine.",
+            pivot(of_depth, "depth", "activation_bytes") / MIB)
+        scratch = of_depth.assign(scratch=of_depth.allocated_bytes - of_depth.peak_bytes)
+        add("What the allocator gave beyond that, MiB", "Scratch that kernels borrow, which is this machine's.",
+            pivot(scratch, "depth", "scratch") / MIB)
+    of_law = series_of(memory, "memory", "law")
+    if not of_law.empty:
+        add("The law of memory, KiB", f"Small tensors, {size(of_law)}, by blocks: reversible chains are constant.",
+            pivot(of_law, "depth", "activation_bytes") / 1024)
+    fits = fit(of_depth)
+    if not fits.empty:
+        depths = {f"{budget} GiB": largest_depth(fits, budget * GIB) for budget in BUDGETS_GIB}
+        terms = {"start, MiB": fits.a / MIB, "per block, MiB": fits.b / MIB, "per sqrt(block), MiB": fits.c / MIB}
+        table = pd.DataFrame({**terms, "largest misfit, %": 100 * fits.misfit, **depths}).rename(index=NAMES)
+        add("Largest depth per memory budget", "Computed, not run: from the intercept and slope of the measured peaks "
+            f"(parameters, gradients and input included) at {size(of_depth)}.", table)
+    of_depth_time = series_of(times, "time", "depth")
+    if not of_depth_time.empty:
+        add("Time against depth", per_repeat + "Ratio to plain autograd, by blocks.",
+            pivot(of_depth_time, "depth", "ratio", spread))
+    for series, column, what in (("batch", "batch", "by samples in the batch"), ("width", "channels", "by channels")):
+        rows = series_of(times, "time", series)
+        if not rows.empty:
+            add(f"Time against {series}", per_repeat + f"Ratio to plain autograd, {what}; {size(rows)}.",
+                pivot(rows, column, "ratio", spread))
+    add("Tiny tensors", per_repeat + "32 blocks on 2 x 4 x 4 x 4: what is measured is Python and the launching of "
+        "kernels.", tiny(times))
+    add("Training step of the CIFAR networks", per_repeat + "Forward, backward, SGD. Ratio: to the same network with "
+        "the engine off. Memory at the worst instant, tensors alone.", network_table(memory, times))
+    add("Modes", per_repeat + "Milliseconds of a step.", mode_table(times))
+    return found
+
+
+def tiny(times: pd.DataFrame) -> pd.DataFrame:
+    rows = series_of(times, "time", "tiny")
+    if rows.empty:
+        return pd.DataFrame()
+    rows = rows.assign(us=rows.median_s / rows.depth * 1e6)
+    by_subject = rows.groupby("subject")
+    table = pd.DataFrame({"microseconds per block": by_subject.us.agg(spread, digits=0),
+                          "ratio to plain": by_subject.ratio.agg(spread)})
+    return table.reindex([s for s in NAMES if s in table.index]).rename(index=NAMES)
+
+
+def network_table(memory: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
+    rows = series_of(times, "time", "network")
+    columns = {}
+    if not rows.empty:
+        groups = rows.groupby(["network", "subject"], sort=False)
+        seconds = groups.median_s.median()
+        columns |= {
+            "batch": groups.batch.first(),
+            "ms": groups.median_s.agg(lambda s: spread(1e3 * s, 0)),
+            "steps/s": (1 / seconds).round(2),
+            "images/s": (groups.batch.first() / seconds).round(1),
+            "ratio": groups.ratio.agg(spread),
+        }
+    rows = series_of(memory, "memory", "network").set_index(["network", "subject"])
+    kinds = ("peak", "parameter", "gradient", "optimizer", "activation")
+    columns |= {f"{kind} MiB": rows[f"{kind}_bytes"] / MIB for kind in kinds if not rows.empty}
+    table = pd.DataFrame(columns)
+    if table.empty:
+        return table
+    table.index = [
+        network if network.startswith("resnet") else f"{network}, engine {'off' if subject == 'plain' else 'on'}"
+        for network, subject in table.index
     ]
-    if (results.group == "time").any():
-        rounds = results[results.group == "time"].rounds.max()
-        table = time_table(results)
-        lines += [
-            "",
-            f"Time (each repeat is the median of {rounds} rounds; medians and range are over the repeats)",
-            table.reset_index().to_markdown(index=False, floatfmt=("", "", ".1f", "", ".2f", ".2f", ".2f")),
-        ]
-    if (results.group == "memory").any():
-        lines += [
-            "",
-            "Memory against depth: MiB above parameters, gradients and input at the worst instant, by the allocator",
-            memory_table(results).to_markdown(floatfmt=".1f"),
-            "",
-            "The same without what kernels borrow: tensors alone, equal on every machine",
-            memory_table(results, "tensor_activation_bytes").to_markdown(floatfmt=".1f"),
-        ]
-    return "\n".join(lines)
+    return table
+
+
+def mode_table(times: pd.DataFrame) -> pd.DataFrame:
+    rows = series_of(times, "time", "mode")
+    if rows.empty:
+        return pd.DataFrame()
+    shape = rows.depth.astype(int).astype(str) + " blocks, " + shapes(rows)
+    rows = rows.assign(ms=1e3 * rows.median_s, row=shape + ", " + rows["mode"])
+    table = rows.pivot_table(index="row", columns="subject", values="ms", aggfunc=spread, sort=False)
+    return table.rename(columns=NAMES).rename_axis(index=None, columns=None)
+
+
+def shapes(rows: pd.DataFrame) -> pd.Series:
+    sizes = [rows[name].astype(int).astype(str) for name in ("batch", "channels", "side")]
+    return sizes[0] + " x " + sizes[1] + " x " + sizes[2] + " x " + sizes[2]
+
+
+def size(rows: pd.DataFrame) -> str:
+    """The input that all rows have in common, "*" where they differ."""
+    batch, channels, side = (
+        f"{rows[name].iloc[0]:.0f}" if rows[name].nunique() == 1 else "*" for name in ("batch", "channels", "side")
+    )
+    return f"input {batch} x {channels} x {side} x {side}, float32"
+
+
+def origin(results: pd.DataFrame) -> str:
+    """Device, threads, load, versions, commit."""
+    first = results.iloc[0]
+    device, software = first.device, first.software
+    changes = "" if first.clean in (True, None) else " with uncommitted changes"
+    clock = {"wall": "", "cpu": "; seconds are the process's own CPU time"}[device["clock"]]
+    return (
+        f"{device['name']} ({device['type']}, {device['cores']} cores, {device['threads']} threads), load average "
+        f"{results.load.min():.1f} to {results.load.max():.1f} while measuring{clock}; torch {software['torch']}, Python "
+        f"{software['python']}, memcnn {software['memcnn']}, commit {(first.commit or 'unknown')[:12]}{changes}"
+    )
+
+
+def render(results: pd.DataFrame, level: str = "##") -> str:
+    """All tables as Markdown, with the environment in which they were measured."""
+    parts = [origin(results)]
+    for title, note, table in sections(results):
+        parts += [f"{level} {title}", note, table.to_markdown(index=False, floatfmt=".6g")]
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":
-    print(render(load(Path(sys.argv[1]))))
+    print(render(load(sys.argv[1])))

@@ -1,30 +1,31 @@
-"""The benchmark compares equal work, and its summary says what was measured."""
+"""The benchmark compares equal work, takes its cases in turn, and measures what it says."""
 
-import json
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 
-from bench import summary
-from bench.cases import SUBJECTS, Case
-from memcnn.testing.memory import measure_step_memory
+from bench import measure, summary
+from bench.cases import SUBJECTS, Chain, branches, chains
+from bench.conftest import in_turn
+from bench.modes import MODES, modes, prepared, why_not
+from bench.networks import Network, networks
 
 ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
 
 
-def small(subject: str, depth: int) -> Case:
-    return Case(depth, subject, batch=2, channels=4, side=6)
+def small(subject: str, depth: int, mode: str = "eager") -> Chain:
+    return Chain("test", subject, depth, 2, 4, 6, mode)
 
 
-def gradients(subject: str) -> list[torch.Tensor]:
-    case = small(subject, 3)
-    model = case.model("cpu")
-    case.step(model, "cpu")()
+def gradients(case) -> list[torch.Tensor]:
+    model, step = prepared(case, CPU)
+    step.run()
     return [parameter.grad for parameter in model.parameters()]
 
 
@@ -35,82 +36,118 @@ def in_float64():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("subject", ["checkpoint", "reversible"])
+@pytest.mark.parametrize("subject", SUBJECTS)
 def test_every_subject_computes_the_gradients_of_plain(subject, in_float64):
-    for ours, plain in zip(gradients(subject), gradients("plain"), strict=True):
+    for ours, plain in zip(gradients(small(subject, 4)), gradients(small("plain", 4)), strict=True):
         torch.testing.assert_close(ours, plain)
 
 
-def test_the_subjects_store_what_their_names_say():
-    def added_bytes(subject):
-        """By eight further blocks."""
-        peaks = []
-        for depth in (4, 12):
-            model = small(subject, depth).model("cpu")
-            peaks.append(measure_step_memory(model, small(subject, depth).step(model, "cpu")).activation_bytes)
-        return peaks[1] - peaks[0]
-
-    x_bytes = 2 * 4 * 6 * 6 * 4
-    assert added_bytes("checkpoint") == 8 * x_bytes
-    assert added_bytes("reversible") < x_bytes
-    assert added_bytes("plain") > 16 * x_bytes
-
-
-def benchmark(group: str, seconds: float = 0.0, **extra_info) -> dict:
-    environment = {
-        "batch": 2, "channels": 4, "side": 6, "commit": None, "clean": None,
-        "device": {"type": "cpu", "name": "a processor", "threads": 1},
-        "software": {"torch": "2.13.0", "python": "3.11.7", "memcnn": "2.0.0"},
-    }  # fmt: skip
-    stats = {"median": seconds, "rounds": 3}
-    return {"group": group, "stats": stats, "extra_info": {"depth": 4, "repeat": 0, **environment, **extra_info}}
-
-
-def loaded(tmp_path: Path, *benchmarks: dict) -> pd.DataFrame:
-    path = tmp_path / "result.json"
-    path.write_text(json.dumps({"benchmarks": benchmarks}))
-    return summary.load(path)
-
-
-def test_a_ratio_is_taken_within_a_repeat_so_that_a_slowing_machine_does_not_distort_it(tmp_path):
-    pairs = [(1.0, 1.5), (2.0, 2.4), (4.0, 8.0)]
-    rows = [
-        benchmark("time", seconds, subject=subject, repeat=repeat)
-        for repeat, pair in enumerate(pairs)
-        for subject, seconds in zip(("plain", "reversible"), pair, strict=True)
-    ]
-    table = summary.time_table(loaded(tmp_path, *rows))
-    assert table.loc[(4, "reversible")].to_dict() == pytest.approx(
-        {"median ms": 2400, "repeats": 3, "ratio to plain": 1.5, "lowest": 1.2, "highest": 2.0}
+@pytest.mark.parametrize("mode", ["bf16", "channels_last"])
+def test_a_mode_changes_how_a_step_runs_and_not_what_it_computes(mode):
+    seen = set()
+    case = small("reversible", 2, mode)
+    model, step = prepared(case, CPU)
+    branches(model)[0].register_forward_hook(
+        lambda _, x, y: seen.add((y.dtype, y.is_contiguous(memory_format=torch.channels_last)))
     )
+    step.run()
+    assert seen == {(torch.bfloat16, False) if mode == "bf16" else (torch.float32, True)}
+    limit = {"rtol": 0.2, "atol": 0.2} if mode == "bf16" else {"rtol": 1e-3, "atol": 1e-3}
+    for ours, eager in zip(gradients(case), gradients(small("reversible", 2)), strict=True):
+        torch.testing.assert_close(ours / eager.abs().max(), eager / eager.abs().max(), **limit)
 
 
-def test_memory_is_told_in_mebibytes_with_the_subjects_in_their_order(tmp_path):
-    rows = [
-        benchmark("memory", subject=s, depth=d, activation_bytes=b * 2**20, tensor_activation_bytes=1)
-        for s, d, b in [("plain", 16, 4), ("plain", 4, 1), ("checkpoint", 16, 3), ("checkpoint", 4, 2)]
-    ]
-    table = summary.memory_table(loaded(tmp_path, *rows))
-    assert table.to_dict("split") == {
-        "index": ["plain", "checkpoint"], "columns": [4, 16], "data": [[1.0, 4.0], [2.0, 3.0]],
-    }  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning",
+                            "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_branches_are_compiled_once_for_all_blocks(monkeypatch):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, compile=torch.nn.Module.compile: compile(
+        module, backend="aot_eager"))
+    gradients(small("reversible", 6, "compile-branches"))
+    assert counters["frames"]["ok"] == counters["frames"]["total"] == 1
+    torch._dynamo.reset()
 
 
-def test_a_narrowed_run_without_plain_has_no_ratio(tmp_path):
-    text = summary.render(loaded(tmp_path, benchmark("time", 0.2, subject="reversible")))
-    assert "| reversible |       200.0 |         1 |              nan |" in text
-    assert "a processor (cpu, 1 threads), torch 2.13.0" in text
-    assert "Memory" not in text
+def test_what_needs_a_gpu_says_so_and_the_rest_says_how_to_run_it():
+    reasons = {case.mode: why_not(case, cuda=False, everywhere=False) for case in modes(quick=True, cuda=False)}
+    assert set(reasons) == set(MODES) and "need a GPU" in reasons.pop("graph")
+    assert all("--modes" in reason for reason in reasons.values())
+    assert not any(why_not(case, cuda=True, everywhere=False) for case in modes(quick=False, cuda=True))
+    assert not any(why_not(case, cuda=False, everywhere=False) for case in chains(quick=True, cuda=False))
+
+
+@pytest.mark.parametrize(("subject", "per_branch"), [
+    ("plain", 1), ("checkpoint", 2), ("checkpoint-sqrt", 1.5), ("keep-every-2", 1.5), ("keep-every-4", 1.75),
+    ("wrapped", 2), ("reversible", 2),
+])
+def test_evaluations_of_F_and_G_are_counted(subject, per_branch):
+    assert measure.evaluations(small(subject, 4), CPU) == {"evaluations": 8 * per_branch, "branches": 8}
+
+
+def test_evaluations_of_a_network_are_those_of_its_units():
+    on, off = (measure.evaluations(Network("revnet38", subject, 2), CPU) for subject in ("reversible", "plain"))
+    assert off["evaluations"] == off["branches"] == on["branches"] == 2 * 7 + 2
+    assert on["evaluations"] - off["evaluations"] == 2 * 7
+
+
+def test_the_subjects_store_what_their_names_say():
+    x_bytes = 2 * 4 * 6 * 6 * 4
+
+    def added_bytes(subject: str) -> int:
+        """By twelve further blocks."""
+        peaks = [measure.memory(dataclasses.replace(small(subject, depth), series="gate"), CPU) for depth in (4, 16)]
+        return peaks[1]["activation_bytes"] - peaks[0]["activation_bytes"]
+
+    added = {subject: added_bytes(subject) for subject in SUBJECTS}
+    assert added["checkpoint"] == 12 * x_bytes
+    assert abs(added["reversible"]) < x_bytes and abs(added["wrapped"]) < x_bytes
+    assert added["plain"] > added["keep-every-2"] > added["keep-every-4"] > added["checkpoint"]
+    assert added["reversible"] < added["checkpoint-sqrt"] < added["plain"] / 2
+
+
+def test_the_peak_of_a_network_is_split_to_the_byte():
+    case = Network("revnet38", "reversible", 2)
+    split = measure.memory(case, CPU)
+    parameter_bytes = 4 * 573_994
+    assert split["parameter_bytes"] == split["optimizer_bytes"] == parameter_bytes
+    parts = ("parameter", "buffer", "gradient", "optimizer", "batch", "activation")
+    assert split["peak_bytes"] == sum(split[f"{part}_bytes"] for part in parts) <= split["allocated_bytes"]
+    plain = measure.memory(dataclasses.replace(case, subject="plain"), CPU)
+    assert split["activation_bytes"] < plain["activation_bytes"]
+
+
+def test_subjects_of_a_cycle_are_timed_in_turn_each_time_another_one_first():
+    turns = in_turn([*chains(quick=True, cuda=False), *networks(quick=True, cuda=False)], 3)
+    tiny = [(case.subject, repeat) for case, repeat in turns if case.series == "tiny"]
+    assert [repeat for _, repeat in tiny] == [0] * 7 + [1] * 7 + [2] * 7
+    assert [tiny[7 * repeat][0] for repeat in range(3)] == list(SUBJECTS)[:3]
+    assert len(turns) == len(set(turns)) == 3 * len({case for case, _ in turns})
+
+
+def test_a_step_is_warm_and_long_enough_before_it_is_timed(monkeypatch):
+    calls = []
+    monkeypatch.setattr(measure, "clock", lambda: 0.03 * len(calls))
+    step = dataclasses.replace(prepared(small("plain", 1), CPU)[1], run=lambda: calls.append(None))
+    monkeypatch.setattr(measure, "prepared", lambda case, device: (None, step))
+    _, rounds = measure.warmed_up.__wrapped__(small("plain", 1), CPU)
+    assert rounds == round(0.1 / 0.03) and len(calls) * 0.03 >= measure.WARM_SECONDS
 
 
 def test_the_command_line_measures_and_summarises(tmp_path):
-    command = [sys.executable, "-m", "bench", "--quick", "--device=cpu", "-k", "memory and depth4", "--out", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "bench", "--quick", "--device=cpu", "--threads=1", "--out", tmp_path,
+               "-k", "depth-depth4 and (plain or reversible) or mode-depth2 and plain"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "SKIPPED" in done.stdout and "add --modes" in done.stdout
     (path,) = tmp_path.glob("*.json")
     results = summary.load(path)
-    assert list(results.subject) == list(SUBJECTS) and set(results.depth) == {4}
-    peaks = results.set_index("subject").activation_bytes
-    assert peaks["reversible"] < peaks["checkpoint"] < peaks["plain"]
-    assert (results.peak_bytes > results.activation_bytes).all()
-    assert "Memory against depth" in done.stdout and str(path) in done.stdout
+    memory = results[results.group == "memory"]
+    assert list(memory.subject) == ["plain", "reversible"] and set(memory.depth) == {4}
+    assert memory.activation_bytes.iloc[1] < memory.activation_bytes.iloc[0] / 3
+    times = results[results.group == "time"]
+    assert list(times.subject) == [*["plain", "reversible"] * 2, "plain", "reversible"] and times.load.notna().all()
+    assert {device["threads"] for device in results.device} == {1}
+    assert "Peak activation memory against depth" in done.stdout and str(path) in done.stdout

@@ -1,0 +1,70 @@
+"""Ways to run a case's step other than eagerly in float32: precision, memory format, compiler, CUDA graphs."""
+
+import shutil
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from bench.cases import THREE, Chain, Step, branches
+
+MODES = {
+    "eager": "float32",
+    "bf16": "F and G in bfloat16 under autocast, the residual stream in float32",
+    "channels_last": "float32, channels innermost",
+    "compile-branches": "F and G compiled by torch.compile, one by one",
+    "compile-model": "the whole module compiled; around a reversible block the graph breaks",
+    "graph": "the whole step captured in a CUDA graph and replayed",
+}
+
+
+def modes(*, quick: bool, cuda: bool) -> list[Chain]:
+    """Chains in all modes: where kernels are long, and where launching them is most of the time."""
+    large, small = (8, 64, 64, 32) if cuda else (2, 4, 64, 32), (16 if cuda else 4, 2, 4, 4)
+    # Graphs come last: a capture that fails can leave the process unable to go on.
+    return [Chain("mode", subject, *sizes, mode) for mode in MODES for sizes in (large, small) for subject in THREE]
+
+
+def why_not(case, *, cuda: bool, everywhere: bool) -> str | None:
+    """Why the case does not run here, and how it would."""
+    if case.mode == "graph" and not cuda:
+        return "CUDA graphs need a GPU: run on a machine that has one"
+    if case.series == "mode" and not cuda and not everywhere:
+        return "a comparison for GPUs: add --modes to run it on the CPU, too"
+    if case.mode.startswith("compile") and not cuda and not (shutil.which("g++") or shutil.which("clang++")):
+        return "torch.compile needs a C++ compiler: install g++"
+    return None
+
+
+def prepared(case, device: torch.device) -> tuple[nn.Module, Step]:
+    """The case's model, and its training step in the case's mode."""
+    model = case.model(device)
+    autocast = nullcontext
+    if case.mode == "bf16":
+        autocast = partial(torch.autocast, device.type, torch.bfloat16)
+    elif case.mode == "channels_last":
+        model.to(memory_format=torch.channels_last)
+    elif case.mode == "compile-branches":
+        for branch in branches(model):
+            branch.compile()
+    elif case.mode == "compile-model":
+        model.compile()
+    step = case.step(model, device, autocast)
+    return model, captured(model, step) if case.mode == "graph" else step
+
+
+def captured(model: nn.Module, step: Step) -> Step:
+    """The step's replay. Each makes the gradients anew, in the graph's own memory."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # as torch.cuda.graph asks: warmed up on a stream that is not the default
+        for _ in range(3):
+            step.run()
+    torch.cuda.current_stream().wait_stream(stream)
+    model.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step.run()
+    return replace(step, run=graph.replay)

@@ -1,0 +1,72 @@
+"""The full training step of the six CIFAR networks, RevNets with the engine on and off."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bench.cases import Step
+from memcnn.models.resnet import MODELS
+from memcnn.training.recipe import PUBLISHED
+
+
+@dataclass(frozen=True)
+class Network:
+    """Of MODELS, on a batch of (batch, 3, 32, 32); subject "plain" runs the reversible units by ordinary autograd."""
+
+    network: str
+    subject: str
+    batch: int
+    series: str = "network"
+    mode: str = "eager"
+
+    @property
+    def group(self) -> str:
+        return f"{self.series}-{self.network}-batch{self.batch}"
+
+    @property
+    def cycle(self) -> str:
+        return self.series
+
+    def __str__(self) -> str:
+        return f"{self.group}-{self.subject}"
+
+    def info(self) -> dict:
+        return {"case": str(self), "comparison": self.group, **asdict(self)}
+
+    def model(self, device: str | torch.device) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return MODELS[self.network](disable=self.subject == "plain").to(device)
+
+    def step(self, model: nn.Module, device: str | torch.device, autocast: Callable = nullcontext) -> Step:
+        """One with the published recipe's optimiser, at a rate that leaves the weights about where they are."""
+        generator = torch.Generator().manual_seed(1)
+        images = torch.randn(self.batch, 3, 32, 32, generator=generator).to(device)
+        labels = torch.randint(10, (self.batch,), generator=generator).to(device)
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=1e-4, momentum=PUBLISHED.momentum, weight_decay=PUBLISHED.weight_decay
+        )
+
+        def run() -> None:
+            with autocast():
+                loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return Step(run, (images, labels), optimizer)
+
+
+def networks(*, quick: bool, cuda: bool, series: str = "network") -> list[Network]:
+    """A RevNet beside its twin without the engine; the ResNets have nothing to switch."""
+    names = ("resnet32", "revnet38") if quick else MODELS
+    batch = PUBLISHED.batch_size if cuda else 8
+    return [
+        Network(name, subject, batch, series)
+        for name in names
+        for subject in (("plain", "reversible") if name.startswith("revnet") else ("plain",))
+    ]

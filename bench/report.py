@@ -1,0 +1,114 @@
+"""Tables and figures of a benchmark result, for reading and for committing.
+
+    python -m bench.report results/bench/FILE.json --out reports/bench/cpu
+
+Writes summary.md with its figures, page.html, which needs no other file, and measurements.csv, a row per measurement.
+"""
+
+import argparse
+import base64
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+
+from bench.figures import draw, pareto_of_peers, save
+from bench.summary import MIB, load, origin, sections, series_of, time_table
+from memcnn.training.files import write_by_rename
+
+TITLE = "What reversibility costs and saves"
+PEERS = Path(__file__).resolve().parents[1] / "reports" / "peers.json"
+NESTED = ("device", "software")  # told once, on top
+
+
+def headline(results: pd.DataFrame) -> list[str]:
+    """Gains and losses in sentences, from the measurements alone."""
+    memory, times = series_of(results, "memory", "depth"), time_table(results)
+    lines = []
+    if {"plain", "checkpoint", "reversible"} <= set(memory.subject):
+        depth = memory.depth.max()
+        mib = memory[memory.depth == depth].set_index("subject").activation_bytes / MIB
+        lines.append(f"Memory: at {depth:.0f} blocks activations take {mib['plain']:.0f} MiB in plain autograd, "
+                     f"{mib['checkpoint']:.0f} with checkpoints, {mib['reversible']:.0f} in a reversible chain.")
+
+    def loss(series: str, pick: pd.Series | None, what: str) -> None:
+        rows = times[(times.series == series) & times.subject.isin(["reversible", "checkpoint"])].dropna(subset="ratio")
+        if pick is not None and not rows.empty:
+            rows = rows[rows[pick] == (rows[pick].max() if series == "depth" else rows[pick].min())]
+        rows = rows.set_index("subject")
+        if {"reversible", "checkpoint"} <= set(rows.index):
+            ours, other = rows.loc["reversible"], rows.loc["checkpoint"]
+            lines.append(f"{what}: a reversible step takes {ours.ratio:.2f} [{ours.ratio_low:.2f}, "
+                         f"{ours.ratio_high:.2f}] times plain's; checkpoint per block {other.ratio:.2f} "
+                         f"[{other.ratio_low:.2f}, {other.ratio_high:.2f}].")
+
+    loss("depth", "depth", "Time at the largest depth")
+    loss("batch", "batch", "The smallest batch")
+    loss("tiny", None, "Tiny tensors, where Python and launches are all there is")
+    return lines
+
+
+def write(results: pd.DataFrame, folder: Path, command: str) -> list[Path]:
+    """The files of the report; their paths."""
+    figures = draw(results)
+    if PEERS.is_file():
+        peers = json.loads(PEERS.read_text("utf-8"))
+        figures["pareto_of_peers"] = (pareto_of_peers(peers), "Beside other packages, from reports/peers.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [path for name, (figure, _) in figures.items() for path in save(figure, folder / "figures" / name)]
+    pictures = [(title, (folder / "figures" / f"{name}.svg").read_bytes()) for name, (_, title) in figures.items()]
+    texts = {"summary.md": markdown(results, {n: t for n, (_, t) in figures.items()}, command),
+             "page.html": html(results, pictures, command),
+             "measurements.csv": results.drop(columns=list(NESTED)).to_csv(index=False, float_format="%.6g",
+                                                                           lineterminator="\n")}
+    for name, text in texts.items():
+        write_by_rename(folder / name, text.encode())
+        written.append(folder / name)
+    return written
+
+
+def markdown(results: pd.DataFrame, figures: dict[str, str], command: str) -> str:
+    parts = [f"# {TITLE}", f"Made by `python -m bench`, then `{command}`.", f"Measured on {origin(results)}.",
+             "\n".join(f"* {line}" for line in headline(results))]
+    parts += [f"## {title}\n\n![{title}](figures/{name}.svg)" for name, title in figures.items()]
+    for title, note, table in sections(results):
+        parts += [f"## {title}", note, table.to_markdown(index=False, floatfmt=".6g")]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def html(results: pd.DataFrame, pictures: list[tuple[str, bytes]], command: str) -> str:
+    """One page that needs no other file. Pictures: title, SVG. All that comes from the measurements is escaped."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    tables = [(title, note, list(table), [[_cell(value) for value in row] for row in table.itertuples(index=False)])
+              for title, note, table in sections(results)]
+    return environment.get_template("page.html").render(
+        title=TITLE, origin=origin(results), headline=headline(results), tables=tables,
+        pictures=[(title, base64.b64encode(picture).decode()) for title, picture in pictures], command=command)
+
+
+def _cell(value: object) -> str:
+    return value if isinstance(value, str) else "" if pd.isna(value) else f"{value:.6g}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench.report", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", metavar="FILE.json", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
+    options = parser.parse_args()
+    try:
+        results = load(options.result)
+    except (OSError, ValueError) as error:
+        print(f"bench.report: {error}", file=sys.stderr)
+        return 2
+    command = f"python -m bench.report FILE.json --out {shlex.quote(str(options.out))}"
+    print(*write(results, options.out, command), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Benchmark results made up, or measured in this process, in the format of pytest-benchmark."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench import measure
+
+MACHINE = {"device": {"type": "cpu", "name": "a processor", "threads": 1, "cores": 2, "clock": "wall"}, "commit": None, "clean": None,
+           "software": {"torch": torch.__version__, "python": "3.11.7", "memcnn": "2.0.0"}, "load": 0.5}
+
+
+def row(group: str, case, seconds: float = 1.0, **more) -> dict:
+    """One measurement of a case of ``bench``."""
+    return {"group": group, "stats": {"median": seconds, "rounds": 1}, "extra_info": {**case.info(), **MACHINE, **more}}
+
+
+def measured(case) -> dict:
+    """Its memory and evaluations, here and now."""
+    cpu = torch.device("cpu")
+    return row("memory", case, **measure.memory(case, cpu), **measure.evaluations(case, cpu))
+
+
+def written(path: Path, rows: Sequence[dict]) -> Path:
+    path.write_text(json.dumps({"benchmarks": list(rows)}))
+    return path

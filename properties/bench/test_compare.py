@@ -1,0 +1,58 @@
+"""Two commits are measured side by side, each with its own memcnn."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import compare
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs a checkout: clone it")
+def test_a_commit_is_compared_with_the_tree_as_it_is():
+    command = [sys.executable, "-m", "bench.compare", "HEAD", ".", "--rounds=1", "--device=cpu",
+               "-k", "tiny-depth32-2x4x4-eager-rev"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "B is working tree" in done.stdout
+    assert "tiny-depth32-2x4x4-eager-reversible" in done.stdout and "128, the same" in done.stdout
+
+
+class Scripted:
+    """A side with answers made up."""
+
+    def __init__(self, seconds: list[float], log: list, **exact):
+        self.seconds, self.log, self.exact = iter(seconds), log, exact
+
+    def ask(self, question: str, case: str, device: str) -> dict:
+        if question == "seconds":
+            self.log.append(self)
+            return {"seconds": next(self.seconds)}
+        return self.exact
+
+
+def test_the_two_alternate_and_a_ratio_is_that_of_one_round():
+    log = []
+    a = Scripted([9.0, 1.0, 2.0, 4.0], log, peak_bytes=1000, evaluations=4)
+    b = Scripted([9.0, 1.1, 2.4, 4.4], log, peak_bytes=1050, evaluations=4)
+    row = compare.compared([a, b], "case", 3, "cpu")
+    assert row["time B / A"] == "1.100 [1.100, 1.150]" and row["n"] == 3
+    assert row["peak_bytes"] == "1,000 -> 1,050 (+5.00 %)" and row["evaluations"] == "4, the same"
+    assert log == [a, b, b, a, a, b, b, a]
+
+
+def test_a_side_that_fails_is_named_and_not_timed():
+    log = []
+    a, b = Scripted([1.0] * 9, log, peak_bytes=1, evaluations=1), Scripted([1.0] * 9, log, failed="KeyError: 'x'")
+    assert compare.compared([a, b], "case", 3, "cpu")["time B / A"] == "B failed: KeyError: 'x'"
+    assert len(log) <= 2
+
+
+def test_a_commit_that_git_does_not_know_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="no-such-commit"):
+        compare.unpack("no-such-commit", tmp_path)
