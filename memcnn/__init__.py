@@ -11,10 +11,11 @@ from memcnn.models.revop import (
     create_coupling,
     is_invertible_module,
 )
+from memcnn.weights import load_trained
 
 __version__ = "2.0.0.dev0"
 
 __all__ = ["ActNorm", "AdditiveCoupling", "AffineAdapterExp", "AffineAdapterNaive", "AffineAdapterSigmoid",
            "AffineCoupling", "ChannelPermutation", "DepthToSpace", "InvertibleConv1x1", "InvertibleModuleWrapper",
            "ReversibleBlock", "ReversibleSequential", "SpaceToDepth", "__version__", "create_coupling",
-           "is_invertible_module"]
+           "is_invertible_module", "load_trained"]

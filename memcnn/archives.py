@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from memcnn._torchvision import torchvision
+from memcnn.training.record import NUM_CLASSES
 
 DATASETS = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
-NUM_CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
 class DataNotFound(RuntimeError):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from memcnn import data as cifar
 from memcnn.models.resnet import MODELS
@@ -211,7 +211,9 @@ class Run:
                     return reason
                 part = self.world.share(min(EVALUATION_BATCH, len(images) - first))
                 if part.start < part.stop:
-                    totals += self._evaluated(slice(first + part.start, first + part.stop))
+                    totals += evaluated(
+                        self.model, self.data, slice(first + part.start, first + part.stop), self.execution
+                    )
                 batch_seconds = time.perf_counter() - started
         finally:
             self.model.train()
@@ -221,14 +223,6 @@ class Run:
             raise _NotFinite(f"test loss is {test_loss} at iteration {self.iteration}")
         self._add_row(test_loss, test_accuracy)
         return None
-
-    def _evaluated(self, part: slice) -> Tensor:
-        """Summed loss, and right answers, on a part of the test images."""
-        images, labels = cifar.normalise(self.data.test_images[part], self.data.mean), self.data.test_labels[part]
-        with self.execution.autocast(self.device):
-            logits = self.model(images.contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-        return torch.stack([loss, (logits.argmax(1) == labels).sum()])
 
     def _add_row(self, test_loss: float, test_accuracy: float) -> None:
         batch_losses = self.world.summed(self.step.totals)[0].item() / self.world.size
@@ -298,6 +292,15 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def evaluated(model: nn.Module, data: cifar.Data, part: slice, execution: Execution) -> Tensor:
+    """(2,): summed loss, and right answers, on a part of the test images."""
+    images, labels = cifar.normalise(data.test_images[part], data.mean), data.test_labels[part]
+    with execution.autocast(images.device):
+        logits = model(images.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack([loss, (logits.argmax(1) == labels).sum()])
 
 
 class _NotFinite(Exception):

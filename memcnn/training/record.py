@@ -15,7 +15,8 @@ from memcnn.training.recipe import PUBLISHED, Recipe
 
 SCHEMA = 1
 FILE_NAME = "record.json"
-DATASETS = ("cifar10", "cifar100")
+NUM_CLASSES = {"cifar10": 10, "cifar100": 100}
+DATASETS = tuple(NUM_CLASSES)
 STATUSES = ("complete", "partial", "failed")
 COUNTS = ("seed", "iterations", "interruptions", "parameters", "parameter_bytes", "peak_bytes", "activation_bytes")
 SOFTWARE = ("memcnn", "python", "torch", "torchvision", "platform")
@@ -82,6 +83,11 @@ class RunRecord:
         if self.data["official"]:
             return "official"
         return "generated" if "generated" in self.data["checksums"] else "not the official files"
+
+    @property
+    def mark(self) -> str:
+        """What its result is shown with, in brackets; nothing on official data."""
+        return {"official": "", "generated": " (generated data)"}.get(self.data_kind, f" ({self.data_kind})")
 
     def write(self, folder: str | Path) -> Path:
         """Write record.json into `folder`, by rename; its path."""

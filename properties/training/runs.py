@@ -1,10 +1,12 @@
 """What the tests of training share: a run that takes milliseconds, and ways to look at what it left."""
 
 import csv
+import struct
 import time
 from pathlib import Path
 
 import torch
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import nn
 
 from memcnn import data as cifar_data
@@ -50,6 +52,23 @@ def checkpoint_of(folder: Path) -> dict:
 def curve_of(folder: Path) -> list[dict]:
     with open(folder / "curve.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def scalars(folder: Path) -> list[tuple[str, int, float]]:
+    """What TensorBoard shows of a run: (name, iteration, value), after what a restart declared void is dropped."""
+    shown = []
+    for path in sorted((folder / "tensorboard").iterdir(), key=lambda path: path.name):
+        content = path.read_bytes()
+        while len(content) >= 12:
+            (length,) = struct.unpack("<Q", content[:8])
+            if len(content) < 16 + length:  # cut short by a kill: TensorBoard goes on to the next file
+                break
+            event = Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            if event.session_log.status == SessionLog.START:
+                shown = [entry for entry in shown if entry[1] < event.step]
+            shown += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+    return sorted(shown)
 
 
 def without(values: dict, *names: str) -> dict:

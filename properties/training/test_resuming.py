@@ -2,14 +2,12 @@
 
 import os
 import signal
-import struct
 import time
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import nn
 
 from memcnn.models.resnet import MODELS
@@ -17,7 +15,7 @@ from memcnn.training import checkpoint
 from memcnn.training.recipe import override
 from memcnn.training.record import RunRecord, load
 from memcnn.training.stopping import Stop
-from properties.training.runs import NAME, RECIPE, Slow, checkpoint_of, curve_of, run, tiny, without
+from properties.training.runs import NAME, RECIPE, Slow, checkpoint_of, curve_of, run, scalars, tiny, without
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
 
@@ -62,21 +60,6 @@ def run_in_parts(runs, parts: list[tuple[int, str]]) -> RunRecord:
     raise AssertionError("the run never ended")
 
 
-def scalars(runs) -> list[tuple[str, int, float]]:
-    """What TensorBoard shows of a run: (name, iteration, value), after what a restart declared void is dropped."""
-    shown = []
-    for path in sorted((runs / NAME / "tensorboard").iterdir(), key=lambda path: path.name):
-        content = path.read_bytes()
-        while content:
-            (length,) = struct.unpack("<Q", content[:8])
-            event = Event.FromString(content[12 : 12 + length])
-            content = content[16 + length :]
-            if event.session_log.status == SessionLog.START:
-                shown = [entry for entry in shown if entry[1] < event.step]
-            shown += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
-    return sorted(shown)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, tiny_runs):
     runs = tmp_path_factory.mktemp("uninterrupted")
@@ -103,8 +86,8 @@ def test_resuming_gives_the_same_bits(tmp_path_factory, uninterrupted, parts):
     assert [int(row["iteration"]) for row in rows] == [5, 10, 12]
     of_the_session = ("train_seconds", "interruptions", "commit", "clean")
     assert without(vars(record), *of_the_session) == without(vars(expected_record), *of_the_session)
-    assert scalars(runs) == scalars(expected_runs)
-    assert len(scalars(runs)) == 3 * 4
+    assert scalars(runs / NAME) == scalars(expected_runs / NAME)
+    assert len(scalars(runs / NAME)) == 3 * 4
 
 
 def test_time_adds_up_over_interruptions_and_each_is_counted(tmp_path):

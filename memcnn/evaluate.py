@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Test accuracy and loss of a run's checkpoint, beside those in its record.
+
+    python -m memcnn.evaluate runs/revnet38-cifar10-published-s0
+
+Exit status: 0 evaluated, 1 the data is missing or damaged, 2 misuse, as a folder without a good record and checkpoint.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from memcnn import data as cifar
+from memcnn.archives import BadData, DataNotFound
+from memcnn.training import loop
+from memcnn.training.checkpoint import BadCheckpoint
+from memcnn.training.execution import Execution
+from memcnn.training.record import BadRecord, RunRecord
+from memcnn.weights import load_run
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: cifar.Data, *, images: int | None = None, execution: Execution | None = None
+) -> tuple[float, float]:
+    """Mean loss (nats) and accuracy (percent) on the test images, or the first `images` of them, as training evaluates.
+
+    Model and data are on one device; the model is left in evaluation mode.
+    """
+    model.eval().to(memory_format=torch.channels_last)
+    count = len(data.test_images[:images])
+    totals = torch.zeros(2, dtype=torch.float64, device=data.mean.device)
+    for first in range(0, count, loop.EVALUATION_BATCH):
+        part = slice(first, min(first + loop.EVALUATION_BATCH, count))
+        totals += loop.evaluated(model, data, part, execution or Execution())
+    loss, correct = totals.tolist()
+    return loss / count, 100 * correct / count
+
+
+def execution_of(record: RunRecord) -> Execution:
+    """How the run's evaluations were executed: at its precision."""
+    return Execution(precision=record.software.get("execution", "float32").partition(",")[0])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="memcnn.evaluate",
+        description=__doc__.split("\n\n")[0],
+        epilog=__doc__.split("\n\n")[-1],
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="with record.json and checkpoint.pt")
+    option = parser.add_argument
+    option("--data", metavar="FOLDER", help='the CIFAR files, or the word "generated" (default: as in its training)')
+    option("--unofficial-data", action="store_true", help="evaluate on files with wrong checksums too")
+    devices = [*(f"cuda:{index}" for index in range(torch.cuda.device_count())), "cpu"]
+    option("--device", choices=devices, default=devices[0], help="(default: %(default)s)")
+    option("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = build_parser()
+    given = parser.parse_args(arguments)
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    try:
+        model, record, iterations = load_run(given.folder, device=given.device)
+        where = given.data or (cifar.GENERATED if record.data_kind == "generated" else None)
+        data = cifar.load(record.dataset, where, unofficial=given.unofficial_data)
+    except (BadRecord, BadCheckpoint) as error:
+        parser.error(str(error))
+    except (BadData, DataNotFound, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    images = record.recipe.test_images
+    loss, accuracy = evaluate(model, data.to(given.device), images=images, execution=execution_of(record))
+    count = f"{len(data.test_images[:images]):,} images"
+    if data.checksums != record.data["checksums"]:
+        count += ", other ones than in its training"
+    print(f"{record.model} on {record.dataset}, after iteration {iterations} of {record.recipe.iterations}:")
+    print(f"  test accuracy {accuracy:.2f} %, loss {loss:.4f}, on {count}")
+    if record.test_iteration is not None:
+        there = f"{record.test_accuracy:.2f} %, loss {record.test_loss:.4f}, after iteration {record.test_iteration}"
+        print(f"  in its record {there}{record.mark}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
