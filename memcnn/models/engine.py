@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from memcnn.models.capture import refuse_capture
 from memcnn.models.replay import Replay
 from memcnn.rounding import relative_error
 
@@ -154,6 +155,8 @@ class Step(Link):
         self.inputs = ()
 
     def check(self, values: Sequence[Tensor | None]) -> None:
+        if self.expected:
+            refuse_capture(self.expected[0].device, "check_inverse compares values", "leave it out there")
         for got, wanted in zip(values, self.expected, strict=False):
             error = 0.0 if wanted is None else relative_error(got, wanted)
             if not error <= self.check_inverse:
@@ -181,8 +184,11 @@ class Step(Link):
             raise self._diverged(f"{len(self.handles)} saved tensors", f"{self.seen}")
 
     def as_recorded(self, index: int, value: Tensor) -> Tensor:
-        """An input as the forward evaluation saw it: its strides, on which kernels depend, and its requires_grad."""
-        if value.stride() != self.strides[index]:
+        """An input as the forward evaluation saw it: its strides, on which kernels depend, and its requires_grad.
+
+        What was expanded then is dense now: it cannot be written to, and only elementwise operations see it.
+        """
+        if value.stride() != self.strides[index] and 0 not in self.strides[index]:
             like = torch.empty_strided(value.shape, self.strides[index], dtype=value.dtype, device=value.device)
             value = like.copy_(value)
         return value.detach().requires_grad_(self.requires_grad[index])

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memcnn.models.capture import refuse_capture
+
 DEFAULT_STEP = 2.0**-10
 
 
@@ -50,6 +52,7 @@ class Grid:
 
     def checked(self, x: Tensor) -> Tensor:
         limit = self.limit(x.dtype)
+        refuse_capture(x.device, "an exact coupling looks at its largest value", "use exact=False")
         largest = x.detach().abs().amax().item() if x.numel() else 0.0
         if not largest <= limit:
             raise OverflowError(f"a value of {largest:.3g} in an exact coupling leaves the grid of {x.dtype} with step "

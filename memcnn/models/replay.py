@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _NormBase
 
+from memcnn.models.capture import NoRandomNumbers, is_captured
+
 
 class Replay:
     """Made before the first evaluation of ``module`` on ``inputs``, which runs within ``first()``.
@@ -32,8 +34,9 @@ class Replay:
         self.autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind),
                           torch.is_autocast_cache_enabled())
                          for kind in {d.type for d in devices} if torch.amp.is_autocast_available(kind)]
+        self.captured = preserve_rng_state and any(is_captured(device) for device in devices)
         self.generators = [(device, _rng_state(device)) for device in devices
-                           if preserve_rng_state and device.type in ("cpu", "cuda")]
+                           if preserve_rng_state and device.type in ("cpu", "cuda") and not is_captured(device)]
         self.replacing_hooks: list[Callable] = []
         self.sets_parameters = False
 
@@ -44,6 +47,8 @@ class Replay:
         with ExitStack() as stack:
             for hooks, key, hook in self._user_hooks():
                 _substitute(stack, hooks, key, functools.partial(self._noted, hook))
+            if self.captured:
+                stack.enter_context(NoRandomNumbers(type(self.modules[0][0]).__name__))
             yield
         self.generators = [(device, state) for device, state in self.generators
                            if not _equal(state, _rng_state(device))]

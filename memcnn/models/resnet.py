@@ -8,6 +8,7 @@ takes ``num_classes`` and returns a module that maps images (N, 3, 32, 32) to lo
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from memcnn.models.additive import AdditiveCoupling
@@ -48,8 +49,9 @@ class ResidualUnit(nn.Module):
     """y = shortcut(x) + branch(x), for a unit that strides or changes its width: shortcut = conv1x1(stride), BN."""
 
     def __init__(self, branch: Callable[..., nn.Module], in_channels: int, out_channels: int, stride: int,
-                 activate: bool):
+                 activate: bool, full_precision: bool = False):
         super().__init__()
+        self.full_precision = full_precision
         self.branch = branch(in_channels, out_channels, stride, activate=activate)
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != out_channels:
@@ -57,7 +59,8 @@ class ResidualUnit(nn.Module):
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.shortcut(x) + self.branch(x)
+        shortcut = self.shortcut(x)
+        return (_full_precision(shortcut) if self.full_precision else shortcut) + self.branch(x)
 
 
 class ResNet(nn.Module):
@@ -69,7 +72,7 @@ class ResNet(nn.Module):
         channels: width of the stem, then of each stage (before the bottleneck's expansion).
         num_classes: number of logits.
         reversible: make every unit that neither strides nor changes its width a reversible one, whose F and G are
-            two branches at half the width.
+            two branches at half the width. Under autocast the stream that they invert stays in float32.
         disable: keep the reversible units' weights but run them with ordinary autograd (every activation stored).
         exact: invert without rounding, see ``memcnn.models.exact``.
     """
@@ -80,6 +83,7 @@ class ResNet(nn.Module):
         if len(channels) != len(units) + 1:
             raise ValueError(f"channels must name the stem and each of the {len(units)} stages, so {len(units) + 1} "
                              f"widths: got {len(channels)}")
+        self.reversible = reversible
         stem, *widths = channels
         widths = [width * branch.expansion for width in widths]
         self.stem = nn.Sequential(_conv3x3(3, stem), *_activation(stem))
@@ -98,6 +102,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of images x (N, 3, H, W)."""
         x = self.stem(x)
+        if self.reversible:
+            x = _full_precision(x)
         for stage in self.stages:
             x = stage(x)
         return self.head(x)
@@ -136,9 +142,14 @@ MODELS = {model.__name__: model for model in (resnet32, resnet110, resnet164, re
 def _unit(branch: Callable[..., nn.Module], in_width: int, width: int, *, stride: int, activate: bool,
           reversible: bool, disable: bool, exact: bool) -> nn.Module:
     if not reversible or stride != 1 or in_width != width:
-        return ResidualUnit(branch, in_width, width, stride, activate)
+        return ResidualUnit(branch, in_width, width, stride, activate, full_precision=reversible)
     F, G = (branch(width // 2, width // 2, activate=activate) for _ in range(2))
     return InvertibleModuleWrapper(AdditiveCoupling(F, G, exact=exact), disable=disable)
+
+
+def _full_precision(x: Tensor) -> Tensor:
+    """x in float32 where autocast made it less: a stream that is inverted must not round as the branches on it may."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if torch.is_autocast_enabled(x.device.type) else x
 
 
 def _activation(channels: int, wanted: bool = True) -> Sequence[nn.Module]:

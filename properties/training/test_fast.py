@@ -1,0 +1,276 @@
+"""However steps are executed, they compute what the plain step computes, and a resumed run ends with the same bits."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memcnn import data as cifar
+from memcnn.models.resnet import MODELS, ResNet, basic_branch
+from memcnn.testing.tolerances import relative_error, tolerance
+from memcnn.training.execution import Execution
+from memcnn.training.recipe import override
+from memcnn.training.record import run_name
+from memcnn.training.step import TrainingStep
+from memcnn.training.stopping import Stop
+from properties.training.capture import stand_in
+from properties.training.runs import DATA, NAME, RECIPE, checkpoint_of, curve_of, run, without
+
+pytestmark = [
+    pytest.mark.usefixtures("tiny_runs"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # the compiler
+]
+CPU = torch.device("cpu")
+PLAIN, GRAPH, COMPILED, BF16 = Execution(), Execution(graph=True), Execution(compile=True), Execution(precision="bf16")
+FAST = [GRAPH, COMPILED, BF16]
+STEPS = 5
+SMALL = override(RECIPE, learning_rate=0.02, milestones=(2, 4))
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; run on a machine with one")
+
+
+def small_revnet(num_classes: int = 10, *, disable: bool = False) -> ResNet:
+    """Three reversible units and one that strides.
+
+    Not narrower: with fewer than 8 channels oneDNN's strided 1x1 convolution of channels_last images writes out of its
+    bounds (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    """
+    return ResNet(basic_branch, (2, 2), (8, 8, 16), num_classes, reversible=True, disable=disable)
+
+
+def small_resnet(num_classes: int = 10, *, disable: bool = False) -> ResNet:
+    return ResNet(basic_branch, (2, 2), (8, 8, 16), num_classes)
+
+
+@pytest.fixture
+def executable(monkeypatch):
+    """Every execution can be had on this machine: CUDA graphs by a stand-in, and a compiler that takes no minutes."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(Execution, "on", lambda self, device, *, processes: (self, []))
+    with stand_in(monkeypatch) as graphs:
+        yield graphs
+
+
+def train_steps(make, execution: Execution, *, device: torch.device = CPU, steps: int = STEPS):
+    """The losses of some steps, (steps,), and all that they leave."""
+    data = DATA.to(device)
+    torch.manual_seed(0)
+    model = make().to(device, memory_format=torch.channels_last)
+    step = TrainingStep(model, SMALL, data, execution)
+    plan = cifar.epoch_plan(0, 0, 40, pad=2, flip=True).to(device)
+    losses = []
+    with execution.settings(device):
+        for i in range(steps):
+            before = step.totals.clone()
+            batch = plan.part(8 * (i % 5), 8 * (i % 5) + 8)
+            step(batch, SMALL.learning_rate_after(i))
+            losses.append((step.totals - before)[0])
+    return torch.stack(losses), step
+
+
+def assert_like_plain(make, execution: Execution, limit: float, device: torch.device = CPU) -> None:
+    losses, step = train_steps(make, execution, device=device)
+    plain_losses, plain = train_steps(make, PLAIN, device=device)
+    assert relative_error(losses, plain_losses) <= limit
+    assert losses.unique().numel() == STEPS, "a step that moves nothing is like any other"
+    for got, wanted in zip(step.model.state_dict().items(), plain.model.state_dict().items(), strict=True):
+        assert relative_error(got[1], wanted[1]) <= limit, got[0]
+    assert step.iteration == plain.iteration == STEPS
+    assert step.bad.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("make", "execution"),
+    [(small_revnet, GRAPH), (small_resnet, GRAPH), (small_revnet, COMPILED)],
+    ids=["RevNet, graph", "ResNet, graph", "RevNet, compile"],
+)
+def test_a_captured_or_compiled_step_trains_as_the_plain_one(executable, make, execution):
+    assert_like_plain(make, execution, tolerance(torch.float32, depth=STEPS))
+
+
+def test_a_step_is_captured_once_and_then_replayed(executable):
+    _, step = train_steps(small_revnet, GRAPH)
+    assert len(executable) == 1
+    assert step.run == executable[0].replay
+
+
+@pytest.mark.parametrize("make", [small_revnet, small_resnet])
+def test_bf16_changes_losses_by_its_rounding_alone(executable, make):
+    losses, _ = train_steps(make, BF16)
+    plain_losses, _ = train_steps(make, PLAIN)
+    error = relative_error(losses, plain_losses)
+    assert 0 < error <= STEPS * torch.finfo(torch.bfloat16).eps
+
+
+def test_under_bf16_a_revnets_gradients_are_those_of_its_twin(executable):
+    """The stream that is inverted is float32, so that both round in the same places; a bf16 stream is 30 % off."""
+    gradients = []
+    for disable in (False, True):
+        _, step = train_steps(functools.partial(small_revnet, disable=disable), BF16, steps=1)
+        gradients.append(torch.cat([p.grad.flatten() for p in step.model.parameters()]))
+    assert relative_error(*gradients) <= 4 * torch.finfo(torch.bfloat16).eps
+
+
+def test_a_revnets_stream_is_full_precision_under_autocast_and_untouched_without():
+    streams = []
+    model = small_revnet()
+    for unit in [unit for stage in model.stages for unit in stage]:
+        unit.register_forward_hook(lambda module, inputs, output: streams.extend([inputs[0].dtype, output.dtype]))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(images).dtype == torch.bfloat16
+    assert set(streams) == {torch.float32}
+    streams.clear()
+    model.double()(images.double())
+    assert set(streams) == {torch.float64}
+
+
+def test_a_loss_that_is_no_number_is_noted_with_the_first_iteration_that_had_it(executable):
+    for execution in (PLAIN, GRAPH):
+        _, step = train_steps(small_resnet, execution, steps=2)
+        step.model.head[-1].bias.data.fill_(torch.inf)
+        plan = cifar.epoch_plan(0, 0, 40, pad=2, flip=True)
+        for i in range(2):
+            step(plan.part(8 * i, 8 * i + 8), 0.1)
+        iteration, loss = step.bad.tolist()
+        assert iteration == 3 and loss != loss
+
+
+class Reading(TorchDispatchMode):
+    """Notes the operations for whose result Python must wait."""
+
+    WAITING = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "allclose", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in self.WAITING:
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", [small_revnet, small_resnet])
+@pytest.mark.parametrize("execution", [PLAIN, BF16], ids=str)
+def test_nothing_in_a_step_waits_for_the_device(make, execution):
+    _, step = train_steps(make, execution, steps=1)
+    plan = cifar.epoch_plan(0, 0, 40, pad=2, flip=True)
+    with Reading() as reading:
+        step(plan.part(8, 16), 0.1)
+    assert reading.found == []
+
+
+@pytest.mark.parametrize("execution", FAST, ids=str)
+def test_resuming_gives_the_same_bits_however_steps_are_executed(tmp_path, executable, monkeypatch, execution):
+    if execution == GRAPH:
+        monkeypatch.setitem(MODELS, "resnet32", small_revnet)
+    run(tmp_path / "whole", execution=execution)
+    with pytest.MonkeyPatch.context() as patch:
+        answers = iter([None] * 10)  # five steps, three parts of an evaluation, two steps
+        patch.setattr(Stop, "reason", lambda self, needed_seconds: next(answers, "interrupted"))
+        assert run(tmp_path / "parts", execution=execution).reason == "interrupted"
+    record = run(tmp_path / "parts", execution=execution)
+    assert (record.status, record.interruptions) == ("complete", 1)
+
+    state, expected = (checkpoint_of(tmp_path / name / NAME) for name in ("parts", "whole"))
+    torch.testing.assert_close(state["model"], expected["model"], rtol=0, atol=0)
+    torch.testing.assert_close(state["optimizer"], expected["optimizer"], rtol=0, atol=0)
+    rows, expected_rows = (curve_of(tmp_path / name / NAME) for name in ("parts", "whole"))
+    assert [without(row, "train_seconds") for row in rows] == [without(row, "train_seconds") for row in expected_rows]
+
+
+def test_a_run_may_go_on_with_another_execution(tmp_path, executable):
+    recipe = override(RECIPE, learning_rate=0.01)
+    name = run_name("resnet32", "cifar10", recipe, 0)
+    run(tmp_path / "plain", recipe=recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        answers = iter([None] * 3)
+        patch.setattr(Stop, "reason", lambda self, needed_seconds: next(answers, "interrupted"))
+        run(tmp_path / "mixed", recipe=recipe, execution=GRAPH)
+    run(tmp_path / "mixed", recipe=recipe)
+    state, expected = (checkpoint_of(tmp_path / folder / name) for folder in ("mixed", "plain"))
+    for got, wanted in zip(state["model"].values(), expected["model"].values(), strict=True):
+        assert relative_error(got, wanted) <= tolerance(torch.float32, depth=recipe.iterations)
+
+
+def test_the_record_says_how_steps_were_executed(tmp_path, executable):
+    execution = Execution(precision="bf16", graph=True)
+    assert run(tmp_path, execution=execution).software["execution"] == "bf16, graph"
+
+
+def test_what_has_no_effect_on_a_cpu_is_said_and_left_out(tmp_path, capsys):
+    record = run(tmp_path, execution=Execution(precision="tf32", graph=True, sync_batch_norm=True), progress=True)
+    assert record.software["execution"] == "float32"
+    said = capsys.readouterr().err
+    for words in ("graph has no effect on cpu", "tf32 has no effect on cpu", "sync-batch-norm has no effect"):
+        assert words in said
+
+
+def test_what_cannot_be_had_is_refused():
+    with pytest.raises(ValueError, match="precision: got 'fp8', wanted one of float32, tf32, bf16"):
+        Execution(precision="fp8")
+    with pytest.raises(ValueError, match="sync-batch-norm: PyTorch synchronises BatchNorm on GPUs only"):
+        Execution(sync_batch_norm=True).on(CPU, processes=2)
+    with pytest.raises(ValueError, match="graph: a step is captured for one process only"):
+        Execution(graph=True).on(torch.device("cuda"), processes=2)
+
+
+def test_settings_of_an_execution_end_with_it():
+    """TensorFloat-32 is PyTorch's default for convolutions on a GPU: float32 must switch it off."""
+
+    def found() -> tuple:
+        cudnn = torch.backends.cudnn
+        return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic
+
+    before = found()
+    with Execution().settings(torch.device("cuda")):
+        assert found() == ("highest", False, True)
+    with Execution(precision="tf32").settings(torch.device("cuda")):
+        assert found() == ("high", True, True)
+    assert found() == before
+
+
+@needs_gpu
+@pytest.mark.parametrize("make", [small_revnet, small_resnet])
+@pytest.mark.parametrize(
+    "execution", [GRAPH, Execution(precision="tf32"), Execution(graph=True, precision="bf16")], ids=str
+)
+def test_on_a_gpu_steps_are_like_the_plain_ones_and_wait_for_nothing(make, execution):
+    limit = STEPS * torch.finfo(torch.bfloat16).eps
+    if execution.precision == "float32":
+        limit = tolerance(torch.float32, depth=STEPS)
+    device = torch.device("cuda")
+    losses, step = train_steps(make, execution, device=device)
+    plain_losses, _ = train_steps(make, PLAIN, device=device)
+    assert relative_error(losses, plain_losses) <= limit
+    plan = cifar.epoch_plan(0, 0, 40, pad=2, flip=True).to(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(plan.part(0, 8), 0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_fused_update_is_the_textbook_one():
+    """v = 0.9 v + g + 2e-4 w, w = w - 0.1 v, the published update."""
+    model = small_resnet().to(memory_format=torch.channels_last)
+    step = TrainingStep(model, RECIPE, DATA, PLAIN)
+    assert step.optimizer.defaults["fused"]
+    weights = [p.detach().clone().double() for p in model.parameters()]
+    velocities = [torch.zeros_like(w) for w in weights]
+    plan = cifar.epoch_plan(0, 0, 40, pad=2, flip=True)
+    for i in range(3):
+        part = plan.part(8 * i, 8 * i + 8)
+        images, labels = cifar.batch(DATA, part, pad=2)
+        twin = small_resnet().to(memory_format=torch.channels_last)
+        twin.load_state_dict(model.state_dict())
+        F.cross_entropy(twin(images.contiguous(memory_format=torch.channels_last)), labels).backward()
+        step(part, 0.1)
+        for j, p in enumerate(twin.parameters()):
+            velocities[j] = 0.9 * velocities[j] + p.grad.double() + 2e-4 * weights[j]
+            weights[j] = weights[j] - 0.1 * velocities[j]
+    for got, wanted in zip(model.parameters(), weights, strict=True):
+        assert relative_error(got, wanted) <= tolerance(torch.float32)
