@@ -1,4 +1,4 @@
-"""What all tests share: one thread, how hard hypothesis tries, the header, and the folder of real images."""
+"""What all tests share: one thread, how hard hypothesis tries, header, summary, devices, the folder of images."""
 
 import os
 import platform
@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import memcnn
+from properties import laws
 
 torch.set_num_threads(1)
 
@@ -29,6 +30,36 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         f"hypothesis profile: {settings.get_current_profile_name()} (MEMCNN_PROFILE=dev|ci|thorough)",
         f"MEMCNN_DATA: {os.environ.get('MEMCNN_DATA') or 'not set, tests on real CIFAR images are skipped'}",
     ]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The largest errors that the laws met, next to their limits."""
+    if laws.LARGEST:
+        terminalreporter.section("largest errors, their limits, and the share of the limit")
+        for line in laws.table():
+            terminalreporter.write_line(line)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist
+        session.config.workeroutput["largest errors"] = [(*key, *value) for key, value in laws.LARGEST.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    for *key, error, limit in getattr(node, "workeroutput", {}).get("largest errors", ()):
+        laws.remember(tuple(key), error, limit)
+
+
+NO_CUDA = "needs a CUDA device: run on a machine with one, with a CUDA build of torch"
+
+
+@pytest.fixture(scope="session", params=[
+    "cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CUDA))])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a law is tried. TF32 rounds to 11 bits, which the limits of float32 do not allow for."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return request.param
 
 
 @pytest.fixture(autouse=True)

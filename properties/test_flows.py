@@ -1,4 +1,4 @@
-"""Chains of couplings, normalisations, 1x1 convolutions and rearrangements: they invert, and train with flat memory."""
+"""The layers of flows one by one: what each computes, initialises and refuses, and the flat memory of their chains."""
 
 import copy
 import io
@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -23,7 +23,6 @@ from memcnn import (
     SpaceToDepth,
 )
 from memcnn.testing.tolerances import relative_error, tolerance
-from properties.flow_cases import Flow, flows
 from properties.test_memory import step_bytes
 from properties.twin import assert_like_twin, backward, conv_branch, images, plain_twin, run, weighted_sum
 
@@ -39,40 +38,6 @@ def weights_from_a_seed():
 
 def seeded(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return images(*shape, dtype=dtype, requires_grad=False)
-
-
-@given(flows())
-def test_inverse_undoes_forward_and_forward_undoes_inverse(flow: Flow):
-    module, x, y = flow.build(), flow.input(), flow.output()
-    limit = tolerance(flow.dtype, depth=flow.depth)
-    with torch.no_grad():
-        image, preimage = module(x), module.inverse(y)
-        assert image.shape == y.shape and preimage.shape == x.shape and image.dtype == preimage.dtype == flow.dtype
-        assert relative_error(module.inverse(image), x, least_scale=image.abs().max().item()) <= limit
-        assert relative_error(module(preimage), y, least_scale=preimage.abs().max().item()) <= limit
-
-
-@given(flows())
-def test_gradients_are_the_twins(flow: Flow):
-    assert_like_twin(flow.build(), backward, flow.input().requires_grad_(), depth=2 * flow.depth)
-
-
-@given(flows())
-def test_training_through_the_inverse_is_the_twins(flow: Flow):
-    def through_the_inverse(module, y):
-        x = module.inverse(y)
-        weighted_sum(x).backward()
-        return x
-    assert_like_twin(flow.build(), through_the_inverse, flow.output().requires_grad_(), depth=2 * flow.depth)
-
-
-@given(flows(kinds=["actnorm", "conv1x1", "permutation", "down", "up"], dtypes=[torch.float64], max_size=2))
-@settings(max_examples=10)
-def test_gradients_are_those_of_finite_differences(flow: Flow):
-    module = flow.build().eval()
-    for function, x in ((module, flow.input()), (module.inverse, flow.output())):
-        inputs = x.requires_grad_(), *module.parameters()
-        assert torch.autograd.gradcheck(lambda x, *_, function=function: function(x), inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", LAYERS)

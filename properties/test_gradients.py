@@ -3,42 +3,47 @@
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memcnn import InvertibleModuleWrapper
 from memcnn.models.resnet import MODELS
-from memcnn.testing.strategies import Chain, chains
-from properties.twin import assert_like_twin, backward, images, weighted_sum
+from memcnn.testing.cases import KINDS, LAYERS, RANDOM_LAYERS
+from memcnn.testing.strategies import networks
+from properties.laws import assert_network_like_twin, forward_and_backward, inverse_and_backward
+from properties.twin import assert_like_twin, backward, images
+
+each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-@given(chains())
-def test_gradients_buffers_and_random_numbers_are_the_twins(chain: Chain):
-    assert_like_twin(chain.build(), backward, chain.input().requires_grad_(), depth=2 * chain.depth)
+@each_kind
+@given(data=st.data())
+def test_gradients_buffers_and_random_numbers_are_the_twins(kind: str, device: str, data: st.DataObject):
+    assert_network_like_twin("gradients", data.draw(networks(kinds=[kind])), forward_and_backward, device)
 
 
-@given(chains())
-def test_training_through_the_inverse_is_the_twins(chain: Chain):
-    def inverse(module, y):
-        for block in reversed(module):
-            y = block.inverse(y)
-        weighted_sum(y).backward()
-        return y
-    assert_like_twin(chain.build(), inverse, chain.input().requires_grad_(), depth=2 * chain.depth)
+@each_kind
+@given(data=st.data())
+def test_training_through_the_inverse_is_the_twins(kind: str, device: str, data: st.DataObject):
+    assert_network_like_twin("gradients through inverse", data.draw(networks(kinds=[kind])), inverse_and_backward,
+                             device, inverse=True)
 
 
-@given(chains(dtypes=[torch.float64], max_depth=2, max_size=2))
-@settings(max_examples=10)
-def test_gradients_are_those_of_finite_differences(chain: Chain):
-    module, x = chain.build(), chain.input().requires_grad_()
-    for part in module.modules():
-        if isinstance(part, (torch.nn.Dropout, torch.nn.modules.batchnorm._BatchNorm)):
-            part.eval()  # finite differences need the same function at every call
-    parameters = list(module.parameters())[:2]
-    assert torch.autograd.gradcheck(lambda x, *_: module(x), (x, *parameters), fast_mode=True)
+@each_kind
+@given(data=st.data())
+@settings(max_examples=5)
+def test_gradients_are_those_of_finite_differences(kind: str, data: st.DataObject):
+    network = data.draw(networks(
+        kinds=[kind], layers=[name for name in LAYERS if name not in RANDOM_LAYERS], dtypes=[torch.float64],
+        layouts=["contiguous"], training=[False], max_depth=2, max_size=2))
+    module = network.build()
+    for function, values in ((module, network.input), (module.inverse, network.output)):
+        inputs = values.leaf().requires_grad_(), *list(module.parameters())[:3]
+        assert torch.autograd.gradcheck(lambda x, *_, function=function: function(x), inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("revnet")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_a_whole_network_has_the_gradients_of_its_twin(name, dtype):
+def test_a_whole_network_has_the_gradients_of_its_twin(name: str, dtype: torch.dtype):
     torch.manual_seed(0)
     model = MODELS[name]().to(dtype)
     blocks = sum(isinstance(part, InvertibleModuleWrapper) for part in model.modules())

@@ -2,59 +2,52 @@
 
 import pytest
 import torch
-from hypothesis import given, target
+from hypothesis import given
+from hypothesis import strategies as st
 
 from memcnn.models.resnet import MODELS
-from memcnn.testing.strategies import Chain, chains
+from memcnn.testing.cases import KINDS, Network, Values
+from memcnn.testing.laws.subject import without_dropout
+from memcnn.testing.strategies import networks
 from memcnn.testing.tolerances import relative_error, tolerance
+from properties.laws import condition_number, hold
 
 
-@given(chains())
-def test_inverse_undoes_forward(chain: Chain):
-    module, x = chain.build(), chain.input()
-    with torch.no_grad():
-        check(there_and_back(chain, module, x, first=module, then=inverse_of(module)), chain)
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_each_inverse_undoes_forward_and_forward_undoes_inverse(kind: str, device: str, data: st.DataObject):
+    assert_inverts(data.draw(networks(kinds=[kind], scales=(1.0, 0.01, 10.0))), device)
 
 
-@given(chains())
-def test_forward_undoes_inverse(chain: Chain):
-    module, y = chain.build(), chain.input()
-    with torch.no_grad():
-        check(there_and_back(chain, module, y, first=inverse_of(module), then=module), chain)
+@given(networks(scales=(1.0, 0.01, 10.0), autocast=(False, True)))
+def test_networks_of_them_invert(device: str, network: Network):
+    assert_inverts(network, device)
 
 
-def there_and_back(chain, module, x, *, first, then) -> float:
-    """The relative error of then(first(x)), with the same dropout masks both ways."""
-    if chain.training:  # a dropout mask drawn anew is another function
-        for part in module.modules():
-            if isinstance(part, torch.nn.Dropout):
-                part.eval()
-    middle = first(x)
-    assert middle.shape == x.shape and middle.dtype == x.dtype
-    return relative_error(then(middle), x, least_scale=middle.abs().max().item())
-
-
-def inverse_of(module):
-    def inverse(y):
-        for block in reversed(module):
-            y = block.inverse(y)
-        return y
-    return inverse
-
-
-def check(error: float, chain: Chain) -> None:
-    target(error / torch.finfo(chain.dtype).eps, label="error in roundings")
-    assert error <= tolerance(chain.dtype, depth=chain.depth)
+@torch.no_grad()
+def assert_inverts(network: Network, device: str) -> None:
+    module = network.build(device)
+    without_dropout(module)  # a mask drawn anew is another function
+    for law, values, result, inverse in (("inverse(forward(x)) = x", network.input, network.output, False),
+                                         ("forward(inverse(y)) = y", network.output, network.input, True)):
+        there, back = (module.inverse, module) if inverse else (module, module.inverse)
+        x = values.build(device)
+        with network.context(device):
+            middle = there(x)
+            again = back(middle)
+        assert (middle.shape, middle.dtype) == (result.shape, result.dtype)
+        error = relative_error(again, x, least_scale=middle.abs().max().item())
+        hold(law, network, error, depth=network.depth,
+             condition=lambda inverse=inverse: condition_number(network, inverse=inverse))
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("revnet")])
-def test_the_reversible_stages_of_a_network_invert(name):
+def test_the_reversible_stages_of_a_network_invert(name: str):
     model = MODELS[name]().double()
     blocks = [module for module in model.modules() if hasattr(module, "inverse") and hasattr(module, "_fn")]
     assert len(blocks) == {"revnet38": 7, "revnet110": 25, "revnet164": 24}[name]
-    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for block in blocks:
             channels = 2 * next(part for part in block._fn.Fm if hasattr(part, "in_channels")).in_channels
-            x = torch.randn(2, channels, 8, 8, generator=generator, dtype=torch.float64)
+            x = Values((2, channels, 8, 8), torch.float64).build()
             assert relative_error(block.inverse(block(x)), x) <= tolerance(x.dtype)

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper
+from memcnn.testing.cases import OnlyInvertible
 from memcnn.testing.tolerances import relative_error, tolerance
+
+__all__ = ["FLOOR", "OnlyInvertible", "Outcome", "assert_like_twin", "assert_same", "backward", "block", "conv_branch",
+           "differences", "images", "plain_twin", "run", "weighted_sum"]
 
 FLOOR = 1e-3
 """A gradient that cancels to zero is compared at this fraction of the largest one."""
@@ -30,43 +34,50 @@ class Outcome:
     results: list[Tensor]
     gradients: dict[str, Tensor | None]
     buffers: dict[str, Tensor]
-    generator: Tensor
+    generators: Tensor
 
 
 def run(module: nn.Module, program: Callable[..., object], inputs: list[Tensor], seed: int = 0) -> Outcome:
     """``program(module, *inputs)`` on leaf copies of the inputs; it differentiates, and returns tensors or None."""
     leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.requires_grad) for x in inputs]
-    with torch.random.fork_rng(devices=[]):
+    cuda = sorted({x.device.index for x in inputs if x.is_cuda})
+    with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         results = program(module, *leaves)
-        generator = torch.get_rng_state()
+        generators = torch.cat([torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)])
     results = [results] if isinstance(results, Tensor) else list(results or [])
     named = [(f"input {i}", x) for i, x in enumerate(leaves)] + list(module.named_parameters())
     return Outcome([r.detach() for r in results], {name: x.grad for name, x in named},
-                   dict(module.named_buffers()), generator)
+                   dict(module.named_buffers()), generators)
 
 
 def assert_same(actual: Outcome, expected: Outcome, *, limit: float) -> None:
     """Same results, gradients, buffers and generator state, tensors up to the relative error ``limit``."""
+    for name, error in differences(actual, expected).items():
+        assert error <= limit, f"{name}: relative error {error:.1e}, limit {limit:.1e}"
+
+
+def differences(actual: Outcome, expected: Outcome) -> dict[str, float]:
+    """The relative errors by name, where the generators agree, and all that was computed in the one in the other."""
+    assert torch.equal(actual.generators, expected.generators), "the random numbers drawn are not the twin's"
     assert len(actual.results) == len(expected.results)
     assert actual.gradients.keys() == expected.gradients.keys()
     results = zip(actual.results, expected.results, strict=True)
-    _assert_close({f"result {i}": pair for i, pair in enumerate(results)}, limit)
-    _assert_close({f"gradient of {name}": (actual.gradients[name], wanted)
-                   for name, wanted in expected.gradients.items()}, limit)
-    for name, wanted in expected.buffers.items():
-        assert relative_error(actual.buffers[name], wanted) <= limit, f"buffer {name}"
-    assert torch.equal(actual.generator, expected.generator), "the random numbers drawn are not the twin's"
+    return {
+        **_differences({f"result {i}": pair for i, pair in enumerate(results)}),
+        **_differences({f"gradient of {name}": (actual.gradients[name], wanted)
+                        for name, wanted in expected.gradients.items()}),
+        **{f"buffer {name}": relative_error(actual.buffers[name], wanted) for name, wanted in expected.buffers.items()},
+    }
 
 
-def _assert_close(pairs: dict[str, tuple[Tensor | None, Tensor | None]], limit: float) -> None:
+def _differences(pairs: dict[str, tuple[Tensor | None, Tensor | None]]) -> dict[str, float]:
     largest = max((wanted.abs().max().item() for _, wanted in pairs.values() if wanted is not None), default=0.0)
     for name, (got, wanted) in pairs.items():
         assert (got is None) == (wanted is None), f"{name}: got {got}, wanted {wanted}"
-        if wanted is not None:
-            assert got.dtype == wanted.dtype, f"{name}: got {got.dtype}, wanted {wanted.dtype}"
-            error = relative_error(got, wanted, least_scale=FLOOR * largest)
-            assert error <= limit, f"{name}: relative error {error:.1e}, limit {limit:.1e}"
+        assert wanted is None or got.dtype == wanted.dtype, f"{name}: got {got.dtype}, wanted {wanted.dtype}"
+    return {name: relative_error(got, wanted, least_scale=FLOOR * largest)
+            for name, (got, wanted) in pairs.items() if wanted is not None}
 
 
 def assert_like_twin(module: nn.Module, program: Callable[..., object], *inputs: Tensor, depth: int = 4) -> Outcome:
@@ -102,20 +113,6 @@ def conv_branch(channels: int = 3) -> nn.Sequential:
 def block(branch: Callable[[], nn.Module] = conv_branch, **options) -> InvertibleModuleWrapper:
     """A wrapped additive coupling of two branches, in float64."""
     return InvertibleModuleWrapper(AdditiveCoupling(branch(), branch()), **options).double()
-
-
-class OnlyInvertible(nn.Module):
-    """A coupling of which a wrapper knows nothing but ``forward`` and ``inverse``."""
-
-    def __init__(self, coupling: nn.Module):
-        super().__init__()
-        self.coupling = coupling
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.coupling(x)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        return self.coupling.inverse(y)
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, requires_grad: bool = True) -> Tensor:

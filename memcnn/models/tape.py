@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from memcnn.models.engine import Cell, Rearrange, Step, dense
 from memcnn.models.exact import Grid
+from memcnn.rounding import relative_error
 
 _TAG = "memcnn.cells"
 _STREAM = object()
@@ -83,10 +84,10 @@ def call(run: Callable, undo: Callable, module: nn.Module, inputs: Sequence, kwa
     """
     cells = [_whole(x) or Cell(x) for x in inputs if is_stream(x)]
     inputs = [dense(x) if is_stream(x) else x for x in inputs]
-    step = Call(run, undo, module, inputs, kwargs, cells, options)
+    step = Call(run, undo, module, inputs, kwargs, cells, log_det, options)
     with _use(None), step.record():
         result = run(*inputs, **kwargs)
-    step.finish(result[0] if log_det else result)
+    step.finish(result)
     return result
 
 
@@ -189,8 +190,8 @@ class Lift(Step):
 class Call(Step):
     """result = run(*inputs, **kwargs), undone by inputs = undo(*result, **kwargs)."""
 
-    def __init__(self, run, undo, module, inputs, kwargs, cells, options):
-        self.run, self.undo, self.kwargs = run, undo, kwargs
+    def __init__(self, run, undo, module, inputs, kwargs, cells, log_det, options):
+        self.run, self.undo, self.kwargs, self.log_det = run, undo, kwargs, log_det
         self.positions = [i for i, x in enumerate(inputs) if is_stream(x)]
         self.arguments = [None if i in self.positions else x for i, x in enumerate(inputs)]
         self.versions = [(t, t._version) for t in (*self.arguments, *kwargs.values()) if isinstance(t, Tensor)]
@@ -199,7 +200,7 @@ class Call(Step):
         super().__init__(module, streams, cells, **options)
 
     def finish(self, result: object) -> None:
-        outputs = _as_list(result)
+        outputs = self._outputs(result)
         streams = [y for y in outputs if is_stream(y)]
         if not streams:
             raise TypeError(f"{self.name} must return a floating-point tensor, or a tuple with some, from which its "
@@ -216,14 +217,28 @@ class Call(Step):
                 raise RuntimeError(f"an argument of {self.name}, shape {tuple(tensor.shape)}, was modified in place "
                                    "between forward and backward, which uses it again: use an out-of-place operation")
         values = [cell.value() for cell in self.kept] or self._undone()
-        if self.wanted:
+        draws = bool(self.replay.generators) and not self.kept
+        if self.wanted or draws:
             leaves = self.inputs = [self.as_recorded(i, value) for i, value in enumerate(values)]
             arguments = list(self.arguments)
             for position, leaf in zip(self.positions, leaves, strict=True):
                 arguments[position] = leaf
             with self.replay.again(), self.collect():
-                self.run(*arguments, **self.kwargs)
+                result = self.run(*arguments, **self.kwargs)
+            if draws:
+                self._check_draws([y for y in self._outputs(result) if is_stream(y)])
         return values
+
+    def _outputs(self, result: object) -> list:
+        return _as_list(result[0] if self.log_det else result)
+
+    def _check_draws(self, streams: Sequence[Tensor]) -> None:
+        """The inverse was given the random numbers of the forward pass, but may use them in another order."""
+        for got, cell in zip(streams, self.sources, strict=True):
+            if not relative_error(got, wanted := cell.value()) <= torch.finfo(wanted.dtype).eps ** 0.5:
+                raise RuntimeError(f"{self.name} draws random numbers (dropout), and its inverse does not undo what it "
+                                   "computed with them: let both draw them in the same order, use keep_input=True, or "
+                                   "build the block from a coupling, such as AdditiveCoupling, whose branches may draw")
 
     def _undone(self) -> Sequence[Tensor]:
         streams = iter(self.sources)

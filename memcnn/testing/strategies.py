@@ -1,105 +1,154 @@
-"""Hypothesis strategies for reversible blocks and their inputs.
+"""Hypothesis strategies for tensors, for the branches F and G, and for reversible blocks and networks of them.
 
-They draw shapes, choices and seeds, never values, so that an example shrinks to a small one and replays from its print.
+They draw descriptions (``memcnn.testing.cases``), which ``build`` turns into tensors and modules::
+
+    @given(shapes().flatmap(branches), ...)          # a strategy of modules to put into a block of your own
+    def test_...(branch):
+        module = branch.build()
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
-from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
+from memcnn.testing.cases import (
+    ACTIVATIONS,
+    ADAPTERS,
+    COMPOSITIONS,
+    COUPLINGS,
+    KINDS,
+    KINKED_LAYERS,
+    LAYERS,
+    LAYOUTS,
+    LEAST_STATISTICS,
+    MIXERS,
+    NESTED,
+    NORMS,
+    RANDOM_LAYERS,
+    Block,
+    Branch,
+    Chain,
+    Network,
+    Shape,
+    Values,
+    fitting_layers,
+)
 
-CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-ACTIVATIONS = {"tanh": nn.Tanh, "relu in place": lambda: nn.ReLU(inplace=True), "silu": nn.SiLU, "gelu": nn.GELU,
-               "sigmoid": nn.Sigmoid}
-LEAST_STATISTICS = 8
-"""A norm divides by a standard deviation; over fewer values than this it may be close to zero, and is left out."""
+__all__ = ["blocks", "branches", "chains", "networks", "shapes", "tensors"]
 
-
-@dataclass(frozen=True)
-class Branch:
-    """[norm], convolution, [activation], [dropout] that keeps a shape (N, C, ...)."""
-
-    norm: str | None
-    kernel: int
-    activation: str | None
-    dropout: float
-
-    def build(self, shape: Sequence[int]) -> nn.Module:
-        channels, dims = shape[1], len(shape) - 2
-        norms = {"batch": (BATCH_NORMS[dims](channels), channels), "group": (nn.GroupNorm(1, channels), shape[0])}
-        norm, statistics = norms.get(self.norm, (None, 1))
-        layers = [norm] if norm and torch.Size(shape).numel() // statistics >= LEAST_STATISTICS else []
-        layers.append(CONVOLUTIONS[dims](channels, channels, self.kernel, padding=self.kernel // 2))
-        if self.activation is not None:
-            layers.append(ACTIVATIONS[self.activation]())
-        if self.dropout:
-            layers.append(nn.Dropout(self.dropout))
-        return nn.Sequential(*layers)
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Additive couplings one after the other, with an input for them. ``build`` makes the same values every time."""
-
-    half: tuple[int, ...]
-    split_dim: int
-    branches: tuple[tuple[Branch, Branch], ...]
-    training: bool
-    channels_last: bool
-    composition: str
-    dtype: torch.dtype
-    seed: int
-
-    @property
-    def depth(self) -> int:
-        return len(self.branches)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the input: the half, doubled along ``split_dim``."""
-        return tuple(2 * size if i == self.split_dim % len(self.half) else size for i, size in enumerate(self.half))
-
-    def build(self) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            couplings = [AdditiveCoupling(F.build(self.half), G.build(self.half), split_dim=self.split_dim)
-                         for F, G in self.branches]
-        if self.composition == "sequential of wrapped blocks":
-            chain = nn.Sequential(*map(InvertibleModuleWrapper, couplings))
-        else:
-            chain = ReversibleSequential(*couplings)
-        return chain.to(self.dtype).train(self.training)
-
-    def input(self) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
-        x = torch.randn(self.shape, generator=generator, dtype=torch.float64).to(self.dtype)
-        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
-
-
-def branches() -> st.SearchStrategy[Branch]:
-    """A branch of a coupling."""
-    return st.builds(Branch, norm=st.sampled_from([None, "group", "batch"]), kernel=st.sampled_from([1, 3]),
-                     activation=st.sampled_from([None, *ACTIVATIONS]), dropout=st.sampled_from([0.0, 0.4]))
+DTYPES = (torch.float64, torch.float32)
+SEEDS = st.integers(0, 2**16)
 
 
 @st.composite
-def chains(draw, *, dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32), max_depth: int = 4,
-           max_size: int = 4, training: Sequence[bool] = (True, False)) -> Chain:
-    """Chains of 1 to ``max_depth`` couplings over inputs (N, C, ...) with one to three spatial dimensions."""
-    dims = draw(st.integers(1, 3))
-    half = tuple(draw(st.integers(1, max_size)) for _ in range(dims + 2))
-    return Chain(
-        half=half,
-        split_dim=draw(st.integers(-len(half), len(half) - 1)),
-        branches=tuple(draw(st.tuples(branches(), branches())) for _ in range(draw(st.integers(1, max_depth)))),
-        training=draw(st.sampled_from(list(training))),
-        channels_last=dims == 2 and draw(st.booleans()),
-        composition=draw(st.sampled_from(["ReversibleSequential", "sequential of wrapped blocks"])),
-        dtype=draw(st.sampled_from(list(dtypes))),
-        seed=draw(st.integers(0, 2**16)),
-    )
+def shapes(draw, *, max_size: int = 4, max_spatial: int = 3, double_batch: bool = True) -> Shape:
+    """(N, C, ...) with up to ``max_spatial`` further dimensions, and one size that is even (N only if so wanted)."""
+    shape = [draw(st.integers(1, 3)), *(draw(st.integers(1, max_size))
+                                        for _ in range(1 + draw(st.integers(0, max_spatial))))]
+    shape[draw(st.integers(0 if double_batch else 1, len(shape) - 1))] *= 2
+    return tuple(shape)
+
+
+@st.composite
+def tensors(draw, shape: Shape | None = None, *, dtypes: Sequence[torch.dtype] = DTYPES,
+            layouts: Sequence[str] = LAYOUTS, scales: Sequence[float] = (1.0, 0.01, 10.0)) -> Values:
+    """Normally distributed values of ``shape``, of a drawn one if none is given."""
+    return Values(shape=shape or draw(shapes()), dtype=draw(st.sampled_from(dtypes)), seed=draw(SEEDS),
+                  scale=draw(st.sampled_from(scales)), layout=draw(st.sampled_from(layouts)))
+
+
+@st.composite
+def branches(draw, shape: Shape, *, layers: Collection[str] = LAYERS, doubled: int | None = None,
+             mix_samples: bool = True) -> Branch:
+    """[norm], convolution, linear or attention layer, [activation], [nested reversible blocks], [dropout].
+
+    Keeps ``shape``, (N, C, ...), or doubles it along ``doubled``. ``layers`` are those it may have; those that do not
+    fit the shape are left out. ``mix_samples``: whether a sample's result may depend on other samples.
+    """
+    fitting = fitting_layers(shape, layers)
+    norms = [name for name in NORMS if name in fitting and (mix_samples or name not in ("batch norm", "act norm"))]
+    drawn = [draw(st.sampled_from([None, *norms])),
+             draw(st.sampled_from([name for name in MIXERS if name in fitting])),
+             draw(st.sampled_from([None, *(name for name in ACTIVATIONS if name in fitting)]))]
+    if NESTED in fitting and (mix_samples or any(size % 2 == 0 for size in shape[1:])) and draw(st.integers(0, 4)) == 4:
+        inner = [name for name in layers if name != NESTED]
+        drawn.append(draw(chains(shape, kinds=COUPLINGS, layers=inner, max_depth=2, split_batch=mix_samples,
+                                 mix_samples=mix_samples)))
+    if "dropout" in fitting and draw(st.booleans()):
+        drawn.append("dropout")
+    return Branch(shape, tuple(layer for layer in drawn if layer is not None), doubled)
+
+
+@st.composite
+def blocks(draw, shape: Shape, *, kinds: Collection[str] = KINDS, layers: Collection[str] = LAYERS,
+           split_batch: bool = True, mix_samples: bool = True) -> Block:
+    """A coupling or a layer of a flow, of those ``kinds`` that fit inputs of ``shape``.
+
+    split_batch: whether a coupling may halve the batch.
+    """
+    kind = draw(st.sampled_from([kind for kind in kinds if _fits(kind, shape, split_batch)]))
+    if kind not in COUPLINGS:
+        return Block(kind, shape)
+    split_dim = draw(st.sampled_from(_splits(shape, split_batch)))
+    half = tuple(size // 2 if i == split_dim else size for i, size in enumerate(shape))
+    options = {"layers": layers, "mix_samples": mix_samples}
+    if kind in ADAPTERS and kind != "affine naive":
+        options["doubled"] = draw(st.integers(0 if mix_samples else 1, len(shape) - 1))
+    return Block(kind, shape, draw(branches(half, **options)), draw(branches(half, **options)),
+                 split_dim - draw(st.sampled_from([0, len(shape)])))
+
+
+@st.composite
+def chains(draw, shape: Shape, *, max_depth: int = 4, compositions: Sequence[str] = COMPOSITIONS,
+           kinds: Collection[str] = KINDS, layers: Collection[str] = LAYERS, split_batch: bool = True,
+           **options) -> Chain:
+    """1 to ``max_depth`` blocks, the first for inputs of ``shape``; further options are those of ``blocks``."""
+    composition = draw(st.sampled_from(compositions))
+    if composition == "only invertible":  # its inverse would draw the masks of F and G in another order
+        layers = [name for name in layers if name not in RANDOM_LAYERS]
+    drawn = []
+    for _ in range(draw(st.integers(1, max_depth))):
+        if any(_fits(kind, shape, split_batch) for kind in kinds):
+            drawn.append(draw(blocks(shape, kinds=kinds, layers=layers, split_batch=split_batch, **options)))
+            shape = drawn[-1].output_shape
+    keep_every = draw(st.sampled_from([None, 2, 3])) if composition.startswith("sequence") else None
+    return Chain(tuple(drawn), composition, keep_every)
+
+
+@st.composite
+def networks(draw, *, dtypes: Sequence[torch.dtype] = DTYPES, layouts: Sequence[str] = LAYOUTS,
+             scales: Sequence[float] = (1.0,), training: Sequence[bool] = (True, False),
+             autocast: Sequence[bool] = (False,), frozen: bool = False, kinds: Collection[str] = KINDS,
+             layers: Collection[str] = LAYERS, max_size: int = 4, split_batch: bool = True, **options) -> Network:
+    """Chains with an input, a mode and a precision; further options are those of ``chains``.
+
+    autocast: drawn for float32 alone. frozen: whether parameters may be.
+    """
+    dtype, layout = draw(st.sampled_from(dtypes)), draw(st.sampled_from(layouts))
+    under_autocast = dtype == torch.float32 and draw(st.sampled_from(autocast))
+    if under_autocast:  # the stream of nested blocks would be in low precision, of which the engine warns
+        layers = [name for name in layers if name != NESTED]
+    if dtype != torch.float64:
+        layers = [name for name in layers if name not in KINKED_LAYERS]
+    if layout == "expanded":  # there a layer that initialises itself would divide by no deviation at all
+        layers, kinds = [name for name in layers if name != "act norm"], [kind for kind in kinds if kind != "actnorm"]
+    shape = draw(shapes(max_size=max_size, double_batch=split_batch).filter(
+        lambda shape: any(_fits(kind, shape, split_batch) for kind in kinds)))
+    chain = draw(chains(shape, kinds=kinds, layers=layers, split_batch=split_batch, **options))
+    return Network(chain, draw(tensors(shape, dtypes=[dtype], layouts=[layout], scales=scales)),
+                   training=draw(st.sampled_from(training)), autocast=under_autocast,
+                   frozen_every=draw(st.sampled_from([0, 3, 2, 1])) if frozen else 0)
+
+
+def _splits(shape: Shape, split_batch: bool) -> list[int]:
+    return [dim for dim, size in enumerate(shape) if size % 2 == 0 and (dim or split_batch)]
+
+
+def _fits(kind: str, shape: Shape, split_batch: bool) -> bool:
+    n, channels, *sizes = shape
+    if kind in COUPLINGS:
+        return bool(_splits(shape, split_batch))
+    return {"actnorm": torch.Size(shape).numel() // channels >= LEAST_STATISTICS,
+            "space to depth": bool(sizes) and all(size % 2 == 0 for size in sizes),
+            "depth to space": bool(sizes) and channels % 2 ** len(sizes) == 0}.get(kind, True)

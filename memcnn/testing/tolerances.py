@@ -14,12 +14,16 @@ ROUNDINGS_PER_BLOCK = 1_000
 each, and one inversion; correct blocks of the shipped kinds stay below a tenth of this."""
 
 
-def tolerance(dtype: torch.dtype, *, depth: int = 1, condition: float = 1.0) -> float:
+def tolerance(dtype: torch.dtype, *, depth: int = 1, condition: float = 1.0,
+              autocast: torch.dtype | None = None) -> float:
     """The largest relative error allowed after ``depth`` blocks computed in ``dtype``.
 
     condition: by how much the computation amplifies a relative change of its input.
+    autocast: the dtype of the branches. A value between two of its numbers may be rounded to the one in the forward
+        pass and to the other in the recomputation, so each block may add one rounding of it.
     """
-    return ROUNDINGS_PER_BLOCK * torch.finfo(dtype).eps * depth * condition
+    eps = ROUNDINGS_PER_BLOCK * torch.finfo(dtype).eps + (torch.finfo(autocast).eps if autocast else 0.0)
+    return eps * depth * condition
 
 
 def describe(dtype: torch.dtype, *, depth: int = 1, condition: float = 1.0) -> str:

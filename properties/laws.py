@@ -1,0 +1,149 @@
+"""What the laws share: how a network is run, the limit of an error, and the largest errors met."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from hypothesis import currently_in_test_context, reject, target
+from torch import Tensor, nn
+
+from memcnn.testing.cases import Network
+from memcnn.testing.laws.subject import without_dropout
+from memcnn.testing.tolerances import relative_error, tolerance
+from properties.twin import differences, plain_twin, run, weighted_sum
+
+Program = Callable[[Network], Callable[[nn.Module, Tensor], object]]
+"""Makes of a description what is to be run on the network and on the memory of its input."""
+
+
+def forward_and_backward(network: Network) -> Callable[[nn.Module, Tensor], Tensor]:
+    def program(module: nn.Module, leaf: Tensor) -> Tensor:
+        with network.context(leaf.device):
+            y = module(network.input.laid_out(leaf))
+        return differentiated(y)
+    return program
+
+
+def inverse_and_backward(network: Network) -> Callable[[nn.Module, Tensor], Tensor]:
+    def program(module: nn.Module, leaf: Tensor) -> Tensor:
+        with network.context(leaf.device):
+            x = module.inverse(network.output.laid_out(leaf))
+        return differentiated(x)
+    return program
+
+
+def differentiated(y: Tensor) -> Tensor:
+    if y.requires_grad:
+        weighted_sum(y).backward()
+    return y
+
+
+def assert_network_like_twin(law: str, network: Network, program: Program, device: str, *, inverse: bool = False,
+                             depth: int | None = None) -> None:
+    """``program`` has the same results, gradients, buffers and random numbers on the network as on its plain twin."""
+    module = network.build(device)
+    twin = plain_twin(module)
+    leaf = (network.output if inverse else network.input).leaf(device).requires_grad_()
+    actual, expected = run(module, program(network), [leaf]), run(twin, program(network), [leaf])
+    if not all(result.isfinite().all() for result in expected.results):
+        reject()
+    error = worst(differences(actual, expected).values())
+    hold(law, network, error, depth=depth or 2 * network.depth,
+         condition=lambda: condition_number(network, inverse=inverse, program=program))
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest; NaN if any is."""
+    return max(errors, key=lambda error: (error != error, error), default=0.0)
+
+
+LARGEST: dict[tuple[str, str, str], tuple[float, float]] = {}
+"""By law, kind of block and precision: the error that came closest to its limit, and that limit."""
+
+
+def hold(law: str, network: Network, error: float, *, depth: int, condition: Callable[[], float]) -> None:
+    """The error is what rounding explains: the limit of well-conditioned blocks, or of these blocks as they are.
+
+    The condition number is measured only where the error is beyond the first limit. Where rounding alone may be as
+    large as the values themselves, the example is none.
+    """
+    precision = {"dtype": network.dtype, "depth": depth, "autocast": torch.bfloat16 if network.autocast else None}
+    limit = tolerance(**precision)
+    if not error <= limit:
+        limit = tolerance(**precision, condition=worst([1.0, condition()]))
+        if not limit < 1:
+            reject()
+    name = "bfloat16 autocast" if network.autocast else str(network.dtype).removeprefix("torch.")
+    remember((law, network.kind, name), error, limit)
+    if currently_in_test_context() and error < float("inf"):
+        target(error / limit, label=law)
+    assert error <= limit, f"{law}: relative error {error:.1e}, limit {limit:.1e}"
+
+
+def remember(key: tuple[str, str, str], error: float, limit: float) -> None:
+    before = LARGEST.get(key)
+    if before is None or not error / limit <= before[0] / before[1]:
+        LARGEST[key] = error, limit
+
+
+STEP = 1e-7
+"""A small relative change in float64: its square is lost in rounding, as is the rounding in the change."""
+
+
+def condition_number(network: Network, *, inverse: bool = False, program: Program | None = None) -> float:
+    """By how much a relative change of a tensor between two blocks is amplified, in float64 on the plain twin.
+
+    The blocks before that tensor are undone, which gives another input. Its relative change counts, and with
+    ``program`` the change of the program's outcome on it, each divided by the relative change that it came from: the
+    largest over all tensors between blocks.
+    """
+    network = replace(network, autocast=False, input=replace(network.input, dtype=torch.float64, layout="contiguous"))
+    module = plain_twin(network.build())
+    steps = copy.deepcopy(module)
+    without_dropout(steps)
+    pairs = [(block.inverse, block) for block in reversed(steps)] if inverse else [(b, b.inverse) for b in steps]
+    x = (network.output if inverse else network.input).build()
+
+    def outcome(x: Tensor):
+        return run(copy.deepcopy(module), program(network), [x.requires_grad_()])
+
+    wanted = outcome(x.clone()) if program is not None else None
+    amplifications = []
+    for before, changed, scale in _changed_inputs([there for there, _ in pairs], [back for _, back in pairs], x):
+        amplifications.append(relative_error(changed, before, least_scale=scale) / STEP)
+        if wanted is not None:
+            amplifications.append(worst(differences(outcome(changed), wanted).values()) / STEP)
+    return worst(amplifications)
+
+
+@torch.no_grad()
+def _changed_inputs(there: list[Callable], back: list[Callable], x: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """x, what it becomes where a tensor behind the first 0, 1, ... steps changes, and the larger of the two ends."""
+    values = [x]
+    for step in there:
+        values.append(step(values[-1]))
+    scale = max(value.abs().max().item() for value in (values[0], values[-1]))
+    generator = torch.Generator().manual_seed(0)
+    for i, value in enumerate(values):
+        signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
+        value = value + STEP * value.abs().max() * signs
+        for step in reversed(back[:i]):
+            value = step(value)
+        yield x, value, scale
+
+
+def table() -> list[str]:
+    """Lines of ``LARGEST``: a row for each law and kind of block, a column for each precision."""
+    columns = sorted({precision for _, _, precision in LARGEST})
+    rows = sorted({(law, kind) for law, kind, _ in LARGEST})
+
+    def cell(law: str, kind: str, precision: str) -> str:
+        if (law, kind, precision) not in LARGEST:
+            return ""
+        error, limit = LARGEST[law, kind, precision]
+        return f"{error:.1e} / {limit:.1e} {error / limit:6.2%}"
+
+    lines = [["law", "block", *columns], *([law, kind, *(cell(law, kind, c) for c in columns)] for law, kind in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
