@@ -2,27 +2,29 @@
 
     python -m bench.reproduce_table                       render what there is
     python -m bench.reproduce_table --train --seeds 0-2   every model on both data sets with three seeds, then render
+    python -m bench.reproduce_table --train --devices 0,1 --jobs-per-device 3   six cells at a time on two GPUs
+    python -m bench.reproduce_table --train --cluster local                     a Ray task for each cell
 
 Stopped by --budget or Ctrl-C, the same command goes on where it was. Exit status: 0 every wanted cell is complete
 (always without --train), 3 some are incomplete, 1 some failed, 2 misuse.
 """
+
 import argparse
 import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
-import torch
-
 import reports
+from bench.placement import Cell, Settings, on_cluster, on_devices, train_cell
 from memcnn.data import GENERATED, whereabouts
-from memcnn.train import duration
+from memcnn.train import add_execution_options, count, duration, execution_of
 from memcnn.training.recipe import RECIPES
 from memcnn.training.record import DATASETS, BadRecord, RunRecord, load, run_name
 from memcnn.training.text import clean
-from memcnn.training.trainer import train
 from reports import cells
 
 # Those of a kind side by side, the quick ones first.
@@ -39,6 +41,14 @@ def seed_list(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"got {text!r}, wanted seeds like 0-4 or 0,1,2")
         seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
     return sorted(set(seeds))
+
+
+def device_list(text: str) -> list[str]:
+    """["cuda:0", "cuda:1"] from "0,1"; other names as they are."""
+    names = [word.strip() for word in text.split(",") if word.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted devices like 0,1 or cpu")
+    return [f"cuda:{name}" if name.isdecimal() else name for name in names]
 
 
 def choice_list(choices: tuple[str, ...]):
@@ -77,10 +87,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seeds", type=seed_list, default=[0], metavar="LIST", help="0-4 or 0,1,2 (default: 0); a verdict needs three")
     add("--recipe", choices=RECIPES, default="published", help="set of hyper-parameters (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    add("--devices", type=device_list, metavar="A,B,...", help="several at once: 0,1 or cpu; a process for each")
+    add("--jobs-per-device", type=count, metavar="N", help="cells that share a device (default: 1)")
+    add("--cluster", metavar="ADDRESS", help="of a Ray cluster, whose nodes share the folder RUNS, or: local")
+    add("--threads", type=count, metavar="N", help="CPU threads of a cell (default: PyTorch's choice; on a cluster 1)")
     add("--budget", type=duration, metavar="TIME", help="be done before so much time is over: 90s, 9m, 1h30m")
     data = "(default: $MEMCNN_DATA, else ./data; downloaded when missing)"
     add("--data", **folder, help=f'the CIFAR files, or the word "generated" for made-up images {data}')
+    add_execution_options(parser)
     return parser
 
 
@@ -88,13 +102,22 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     parser = build_parser()
     given = parser.parse_args(arguments)
-    if given.threads is not None and given.threads < 1:
-        parser.error(f"argument --threads: got {given.threads}, wanted at least 1")
+    places = [name for name in ("device", "devices", "cluster") if getattr(given, name)]
+    if len(places) > 1:
+        parser.error(f"got --{' and --'.join(places)}: wanted one of them")
+    if given.jobs_per_device and not (given.devices or given.cluster):
+        parser.error("--jobs-per-device: wanted with --devices or --cluster, which run several cells at once")
     status = 0
     if given.train:
-        if given.threads is not None:
-            torch.set_num_threads(given.threads)
-        status = train_cells(given, None if given.budget is None else started + given.budget - RESERVED_SECONDS)
+        seconds = None if given.budget is None else given.budget - RESERVED_SECONDS - (time.monotonic() - started)
+        try:
+            status = train_cells(given, None if seconds is None else time.time() + seconds)
+        except ModuleNotFoundError as error:
+            if error.name != "ray":
+                raise
+            parser.error("--cluster needs Ray: pip install ray; --devices needs nothing")
+        except ConnectionError as error:
+            parser.error(f"--cluster {given.cluster}: {error}")
     report = reports.build(given.runs, given.records)
     paths = reports.write(report, given.out)
     print(reports.terminal(report, width=min(120, shutil.get_terminal_size((120, 24)).columns)))
@@ -103,45 +126,30 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train_cells(given: argparse.Namespace, deadline: float | None) -> int:
-    """Run every wanted cell that is not complete, a line each; the exit status. `deadline` is a time.monotonic().
+    """Run every wanted cell that is not complete, a line each; the exit status. `deadline` is a time.time().
 
     Every cell gets its first seed before any gets its second, and CIFAR-10 comes before CIFAR-100.
     """
-    wanted = list(product(given.seeds, given.datasets, given.models))
+    settings = Settings(RECIPES[given.recipe], Path(given.runs).absolute(), given.data, given.threads, deadline,
+                        execution_of(given))
+    wanted = [Cell(model, dataset, seed) for seed, dataset, model in product(given.seeds, given.datasets, given.models)]
+    numbers = {cell: f"[{place:>{len(str(len(wanted)))}}/{len(wanted)}]" for place, cell in enumerate(wanted, 1)}
     complete, failures, stopped = 0, [], None
-    for place, (seed, dataset, model) in enumerate(wanted, 1):
-        line = f"[{place:>{len(str(len(wanted)))}}/{len(wanted)}] {model:<9} {dataset:<8} s{seed}  "
-        remaining = None if deadline is None else deadline - time.monotonic()
-        if remaining is not None and remaining <= 0:
-            stopped = "budget exhausted"
-            break
-        try:
-            record = _committed(given, model, dataset, seed) or train(
-                model,
-                dataset,
-                recipe=RECIPES[given.recipe],
-                seed=seed,
-                data=given.data,
-                runs=given.runs,
-                device=given.device,
-                budget_seconds=remaining,
-                progress=sys.stderr.isatty(),
-            )
-        except KeyboardInterrupt:
-            stopped = "interrupted"
-            break
-        except Exception as error:  # whatever ails one cell, the others go on
-            text = clean(f"{type(error).__name__}: {error}")
+    for cell, outcome in _outcomes(wanted, settings, given):
+        line = f"{numbers[cell]} {cell}  "
+        if isinstance(outcome, Exception):
+            text = clean(f"{type(outcome).__name__}: {outcome}")
             print(f"{line}failed: {'as above' if text in failures else text}", flush=True)
             failures.append(text)
             continue
-        print(line + _outcome(record), flush=True)
-        complete += record.status == "complete"
-        if record.status == "failed":
-            failures.append(record.reason)
-        if record.status == "partial":
-            stopped = record.reason
-            break
+        print(line + _told(outcome), flush=True)
+        complete += outcome.status == "complete"
+        if outcome.status == "failed":
+            failures.append(outcome.reason)
+        if outcome.status == "partial":
+            stopped = outcome.reason
+    if not stopped and complete + len(failures) < len(wanted):
+        stopped = "budget exhausted" if deadline is not None and time.time() >= deadline else "interrupted"
     said = [f"{complete} of {len(wanted)} cells complete"]
     if failures:
         said.append(f"{len(failures)} failed")
@@ -153,17 +161,52 @@ def train_cells(given: argparse.Namespace, deadline: float | None) -> int:
     return 0 if complete == len(wanted) else 3
 
 
-def _committed(given: argparse.Namespace, model: str, dataset: str, seed: int) -> RunRecord | None:
+def _outcomes(wanted: list[Cell], settings: Settings, given: argparse.Namespace
+              ) -> Iterator[tuple[Cell, RunRecord | Exception]]:
+    """Each cell that could be begun before a stop, and its record, or whatever ails it: the others go on."""
+    missing = []
+    for cell in wanted:
+        if record := _committed(given, cell):
+            yield cell, record
+        else:
+            missing.append(cell)
+    if given.devices:
+        yield from on_devices(missing, settings, given.devices, given.jobs_per_device or 1)
+    elif given.cluster:
+        yield from on_cluster(missing, settings, given.cluster, given.jobs_per_device or 1)
+    else:
+        yield from _in_turn(missing, settings, given.device)
+
+
+def _in_turn(cells: list[Cell], settings: Settings, device: str | None) -> Iterator[tuple[Cell, RunRecord | Exception]]:
+    for cell in cells:
+        remaining_seconds = settings.remaining_seconds()
+        if remaining_seconds is not None and remaining_seconds <= 0:
+            return
+        try:
+            record = train_cell(cell, settings, device, progress=sys.stderr.isatty())
+        except KeyboardInterrupt:
+            return
+        except Exception as error:
+            yield cell, error
+            continue
+        yield cell, record
+        if record.status == "partial":
+            return
+
+
+def _committed(given: argparse.Namespace, cell: Cell) -> RunRecord | None:
     """The complete run of this cell among the committed records, if there is one on the data that are wanted."""
     try:
-        record = load(Path(given.records) / run_name(model, dataset, RECIPES[given.recipe], seed))
+        name = run_name(cell.model, cell.dataset, RECIPES[given.recipe], cell.seed)
+        record = load(Path(given.records) / name)
     except BadRecord:
         return None
     official = whereabouts(given.data) != GENERATED
     return record if record.status == "complete" and record.engine and record.data["official"] == official else None
 
 
-def _outcome(record: RunRecord) -> str:
+def _told(record: RunRecord) -> str:
     """accuracy, time and state of a run, for its line."""
     accuracy = cells.DASH if record.test_accuracy is None else f"{record.test_accuracy:.1f}"
     words = f"accuracy {accuracy:>5} %  {cells.duration(record.train_seconds):>5}  {record.status}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import reproduce_table
+from bench import placement, reproduce_table
 from bench.reproduce_table import MODELS, RESERVED_SECONDS, main
 from memcnn.training.record import DATASETS, load
 
@@ -31,7 +31,7 @@ def trained(monkeypatch, full):
             raise outcome
         return full(model=model, dataset=dataset, seed=options["seed"], **outcome)
 
-    monkeypatch.setattr(reproduce_table, "train", train)
+    monkeypatch.setattr(placement, "train", train)
     return calls, outcomes
 
 
@@ -77,7 +77,7 @@ def test_the_options_of_a_run_reach_the_trainer(run, trained, tmp_path):
     [(cell, options)] = trained[0]
     assert cell == ("revnet38", "cifar100", 3)
     assert options["recipe"].name == "smoke" and options["device"] == "cpu" and options["data"] == "generated"
-    assert options["runs"] == str(tmp_path / "runs")
+    assert options["runs"] == tmp_path / "runs"
     assert 3500 < options["budget_seconds"] <= 3600 - RESERVED_SECONDS
 
 
