@@ -133,7 +133,7 @@ def joined(device: str | None) -> Iterator[World]:
     """
     if dist.is_available() and dist.is_initialized():
         yield _world()
-    elif dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
+    elif launched() and int(os.environ["WORLD_SIZE"]) > 1:
         gpus = torch.cuda.is_available() and device != "cpu"
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
         try:
@@ -148,6 +148,11 @@ def _world() -> World:
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", dist.get_rank())))
 
 
-def is_first() -> bool:
-    """Whether this is the process of the run that speaks, before and after it has joined the others."""
-    return int(os.environ.get("RANK", 0)) == 0 if dist.is_torchelastic_launched() else True
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def speaks() -> bool:
+    """Whether this process is the one of its run that tells the user what all of them know."""
+    return not launched() or os.environ["RANK"] == "0"
