@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from bench import peer_tables
 from bench.summary import GIB, MIB, NAMES, fit, largest_depth, load, series_of, size, time_table
 
 STYLES = {  # colour (apart in shades of grey too), marker, line
@@ -24,7 +25,11 @@ STYLES = {  # colour (apart in shades of grey too), marker, line
     "wrapped": ("#2a8c6b", "X", "--"),
     "reversible": ("#14406e", "^", "-"),
 }
-PEER_STYLES = {"upstream": ("#c98a1b", "*", "-"), "RevTorch": ("#8d5aa8", "<", "-"), "RevLib": ("#5d8a2f", ">", "-")}
+PEER_STYLES = {
+    "MemCNN 1.5.2": ("#c98a1b", "*", "-"),
+    "RevTorch": ("#8d5aa8", "<", "-"),
+    "RevLib": ("#5d8a2f", ">", "-"),
+}
 LIMIT = 4 / 3
 
 
@@ -60,6 +65,7 @@ def time_against_depth(results: pd.DataFrame) -> Figure | None:
         return None
     figure, axes = _axes("blocks", "time of a step / plain autograd")
     _ratio_lines(axes, rows, "depth")
+    _logarithmic(axes, x=sorted(rows.depth.unique()))
     return _finished(figure, axes, f"{size(rows)}; bars: quartiles of n = {rows.n.min()} repeats")
 
 
@@ -97,19 +103,17 @@ def pareto(results: pd.DataFrame) -> Figure | None:
 
 def pareto_of_peers(peers: dict) -> Figure:
     """The same of ``bench.peers``, at its smaller depth."""
-    from bench.peer_tables import ratios
-
-    times = ratios(peers["time"])
+    times = peer_tables.ratios(peers["time"])
     blocks = times.blocks.min()
     groups = times[times.blocks == blocks].groupby("contender", sort=False).ratio
     memory = pd.DataFrame(peers["memory"])
     rows = pd.DataFrame({
         "ratio": groups.median(), "ratio_low": groups.quantile(0.25), "ratio_high": groups.quantile(0.75),
         "memory": memory[memory.blocks == blocks].set_index("contender").peak_bytes / MIB})
-    ours = {"ReversibleSequential": "reversible", "wrapped blocks": "wrapped"}
+    ours = {"ReversibleSequential": "reversible", "wrapped blocks": "wrapped", "upstream": "MemCNN 1.5.2"}
     case = "{batch} x {channels} x {side} x {side}".format(**peers["case"])
-    return _front(rows.rename(index=ours), f"{blocks} blocks, input {case}, float32; bars: quartiles of n = "
-                  f"{peers['rounds']} rounds; gradients of the parameters included")
+    return _front(rows.rename(index=ours), f"{blocks} blocks, input {case}, float32, gradients of the parameters "
+                  f"included;\nbars: quartiles of n = {peers['rounds']} rounds")
 
 
 def depth_per_budget(results: pd.DataFrame) -> Figure | None:
@@ -187,9 +191,16 @@ def _line(axes: Axes, subject: str, x, y, spread: list | None = None) -> None:
 
 
 def _ratio_lines(axes: Axes, rows: pd.DataFrame, column: str) -> None:
-    for subject in (s for s in STYLES if s in set(rows.subject)):
+    """Against a logarithmic axis, on which contenders stand a little apart, so that no bar hides another."""
+    there = [s for s in STYLES if s in set(rows.subject)]
+    for place, subject in enumerate(there):
         one = rows[rows.subject == subject].sort_values(column)
-        _line(axes, subject, one[column], one.ratio, [one.ratio - one.ratio_low, one.ratio_high - one.ratio])
+        x = one[column] * 1.03 ** (place - (len(there) - 1) / 2)
+        _line(axes, subject, x, one.ratio, [one.ratio - one.ratio_low, one.ratio_high - one.ratio])
+    _limit(axes)
+
+
+def _limit(axes: Axes) -> None:
     axes.axhline(LIMIT, color="black", linewidth=0.8, linestyle=(0, (1, 3)), label="4/3: one more evaluation")
 
 
@@ -203,9 +214,9 @@ def _front(rows: pd.DataFrame, title: str) -> Figure:
     front = rows.sort_values(["memory", "ratio"])
     front = front[front.ratio <= front.ratio.cummin()]
     axes.step(front.memory, front.ratio, where="post", color="black", linewidth=0.8, zorder=0, label="Pareto front")
-    axes.axhline(LIMIT, color="black", linewidth=0.8, linestyle=(0, (1, 3)), label="4/3: one more evaluation")
-    _logarithmic(axes, x=[v for v in (1, 3, 10, 30, 100, 300, 1000, 3000) if v <= 2 * rows.memory.max()])
+    _limit(axes)
     axes.set_xlim(rows.memory.min() / 1.5, rows.memory.max() * 1.5)
+    _logarithmic(axes, x=[digit * 10**power for power in range(5) for digit in (1, 2, 5)])
     return _finished(figure, axes, title)
 
 
@@ -214,7 +225,6 @@ def _logarithmic(axes: Axes, x=None, y=None) -> None:
     for axis, ticks, limits in ((axes.xaxis, x, axes.get_xlim), (axes.yaxis, y, axes.get_ylim)):
         if ticks is not None:
             (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
-            axes.autoscale_view()
             low, high = limits()
             axis.set_ticks([tick for tick in ticks if low <= tick <= high])
             axis.set_minor_locator(NullLocator())
@@ -223,7 +233,11 @@ def _logarithmic(axes: Axes, x=None, y=None) -> None:
 
 def _finished(figure: Figure, axes: Axes, title: str) -> Figure:
     axes.set_title(title, fontsize=8.5, loc="left")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    handles, labels = axes.get_legend_handles_labels()
+    last = [labels.index(label) for label in labels if label.startswith(("Pareto", "4/3"))]
+    order = [i for i in range(len(labels)) if i not in last] + last
+    figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside right upper", frameon=False,
+                  fontsize=9)
     return figure
 
 

@@ -67,4 +67,9 @@ def captured(model: nn.Module, step: Step) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step.run()
-    return replace(step, run=graph.replay)
+
+    def replay() -> None:
+        graph.replay()
+
+    replay.keeps_alive = step.run  # and with it the tensors whose memory the graph works in
+    return replace(step, run=replay)

@@ -248,10 +248,11 @@ def origin(results: pd.DataFrame) -> str:
     device, software = first.device, first.software
     changes = "" if first.clean in (True, None) else " with uncommitted changes"
     clock = {"wall": "", "cpu": "; seconds are the process's own CPU time"}[device["clock"]]
+    load = f"load average {results.load.min():.1f} to {results.load.max():.1f} while measuring"
     return (
-        f"{device['name']} ({device['type']}, {device['cores']} cores, {device['threads']} threads), load average "
-        f"{results.load.min():.1f} to {results.load.max():.1f} while measuring{clock}; torch {software['torch']}, Python "
-        f"{software['python']}, memcnn {software['memcnn']}, commit {(first.commit or 'unknown')[:12]}{changes}"
+        f"{device['name']} ({device['type']}, {device['cores']} cores, {device['threads']} threads), {load}{clock}; "
+        f"torch {software['torch']}, Python {software['python']}, memcnn {software['memcnn']}, commit "
+        f"{(first.commit or 'unknown')[:12]}{changes}"
     )
 
 

@@ -8,8 +8,10 @@ import torch
 
 from bench import measure
 
-MACHINE = {"device": {"type": "cpu", "name": "a processor", "threads": 1, "cores": 2, "clock": "wall"}, "commit": None, "clean": None,
-           "software": {"torch": torch.__version__, "python": "3.11.7", "memcnn": "2.0.0"}, "load": 0.5}
+MACHINE = {
+    "device": {"type": "cpu", "name": "a processor", "threads": 1, "cores": 2, "clock": "wall"},
+    "software": {"torch": torch.__version__, "python": "3.11.7", "memcnn": "2.0.0"},
+    "commit": None, "clean": None, "load": 0.5}
 
 
 def row(group: str, case, seconds: float = 1.0, **more) -> dict:

@@ -1,10 +1,14 @@
 """The benchmark compares equal work, takes its cases in turn, and measures what it says."""
 
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ import torch
 from bench import measure, summary
 from bench.cases import SUBJECTS, Chain, branches, chains
 from bench.conftest import in_turn
-from bench.modes import MODES, modes, prepared, why_not
+from bench.modes import MODES, captured, modes, prepared, why_not
 from bench.networks import Network, networks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +73,36 @@ def test_compiled_branches_are_compiled_once_for_all_blocks(monkeypatch):
     gradients(small("reversible", 6, "compile-branches"))
     assert counters["frames"]["ok"] == counters["frames"]["total"] == 1
     torch._dynamo.reset()
+
+
+def test_a_graph_is_captured_of_a_warm_step_and_keeps_its_tensors(monkeypatch):
+    """With the calls that a GPU would get, in their order."""
+    calls = []
+
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    stream = SimpleNamespace(wait_stream=lambda other: calls.append("wait"))
+    fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": Graph,
+             "stream": nullcontext, "graph": nullcontext}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def captured_step():
+        model, step = prepared(small("reversible", 2), CPU)
+
+        def run():
+            calls.append(next(model.parameters()).grad is None)
+            step.run()
+
+        return weakref.ref(model), captured(model, dataclasses.replace(step, run=run)).run
+
+    model, replay = captured_step()
+    gc.collect()
+    assert model() is not None
+    replay()
+    assert calls == ["wait", True, False, False, "wait", True, "replay"]
 
 
 def test_what_needs_a_gpu_says_so_and_the_rest_says_how_to_run_it():
