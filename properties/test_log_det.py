@@ -55,6 +55,7 @@ def assert_log_det(flow: Network, actual: Tensor, jacobians: list[Tensor],
 
 
 @given(small_flows(mix_samples=False))
+@settings(max_examples=10)
 def test_each_samples_value_is_that_of_its_dense_jacobian(flow: Network):
     module, x = flow.build(), flow.input.build()
     y, log_det = module.forward_log_det(x)  # what initialises itself has done so now, and J is that of one function
