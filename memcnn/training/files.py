@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -70,11 +71,11 @@ def locked(folder: Path) -> Iterator[str | None]:
         yield None
         return
     with _lock(folder) as file:
-        dead = _holder(file)
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(timezone.utc).isoformat()}
-        _write(file, json.dumps(holder))
+        dead = _read(os.pread(file, 1000, 0))
+        since = datetime.now(timezone.utc).isoformat()
+        _write(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
         try:
-            yield dead
+            yield None if dead is None else str(dead)
         finally:
             with suppress(OSError):  # of a full disk, or one that has gone: the lock ends all the same
                 _write(file, "")
@@ -90,7 +91,8 @@ def _lock(folder: Path) -> Iterator[int]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise FolderBusy(f"{_holder(file) or 'another process'} is training in {folder}") from None
+                holder = _read(os.pread(file, 1000, 0)) or "another process"
+                raise FolderBusy(f"{holder} is training in {folder}") from None
             if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
                 yield file
                 return
@@ -99,12 +101,43 @@ def _lock(folder: Path) -> Iterator[int]:
         folder.mkdir(parents=True, exist_ok=True)  # the folder was moved aside in between: lock the one that is there
 
 
-def _holder(file: int) -> str | None:
-    """Who wrote himself into the lock file, in words."""
+@dataclass(frozen=True)
+class Holder:
+    """The process that has written itself into a folder's lock."""
+
+    pid: int
+    host: str
+    since: datetime
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} (since {self.since:%Y-%m-%d %H:%M:%S} UTC)"
+
+    @property
+    def lives(self) -> bool | None:
+        """Whether there is such a process; None where that cannot be known, as of another machine."""
+        if self.host != socket.gethostname() or os.name != "posix":
+            return None
+        try:
+            os.kill(self.pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return False
+        except PermissionError:
+            pass
+        return True
+
+
+def holder(folder: Path) -> Holder | None:
+    """Who trains in the folder, or did and ended without letting go."""
     try:
-        holder = json.loads(os.pread(file, 1000, 0))
-        since = datetime.fromisoformat(holder["since"])
-        return f"process {holder['pid']:d} on {clean(holder['host'])} (since {since:%Y-%m-%d %H:%M:%S} UTC)"
+        return _read((folder / LOCK).read_bytes()[:1000])
+    except OSError:
+        return None
+
+
+def _read(content: bytes) -> Holder | None:
+    try:
+        values = json.loads(content)
+        return Holder(int(values["pid"]), clean(values["host"]), datetime.fromisoformat(values["since"]))
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
 

@@ -72,7 +72,7 @@ def train(
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise BadArgument(f"seed: got {seed!r}, wanted a whole number from 0 up to 2**63")
     with joined(device) as world, world.noticing_losses():
-        chosen_device = _device(device, world)
+        chosen_device = pick_device(device, world)
         effective = _effective(execution, chosen_device, recipe, world)
         show = progress and world.is_first
         if show and effective[1]:
@@ -140,7 +140,8 @@ def _effective(
         raise BadArgument(str(error)) from None
 
 
-def _device(name: str | None, world: World) -> torch.device:
+def pick_device(name: str | None, world: World) -> torch.device:
+    """The device of that name, None for the best; BadArgument when there is none, or none for this process."""
     count = torch.cuda.device_count()
     there = ["cpu", *(["cuda"] if count else []), *(f"cuda:{index}" for index in range(count))]
     if name is not None and name not in there:
