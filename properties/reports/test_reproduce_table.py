@@ -36,8 +36,9 @@ def trained(monkeypatch, full):
 
 
 @pytest.fixture
-def run(tmp_path, capsys):
+def run(tmp_path, capsys, monkeypatch):
     """The exit status and the lines printed by the command, in a folder of its own."""
+    monkeypatch.setenv("COLUMNS", "120")
 
     def command(*words):
         folders = [f"--{name}={tmp_path / name}" for name in ("runs", "records", "out")]
