@@ -1,13 +1,14 @@
 """What a run refuses: bad arguments, and a folder that holds, or is held by, another run."""
 
 import os
+import socket
 from dataclasses import replace
 
 import pytest
 import torch
 
 from memcnn import data as cifar_data
-from memcnn.training import checkpoint
+from memcnn.training import checkpoint, files
 from memcnn.training.checkpoint import BadCheckpoint
 from memcnn.training.files import FolderBusy, locked
 from memcnn.training.recipe import override
@@ -131,3 +132,39 @@ def test_a_folder_in_use_is_refused_and_not_moved(tmp_path):
                 run(tmp_path, fresh=fresh)
         assert [path.name for path in tmp_path.iterdir()] == [NAME]
     assert run(tmp_path).status == "complete"
+
+
+def test_a_busy_folder_names_its_holder(tmp_path):
+    with locked(tmp_path / NAME):
+        with pytest.raises(FolderBusy, match=rf"^process {os.getpid()} on {socket.gethostname()} \(since 20.* UTC\)"):
+            run(tmp_path)
+
+
+def test_a_folder_that_is_moved_aside_meanwhile_is_not_the_one_that_is_held(tmp_path, monkeypatch):
+    """Between opening the lock and locking it, another process may begin the run anew."""
+    folder, flock = tmp_path / "run", files.fcntl.flock
+    (folder / "tensorboard").mkdir(parents=True)
+
+    def late(*arguments):
+        monkeypatch.undo()
+        files.move_aside(folder)
+        flock(*arguments)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with locked(folder):
+        assert not (folder / "tensorboard").exists(), "the folder is the old one"
+        assert files.holder(folder).pid == os.getpid()
+        with pytest.raises(FolderBusy), locked(folder):
+            pass
+    assert files.holder(tmp_path / "run.old-1") is None
+
+
+def test_a_complete_run_on_other_unofficial_files_is_refused(tmp_path, monkeypatch):
+    def load(dataset, data, *, unofficial):
+        return replace(DATA, checksums={"test_batch": data})
+
+    monkeypatch.setattr(cifar_data, "load", load)
+    assert run(tmp_path, data="one", unofficial_data=True).status == "complete"
+    assert run(tmp_path, data="one", unofficial_data=True).interruptions == 0
+    with pytest.raises(BadCheckpoint, match="record.json belongs to another run: data checksums is .*one.* there"):
+        run(tmp_path, data="two", unofficial_data=True)
