@@ -108,8 +108,7 @@ class World:
             return model
         if execution.sync_batch_norm:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        # each process has running statistics of its own, of which the first one's are saved and evaluated
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     @contextmanager
     def noticing_losses(self) -> Iterator[None]:

@@ -3,13 +3,18 @@
 import csv
 import struct
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import nn
 
 from memcnn import data as cifar_data
+from memcnn.models.resnet import MODELS
+from memcnn.training import loop
 from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import RunRecord, run_name
 from memcnn.training.trainer import train
@@ -24,6 +29,16 @@ def tiny(num_classes: int = 10, *, disable: bool = False) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 4, 4, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, num_classes)
     )
+
+
+@contextmanager
+def tiny_training() -> Iterator[pytest.MonkeyPatch]:
+    """Within it every run is a tiny one: model resnet32, data "generated"."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "resnet32", tiny)
+        patch.setattr(cifar_data, "generate", lambda num_classes: DATA)
+        patch.setattr(loop, "EVALUATION_BATCH", 20)
+        yield patch
 
 
 class Slow(nn.Module):
