@@ -166,7 +166,7 @@ FIGURES: dict[str, tuple[Callable[[pd.DataFrame], Figure | None], str]] = {
     "time_against_depth": (time_against_depth, "Time of a training step against depth"),
     "pareto": (pareto, "Memory and time of every contender, with the Pareto front"),
     "where_it_loses": (where_it_loses, "Time against batch and width: small work does not hide Python"),
-    "law_of_memory": (law_of_memory, "The law of memory to 1000 blocks"),
+    "law_of_memory": (law_of_memory, "The law of memory: many blocks on small tensors"),
     "depth_per_budget": (depth_per_budget, "Largest depth per memory budget (computed)"),
     "networks": (networks, "The training step of the CIFAR networks"),
 }

@@ -73,9 +73,10 @@ def write(results: pd.DataFrame, folder: Path, command: str) -> list[Path]:
 def markdown(results: pd.DataFrame, figures: dict[str, str], command: str) -> str:
     parts = [f"# {TITLE}", f"Made by `python -m bench`, then `{command}`.", f"Measured on {origin(results)}.",
              "\n".join(f"* {line}" for line in headline(results))]
-    parts += [f"## {title}\n\n![{title}](figures/{name}.svg)" for name, title in figures.items()]
-    for title, note, table in sections(results):
-        parts += [f"## {title}", note, table.to_markdown(index=False, floatfmt=".6g")]
+    tables = [f"## {title}\n\n{note}\n\n{table.to_markdown(index=False, floatfmt='.6g')}"
+              for title, note, table in sections(results)]
+    pictures = [f"## {title}\n\n![{title}](figures/{name}.svg)" for name, title in figures.items()]
+    parts += [*tables[:1], *pictures, *tables[1:]]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -156,7 +156,7 @@ def sections(results: pd.DataFrame) -> list[Section]:
             pivot(scratch, "depth", "scratch") / MIB)
     of_law = series_of(memory, "memory", "law")
     if not of_law.empty:
-        add("The law of memory, KiB", f"Small tensors, {size(of_law)}, by blocks: reversible chains are constant.",
+        add("The law of memory, KiB", f"Many blocks on small tensors, {size(of_law)}.",
             pivot(of_law, "depth", "activation_bytes") / 1024)
     fits = fit(of_depth)
     if not fits.empty:
