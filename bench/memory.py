@@ -198,6 +198,10 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop
     parser = memory_text.build_parser(__doc__, optimizers=OPTIMIZERS, dtypes=DTYPES)
     given = parser.parse_args(arguments)
+    if given.table and given.model is not None:
+        parser.error(f"argument MODEL: got {given.model!r}, wanted none with --table, which is about all six networks")
+    if given.out is not None and not given.table:
+        parser.error("argument --out: wanted --table, which it is for; --json takes the numbers of one model")
     if given.table:
         text = activations.render(progress=_progress)
         if given.out is not None:

@@ -42,6 +42,14 @@ def shape(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
+def file(text: str) -> Path:
+    """A file that can be written: its folder is there."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a file in a folder that exists")
+    return path
+
+
 def build_parser(text: str, *, optimizers: Iterable[str], dtypes: Iterable[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bench.memory", description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -58,9 +66,9 @@ def build_parser(text: str, *, optimizers: Iterable[str], dtypes: Iterable[str])
     add("--reserve", type=size, default=MIB << 10, metavar="SIZE", help="of it, for what is not counted (1GiB)")
     add("--most-units", type=count, default=64, metavar="N", help="units a stage to search up to (%(default)s)")
     add("--no-check", action="store_true", help="do not compute a step to measure the prediction's error")
-    add("--json", type=Path, metavar="FILE", help="write all numbers there, in bytes")
+    add("--json", type=file, metavar="FILE", help="write all numbers there, in bytes")
     add("--table", action="store_true", help="the published table of activations, recomputed")
-    add("--out", type=Path, metavar="FILE", help="write the table there, too")
+    add("--out", type=file, metavar="FILE", help="write the table there, too")
     return parser
 
 
@@ -114,4 +122,4 @@ def _fit(found: dict, what: str, of: str) -> str:
 
 
 def mib(size_bytes: int) -> str:
-    return f"{size_bytes / MIB:,.1f} MiB"
+    return f"{size_bytes / MIB:,.1f} MiB" if size_bytes >= MIB else f"{size_bytes / 1024:,.1f} KiB"

@@ -1,0 +1,173 @@
+"""What fits is the most that fits, the old allocator is the old allocator, and the command says what is wrong."""
+
+import json
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from bench import activations, memory, memory_text
+from bench.allocator_2018 import Meter2018
+from bench.fitting import largest_that_fits
+from memcnn.models.resnet import MODELS
+from reports.tables import published
+
+MIB = 2**20
+OWN = f"{__name__}:own_model"
+
+
+def own_model() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+
+
+def no_model() -> int:
+    return 3
+
+
+@given(
+    steps=st.lists(st.integers(1, 100), min_size=2, max_size=60),
+    start=st.integers(1, 100),
+    share=st.floats(0, 1.2),
+    shift=st.integers(-1, 1),
+)
+def test_what_fits_is_the_most_that_fits(steps, start, share, shift):
+    sizes = {n: sum(steps[:n]) for n in range(1, len(steps) + 1)}  # any growing curve
+    budget = int(share * sizes[len(steps)]) + shift
+    found = largest_that_fits(sizes.__getitem__, budget, start=start, limit=len(steps))
+    n = found["largest"]
+    assert n == sum(size <= budget for size in sizes.values())
+    assert found["peak_bytes"] == sizes.get(n)
+    assert found["next_peak_bytes"] == sizes.get(n + 1)
+
+
+def test_where_memory_is_affine_four_evaluations_do():
+    found = largest_that_fits(lambda n: 1000 + 37 * n, 10**8, start=100, limit=2**24)
+    assert found["largest"] == (10**8 - 1000) // 37 and found["evaluations"] == 4
+
+
+def subject(**options) -> memory.Subject:
+    return memory.Subject("own", own_model, (4, 2, 8, 8), None, **options)
+
+
+def test_the_largest_batch_fits_and_one_more_does_not():
+    found = memory.largest_batch(subject(), MIB)
+    batches = found["largest"], found["largest"] + 1
+    at, above = (memory.predict(subject().of_batch(batch), "cuda").peak_bytes for batch in batches)
+    assert (found["peak_bytes"], found["next_peak_bytes"]) == (at, above) and at <= MIB < above
+
+
+def test_the_largest_depth_fits_and_one_more_does_not():
+    small = memory.Subject("revnet38", MODELS["revnet38"], (2, 3, 32, 32), 10)
+    budget = memory.predict(small, "cuda").peak_bytes - 1  # three units a stage do not fit
+    found = memory.largest_depth(small, budget, disable=False, limit=64)
+    assert found["largest"] == 2 and found["peak_bytes"] <= budget < found["next_peak_bytes"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_depths_are_those_of_the_named_networks(name):
+    with torch.device("meta"):
+        named = MODELS[name](7)
+        units = len(named.stages[0])
+        again = memory.DEPTHS[name](units=3 * [units], num_classes=7)
+    shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (named, again)]
+    assert shapes[0] == shapes[1]
+    assert memory.layers(name) * units + 2 == int(re.search(r"\d+", name)[0])
+
+
+def kilobytes(count: float) -> torch.Tensor:
+    return torch.empty(int(1024 * count), dtype=torch.uint8)
+
+
+def test_the_allocator_of_2018_rounds_and_does_not_split_small_rests():
+    with Meter2018() as meter:
+        held = [kilobytes(0.001), kilobytes(1.1)]
+        assert meter.allocated_bytes == 512 + 1536
+        held.append(kilobytes(1600))  # 12.5 units
+        assert meter.allocated_bytes == 2048 + 13 * 2**17
+        held.clear()
+        assert meter.allocated_bytes == 0
+        held.append(kilobytes(1100))  # in the free block of 13 units, whole
+        assert meter.allocated_bytes == 13 * 2**17
+        held.append(kilobytes(4096))
+        del held[1]
+        held.append(kilobytes(1500))  # out of 4096, of which more than 1024 remain
+        assert meter.allocated_bytes == 13 * 2**17 + 12 * 2**17
+        del held[1]
+        held.append(kilobytes(4000))  # the rest has come together with it again
+        assert meter.allocated_bytes == 13 * 2**17 + 4096 * 1024
+        assert meter.current_bytes == 5100 * 1024
+
+
+def test_the_published_activations_are_those_of_the_rules_of_2018():
+    values = published().dropna(subset="activations_mib").set_index("model").loc["resnet32"]
+    held = activations.held_after_forward(MODELS["resnet32"], 100)
+    assert held["blocks of 2018"] / MIB == pytest.approx(values.activations_mib, abs=0.05)
+    assert held["tensors"] / MIB < values.activations_mib - 1
+    assert activations.model_blocks(MODELS["resnet32"]) / MIB == pytest.approx(values.parameters_mib, abs=0.05)
+
+
+def test_the_stems_relu_saves_one_map_that_a_reversible_first_unit_could_do_without():
+    def without(name: str) -> int:
+        whole = activations.held_after_forward(MODELS[name], 4)["tensors"]
+        return whole - activations.held_after_forward(
+            lambda: activations.without_stem_relu(MODELS[name]()), 4)["tensors"]  # fmt: skip
+
+    assert without("revnet38") == 4 * 32 * 32 * 32 * 4
+    assert without("resnet32") == 0
+
+
+def test_the_peak_beside_what_is_held_is_the_recorded_one():
+    """Of a step at batch 100, as the committed records of full runs have it."""
+    assert activations.peak_activations(MODELS["resnet32"], 100) == 250_685_064
+    assert activations.peak_activations(MODELS["revnet38"], 100) == 108_140_056
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("80 GB", 80e9), ("1.5mib", 1.5 * MIB), ("7", 7)])
+def test_a_size_is_read(text, size):
+    assert memory_text.size(text) == size
+
+
+BAD = {
+    "revnet": "got 'revnet', wanted one of resnet32",
+    "": "MODEL: missing, wanted one of resnet32",
+    "nowhere:model --shape 1,2": "No module named 'nowhere'",
+    f"{OWN}s --shape 1,2": "no attribute 'own_models'",
+    f"{__name__}:no_model --shape 1,2": "returned int, wanted an nn.Module",
+    OWN: "--shape: missing, wanted the input's shape",
+    f"{OWN} --shape 1,x": "got '1,x', wanted whole numbers, the batch first",
+    f"{OWN} --shape 4,3,8,8": "wanted a model that takes one such tensor",
+    f"{OWN} --shape 4,2,8,8 --disable": "--disable: wanted one of the six networks",
+    "revnet38 --shape 1,3,32,32": "wanted --batch instead",
+    "revnet38 --batch 0": "got '0', wanted a whole number of at least 1",
+    "revnet38 --dtype int8": "invalid choice: 'int8'",
+    "revnet38 --device-memory 24Gigs": "got '24Gigs', wanted a size like 24GiB",
+    "revnet38 --device-memory 1GiB": "--reserve: got 1073741824 bytes, wanted less than --device-memory",
+    "revnet38 --json /nowhere/x.json": "got '/nowhere/x.json', wanted a file in a folder that exists",
+    "revnet38 --out x.md": "--out: wanted --table",
+    "--table revnet38": "got 'revnet38', wanted none with --table",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_a_bad_argument_is_told_and_ends_with_status_two(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        memory.main(arguments.split())
+    assert end.value.code == 2
+    assert BAD[arguments] in capsys.readouterr().err
+
+
+def test_the_command_predicts_and_measures_its_error(tmp_path, capsys):
+    path = tmp_path / "memory.json"
+    command = f"{OWN} --shape 4,2,8,8 --device-memory 3MiB --reserve 2MiB --optimizer adam --json {path}"
+    assert memory.main(command.split()) == 0
+    result, out = json.loads(path.read_text()), capsys.readouterr().out
+    (row,) = [row for row in result["check"] if row["device"] == "cpu"]
+    assert row["predicted_bytes"] == row["tensor_bytes"] <= row["allocated_bytes"]
+    assert result["peak"] == json.loads(json.dumps(vars(memory.predict(subject(optimizer="adam"), "cuda"))))
+    assert result["largest_batch"] == memory.largest_batch(subject(optimizer="adam"), MIB)
+    assert "error +0.000%" in out and f"largest batch: {result['largest_batch']['largest']:,}, " in out
+    if not torch.cuda.is_available():
+        assert "on CUDA: not measured, there is no CUDA device" in out
