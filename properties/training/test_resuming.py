@@ -90,6 +90,14 @@ def test_resuming_gives_the_same_bits(tmp_path_factory, uninterrupted, parts):
     assert len(scalars(runs / NAME)) == 3 * 4
 
 
+def test_tensorboard_shows_an_evaluation_as_soon_as_it_is_done(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(Stop, "reason", lambda self, needed_seconds: shown.append(len(scalars(tmp_path / NAME))))
+    run(tmp_path)
+    # asked before each iteration and each of three parts of an evaluation; four values an evaluation
+    assert shown == [0] * 8 + [4] * 8 + [8] * 5
+
+
 def test_time_adds_up_over_interruptions_and_each_is_counted(tmp_path):
     seconds = []
     for questions in (3, 4):
