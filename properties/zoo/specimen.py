@@ -1,12 +1,13 @@
 """A healthy module or a fault to put before the checks, and the parts that most of them are made of."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from memcnn.testing import Report, check_all
+from memcnn.testing import Report, Result, check_all
 
 DEPTHS = 2, 4
 """Of the chains that the law of memory compares: what grows, grows with every block."""
@@ -46,7 +47,7 @@ class Fault:
     """What is wrong with a specimen, and how the checks must tell.
 
     law, claim: that name the fault; the claim by its beginning.
-    says: words of the explanation.
+    says: a regular expression for words of the explanation.
     also: the laws in which it shows as a consequence.
     """
 
@@ -62,6 +63,12 @@ def fault(name: str, what: str, make: Callable[[], nn.Module], law: str, claim: 
           **options) -> Fault:
     """A fault of the module that ``make`` gives; the options are those of `Specimen`."""
     return Fault(Specimen(name, make, **options), what, law, claim, says, frozenset(also))
+
+
+def named_by(of: Fault, report: Report) -> Result | None:
+    """What names the fault in the report: a failure of its law and claim, in its words."""
+    return next((result for result in report.failures if result.law == of.law and result.claim.startswith(of.claim)
+                 and re.search(of.says, result.explanation)), None)
 
 
 def branch(channels: int = 2, out_channels: int | None = None, *between: nn.Module) -> nn.Sequential:

@@ -77,8 +77,8 @@ def _stored_bytes(subject: Subject, output: Tensor) -> float:
     twin = subject.plain()
     if twin is None:
         return 10 * output.numel() * output.element_size()
-    few, many = (_peak_bytes(subject, nn.Sequential(*(copy.deepcopy(twin) for _ in range(depth)))) for depth in (2, 6))
-    return (many - few) / 4
+    few, many = (_peak_bytes(subject, nn.Sequential(*(copy.deepcopy(twin) for _ in range(depth)))) for depth in (1, 3))
+    return (many - few) / 2
 
 
 def _buffer_bytes(module: nn.Module) -> int:

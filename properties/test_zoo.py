@@ -1,0 +1,39 @@
+"""The checks are proven: each fault is caught by the law that names it and by nothing unrelated, nothing healthy is."""
+
+import pytest
+
+from memcnn.testing.checks import LAWS
+from memcnn.testing.laws import conditioning
+from properties.zoo.faults import FAULTS
+from properties.zoo.healthy import HEALTHY
+from properties.zoo.specimen import Fault, Specimen, named_by
+
+
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The growth of errors with depth decides nothing here, and takes its time."""
+    monkeypatch.setattr(conditioning, "DEEPEST", 2)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.specimen.name)
+def test_a_fault_is_caught_by_the_law_that_names_it_and_by_nothing_unrelated(fault: Fault):
+    report = fault.specimen.report()
+    assert report.failed_laws == {fault.law} | fault.also, f"\n{report}"
+    assert named_by(fault, report) is not None, f"\n{report}"
+    assert named_by(fault, report).explanation in report.summary()
+
+
+@pytest.mark.parametrize("specimen", HEALTHY, ids=lambda specimen: specimen.name)
+def test_nothing_healthy_is_found_fault_with(specimen: Specimen):
+    report = specimen.report()
+    assert report.passed, f"\n{report}"
+
+
+def test_names_are_unique():
+    names = [fault.specimen.name for fault in FAULTS] + [specimen.name for specimen in HEALTHY]
+    assert len(set(names)) == len(names)
+
+
+def test_every_law_has_faults_of_its_own():
+    assert {fault.law for fault in FAULTS} == set(LAWS)
+    assert len(FAULTS) >= 40

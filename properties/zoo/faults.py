@@ -1,0 +1,5 @@
+"""All faults of the zoo."""
+
+from properties.zoo import gradients, inverses, log_dets, memories, states, upstream
+
+FAULTS = [*inverses.FAULTS, *gradients.FAULTS, *states.FAULTS, *memories.FAULTS, *log_dets.FAULTS, *upstream.FAULTS]
