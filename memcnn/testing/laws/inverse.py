@@ -71,8 +71,8 @@ def _forward_undoes_inverse(subject: Subject) -> Result:
     module = subject.fresh()
     without_dropout(module)
     try:
-        y = [subject.representable((1 - SHARE) * value + SHARE * reordered(value)) if value.is_floating_point() else value
-             for value in subject.evaluated(module, subject.inputs)]
+        y = [subject.representable((1 - SHARE) * value + SHARE * reordered(value))
+             if value.is_floating_point() else value for value in subject.evaluated(module, subject.inputs)]
         x = subject.evaluated(module.inverse, y)
     except Exception as error:
         return Result("inverse", BACK, math.inf, 0.0, explanation=f"raised {_said(error)}")
