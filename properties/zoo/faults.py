@@ -1,5 +1,6 @@
 """All faults of the zoo."""
 
-from properties.zoo import gradients, inverses, log_dets, memories, states, upstream
+from properties.zoo import gradients, inverses, log_dets, memories, ours, states, upstream
 
-FAULTS = [*inverses.FAULTS, *gradients.FAULTS, *states.FAULTS, *memories.FAULTS, *log_dets.FAULTS, *upstream.FAULTS]
+FAULTS = [*inverses.FAULTS, *gradients.FAULTS, *ours.FAULTS, *states.FAULTS, *memories.FAULTS, *log_dets.FAULTS,
+          *upstream.FAULTS]

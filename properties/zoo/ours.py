@@ -1,0 +1,85 @@
+"""Faults in what a user hands to our own engine: equations, options, branches and a wrapper of their own."""
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from memcnn import AdditiveCoupling, AffineCoupling, InvertibleModuleWrapper
+from memcnn.models.affine import scale
+from memcnn.models.tape import lift
+from properties.zoo.gradients import DIFFERENCES, INPUTS
+from properties.zoo.inverses import FORTH, Additive, affine
+from properties.zoo.specimen import Own, branch, dropping, fault
+
+
+def plus(a: Tensor, h: Tensor) -> Tensor:
+    return a + h
+
+
+def minus(a: Tensor, h: Tensor) -> Tensor:
+    return a - h
+
+
+class UndoneByItself(Additive):
+    """The engine is told that a sum undoes a sum."""
+
+    def couple(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        y1 = lift(x1, self.Fm, x2, plus, minus)
+        return y1, lift(x2, self.Gm, y1, plus, plus)
+
+
+class ScaleNotUndone(AffineCoupling):
+    """The engine is told how to undo the shift alone."""
+
+    def couple(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        y1 = lift(x1, self.Fm, x2, scale, shift_undone)
+        return y1, lift(x2, self.Gm, y1, scale, shift_undone)
+
+
+def shift_undone(a: Tensor, h: tuple[Tensor, Tensor]) -> Tensor:
+    return a - h[1]
+
+
+class HiddenState(nn.Module):
+    """A branch with a running mean that is no buffer, so that no other evaluation finds what this one found."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch = branch()
+        self.mean = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.5 * self.mean + 0.5 * x.detach().mean().item() + 0.5
+        return self.branch(x) * (1 + self.mean)
+
+
+class UndoIsForward(InvertibleModuleWrapper):
+    """Hands ``forward`` to the engine twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(self._fn, self._fn.forward, (x,), {}, self.keep_input)
+
+
+class OutputDetached(InvertibleModuleWrapper):
+    """Adds a copy of the output as a skip that is meant for logging."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return 2 * y - y.detach()
+
+
+FAULTS = [
+    fault("a sum undone by a sum", "the step given to lift for the inverse", UndoneByItself, "gradients", INPUTS,
+          "the gradient of the input"),
+    fault("a scale not undone", "the step given to lift undoes the shift alone", partial(affine, ScaleNotUndone),
+          "gradients", INPUTS, "the gradient of the input"),
+    fault("random numbers not preserved", "preserve_rng_state=False, with dropout",
+          lambda: InvertibleModuleWrapper(AdditiveCoupling(dropping(), dropping()), preserve_rng_state=False),
+          "gradients", INPUTS, "with dropout off it is right", "state"),
+    fault("a state that is no buffer", "a running mean that a recomputation finds moved",
+          lambda: AdditiveCoupling(HiddenState(), branch()), "inverse", FORTH, "not deterministic", "state"),
+    fault("the engine is given forward for inverse", "in a wrapper of one's own", lambda: UndoIsForward(Own()),
+          "gradients", INPUTS, "the gradient of the input"),
+    fault("gradient doubled by a skip", "2 y - y.detach()", lambda: OutputDetached(Own()), "gradients", DIFFERENCES,
+          "is 2 times what it should be"),
+]
