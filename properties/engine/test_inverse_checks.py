@@ -59,6 +59,21 @@ def test_a_right_inverse_passes_its_check_and_leaves_everything_as_it_was():
     assert {b.item() for name, b in module.named_buffers() if name.endswith("num_batches_tracked")} == {1}
 
 
+def test_an_exact_block_passes_a_check_that_allows_no_error():
+    module = nn.Sequential(*(InvertibleModuleWrapper(AdditiveCoupling(conv_branch(), exact=True), check_inverse=0.0)
+                             for _ in range(2)))
+    weighted_sum(module(images(dtype=torch.float32))).backward()
+
+
+def test_an_input_of_two_checked_blocks_is_rebuilt_and_checked_once():
+    def program(module, x):
+        h = module[0](x)
+        y = module[1](h) + module[2](h)
+        weighted_sum(y).backward()
+        return y
+    assert_like_twin(nn.Sequential(*(block(check_inverse=1e-10) for _ in range(3))), program, images())
+
+
 def test_a_wrong_inverse_does_not_matter_where_the_input_is_kept():
     module = nn.Sequential(block(), InvertibleModuleWrapper(Halves(factor=0.7), keep_input=True))
     assert_like_twin(module, backward, images())

@@ -10,6 +10,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from memcnn.models import engine
 from memcnn.models.engine import Cell, Handle
 from memcnn.testing.tolerances import relative_error, tolerance
 from properties.test_state import living
@@ -335,3 +336,34 @@ def test_anomaly_mode_finds_a_nan_of_a_branch():
             return (x * 0).sqrt() * x
     with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match="returned nan values"):
         weighted_sum(block(SquareRoot)(images())).backward()
+
+
+def node_named(name: str, y: Tensor) -> torch.autograd.graph.Node:
+    """The first node of that name in the graph of y, from its end."""
+    waiting = [y.grad_fn]
+    while waiting:
+        node = waiting.pop(0)
+        if node.name() == name:
+            return node
+        waiting += [next_node for next_node, _ in node.next_functions if next_node is not None]
+    raise LookupError(name)
+
+
+def test_a_look_into_the_graph_shows_the_activations_and_keeps_none():
+    module = nn.Sequential(block(), block()).double()
+    twin = plain_twin(module)
+    x = images()
+    y, wanted = module(x), twin(x)
+    for name, saved in (("TanhBackward0", "_saved_result"), ("ConvolutionBackward0", "_saved_input")):
+        for _ in range(2):
+            seen = getattr(node_named(name, y), saved)
+            expected = getattr(node_named(name, wanted), saved)
+            assert relative_error(seen, expected) <= tolerance(x.dtype, depth=2)
+    del seen
+    assert not engine._passes
+    assert sum(cell.tensor is not None for cell in living(Cell)) == 2, "more than the halves of the end are stored"
+    assert all(handle.tensor is None for handle in living(Handle))
+    actual = torch.autograd.grad(weighted_sum(y), [x, *module.parameters()])
+    expected = torch.autograd.grad(weighted_sum(wanted), [x, *twin.parameters()])
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) <= tolerance(x.dtype, depth=4)
