@@ -1,0 +1,129 @@
+"""Mutation testing of ``memcnn/models`` with Cosmic Ray: changes that no test notices, each explained or a hole.
+
+    python -m properties.mutation [FILE ...]      the files of memcnn/models, or some; goes on where it was stopped
+    python -m properties.mutation --table         what is known so far, as Markdown
+
+It works in a copy of the repository. ``build/mutation`` keeps the map of tests and a session for each file; remove it
+after a change of the code or of the tests. Several processes can take different files. The exit status is 1 where a
+mutant survives that ``explained.csv`` does not explain.
+"""
+
+import argparse
+import csv
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cosmic_ray.commands import init
+from cosmic_ray.mutating import _make_diff, use_mutation
+from cosmic_ray.plugins import get_operator
+from cosmic_ray.work_db import WorkDB, use_db
+from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkItem, WorkResult
+
+from properties.mutation.coverage_map import recorded
+from properties.mutation.operators import choose
+from properties.mutation.selection import OPTIONS, failed_test, failing, in_a_fork, tests_of
+
+ROOT = Path.cwd()
+WORK = ROOT / "build" / "mutation"
+TESTS = [str(path) for folder in ("engine", "") for path in sorted(Path("properties", folder).glob("test_*.py"))]
+COPIED = ["memcnn", "properties", "bench", "reports", "tox.ini", "setup.py", "README.md"]
+ENVIRONMENT = {"MEMCNN_PROFILE": "ci", "MEMCNN_DATA": "", "OMP_NUM_THREADS": "1"}
+EXPLAINED = Path(__file__).with_name("explained.csv")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", type=Path, default=sorted(Path("memcnn/models").glob("*.py")))
+    parser.add_argument("--table", action="store_true", help="print what is known so far and run nothing")
+    arguments = parser.parse_args()
+    choose()
+    if not arguments.table:
+        os.environ.update(ENVIRONMENT)
+        WORK.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            copy_to(Path(folder))
+            os.chdir(folder)
+            record = recorded(TESTS, WORK / "tests")
+            in_a_fork(lambda: pytest.main([*OPTIONS, "--collect-only", *TESTS]))  # compiles them, as mutants do not
+            for file in arguments.files:
+                with use_db(str(session(file))) as db:
+                    if not db.num_work_items:
+                        init([file], db, {})
+                    test(db, record)
+            os.chdir(ROOT)
+    return table(arguments.files)
+
+
+def copy_to(folder: Path) -> None:
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder)
+
+
+def session(file: Path) -> Path:
+    return WORK / f"{file.stem}.sqlite"
+
+
+def test(db: WorkDB, record: dict) -> None:
+    """Every mutant that has no result yet."""
+    kills = Counter()
+    for item in db.pending_work_items:
+        mutation, = item.mutations
+        operator = get_operator(mutation.operator_name)()
+        with use_mutation(mutation.module_path, operator, mutation.occurrence) as (before, after):
+            tests = tests_of(str(mutation.module_path), before, mutation.start_pos[0], record, kills)
+            killed, output = failing(tests, record["seconds"])
+        if killed:
+            kills[failed_test(output)] += 1
+        db.set_result(item.job_id, WorkResult(
+            WorkerOutcome.NORMAL, output, TestOutcome.KILLED if killed else TestOutcome.SURVIVED,
+            "\n".join(_make_diff(before, after, mutation.module_path))))
+
+
+def table(files: list[Path]) -> int:
+    """Prints the table and the survivors; returns the exit status."""
+    with EXPLAINED.open(newline="") as lines:
+        explained = {(row["file"], row["before"], row["after"]): row["explanation"] for row in csv.DictReader(lines)}
+    print("| file | mutants | killed | survived | of these explained |\n| --- | ---: | ---: | ---: | ---: |")
+    survivors, status = [], 0
+    for file in files:
+        if not session(file).exists():
+            continue
+        with use_db(str(session(file))) as db:
+            done = [(item, result) for item, result in db.completed_work_items
+                    if result.worker_outcome != WorkerOutcome.SKIPPED]
+            pending = len(db.pending_work_items)
+        alive = sorted(change(item, result) for item, result in done if not result.is_killed)
+        survivors += alive
+        words = [explained.get((name, before, after)) for name, _, before, after in alive]
+        status |= None in words or pending > 0
+        print(f"| {file.name} | {len(done)}{f' of {len(done) + pending}' if pending else ''} | "
+              f"{len(done) - len(alive)} | {len(alive)} | {len(alive) - words.count(None)} |")
+    for name, line, before, after in survivors:
+        print(f"\n* {name}:{line}  \n  `{before}`  \n  `{after}`  \n"
+              f"  {explained.get((name, before, after), 'NOT EXPLAINED')}")
+    return status
+
+
+def change(item: WorkItem, result: WorkResult) -> tuple[str, int, str, str]:
+    """File name, line, and what that and the lines behind it were and have become."""
+    mutation, = item.mutations
+    return mutation.module_path.name, mutation.start_pos[0], *(" ".join(_changed(result.diff, sign)) for sign in "-+")
+
+
+def _changed(diff: str, sign: str) -> Iterator[str]:
+    for line in diff.splitlines():
+        if line.startswith(sign) and not line.startswith(sign * 3):
+            yield line[1:].strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

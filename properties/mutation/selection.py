@@ -1,0 +1,101 @@
+"""The tests of a mutated line, and their run in a process of its own until one fails."""
+
+import ast
+import os
+import re
+import resource
+import signal
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+
+import hypothesis.extra.pytestplugin  # noqa: F401  what a forked process need not import again: no part of memcnn
+import pytest
+import torch._dynamo  # noqa: F401
+
+FIRST_BATCH = 25
+"""So many tests are collected and run before all others are collected."""
+
+OPTIONS = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+"""Of every run of pytest here; the warning says that hypothesis is imported already, as it is by intent."""
+
+MOST_BYTES = 64 << 30
+"""Of address space: a mutant that collects without end stops here."""
+
+LEAST_LIMIT_S, STARVED_S = 10.0, 1800
+"""A test may compute for ten times as long as without a mutation, and at least so long; it may wait for so long."""
+
+
+def tests_of(file: str, source: str, line: int, recorded: dict, kills: Counter) -> list[str]:
+    """Those that execute the statement around ``line`` of ``file``, which has the text ``source``; killers first."""
+    lines = statement_lines(source, line)
+    executing = {test for number, tests in recorded["tests"][file].items() if number in lines for test in tests}
+    return sorted(executing, key=lambda test: (-kills[test], recorded["seconds"][test]))
+
+
+def statement_lines(source: str, line: int) -> range:
+    """The lines of the smallest statement around ``line``; all of the file if a module's import executes it."""
+    around = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt) and line in _lines(node)]
+    if not any(isinstance(node, ast.FunctionDef) for node in around):
+        return range(1, 1 + source.count("\n"))
+    return _lines(min(around, key=lambda node: len(_lines(node))))
+
+
+def _lines(node: ast.stmt) -> range:
+    first = min(part.lineno for part in (node, *getattr(node, "decorator_list", ())))
+    return range(first, node.end_lineno + 1)
+
+
+def in_a_fork(function: Callable[[], int | None]) -> tuple[int, str]:
+    """The exit status of a process that calls ``function``, 0 for None, and the end of what it prints."""
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        if (process := os.fork()) == 0:
+            status = 70
+            try:
+                for stream in (1, 2):
+                    os.dup2(output.fileno(), stream)
+                status = int(function() or 0)
+            except BaseException as error:
+                print(error)
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        _, status = os.waitpid(process, 0)
+        output.seek(0)
+        return status, output.read()[-2000:]
+
+
+def failing(tests: list[str], seconds: dict[str, float]) -> tuple[bool, str]:
+    """Whether one of ``tests`` fails in this folder, or does not end; and the end of what pytest prints."""
+    status, output = in_a_fork(lambda: _run(tests, seconds))
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 70:
+        raise RuntimeError(output)
+    return status != 0, output
+
+
+def failed_test(output: str) -> str | None:
+    found = re.search(r"^(?:FAILED|ERROR) (properties/.+?)(?: - .*)?$", output, re.M)
+    return found and found[1]
+
+
+class TimeLimit:
+    """A pytest plugin that ends the process with a test that computes for much longer than without a mutation."""
+
+    def __init__(self, seconds: dict[str, float]):
+        self.seconds = seconds
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        signal.setitimer(signal.ITIMER_PROF, max(LEAST_LIMIT_S, 10 * self.seconds[nodeid]))
+
+
+def _run(tests: list[str], seconds: dict[str, float]) -> int:
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+    sys.dont_write_bytecode = True  # two mutants of the same second look alike to what reads it
+    options = [*OPTIONS, "-x", "--no-header", "--tb=line",
+               "-o", f"faulthandler_timeout={STARVED_S}", "-o", "faulthandler_exit_on_timeout=true"]
+    status = 0
+    for batch in (tests[:FIRST_BATCH], tests[FIRST_BATCH:]):
+        if batch and not status:
+            status = pytest.main([*options, *batch], plugins=[TimeLimit(seconds)])
+    return status
