@@ -104,7 +104,7 @@ def test_what_crashes_or_hangs_is_an_error_and_does_so_alone(monkeypatch):
 
 
 def test_the_branches_are_those_of_the_other_benchmarks():
-    assert str(conv_branch(8)) == str(cases.branch(8))
+    assert str(list(conv_branch(8))) == str(list(cases.Branch(8)))
 
 
 def test_ratios_are_taken_within_a_round():

@@ -114,11 +114,11 @@ def test_what_needs_a_gpu_says_so_and_the_rest_says_how_to_run_it():
 
 
 @pytest.mark.parametrize(("subject", "per_branch"), [
-    ("plain", 1), ("checkpoint", 2), ("checkpoint-sqrt", 1.5), ("keep-every-2", 1.5), ("keep-every-4", 1.75),
+    ("plain", 1), ("checkpoint", 2), ("checkpoint-sqrt", 9 / 6), ("keep-every-2", 9 / 6), ("keep-every-4", 10 / 6),
     ("wrapped", 2), ("reversible", 2),
 ])
 def test_evaluations_of_F_and_G_are_counted(subject, per_branch):
-    assert measure.evaluations(small(subject, 4), CPU) == {"evaluations": 8 * per_branch, "branches": 8}
+    assert measure.evaluations(small(subject, 6), CPU) == {"evaluations": 12 * per_branch, "branches": 12}
 
 
 def test_evaluations_of_a_network_are_those_of_its_units():
