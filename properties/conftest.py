@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 # A first call into torch may take a second, so no single example is held to a time.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("dev", max_examples=20, **_COMMON)
+settings.register_profile("dev", max_examples=10, **_COMMON)
 settings.register_profile("ci", max_examples=20, derandomize=True, database=None, print_blob=True, **_COMMON)
 settings.register_profile("thorough", max_examples=500, **_COMMON)
 settings.load_profile(os.environ.get("MEMCNN_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))

@@ -48,8 +48,9 @@ def assert_network_like_twin(law: str, network: Network, program: Program, devic
     actual, expected = run(module, program(network), [leaf]), run(twin, program(network), [leaf])
     if not all(result.isfinite().all() for result in expected.results):
         reject()
-    error = worst(differences(actual, expected).values())
-    hold(law, network, error, depth=depth or 2 * network.depth,
+    errors = differences(actual, expected)
+    error = worst(errors.values())
+    hold(law, network, error, depth=depth or 2 * network.depth, of=next(n for n, e in errors.items() if e is error),
          condition=lambda: condition_number(network, inverse=inverse, program=program))
 
 
@@ -62,8 +63,9 @@ LARGEST: dict[tuple[str, str, str], tuple[float, float]] = {}
 """By law, kind of block and precision: the error that came closest to its limit, and that limit."""
 
 
-def hold(law: str, network: Network, error: float, *, depth: int, condition: Callable[[], float]) -> None:
-    """The error is what rounding explains: the limit of well-conditioned blocks, or of these blocks as they are.
+def hold(law: str, network: Network, error: float, *, depth: int, condition: Callable[[], float],
+         of: str = "") -> None:
+    """The error, ``of`` the tensor of that name, is what rounding explains: in well-conditioned blocks, or in these.
 
     The condition number is measured only where the error is beyond the first limit. Where rounding alone may be as
     large as the values themselves, the example is none.
@@ -78,7 +80,7 @@ def hold(law: str, network: Network, error: float, *, depth: int, condition: Cal
     remember((law, network.kind, name), error, limit)
     if currently_in_test_context() and error < float("inf"):
         target(error / limit, label=law)
-    assert error <= limit, f"{law}: relative error {error:.1e}, limit {limit:.1e}"
+    assert error <= limit, f"{law}: relative error {error:.1e}{of and f' of {of}'}, limit {limit:.1e}"
 
 
 def remember(key: tuple[str, str, str], error: float, limit: float) -> None:

@@ -1,10 +1,12 @@
 """Hypothesis strategies for tensors, for the branches F and G, and for reversible blocks and networks of them.
 
-They draw descriptions (``memcnn.testing.cases``), which ``build`` turns into tensors and modules::
+They draw descriptions (``memcnn.testing.cases``), which ``build`` turns into tensors and modules. For a block of your
+own, which changes each half of its channels by a function F of the other half::
 
-    @given(shapes().flatmap(branches), ...)          # a strategy of modules to put into a block of your own
-    def test_...(branch):
-        module = branch.build()
+    @given(shapes().flatmap(branches), st.integers(0, 2**16))
+    def test_my_block(branch, seed):
+        n, half, *sizes = branch.shape
+        assert check_all(MyBlock(branch.build()), Values((n, 2 * half, *sizes), seed=seed).build()).passed
 """
 
 from collections.abc import Collection, Sequence

@@ -1,0 +1,99 @@
+"""What is drawn can be replayed, is varied, and is judged by limits that its conditioning explains."""
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from memcnn.testing import cases
+from memcnn.testing.cases import COMPOSITIONS, KINDS, LAYERS, LAYOUTS, Block, Branch, Chain, Network, Values
+from memcnn.testing.strategies import networks, tensors
+from memcnn.testing.tolerances import tolerance
+from properties.laws import LARGEST, condition_number, hold, table
+
+
+@given(networks(autocast=(False, True), frozen=True))
+def test_a_network_prints_as_the_code_that_makes_it(network: Network):
+    assert eval(repr(network), {**vars(cases), "torch": torch}) == network
+
+
+@given(networks(frozen=True))
+def test_a_description_builds_the_same_values_every_time_and_moves_no_generator(network: Network):
+    before = torch.get_rng_state()
+    first, x = network.build(), network.input.build()
+    torch.rand(3)
+    second, again = network.build(), network.input.build()
+    torch.set_rng_state(before)
+    network.build()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(x, again) and x.stride() == again.stride()
+    assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
+
+
+@given(tensors())
+def test_a_tensor_has_the_shape_and_layout_that_it_is_drawn_with(values: Values):
+    x = values.build()
+    assert x.shape == values.shape and x.dtype == values.dtype
+    gaps = values.layout == "sliced" and x.shape[-1] > 1
+    repeats = values.layout == "expanded" and len(x) > 1
+    assert torch.ops.aten.is_non_overlapping_and_dense(x) == (not gaps and not repeats)
+
+
+def of_network(network: Network) -> set[str]:
+    """All the names in a network."""
+    def of_chain(chain: Chain, inside: str = "") -> set[str]:
+        names = {inside + chain.composition}
+        for block in chain.blocks:
+            names.add(inside + block.kind)
+            for branch in filter(None, (block.F, block.G)):
+                for layer in branch.layers:
+                    names |= {layer} if isinstance(layer, str) else {"nested blocks"} | of_chain(layer, "nested ")
+        return names
+    return of_chain(network.chain) | {network.input.layout}
+
+
+def test_everything_is_drawn():
+    names = set()
+
+    @settings(phases=[Phase.generate], max_examples=300, derandomize=True, database=None, deadline=None)
+    @given(networks())
+    def draw(network: Network) -> None:
+        names.update(of_network(network))
+
+    draw()
+    assert names >= {*KINDS, *LAYERS, *LAYOUTS, *COMPOSITIONS, "nested by hand", "nested additive", "nested affine exp"}
+
+
+def chain_of(kind: str) -> Network:
+    shape = (2, 4, 3)
+    branch = Branch((2, 2, 3), ("linear", "tanh"), doubled=1 if "affine" in kind else None)
+    return Network(Chain((Block(kind, shape, branch, branch),)), Values(shape), training=False)
+
+
+def test_a_condition_number_is_one_where_nothing_is_amplified_and_larger_where_something_is():
+    assert condition_number(chain_of("permutation")) == pytest.approx(1, abs=1e-6)
+    assert condition_number(chain_of("affine sigmoid")) > 1.05  # divides by scales below 1
+
+
+def test_an_error_beyond_what_rounding_explains_fails_whatever_the_blocks_are():
+    LARGEST_BEFORE = dict(LARGEST)
+    network = chain_of("additive")
+    limit = tolerance(torch.float32)
+    try:
+        hold("a law", network, 2 * limit, depth=1, condition=lambda: 2.1)
+        with pytest.raises(AssertionError, match=r"a law: relative error .* of buffer 3, limit"):
+            hold("a law", network, 2 * limit, depth=1, condition=lambda: 1.9, of="buffer 3")
+        with pytest.raises(AssertionError):
+            hold("another", network, float("nan"), depth=1, condition=lambda: 1.0)
+        assert any(line.startswith("a law") and "105.26%" in line for line in table())
+        assert any(line.startswith("another") and "nan" in line for line in table())
+    finally:
+        LARGEST.clear()
+        LARGEST.update(LARGEST_BEFORE)
+
+
+@given(st.booleans())
+def test_an_example_of_which_nothing_can_be_told_does_not_count(hopeless: bool):
+    if hopeless:
+        hold("a law", chain_of("additive"), 0.1, depth=1, condition=lambda: 1e9)
+        pytest.fail("it counted")
