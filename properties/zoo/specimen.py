@@ -38,7 +38,8 @@ class Specimen:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = self.make().to(dtype)
-            return check_all(module, x, seed=seed, wrap=self.wrap, depths=DEPTHS, chain=self.chain,
+            chain = self.chain and (lambda depth: self.chain(depth).to(dtype))
+            return check_all(module, x, seed=seed, wrap=self.wrap, depths=DEPTHS, chain=chain,
                              finite_differences=self.finite_differences)
 
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-
 BADLY_CONDITIONED = "right, but badly conditioned: "
 
 
@@ -68,8 +67,12 @@ class Report:
         held = {result.law for result in self.results if not result.skipped} - self.failed_laws
         right = [law for law in ("inverse", "gradients") if law in held]
         beginning = f"the {right[0]} {'is' if right[0] == 'inverse' else 'are'} right, but " if right else ""
-        return beginning + "; ".join(self.of(law)._first_failure() for law in dict.fromkeys(
-            result.law for result in self.failures))
+        told: list[str] = []
+        for law in dict.fromkeys(result.law for result in self.failures):
+            words = self.of(law)._first_failure()
+            if not any(words in earlier for earlier in told):  # a step that raises fails several laws
+                told.append(words)
+        return beginning + "; ".join(told)
 
     def _first_failure(self) -> str:
         """In words; a gradient is told of by the words that name a parameter or an input."""
