@@ -39,6 +39,8 @@ def why_not_full(record: RunRecord) -> list[str]:
         reasons.append("reversible engine off")
     if record.recipe != PUBLISHED:
         reasons.append(_recipe(record.recipe))
+    if record.splits_batch_norm:
+        reasons.append(f"BatchNorm over {record.recipe.batch_size // record.device['count']} images")
     return reasons
 
 

@@ -18,15 +18,16 @@ def captured(update: Callable[[], None], state: Sequence[Tensor]) -> Callable[[]
     """
     device = state[0].device
     before = [tensor.clone() for tensor in state]
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream), torch.enable_grad():
-        for _ in range(WARM_UP_STEPS):
-            update()
-    torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream), torch.enable_grad():
-        update()
+    with torch.cuda.device(device), torch.enable_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
+                update()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, stream=stream):  # the same one, on which autograd's leaves now are
+            update()
     for tensor, value in zip(state, before, strict=True):
         tensor.copy_(value)
     return graph.replay

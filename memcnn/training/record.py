@@ -75,7 +75,13 @@ class RunRecord:
     @property
     def is_full(self) -> bool:
         """Whether this run may stand beside published numbers."""
-        return self.status == "complete" and self.recipe == PUBLISHED and self.data["official"] and self.engine
+        published = self.recipe == PUBLISHED and not self.splits_batch_norm
+        return self.status == "complete" and published and self.data["official"] and self.engine
+
+    @property
+    def splits_batch_norm(self) -> bool:
+        """Whether several processes each normalised by their own share of a batch, which no published run did."""
+        return self.device["count"] > 1 and "sync-batch-norm" not in (self.software.get("execution") or "")
 
     @property
     def data_kind(self) -> str:

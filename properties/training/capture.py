@@ -49,8 +49,9 @@ def stand_in(patch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]:
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in (
-        ("Stream", lambda device: stream),
-        ("current_stream", lambda device: stream),
+        ("device", nullcontext),
+        ("Stream", lambda: stream),
+        ("current_stream", lambda: stream),
         ("stream", lambda stream: nullcontext()),
         ("CUDAGraph", Recorded),
         ("graph", capturing),

@@ -37,6 +37,9 @@ def test_only_a_complete_published_run_on_official_data_with_the_engine_is_full(
     assert not PARTIAL.is_full and not FAILED.is_full
     assert not replace(FULL, data={**FULL.data, "official": False}).is_full
     assert not replace(FULL, engine=False).is_full
+    two = {**FULL.device, "count": 2}
+    assert not replace(FULL, device=two).is_full, "each process normalises by its own half of a batch"
+    assert replace(FULL, device=two, software={**FULL.software, "execution": "bf16, sync-batch-norm"}).is_full
     for change in ({"pad": 3}, {"test_images": 100}, {"evaluate_every": 100}, {"learning_rate": 0.2}):
         recipe = replace(PUBLISHED, **change)  # the same name: it is the values that count
         assert not replace(FULL, recipe=recipe).is_full
