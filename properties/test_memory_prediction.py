@@ -102,6 +102,20 @@ def test_each_part_is_what_a_count_by_hand_gives():
     assert predict_step_memory(lambda: nn.BatchNorm1d(64), linear()[1]).buffer_bytes == 2 * 4 * 64 + 8
 
 
+class Wide(nn.Linear):
+    """Needs most memory in its forward pass, and nothing of that later."""
+
+    def forward(self, x):
+        return super().forward(x) + x.repeat(1, 99).mean(1, keepdim=True)
+
+
+def test_gradients_of_the_last_step_are_there_during_the_forward_pass():
+    split = predict_step_memory(lambda: Wide(64, 32), linear(rows=50)[1])
+    assert split.phase == "forward"
+    assert split.gradient_bytes == split.parameter_bytes == 4 * (64 * 32 + 32)
+    assert split.activation_bytes >= 4 * 50 * 64 * 99
+
+
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 2)], ids=str)
 def test_a_dtype_has_its_size(dtype, size):
     split = predict_step_memory(*linear(dtype))
