@@ -3,16 +3,21 @@
 
     ./train.py MODEL DATASET            in this folder, or
     python -m memcnn.train MODEL DATASET
+    torchrun --nproc-per-node 2 -m memcnn.train MODEL DATASET      one run in several processes
+    python -m memcnn.train --list       the runs that there are
 
 Exit status: 0 the run is complete, 3 it was stopped cleanly and can go on (Ctrl-C, SIGTERM, budget), 1 it failed,
 2 misuse.
 """
 
 import argparse
-import re
+import json
+import os
 import shlex
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 STARTED = time.monotonic()  # of the budget, before the imports that take seconds
@@ -27,48 +32,21 @@ import torch  # noqa: E402
 from memcnn.archives import DATASETS, BadData, DataNotFound  # noqa: E402
 from memcnn.models.resnet import MODELS  # noqa: E402
 from memcnn.training.checkpoint import BadCheckpoint  # noqa: E402
+from memcnn.training.distributed import ProcessLost, World, launched, speaks  # noqa: E402
 from memcnn.training.files import FolderBusy  # noqa: E402
-from memcnn.training.recipe import RECIPES, Recipe, override  # noqa: E402
+from memcnn.training.listing import list_runs  # noqa: E402
+from memcnn.training.options import (  # noqa: E402
+    add_execution_options,
+    add_hyper_parameters,
+    count,
+    duration,
+    execution_of,
+    recipe_of,
+)
+from memcnn.training.preview import preview  # noqa: E402
+from memcnn.training.recipe import RECIPES, Recipe  # noqa: E402
 from memcnn.training.record import RunRecord, run_name  # noqa: E402
-from memcnn.training.trainer import BadArgument, train  # noqa: E402
-
-
-def duration(text: str) -> float:
-    """Seconds from "90", "90s", "9m", "1h30m"."""
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
-    if not match or not any(match.groups()):
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a time like 90s, 9m or 1h30m")
-    hours, minutes, seconds = (float(group or 0) for group in match.groups())
-    return 3600 * hours + 60 * minutes + seconds
-
-
-def iterations_list(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(",") if word)
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number of at least 1")
-    return int(text)
-
-
-def count_or_all(text: str) -> int | None:
-    return None if text == "all" else count(text)
-
-
-HYPERPARAMETERS = {
-    "batch_size": (int, "images of an iteration"),
-    "iterations": (int, "updates in all"),
-    "learning_rate": (float, "step size before the first milestone"),
-    "milestones": (iterations_list, "iterations after which DECAY is applied, like 40000,60000"),
-    "decay": (float, "factor on the learning rate at a milestone"),
-    "momentum": (float, "momentum of SGD"),
-    "weight_decay": (float, "L2 penalty, on every parameter"),
-    "pad": (int, "pixels of padding before the random crop"),
-    "flip": (None, "mirror training images at random"),
-    "evaluate_every": (int, "iterations between evaluations, each followed by a checkpoint"),
-    "test_images": (count_or_all, "test images to evaluate on, from the first, or all"),
-}
+from memcnn.training.trainer import BadArgument, CannotWrite, pick_device, train  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,31 +56,55 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=__doc__.split("\n\n")[-1],
         allow_abbrev=False,
     )
-    parser.add_argument("model", choices=MODELS, metavar="MODEL", help=", ".join(MODELS))
-    parser.add_argument("dataset", choices=DATASETS, metavar="DATASET", help=", ".join(DATASETS))
+    parser.add_argument("model", nargs="?", choices=MODELS, metavar="MODEL", help=", ".join(MODELS))
+    parser.add_argument("dataset", nargs="?", choices=DATASETS, metavar="DATASET", help=", ".join(DATASETS))
     option = parser.add_argument
     option("--recipe", choices=RECIPES, default="published", help="set of hyper-parameters (default: %(default)s)")
     option("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
     data = 'folder of the CIFAR files, or the word "generated" for made-up images'
     option("--data", metavar="FOLDER", help=f"{data} (default: $MEMCNN_DATA, else ./data; downloaded when missing)")
+    option("--unofficial-data", action="store_true", help="train on files with wrong checksums too; the record says so")
     option("--runs", metavar="FOLDER", default="runs", help="folder of all runs (default: ./%(default)s)")
     option("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
     option("--threads", type=count, help=f"CPU threads (default: {torch.get_num_threads()}, PyTorch's choice here)")
     option("--budget", metavar="TIME", type=duration, help="stop cleanly before this is over: 90s, 9m, 1h30m")
     option("--fresh", action="store_true", help="begin anew; a run that is there already is moved aside")
     option("--disable", action="store_true", help="train RevNets by plain autograd, with all activations stored")
-    group = parser.add_argument_group("hyper-parameters", "in place of the recipe's; the run's name says so")
-    for name, (kind, text) in HYPERPARAMETERS.items():
-        defaults = ", ".join(f"{recipe.name} {_spell(getattr(recipe, name))}" for recipe in RECIPES.values())
-        how = {"action": argparse.BooleanOptionalAction} if kind is None else {"type": kind}
-        group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{text} ({defaults})", **how)
+    group = parser.add_argument_group("instead of training", "each writes nothing")
+    group.add_argument("--list", action="store_true", help="show the runs in the folder of runs, and how far they are")
+    group.add_argument("--dry-run", action="store_true", help="show what would run, its memory, arithmetic and time")
+    group.add_argument("--config", action="store_true", help="print all that decides what the run computes, as JSON")
+    add_execution_options(parser)
+    add_hyper_parameters(parser)
     return parser
 
 
-def _spell(value: object) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return "all" if value is None else str(value)
+def config(given: argparse.Namespace, recipe: Recipe) -> str:
+    """All that decides what the run computes, as JSON."""
+    values = {
+        "run": run_name(given.model, given.dataset, recipe, given.seed),
+        "model": given.model,
+        "dataset": given.dataset,
+        "seed": given.seed,
+        "engine": not given.disable,
+        "execution": asdict(execution_of(given)),
+        "recipe": recipe.to_dict(),
+    }
+    return json.dumps(values, indent=1)
+
+
+def dry_run(given: argparse.Namespace, recipe: Recipe) -> str:
+    device = pick_device(given.device, World())
+    return preview(
+        given.model,
+        given.dataset,
+        recipe=recipe,
+        seed=given.seed,
+        runs=Path(given.runs),
+        device=device,
+        execution=execution_of(given).on(device)[0],
+        disable=given.disable,
+    )
 
 
 def summary(record: RunRecord, folder: Path) -> str:
@@ -112,26 +114,52 @@ def summary(record: RunRecord, folder: Path) -> str:
     else:
         accuracy = f"test accuracy {record.test_accuracy:.2f} % after iteration {record.test_iteration}"
     return (
-        f"{record.model} on {record.dataset}{'' if record.data['official'] else ' (generated data)'}: {accuracy}, "
+        f"{record.model} on {record.dataset}{record.mark}: {accuracy}, "
         f"{record.status}, {record.iterations}/{record.recipe.iterations} iterations in {record.train_seconds:.0f} s "
         f"of training, {folder}"
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The exit status. Of several processes one tells what all of them know, and gives the status of the run."""
+    try:
+        if speaks():
+            return run(arguments)
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            with suppress(SystemExit):
+                run(arguments)
+        return 0
+    except ProcessLost as error:  # whoever is still there says so
+        print(error, file=sys.stderr)
+        return 1
+
+
+def run(arguments: list[str] | None) -> int:
     parser = build_parser()
     given = parser.parse_args(arguments)
-    changes = {name: value for name, value in vars(given).items() if name in HYPERPARAMETERS}
+    if given.list:
+        print(list_runs(Path(given.runs)))
+        return 0
+    if given.dataset is None:
+        parser.error("the following arguments are required: MODEL, DATASET")
     try:
-        recipe: Recipe = override(RECIPES[given.recipe], **changes)
+        recipe = recipe_of(given)
     except ValueError as error:
         parser.error(str(error))
     if given.threads is not None:
         torch.set_num_threads(given.threads)
+    if given.config or given.dry_run:
+        try:
+            print(config(given, recipe) if given.config else dry_run(given, recipe))
+        except BadArgument as error:
+            parser.error(str(error))
+        return 0
     budget = None if given.budget is None else given.budget - (time.monotonic() - STARTED)
     folder = Path(given.runs) / run_name(given.model, given.dataset, recipe, given.seed)
     command = sys.orig_argv if arguments is None else [sys.executable, "-m", "memcnn.train", *arguments]
     again = shlex.join(word for word in command if word != "--fresh")
+    if launched():
+        again = "the same torchrun command"
     try:
         record = train(
             given.model,
@@ -144,10 +172,12 @@ def main(arguments: list[str] | None = None) -> int:
             fresh=given.fresh,
             budget_seconds=budget,
             disable=given.disable,
+            unofficial_data=given.unofficial_data,
+            execution=execution_of(given),
         )
     except (BadArgument, BadCheckpoint) as error:
         parser.error(str(error))
-    except (BadData, DataNotFound, FolderBusy, OSError) as error:
+    except (BadData, DataNotFound, FolderBusy, CannotWrite, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import memcnn
 from memcnn import train as command
 from memcnn.models.resnet import MODELS
+from memcnn.training.execution import Execution
 from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import load
 from memcnn.training.trainer import train
@@ -53,7 +54,8 @@ def test_every_hyper_parameter_can_be_given(tmp_path, monkeypatch):
     )  # fmt: skip
     assert given_to_train == {
         "names": ("revnet38", "cifar100"), "recipe": recipe, "seed": 5, "data": "generated", "runs": "there",
-        "device": "cpu", "fresh": True, "disable": True,
+        "device": "cpu", "fresh": True, "disable": True, "unofficial_data": False,
+        "execution": Execution(),
     }  # fmt: skip
 
 

@@ -1,0 +1,74 @@
+"""Try every fault and write how many tries were survived into reports/faults.md.
+
+    python -m properties.faults                    100 kills, and 10 tries of every other fault: ten minutes
+    python -m properties.faults --only disk        those whose name contains the word; nothing is written
+
+Exit status: 0 when everything was survived, 1 otherwise.
+"""
+
+import argparse
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from memcnn.training.environment import device_info, software_versions
+from memcnn.training.files import write_by_rename
+from memcnn.training.text import clean
+from properties.faults.ground import INTERVAL, ITERATIONS, ROOT, Ground
+from properties.faults.kills import kill_at_a_file_operation, kill_at_a_random_instant
+from properties.faults.trying import FAULTS, Outcome, attempt
+from reports.text import escape_markdown
+
+PAGE = ROOT / "reports" / "faults.md"
+KILLS, TRIES, SEED = 100, 10, 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="properties.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", metavar="WORD", default="", help="faults whose name contains it; nothing is written")
+    parser.add_argument("--tries", metavar="N", type=int, help=f"of each (default: {KILLS} kills, else {TRIES})")
+    parser.add_argument("--seed", metavar="N", type=int, default=SEED, help="of what is random (default: %(default)s)")
+    given = parser.parse_args()
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="memcnn-faults-") as folder:
+        ground = Ground(Path(folder))
+        usual = {kill_at_a_random_instant: KILLS, kill_at_a_file_operation: ground.operations}
+        for fault in FAULTS:
+            if given.only in fault.__name__:
+                tries = given.tries or usual.get(fault, TRIES)
+                outcomes.append(attempt(ground, fault, tries, given.seed))
+                print(f"{fault.__name__}: {outcomes[-1]}", flush=True)
+        ground.close()
+    if not given.only:
+        write_by_rename(PAGE, page(outcomes, given.seed).encode())
+        print(f"Written {PAGE}")
+    return int(any(outcome.lost for outcome in outcomes))
+
+
+def page(outcomes: list[Outcome], seed: int) -> str:
+    versions, processor = software_versions(), device_info(torch.device("cpu"))["name"]
+    names = ", ".join(f"{name} {versions[name]}" for name in ("memcnn", "python", "torch", "platform"))
+    lines = [
+        "# Faults, and what is lost by them",
+        f"Made by `python -m properties.faults`, seed {seed}, on {date.today()}. {names}; {processor}.",
+        f"Each try is a run of {ITERATIONS} iterations of a small reversible network on generated images, with a "
+        f"checkpoint after every {INTERVAL}, by `python -m memcnn.train` in a process of its own. It is survived when "
+        "no more than one interval has to be done again, and the run, taken up by the same command, ends with the same "
+        "bits as an undisturbed one (weights, momentum, curve, record, what TensorBoard shows) and leaves no other "
+        "file; or, where it must not run, when it is refused by name and changes nothing.",
+        "| fault | tries | survived | lost | what happens |\n| --- | ---: | ---: | ---: | --- |\n"
+        + "\n".join(
+            f"| {one.fault} | {one.tries} | {one.survived} | {one.lost} | {escape_markdown(clean(one.text))} |"
+            for one in outcomes
+        ),
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""All faults, and how one is tried."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from random import Random
+
+from properties.faults import data_files, disks, kills
+from properties.faults.ground import Ground
+
+Fault = Callable[[Ground, Random, int], Iterator[str]]
+"""Tries it so many times and yields after each that is survived; its docstring names it, the last text tells of it."""
+
+FAULTS: tuple[Fault, ...] = (*kills.FAULTS, *disks.FAULTS, *data_files.FAULTS)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of the tries, how many were survived, and lost; trying ends with the first that is lost, told by `text`."""
+
+    fault: str
+    tries: int
+    survived: int
+    lost: int
+    text: str
+
+
+def attempt(ground: Ground, fault: Fault, tries: int, seed: int) -> Outcome:
+    texts, lost = [""], 0
+    try:
+        for text in fault(ground, Random(f"{fault.__name__} {seed}"), tries):
+            texts.append(text)
+    except Exception as error:  # whatever ails one fault, the others are tried
+        lost = 1
+        texts.append(f"{type(error).__name__}: {error}")
+    survived = len(texts) - 1 - lost
+    return Outcome(fault.__doc__, survived + lost, survived, lost, texts[-1])
