@@ -100,12 +100,13 @@ def condition_number(network: Network, *, inverse: bool = False, program: Progra
     ``program`` the change of the program's outcome on it, each divided by the relative change that it came from: the
     largest over all tensors between blocks.
     """
-    network = replace(network, autocast=False, input=replace(network.input, dtype=torch.float64, layout="contiguous"))
+    network = replace(network, autocast=False, input=replace(network.input, dtype=torch.float64))
+    x = (network.output if inverse else network.input).build().contiguous()
+    network = replace(network, input=replace(network.input, layout="contiguous"))
     module = plain_twin(network.build())
     steps = copy.deepcopy(module)
     without_dropout(steps)
     pairs = [(block.inverse, block) for block in reversed(steps)] if inverse else [(b, b.inverse) for b in steps]
-    x = (network.output if inverse else network.input).build()
 
     def outcome(x: Tensor):
         return run(copy.deepcopy(module), program(network), [x.requires_grad_()])
