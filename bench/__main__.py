@@ -7,7 +7,8 @@
     python -m bench.gate BASE.json NOW.json     what became worse
     python -m bench.compare COMMIT_A COMMIT_B   two commits side by side
 
-Writes the measurements of pytest-benchmark as JSON and prints a summary of them.
+Writes the measurements of pytest-benchmark as JSON, prints a summary of them and, unless -k narrowed the run, writes
+the report of figures and tables beside them.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import summary
+from bench import report, summary
 
 HERE = Path(__file__).resolve().parent
 
@@ -48,8 +49,12 @@ def main() -> int:
         options += ["-k", args.k]
     status = pytest.main([*options, str(HERE)])
     if result.is_file() and result.stat().st_size:
-        print(summary.render(summary.load(result)))
+        results = summary.load(result)
+        print(summary.render(results))
         print(f"\nmeasurements: {result}")
+        if not args.k:
+            *_, page, _ = report.write(results, result.with_suffix(""), f"python -m bench.report {result}")
+            print(f"tables and figures: {page}")
     return int(status)
 
 

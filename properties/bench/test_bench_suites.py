@@ -56,6 +56,8 @@ def test_a_mode_changes_how_a_step_runs_and_not_what_it_computes(mode):
     )
     step.run()
     assert seen == {(torch.bfloat16, False) if mode == "bf16" else (torch.float32, True)}
+    weight = next(model.parameters())
+    assert weight.is_contiguous(memory_format=torch.channels_last) == (mode == "channels_last")
     limit = {"rtol": 0.2, "atol": 0.2} if mode == "bf16" else {"rtol": 1e-3, "atol": 1e-3}
     for ours, eager in zip(gradients(case), gradients(small("reversible", 2)), strict=True):
         torch.testing.assert_close(ours / eager.abs().max(), eager / eager.abs().max(), **limit)
