@@ -1,6 +1,8 @@
 """The run record: it comes back as it was written, and a bad one is refused by file and reason, whatever it holds."""
 
+import errno
 import json
+import os
 from dataclasses import fields, replace
 
 import pytest
@@ -178,3 +180,21 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     PARTIAL.write(tmp_path)
     assert load(tmp_path) == PARTIAL
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_disk_that_takes_no_more_is_named_and_nothing_is_left_on_it(tmp_path, monkeypatch, step):
+    path, previous = tmp_path / "record.json", tmp_path / "previous"
+    path.write_text("old")
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, step, full)
+    with pytest.raises(OSError, match="record.json") as raised:
+        files.write_by_rename(path, b"new", keep=previous)
+    monkeypatch.undo()
+    assert raised.value.errno == errno.ENOSPC
+    assert path.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["record.json"]
+    files.write_by_rename(path, b"new", keep=previous)
+    assert (path.read_text(), previous.read_text()) == ("new", "old")
