@@ -3,6 +3,7 @@ of matrices, engines of their own. Small look-alikes; the packages themselves ar
 
 import math
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -122,6 +123,24 @@ class OwnEngine(nn.Module):
         return x
 
 
+class InPlace(nn.Module):
+    """Doubles its input where that lies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x *= 2
+        return x
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y / 2
+
+
+class Single(Linear):
+    """Gives float32 whatever it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
+
+
 def drawn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
@@ -175,3 +194,21 @@ def test_a_stream_that_autocast_makes_bfloat16_is_not_judged():
 def test_an_engine_that_computes_again_without_autocast_is_seen():
     result = of(check_state(OwnEngine(), drawn(4, 5), wrap=False), AUTOCAST)
     assert result.failed and "float32, forward only in bfloat16" in result.explanation, result
+
+
+def test_a_layer_that_cannot_be_differentiated_is_told_not_raised():
+    report = check_gradients(InPlace(), drawn(4, 5), wrap=True)
+    assert "plain backpropagation raised RuntimeError" in report.summary(), report
+
+
+def test_finite_differences_do_not_judge_an_output_that_stays_float32():
+    result = of(check_gradients(Single(), drawn(4, 5), wrap=False), "gradients = finite differences in float64")
+    assert "stays float32" in result.skipped, result
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
+def test_a_module_outlives_the_backward_pass_that_its_hooks_belong_to():
+    """Old-style backward hooks hold their module by a weak reference."""
+    module = Linear()
+    module.register_backward_hook(lambda module, grad_in, grad_out: None)
+    assert check_state(module, drawn(4, 5), wrap=False).passed

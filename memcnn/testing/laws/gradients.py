@@ -54,12 +54,14 @@ def _like_plain(subject: Subject, where: str = "", *, explain: bool = True) -> l
         return []
     claims = {kind: f"{kind} = plain backpropagation's{where}" for kind in KINDS}
     outputs_of, of_inputs, of_parameters = KINDS
-    wanted = gradients_of(subject, twin)
+    which = "plain backpropagation"
     try:
+        wanted = gradients_of(subject, twin)
+        which = "the training step"
         got = gradients_of(subject, subject.trained())
     except Exception as error:
         return [Result("gradients", claims[of_inputs], math.inf, 0.0,
-                       explanation=f"the training step raised {type(error).__name__}: {error}")]
+                       explanation=f"{which} raised {type(error).__name__}: {error}")]
     condition = _condition(subject)
     scale = {"depth": 2 * subject.depth, "condition": condition}
     limit, source = tolerance(subject.dtype, **scale), describe(subject.dtype, **scale)
