@@ -14,7 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -82,14 +82,15 @@ def contenders(names: Sequence[str]) -> Iterator[list[Contender]]:
         yield ready
 
 
-def install() -> None:
-    """The peers without their dependencies: those that matter come from the running environment."""
-    venv.create(VENV, with_pip=True, clear=True)
-    (site,) = VENV.glob("lib/python*/site-packages")
+def install(folder: Path = VENV, requirements: Iterable[str] = PEERS.values()) -> None:
+    """Packages without their dependencies: those that matter come from the running environment."""
+    venv.create(folder, with_pip=True, clear=True)
+    (site,) = folder.glob("lib/python*/site-packages")
     running = dict.fromkeys(sysconfig.get_paths()[kind] for kind in ("purelib", "platlib"))
     (site / "running.pth").write_text("\n".join(running) + "\n", "utf-8")
-    for requirement in PEERS.values():
-        subprocess.run([_venv_python(), "-m", "pip", "install", "--quiet", "--no-deps", requirement], check=False)
+    for requirement in requirements:
+        command = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps", requirement]
+        subprocess.run(command, check=False)
 
 
 def _venv_python() -> Path:

@@ -1,0 +1,23 @@
+"""FrEIA 0.2: IResNetLayer's log-determinant has no gradient, and its inverse's is taken at the wrong point
+
+fault. Without ``create_graph`` the estimate is a constant for autograd: maximum likelihood trains the layer as if it
+were volume preserving. The inverse takes the Jacobian of the residual at its input y, where it wants it at the x that
+it finds. And the caller's tensor is marked as requiring a gradient. No report was found.
+"""
+
+import torch
+from FrEIA.modules import IResNetLayer
+
+torch.manual_seed(0)
+layer = IResNetLayer([(2,)], jacobian_iterations=60, hutchinson_samples=500)
+with torch.no_grad():  # steep near zero, flat away from it, and contracting
+    for linear in layer.layers:
+        linear.bias.zero_()
+layer.lipschitz_correction()
+x = torch.tensor([[-4.0, 4.0]])
+(y,), forward = layer((x,))
+_, backward = layer((y.detach(),), rev=True)
+jacobian = torch.autograd.functional.jacobian(lambda v: layer((v,), jac=False)[0][0][0], x)[:, 0]
+print("forward ", forward.item(), " inverse ", backward.item(), " wanted +-", torch.linalg.slogdet(jacobian)[1].item())
+print("forward has a gradient:", forward.requires_grad, "; the caller's x requires one:", x.requires_grad)
+assert not forward.requires_grad and x.requires_grad

@@ -1,0 +1,23 @@
+"""iunets 0.1: the gradient of the Cayley transform, the default of every learned resampling, has the wrong sign
+
+fault. For skew A and Q = (I + A)^-1 (I - A) the gradient of <G, Q> is -2 (I - A)^-1 G (I - A)^-1; ``cayley.backward``
+returns 2 (I - A)^-1 G (I + A)^-1 Q instead. At A = 0 that is the right gradient times -1; further away it has no
+constant ratio to it. So the orthogonal kernels of ``InvertibleDownsampling``, ``InvertibleUpsampling`` and
+``InvertibleChannelMixing`` move uphill. The repository's file is the same; no report was found.
+"""
+
+import torch
+from iunets.cayley import cayley
+
+torch.manual_seed(0)
+W = (1e-6 * torch.randn(3, 3, dtype=torch.float64)).requires_grad_()
+G, I = torch.randn(3, 3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)  # noqa: E741
+A = W - W.T
+ours = torch.linalg.solve(I + A, I - A)
+theirs = cayley.apply(A)
+print("values differ by", (ours - theirs).abs().max().item())
+right, = torch.autograd.grad((ours * G).sum(), W, retain_graph=True)
+got, = torch.autograd.grad((theirs * G).sum(), W)
+print("gradient:", got[0].tolist())
+print("wanted:  ", right[0].tolist())
+assert torch.allclose(ours, theirs) and torch.allclose(got, -right, rtol=1e-4) and not torch.allclose(got, right)

@@ -1,0 +1,22 @@
+"""iunets 0.1: InvertibleUpsampling1D does not run, nor does the initialisation "random"
+
+crash. Its stride is made a pair, so that its kernel is one of two dimensions. ``init="random"``, and with it
+``method="householder"``, converts to the dtype named 'dtype'.
+"""
+
+import warnings
+
+import torch
+from iunets.layers import InvertibleDownsampling2D, InvertibleUpsampling1D
+
+warnings.simplefilter("ignore")
+raised = 0
+for attempt in (lambda: InvertibleUpsampling1D(4)(torch.randn(1, 4, 8)),
+                lambda: InvertibleDownsampling2D(2, init="random"),
+                lambda: InvertibleDownsampling2D(2, method="householder")):
+    try:
+        attempt()
+    except RuntimeError as error:
+        raised += 1
+        print(str(error)[:60], "...", str(error)[-40:])
+assert raised == 3

@@ -1,0 +1,27 @@
+"""nflows 0.14: a cached linear transform keeps old weights in eval mode, and can be differentiated once
+
+fault. ``using_cache=True`` keeps the weight until ``train()`` is called. ``load_state_dict`` in eval mode, as from a
+checkpoint, changes the parameters and not the transform. The cached weight also carries its graph: the second
+backward pass raises. nessai met the first and works around it (https://github.com/mj-will/nessai/pull/167).
+"""
+
+import torch
+from nflows.transforms import LULinear
+
+torch.manual_seed(0)
+x = torch.randn(2, 3)
+loaded, other = LULinear(3, using_cache=True).eval(), LULinear(3, identity_init=False).eval()
+with torch.no_grad():
+    loaded(x)
+    loaded.load_state_dict(other.state_dict())
+    difference = (loaded(x)[0] - other(x)[0]).abs().max().item()
+print("largest difference of two transforms with the same state:", difference)
+cached = LULinear(3, using_cache=True).eval()
+cached(x)[0].sum().backward()
+try:
+    cached(x)[0].sum().backward()
+except RuntimeError as error:
+    print(str(error)[:66])
+else:
+    raise AssertionError
+assert difference > 0.1

@@ -1,0 +1,17 @@
+"""nflows 0.14: NaiveLinear has no inverse on current PyTorch
+
+crash. It calls ``torch.solve``, which PyTorch removed. glasflow's fork has replaced it
+(https://github.com/uofgravity/glasflow/issues/56).
+"""
+
+import torch
+from nflows.transforms import NaiveLinear
+
+linear = NaiveLinear(3)
+y, _ = linear(torch.randn(2, 3))
+try:
+    linear.inverse(y)
+except RuntimeError as error:
+    print(str(error)[:130])
+else:
+    raise AssertionError

@@ -1,0 +1,101 @@
+"""Checks every layer of one package, in an environment where it is installed: one line of JSON a layer and mode.
+
+    python -m bench.finding.worker freia
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from torch import nn
+
+from bench.finding.layers import Flow, Layer, WithLogDet
+from memcnn.testing import Report, Result, check_gradients, check_inverse, check_log_det, check_state
+from memcnn.testing.laws.subject import NotRunnable
+
+CASES = ((0, 1.0), (1, 0.1), (2, 4.0))
+"""Seed, and scale of the inputs; in eval mode the first alone."""
+
+
+def made(layer: Layer, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    module = layer.make()
+    if layer.perturb:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.requires_grad and parameter.is_floating_point():
+                    parameter += 0.2 * torch.randn_like(parameter)
+    return module
+
+
+def checked(module: nn.Module, inputs: torch.Tensor, *, wrap: bool) -> dict[str, Report]:
+    """The results by column of the table. ``wrapped`` is the layer in this project's engine, the rest the layer itself.
+
+    The gradient of a flow is that of a loss in which its log-determinant takes part.
+    """
+    columns = {"inverse": lambda: check_inverse(module, inputs)}
+    if isinstance(module, Flow):
+        columns["log_det"] = lambda: check_log_det(module, inputs)
+        columns["gradients"] = lambda: check_gradients(WithLogDet(module), inputs, torch.zeros(len(inputs)), wrap=False)
+    else:
+        columns["gradients"] = lambda: check_gradients(module, inputs, wrap=False)
+    columns["state"] = lambda: check_state(module, inputs, wrap=False)
+    if wrap:
+        columns["wrapped"] = lambda: check_gradients(module, inputs, wrap=True, finite_differences=False)
+    return {column: _guarded(column, check) for column, check in columns.items()}
+
+
+def _guarded(column: str, check: Callable[[], Report]) -> Report:
+    try:
+        return check()
+    except NotRunnable as error:
+        return Report((Result(column, "runs", math.inf, 0.0, explanation=str(error)),))
+
+
+def examine(layer: Layer, mode: str, *, own_engine: bool) -> dict:
+    """{"columns": {column: [result, ...]}}, each result with its seed and scale; or {"refused": why}."""
+    columns: dict[str, list[dict]] = {}
+    for seed, scale in CASES[:1] if mode == "eval" else CASES:
+        try:
+            module = made(layer, seed).train(mode == "train")
+        except Exception as error:
+            return {"refused": f"{type(error).__name__}: {error}"}
+        inputs = layer.draw(scale * torch.randn(layer.shape, generator=torch.Generator().manual_seed(seed)))
+        wrap = mode == "train" and scale == 1.0 and not own_engine
+        for column, report in checked(module, inputs, wrap=wrap).items():
+            columns.setdefault(column, []).extend({**row, "seed": seed, "scale": scale} for row in report.to_dicts())
+    return {"columns": columns}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench.finding.worker", description=__doc__)
+    parser.add_argument("package", help="a file of bench/finding with LAYERS")
+    parser.add_argument("--only", default="", help="layers whose name contains this")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    package = importlib.import_module(f"bench.finding.{arguments.package}")
+    out = sys.stdout
+    for layer in package.LAYERS:
+        if arguments.only not in layer.name:
+            continue
+        for mode in ("train", "eval"):
+            with contextlib.redirect_stdout(sys.stderr):  # some layers print
+                found = examine(layer, mode, own_engine=getattr(package, "OWN_ENGINE", False))
+            row = {"package": package.PACKAGE, "version": version(package.PACKAGE), "layer": layer.name, "mode": mode,
+                   "known": layer.known or {}, **found}
+            print(json.dumps(row), file=out, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

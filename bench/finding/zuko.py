@@ -1,0 +1,56 @@
+"""zuko: a lazy transform ``flow()`` gives an object with a call, ``inv`` and ``call_and_ladj``."""
+
+import zuko
+from torch import Tensor, nn
+
+from bench.finding.layers import Flow, Layer, Pair
+
+PACKAGE = "zuko"
+
+
+class Adapter(Flow):
+    """Of a LazyTransform, a module that builds the transform from its parameters."""
+
+    def forward_log_det(self, x: Tensor) -> Pair:
+        return self.layer().call_and_ladj(x)
+
+    def inverse_log_det(self, y: Tensor) -> Pair:
+        return self.layer().inv.call_and_ladj(y)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer()(x)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return self.layer().inv(y)
+
+
+def first(flow: nn.Module) -> Adapter:
+    """The first transform of a flow of one."""
+    return Adapter(flow.transform.transforms[0] if hasattr(flow.transform, "transforms") else flow.transform)
+
+
+def flow(name: str, make, shape=(4, 3), **options) -> Layer:
+    return Layer(name, lambda: Adapter(make().transform), shape, **options)
+
+
+small = {"transforms": 1, "hidden_features": (16,)}
+BISECTION = {"inverse": "the inverse is a bisection down to 1e-6 (its documentation)",
+             "wrapped": "the inverse is a bisection down to 1e-6 (its documentation)"}
+ODE = {law: "an ordinary differential equation, integrated down to a relative 1e-5 (its documentation)"
+       for law in ("inverse", "wrapped", "log_det", "gradients")}
+LAYERS = [
+    flow("NICE(3)", lambda: zuko.flows.NICE(3, **small)),
+    flow("MAF(3)", lambda: zuko.flows.MAF(3, **small)),
+    flow("MAF(3, passes=2)", lambda: zuko.flows.MAF(3, passes=2, **small)),
+    flow("NSF(3)", lambda: zuko.flows.NSF(3, **small)),
+    flow("NCSF(3)", lambda: zuko.flows.NCSF(3, **small), draw=lambda x: 3 * x.tanh()),
+    flow("SOSPF(3)", lambda: zuko.flows.SOSPF(3, **small), known=BISECTION),
+    flow("BPF(3)", lambda: zuko.flows.BPF(3, **small), known=BISECTION),
+    flow("NAF(3)", lambda: zuko.flows.NAF(3, **small), known=BISECTION),
+    flow("UNAF(3)", lambda: zuko.flows.UNAF(3, **small), known=BISECTION),
+    flow("GF(3)", lambda: zuko.flows.GF(3, transforms=1), known=BISECTION),
+    flow("CNF(3)", lambda: zuko.flows.CNF(3, hidden_features=(16,)), known=ODE),
+    Layer("GeneralCouplingTransform(4)", lambda: Adapter(
+        zuko.flows.GeneralCouplingTransform(4, hidden_features=(16,))), (4, 4)),
+    Layer("ElementWiseTransform(3)", lambda: Adapter(zuko.flows.ElementWiseTransform(3)), (4, 3)),
+]
