@@ -1,0 +1,73 @@
+"""Where the law of memory does not look: exact blocks by hand, dropout, and what is held between passes."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
+from memcnn.models import engine
+from properties.test_memory import step_bytes
+from properties.test_state import held_bytes, living
+from properties.twin import OnlyInvertible, assert_like_twin, block, conv_branch, images, plain_twin, weighted_sum
+
+MAP_BYTES = 4 * 8 * 16 * 16 * 4
+
+
+def with_dropout() -> nn.Module:
+    return nn.Sequential(conv_branch(4), nn.Dropout(0.3))
+
+
+def plain() -> nn.Module:
+    return conv_branch(4)
+
+
+def wrapped(depth: int, branch=plain, kind=lambda coupling: coupling, **options) -> nn.Module:
+    couplings = (kind(AdditiveCoupling(branch(), branch(), **options)) for _ in range(depth))
+    return nn.Sequential(*map(InvertibleModuleWrapper, couplings))
+
+
+def exact_sequence(depth: int) -> nn.Module:
+    return ReversibleSequential(*(block._fn for block in wrapped(depth)), exact=True)
+
+
+@pytest.mark.parametrize("chain", [
+    partial(wrapped, exact=True), exact_sequence, partial(wrapped, branch=with_dropout),
+    partial(wrapped, branch=with_dropout, kind=OnlyInvertible), partial(wrapped, split_dim=-3),
+], ids=["exact", "exact sequence", "dropout", "dropout in modules", "negative split_dim"])
+def test_a_further_block_stores_no_map(chain):
+    stored = (step_bytes(plain_twin(chain(6))) - step_bytes(plain_twin(chain(2)))) / 4
+    assert stored > 2 * MAP_BYTES
+    assert (step_bytes(chain(24)) - step_bytes(chain(4))) / 20 < stored / 100
+
+
+def test_between_forward_and_backward_a_chain_holds_its_output_alone():
+    x = torch.randn(4, 8, 16, 16).requires_grad_()
+    for chain in (wrapped(6), wrapped(6, exact=True), exact_sequence(6), wrapped(6, kind=OnlyInvertible)):
+        y = chain(x)
+        held = {cell.tensor.untyped_storage()._cdata for cell in living(engine.Cell) if cell.tensor is not None}
+        assert held == {y.untyped_storage()._cdata}
+        assert held_bytes() == y.untyped_storage().nbytes() == MAP_BYTES
+        del y
+        assert held_bytes() == 0
+
+
+def test_a_retained_graph_holds_as_much_after_a_pass_as_before():
+    chain = wrapped(2 * engine._KEPT_LINKS)
+    loss = weighted_sum(chain(torch.randn(4, 8, 16, 16).requires_grad_()))
+    before = held_bytes()
+    loss.backward(retain_graph=True)
+    assert not engine._passes
+    assert held_bytes() == before == MAP_BYTES
+    loss.backward()
+    assert held_bytes() == 0
+
+
+def test_a_strided_input_is_copied_once_and_given_its_gradient():
+    def program(module, x: Tensor) -> Tensor:
+        y = module(x.transpose(2, 3)[:, :, ::2])
+        weighted_sum(y).backward()
+        return y
+    for module in (block(), InvertibleModuleWrapper(OnlyInvertible(block()._fn))):
+        assert_like_twin(nn.Sequential(module, block()), program, images(2, 6, 5, 4))
