@@ -6,6 +6,7 @@ from random import Random
 import pytest
 
 from properties.faults.ground import Ground
+from properties.faults.kills import kill_at_a_file_operation, kill_at_a_random_instant
 from properties.faults.trying import FAULTS
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="processes are forked and killed; run on Linux or macOS")
@@ -23,5 +24,5 @@ def ground(tmp_path_factory):
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.__name__ for fault in FAULTS])
 def test_nothing_is_lost(ground, fault):
-    tries = KILLS if fault.__name__.startswith("kill_") else TRIES
+    tries = {kill_at_a_random_instant: KILLS, kill_at_a_file_operation: KILLS // 2}.get(fault, TRIES)
     assert len(list(fault(ground, Random(0), tries))) == tries
