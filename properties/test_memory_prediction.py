@@ -72,13 +72,14 @@ def test_for_cuda_memory_comes_in_blocks_and_optimisers_take_all_parameters_at_o
     assert predicted.peak_bytes > predict_step_memory(chain, maps).peak_bytes
 
     def make():
-        return nn.Linear(1000, 1000, bias=False)
+        return nn.Sequential(*(nn.Linear(300, 300, bias=False) for _ in range(5)))
 
     def batch():
-        return torch.ones(1, 1000), torch.zeros(1, dtype=torch.int64)
+        return torch.ones(1, 300), torch.zeros(1, dtype=torch.int64)
 
-    weight = 4 * 1000 * 1000
-    assert predict_step_memory(make, batch, device="cuda").peak_bytes // weight == 4  # and the copy of the gradients
+    one = 4 * 300 * 300  # weights, gradients and momentum of five, and what an update works on
+    assert predict_step_memory(make, batch, device="cuda").peak_bytes // one == 15 + 5
+    assert predict_step_memory(make, batch, device="cpu").peak_bytes // one == 15 + 1
 
 
 def linear(dtype: torch.dtype = torch.float32, *, rows: int = 5):
@@ -106,7 +107,7 @@ class Wide(nn.Linear):
     """Needs most memory in its forward pass, and nothing of that later."""
 
     def forward(self, x):
-        return super().forward(x) + x.repeat(1, 99).mean(1, keepdim=True)
+        return super().forward(x) + x.repeat(1, 99).sum(1, keepdim=True)
 
 
 def test_gradients_of_the_last_step_are_there_during_the_forward_pass():
@@ -209,6 +210,16 @@ def test_the_allocator_counts_a_model_once_when_its_gradients_are_replaced():
         model(x).sum().backward()
 
     assert 3 * weight <= allocator_total_bytes(accumulate, lambda: [model.weight, model.weight.grad]) < 3.1 * weight
+
+
+def test_the_allocator_counts_gradients_of_the_last_step_during_the_forward_pass():
+    def batch():
+        return torch.ones(100, 1000), torch.zeros(100, dtype=torch.int64)
+
+    model, optimizer, tensors, step = training_step(lambda: Wide(1000, 1000), batch)
+    split = measure_peak_split(model, step, optimizer=optimizer, batch=tensors, allocator=True)
+    assert split.phase == "forward"
+    assert split.peak_bytes <= split.allocated_bytes < 1.1 * split.peak_bytes
 
 
 def test_arithmetic_is_what_a_count_by_hand_gives():

@@ -55,6 +55,7 @@ def subject(**options) -> memory.Subject:
 def test_the_largest_batch_fits_and_one_more_does_not():
     found = memory.largest_batch(subject(), MIB)
     batches = found["largest"], found["largest"] + 1
+    assert subject().of_batch(7).make_batch()[0].shape == (7, 2, 8, 8)
     at, above = (memory.predict(subject().of_batch(batch), "cuda").peak_bytes for batch in batches)
     assert (found["peak_bytes"], found["next_peak_bytes"]) == (at, above) and at <= MIB < above
 
@@ -85,20 +86,18 @@ def test_the_allocator_of_2018_rounds_and_does_not_split_small_rests():
     with Meter2018() as meter:
         held = [kilobytes(0.001), kilobytes(1.1)]
         assert meter.allocated_bytes == 512 + 1536
-        held.append(kilobytes(1600))  # 12.5 units
-        assert meter.allocated_bytes == 2048 + 13 * 2**17
+        held += [kilobytes(4096), kilobytes(1600)]  # 12.5 units
+        assert meter.allocated_bytes == 2048 + 4096 * 1024 + 13 * 2**17
         held.clear()
         assert meter.allocated_bytes == 0
-        held.append(kilobytes(1100))  # in the free block of 13 units, whole
+        held.append(kilobytes(1100))  # in the smallest free block that is large enough, of 13 units, and whole
         assert meter.allocated_bytes == 13 * 2**17
-        held.append(kilobytes(4096))
-        del held[1]
         held.append(kilobytes(1500))  # out of 4096, of which more than 1024 remain
         assert meter.allocated_bytes == 13 * 2**17 + 12 * 2**17
         del held[1]
-        held.append(kilobytes(4000))  # the rest has come together with it again
+        held.append(kilobytes(3500))  # its rest has come together with it again, and 596 are not split off
         assert meter.allocated_bytes == 13 * 2**17 + 4096 * 1024
-        assert meter.current_bytes == 5100 * 1024
+        assert meter.current_bytes == 4600 * 1024
 
 
 def test_the_published_activations_are_those_of_the_rules_of_2018():
