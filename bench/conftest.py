@@ -33,6 +33,13 @@ def pytest_configure(config: pytest.Config) -> None:
     measure.source = measure.CLOCKS[config.getoption("clock")]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Ctrl-C leaves a benchmark without a round, on which pytest-benchmark would fail and save none of the others."""
+    measured = session.config._benchmarksession
+    measured.benchmarks = [benchmark for benchmark in measured.benchmarks if benchmark.stats.data]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return

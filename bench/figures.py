@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench import peer_tables
-from bench.summary import GIB, MIB, NAMES, fit, largest_depth, load, series_of, size, time_table
+from bench.summary import GIB, MIB, NAMES, fit, largest_depth, load, series_of, size, span, time_table
 
 STYLES = {  # colour (apart in shades of grey too), marker, line
     "plain": ("#b2452b", "o", "-"),
@@ -66,7 +66,7 @@ def time_against_depth(results: pd.DataFrame) -> Figure | None:
     figure, axes = _axes("blocks", "time of a step / plain autograd")
     _ratio_lines(axes, rows, "depth")
     _logarithmic(axes, x=sorted(rows.depth.unique()))
-    return _finished(figure, axes, f"{size(rows)}; bars: quartiles of n = {rows.n.min()} repeats")
+    return _finished(figure, axes, f"{size(rows)}; bars: quartiles of n = {span(rows.n)} repeats")
 
 
 def where_it_loses(results: pd.DataFrame) -> Figure | None:
@@ -97,7 +97,7 @@ def pareto(results: pd.DataFrame) -> Figure | None:
         return None
     rows = times[times.depth == max(depths)].set_index("subject")
     rows["memory"] = memory[memory.depth == max(depths)].set_index("subject").activation_bytes / MIB
-    title = f"{max(depths):.0f} blocks, {size(rows)}; bars: quartiles of n = {rows.n.min()} repeats"
+    title = f"{max(depths):.0f} blocks, {size(rows)}; bars: quartiles of n = {span(rows.n)} repeats"
     return _front(rows.dropna(subset=["memory", "ratio"]), title)
 
 
@@ -155,7 +155,7 @@ def networks(results: pd.DataFrame) -> Figure | None:
         axes.set_yticks(range(len(names)), names)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
-    title = f"batch {memory.batch.iloc[0]:.0f}, float32, SGD; bars: quartiles of n = {times.n.min()} repeats"
+    title = f"batch {memory.batch.iloc[0]:.0f}, float32, SGD; bars: quartiles of n = {span(times.n)} repeats"
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9, title=title,
                   title_fontsize=8.5)
     return figure

@@ -136,7 +136,7 @@ def contenders(results: pd.DataFrame) -> pd.DataFrame:
 def sections(results: pd.DataFrame) -> list[Section]:
     """All tables that the measurements allow."""
     memory, times = results[results.group == "memory"], ratios(results)
-    per_repeat = f"Median [quartiles] of n = {times.repeat.nunique()} interleaved repeats. "
+    per_repeat = f"Median [quartiles] of n = {span(times.groupby('case').size())} interleaved repeats. "
     found: list[Section] = []
 
     def add(title: str, note: str, table: pd.DataFrame) -> None:
@@ -227,6 +227,11 @@ def mode_table(times: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(ms=1e3 * rows.median_s, row=shape + ", " + rows["mode"])
     table = rows.pivot_table(index="row", columns="subject", values="ms", aggfunc=spread, sort=False)
     return table.rename(columns=NAMES).rename_axis(index=None, columns=None)
+
+
+def span(counts: pd.Series) -> str:
+    """"5", or "3 to 5" where they differ."""
+    return " to ".join(str(count) for count in dict.fromkeys((counts.min(), counts.max())))
 
 
 def shapes(rows: pd.DataFrame) -> pd.Series:
