@@ -130,12 +130,13 @@ def test_a_revnets_stream_is_full_precision_under_autocast_and_untouched_without
 def test_a_loss_that_is_no_number_is_noted_with_the_first_iteration_that_had_it(executable):
     for execution in (PLAIN, GRAPH):
         _, step = train_steps(small_resnet, execution, steps=2)
+        step.load_state_dict(step.state_dict(), iteration=7)
         step.model.head[-1].bias.data.fill_(torch.inf)
         plan = cifar.epoch_plan(0, 0, 40, pad=2, flip=True)
         for i in range(2):
             step(plan.part(8 * i, 8 * i + 8), 0.1)
         iteration, loss = step.bad.tolist()
-        assert iteration == 3 and loss != loss
+        assert iteration == 8 and loss != loss
 
 
 class Reading(TorchDispatchMode):
@@ -226,10 +227,11 @@ def test_settings_of_an_execution_end_with_it():
         return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic
 
     before = found()
-    with Execution().settings(torch.device("cuda")):
-        assert found() == ("highest", False, True)
     with Execution(precision="tf32").settings(torch.device("cuda")):
         assert found() == ("high", True, True)
+    assert found() == before
+    with Execution().settings(torch.device("cuda")):
+        assert found() == ("highest", False, True)
     assert found() == before
 
 
