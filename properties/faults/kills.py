@@ -9,6 +9,8 @@ from random import Random
 
 from properties.faults.ground import INTERVAL, ITERATIONS, NAME, Ground
 
+PAUSE = 0.1  # seconds of every step and part of an evaluation, so that a run is still going on when another one comes
+
 
 def kill_at_a_random_instant(ground: Ground, rng: Random, tries: int) -> Iterator[str]:
     """`kill -9` at a random instant, or at the next sight of a file being written; up to five times a run"""
@@ -53,10 +55,10 @@ def two_on_one_run(ground: Ground, rng: Random, tries: int) -> Iterator[str]:
     """two to four processes on one run at once"""
     for _ in range(tries):
         runs = ground.new_runs()
-        processes = [ground.start(runs, pause_seconds=0.02)]
+        processes = [ground.start(runs, pause_seconds=PAUSE)]
         for _ in range(rng.randint(1, 3)):
             time.sleep(rng.uniform(0, 0.1))
-            processes.append(ground.start(runs, pause_seconds=0.02))
+            processes.append(ground.start(runs, pause_seconds=PAUSE))
         ended = {process: ground.wait(process) for process in processes}
         winners = [process for process, status in ended.items() if status == 0]
         assert len(winners) == 1 and set(ended.values()) == {0, 1}, ended
@@ -70,10 +72,10 @@ def dead_holder(ground: Ground, rng: Random, tries: int) -> Iterator[str]:
     """the process that holds a run is killed, and another one comes"""
     for _ in range(tries):
         runs = ground.new_runs()
-        lock, process = runs / NAME / ".lock", ground.start(runs, pause_seconds=0.01)
+        lock, process = runs / NAME / ".lock", ground.start(runs, pause_seconds=PAUSE)
         while not (lock.exists() and lock.read_bytes()):
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, ground.seconds))
+        time.sleep(rng.uniform(0, ITERATIONS * PAUSE / 2))
         os.kill(process, signal.SIGKILL)
         assert ground.wait(process) == -signal.SIGKILL
         says = f"Taking over from process {process} on {socket.gethostname()} (since "
