@@ -108,7 +108,8 @@ def vector(name: str, **options) -> Layer:
 
 
 def image(name: str, shape: tuple[int, ...] = IMAGE, **options) -> Layer:
-    return Layer(_shown(name, options), lambda: Adapter(getattr(fm, name)([shape], **options)), (3, *shape))
+    return Layer(f"{_shown(name, options)} on images", lambda: Adapter(getattr(fm, name)([shape], **options)),
+                 (3, *shape))
 
 
 def _shown(name: str, options: dict) -> str:

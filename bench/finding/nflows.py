@@ -2,6 +2,7 @@
 
 import nflows.transforms as nt
 from nflows.nn.nets import ResidualNet
+from nflows.transforms.nonlinearities import CauchyCDF
 from torch import nn
 
 from bench.finding.layers import Flow, Layer, convolutional, unit
@@ -96,7 +97,7 @@ LAYERS = [
     flow("Sigmoid()", lambda: nt.Sigmoid()),
     flow("Sigmoid(learn_temperature=True)", lambda: nt.Sigmoid(learn_temperature=True)),
     flow("Logit()", lambda: nt.Logit(), draw=unit),
-    flow("CauchyCDF()", lambda: nt.CauchyCDF()),
+    flow("CauchyCDF()", lambda: CauchyCDF()),
     *(flow(f"Piecewise{kind}CDF([6])", lambda kind=kind: getattr(nt, f"Piecewise{kind}CDF")([6]), draw=unit)
       for kind in ("Linear", "Quadratic", "Cubic", "RationalQuadratic")),
     flow("CompositeCDFTransform(Sigmoid(), PiecewiseRationalQuadraticCDF([6]))", lambda: nt.CompositeCDFTransform(

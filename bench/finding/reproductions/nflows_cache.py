@@ -2,7 +2,8 @@
 
 fault. ``using_cache=True`` keeps the weight until ``train()`` is called. ``load_state_dict`` in eval mode, as from a
 checkpoint, changes the parameters and not the transform. The cached weight also carries its graph: the second
-backward pass raises. nessai met the first and works around it (https://github.com/mj-will/nessai/pull/167).
+backward pass raises; in float64 the cached inverse of ``LULinear`` and ``QRLinear`` raises, for it solves with a
+float32 identity. nessai met the first and works around it (https://github.com/mj-will/nessai/pull/167).
 """
 
 import torch
@@ -22,6 +23,12 @@ try:
     cached(x)[0].sum().backward()
 except RuntimeError as error:
     print(str(error)[:66])
+else:
+    raise AssertionError
+try:
+    LULinear(3, using_cache=True).double().eval().inverse(x.double())
+except RuntimeError as error:
+    print(str(error)[:48])
 else:
     raise AssertionError
 assert difference > 0.1
