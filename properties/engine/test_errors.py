@@ -1,6 +1,7 @@
 """What cannot be had is refused, in words that say what to do, and leaves everything in order."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,7 @@ def test_an_input_that_cannot_be_halved_is_refused(split_dim, shape, words, disa
     (lambda: InvertibleModuleWrapper(nn.Linear(3, 3)), ["forward and inverse", "got Linear", "inverse method"]),
     (lambda: InvertibleModuleWrapper(torch.sin), ["forward and inverse", "got builtin_function_or_method"]),
     (lambda: InvertibleModuleWrapper(None), ["forward and inverse", "got NoneType"]),
+    (lambda: InvertibleModuleWrapper(SimpleNamespace(inverse=torch.sin)), ["nn.Module with", "got SimpleNamespace"]),
     (lambda: ReversibleSequential(AdditiveCoupling(net()), nn.ReLU()), ["forward and inverse", "got ReLU"]),
     (lambda: AdditiveCoupling(torch.sin), ["Fm must be an nn.Module", "got builtin_function_or_method"]),
     (lambda: AdditiveCoupling(None), ["Fm must be an nn.Module", "got NoneType"]),

@@ -6,6 +6,7 @@ from torch import nn
 
 from memcnn import AdditiveCoupling, AffineCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.models.exact import Grid
+from memcnn.models.tape import _fingerprint
 from properties.twin import conv_branch, images, plain_twin, weighted_sum
 
 
@@ -116,16 +117,28 @@ def test_a_zero_on_the_grid_is_a_positive_one():
     assert not Grid().snap(torch.tensor([-0.0, -1e-9, 0.0])).signbit().any()
 
 
-def test_a_branch_that_does_not_reproduce_itself_is_an_error():
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_a_branch_that_does_not_reproduce_itself_is_an_error(direction):
     class Drifting(nn.Module):
         calls = 0
 
         def forward(self, x):
             self.calls += 1
             return x.tanh() * (1 + 1e-7 * self.calls)
-    loss = weighted_sum(chain(1, branch=Drifting).float()(images(dtype=torch.float32)))
+    block, = chain(1, branch=Drifting)
+    loss = weighted_sum(getattr(block, direction)(images(dtype=torch.float32)))
     with pytest.raises(RuntimeError, match="Drifting does not reproduce itself bit for bit"):
         loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.float64],
+                         ids=str)
+def test_one_bit_changes_the_fingerprint_of_a_branch(dtype):
+    h = torch.linspace(0.5, 1, 6).to(dtype)
+    other = h.clone()
+    other.view(torch.uint8)[7 % other.element_size()] ^= 1
+    assert not torch.equal(_fingerprint(h), _fingerprint(other))
+    assert torch.equal(_fingerprint(h), _fingerprint(h.clone()))
 
 
 @pytest.mark.parametrize("step", [0.3, -0.5, 0.0, float("inf"), 2])
@@ -137,5 +150,7 @@ def test_a_step_that_is_no_power_of_two_is_refused(step):
 def test_what_cannot_be_exact_is_refused():
     with pytest.raises(ValueError, match="module 1 is a AffineCoupling"):
         ReversibleSequential(AdditiveCoupling(conv_branch()), AffineCoupling(conv_branch()), exact=True)
+    with pytest.raises(ValueError, match="module 0 is a ReversibleSequential"):
+        ReversibleSequential(ReversibleSequential(AdditiveCoupling(conv_branch())), exact=True)
     with pytest.raises(ValueError, match="needs a float32 or float64 input: got torch.bfloat16"):
         chain().bfloat16()(images(dtype=torch.bfloat16))

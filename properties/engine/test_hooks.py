@@ -102,6 +102,14 @@ def test_global_hooks_see_each_module_once(register):
     assert seen == {id(m): 1 for m in module.modules()}
 
 
+def test_a_hook_may_be_a_builtin_without_a_module():
+    seen = {}
+    module = block()
+    module._fn.Fm.register_forward_pre_hook(seen.__setitem__)
+    weighted_sum(module(images())).backward()
+    assert list(seen) == [module._fn.Fm]
+
+
 def test_hooks_survive_an_error_in_the_branch():
     module = block(lambda: nn.Sequential(conv_branch(), nn.Conv2d(3, 3, 1)))
     calls = Counter()

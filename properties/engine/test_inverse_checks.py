@@ -101,6 +101,11 @@ def test_invertible_modules_are_told_from_others(dtype):
     assert not is_invertible_module(conv_branch().to(dtype), (2, 3, 5, 4), dtype, atol)
 
 
+def test_a_coupling_with_dropout_is_invertible_under_one_mask():
+    coupling = AdditiveCoupling(nn.Sequential(conv_branch(), nn.Dropout(0.5)), conv_branch())
+    assert is_invertible_module(coupling, (2, 6, 5, 4), atol=1e-5)
+
+
 def test_asking_moves_neither_generators_nor_buffers():
     module = block()
     state = torch.get_rng_state()
@@ -113,8 +118,9 @@ def test_asking_moves_neither_generators_nor_buffers():
 def test_an_identity_is_invertible_but_warned_of():
     class Same(nn.Identity):
         inverse = nn.Identity.forward
-    with pytest.warns(UserWarning, match="input itself"):
+    with pytest.warns(UserWarning, match="input itself") as warned:
         assert is_invertible_module(Same(), (2, 3))
+    assert warned[0].filename == __file__
 
 
 @pytest.mark.parametrize("shape", [3, (2, "a"), ((2, 3), 4)])

@@ -54,6 +54,18 @@ def test_stored_blocks_are_not_evaluated_again(keep_every):
     assert calls == {i: 1 if i in stored else 2 for i in range(8)}
 
 
+@pytest.mark.parametrize("direction", ["forward", "inverse", "forward_log_det", "inverse_log_det"])
+def test_in_every_direction_it_is_the_end_that_is_stored(direction):
+    module = chain(3, keep_every=3)
+    calls = Counter()
+    for i, part in enumerate(module):
+        part._fn.Fm[0].forward = lambda x, i=i, forward=part._fn.Fm[0].forward: (calls.update([i]), forward(x))[1]
+    result = getattr(module, direction)(images())
+    weighted_sum(result[0] if isinstance(result, tuple) else result).backward()
+    end = 0 if direction.startswith("inverse") else 2
+    assert calls == {i: 1 if i == end else 2 for i in range(3)}
+
+
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, "2"])
 def test_other_values_are_refused(wrong):
     with pytest.raises(ValueError, match="keep_every must be None or a whole number"):

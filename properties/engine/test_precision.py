@@ -200,3 +200,14 @@ def test_the_remedies_of_the_warning_help(dtype):
     for block in model:
         block.keep_input = True
     assert torch.equal(gradients(model, x), gradients(twin, x))
+
+
+@pytest.mark.parametrize("direction, option", [("forward", "keep_input"), ("inverse", "keep_input_inverse")])
+def test_a_sequence_keeps_the_inputs_that_its_blocks_ask_for(direction, option):
+    """Without a warning, therefore, and to the bit."""
+    couplings = (AdditiveCoupling(conv_branch(), conv_branch()) for _ in range(3))
+    model = ReversibleSequential(*(InvertibleModuleWrapper(c, **{option: True}) for c in couplings)).bfloat16()
+    twin = plain_twin(model)
+    got, wanted = (torch.autograd.grad(weighted_sum(getattr(m, direction)(x)), x)[0]
+                   for m in (model, twin) for x in [images(dtype=torch.bfloat16)])
+    assert torch.equal(got, wanted)
