@@ -1,5 +1,6 @@
 """Where the law of memory does not look: exact blocks by hand, dropout, and what is held between passes."""
 
+import gc
 from functools import partial
 
 import pytest
@@ -34,8 +35,8 @@ def exact_sequence(depth: int) -> nn.Module:
 
 @pytest.mark.parametrize("chain", [
     partial(wrapped, exact=True), exact_sequence, partial(wrapped, branch=with_dropout),
-    partial(wrapped, branch=with_dropout, kind=OnlyInvertible), partial(wrapped, split_dim=-3),
-], ids=["exact", "exact sequence", "dropout", "dropout in modules", "negative split_dim"])
+    partial(wrapped, kind=OnlyInvertible), partial(wrapped, split_dim=-3),
+], ids=["exact", "exact sequence", "dropout", "modules", "negative split_dim"])
 def test_a_further_block_stores_no_map(chain):
     stored = (step_bytes(plain_twin(chain(6))) - step_bytes(plain_twin(chain(2)))) / 4
     assert stored > 2 * MAP_BYTES
@@ -43,6 +44,7 @@ def test_a_further_block_stores_no_map(chain):
 
 
 def test_between_forward_and_backward_a_chain_holds_its_output_alone():
+    gc.collect()
     x = torch.randn(4, 8, 16, 16).requires_grad_()
     for chain in (wrapped(6), wrapped(6, exact=True), exact_sequence(6), wrapped(6, kind=OnlyInvertible)):
         y = chain(x)
@@ -55,6 +57,7 @@ def test_between_forward_and_backward_a_chain_holds_its_output_alone():
 
 def test_a_retained_graph_holds_as_much_after_a_pass_as_before():
     chain = wrapped(2 * engine._KEPT_LINKS)
+    gc.collect()
     loss = weighted_sum(chain(torch.randn(4, 8, 16, 16).requires_grad_()))
     before = held_bytes()
     loss.backward(retain_graph=True)
