@@ -33,11 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
     measure.source = measure.CLOCKS[config.getoption("clock")]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_sessionfinish(session: pytest.Session) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before that of pytest-benchmark, which is a wrapper, too
+def pytest_sessionfinish(session: pytest.Session):
     """Ctrl-C leaves a benchmark without a round, on which pytest-benchmark would fail and save none of the others."""
     measured = session.config._benchmarksession
     measured.benchmarks = [benchmark for benchmark in measured.benchmarks if benchmark.stats.data]
+    return (yield)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,5 +1,6 @@
 """Tables, figures and pages say what was measured, with unit, n and spread, and no more than that."""
 
+import base64
 import json
 import re
 from math import isqrt
@@ -140,7 +141,9 @@ def test_the_page_needs_no_other_file_and_escapes_what_was_measured(results, tmp
     written_files = report.write(tainted, tmp_path / "out", "python -m bench.report")
     page = (tmp_path / "out" / "page.html").read_text("utf-8")
     assert evil not in page and "&lt;script&gt;" in page
-    assert len(re.findall(r'src="data:image/svg', page)) == len(figures.FIGURES) + 1  # the peers'
+    pictures = re.findall(r'src="data:image/svg\+xml;base64,([^"]*)"', page)
+    assert len(pictures) == len(figures.FIGURES) + 1  # the peers'
+    assert all(b"</svg>" in base64.b64decode(picture) for picture in pictures)
     assert not re.search(r'(src|href)="(?!data:)', page)
     names = {path.relative_to(tmp_path / "out").as_posix() for path in written_files}
     assert {"summary.md", "page.html", "measurements.csv", "figures/pareto.svg", "figures/pareto.png"} <= names

@@ -3,8 +3,10 @@
 import dataclasses
 import gc
 import os
+import signal
 import subprocess
 import sys
+import time
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -187,3 +189,19 @@ def test_the_command_line_measures_and_summarises(tmp_path):
     assert list(times.subject) == [*["plain", "reversible"] * 2, "plain", "reversible"] and times.load.notna().all()
     assert {device["threads"] for device in results.device} == {1}
     assert "Peak activation memory against depth" in done.stdout and str(path) in done.stdout
+
+
+def test_ctrl_c_keeps_what_has_been_measured(tmp_path):
+    command = [sys.executable, "-m", "bench", "--quick", "--device=cpu", "--out", tmp_path, "-k", "test_memory and law"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+                          text=True) as process:
+        for line in process.stdout:
+            if "PASSED" in line:
+                time.sleep(0.5)  # into the next measurement
+                process.send_signal(signal.SIGINT)
+                break
+        process.stdout.read()
+    assert process.returncode == pytest.ExitCode.INTERRUPTED
+    (path,) = tmp_path.glob("*.json")
+    assert len(summary.load(path)) >= 1
