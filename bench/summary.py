@@ -95,26 +95,23 @@ def pivot(rows: pd.DataFrame, column: str, value: str, how: Callable | str = "fi
 
 
 def fit(rows: pd.DataFrame) -> pd.DataFrame:
-    """Peak bytes of a step as a + b depth (+ c sqrt(depth) for sqrt(n) checkpoints), by least squares from depth 4 on.
+    """Peak bytes of a step as a + b depth, by least squares from depth 4 on.
 
-    A row per contender: `a`, `b`, `c` in bytes, `misfit` the largest relative error at a measured depth. Contenders
-    measured at no more depths than there are coefficients are left out.
+    A row per contender: `a` and `b` in bytes, `misfit` the largest relative error at a measured depth. Left out are
+    contenders measured at fewer than three depths, and those whose peak is no straight line within 1 %.
     """
     fits = {}
     for subject, one in rows[rows.depth >= 4].groupby("subject", sort=False):
-        terms = np.array([[1, d, d**0.5][: 3 if subject == "checkpoint-sqrt" else 2] for d in one.depth])
-        if len(terms) > terms.shape[1]:
-            found = np.linalg.lstsq(terms, one.peak_bytes, rcond=None)[0]
-            misfit = abs(terms @ found / one.peak_bytes - 1).max()
-            fits[subject] = [*found, *[0.0] * (3 - len(found)), misfit]
-    table = pd.DataFrame.from_dict(fits, orient="index", columns=["a", "b", "c", "misfit"])
-    return table.reindex([s for s in NAMES if s in table.index])
+        if len(one) >= 3:
+            b, a = np.polyfit(one.depth, one.peak_bytes, 1)
+            fits[subject] = a, b, abs((a + b * one.depth) / one.peak_bytes - 1).max()
+    table = pd.DataFrame.from_dict(fits, orient="index", columns=["a", "b", "misfit"])
+    return table.reindex([s for s in NAMES if s in table.index]).query("misfit < 0.01")
 
 
 def largest_depth(fits: pd.DataFrame, budget_bytes: float) -> pd.Series:
-    """How many blocks fit, by ``fit``: the largest d with a + b d + c sqrt(d) within the budget."""
-    root = (-fits.c + np.sqrt(np.maximum(fits.c**2 + 4 * fits.b * (budget_bytes - fits.a), 0))) / (2 * fits.b)
-    return np.floor(np.maximum(root, 0) ** 2).astype(int)
+    """How many blocks fit, by ``fit``: the largest d with a + b d within the budget."""
+    return np.floor(np.maximum((budget_bytes - fits.a) / fits.b, 0)).astype(int)
 
 
 def contenders(results: pd.DataFrame) -> pd.DataFrame:
@@ -161,10 +158,11 @@ def sections(results: pd.DataFrame) -> list[Section]:
     fits = fit(of_depth)
     if not fits.empty:
         depths = {f"{budget} GiB": largest_depth(fits, budget * GIB) for budget in BUDGETS_GIB}
-        terms = {"start, MiB": fits.a / MIB, "per block, MiB": fits.b / MIB, "per sqrt(block), MiB": fits.c / MIB}
+        terms = {"start, MiB": fits.a / MIB, "per block, MiB": fits.b / MIB}
         table = pd.DataFrame({**terms, "largest misfit, %": 100 * fits.misfit, **depths}).rename(index=NAMES)
         add("Largest depth per memory budget", "Computed, not run: from the intercept and slope of the measured peaks "
-            f"(parameters, gradients and input included) at {size(of_depth)}.", table)
+            f"(parameters, gradients and input included) at {size(of_depth)}. Left out: whose peak is no line.",
+            table)
     of_depth_time = series_of(times, "time", "depth")
     if not of_depth_time.empty:
         add("Time against depth", per_repeat + "Ratio to plain autograd, by blocks.",
