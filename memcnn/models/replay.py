@@ -29,7 +29,7 @@ class Replay:
                            for name, p in m._parameters.items() if p is not None]
         self.buffers = [(m._buffers, name, b, None if _ignores_its_buffers(m) else b.clone()) for m, _ in self.modules
                         for name, b in m._buffers.items() if b is not None]
-        self.unchanged: list[tuple[str, str, Tensor, int]] = []
+        self.unchanged: list[tuple[str, str, Tensor, tuple[int, int]]] = []
         devices = {torch.device("cpu"), *(x.device for x in inputs)}
         self.autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind),
                           torch.is_autocast_cache_enabled())
@@ -43,7 +43,7 @@ class Replay:
     @contextmanager
     def first(self) -> Iterator[None]:
         """Notes which hooks replace a value, and at the end lets go of all that the evaluation did not change."""
-        versions = [p._version for _, _, p, _ in self.parameters], [b._version for _, _, b, _ in self.buffers]
+        values = [identity(p) for _, _, p, _ in self.parameters], [identity(b) for _, _, b, _ in self.buffers]
         with ExitStack() as stack:
             for hooks, key, hook in self._user_hooks():
                 _substitute(stack, hooks, key, functools.partial(self._noted, hook))
@@ -52,13 +52,13 @@ class Replay:
             yield
         self.generators = [(device, state) for device, state in self.generators
                            if not _equal(state, _rng_state(device))]
-        self.unchanged = [("parameter", name, p, p._version) for _, name, p, _ in self.parameters]
+        self.unchanged = [("parameter", name, p, identity(p)) for _, name, p, _ in self.parameters]
         # a layer that initialises itself in its first forward pass sets its parameters, but does so once
-        self.sets_parameters = versions[0] != [version for *_, version in self.unchanged]
+        self.sets_parameters = values[0] != [value for *_, value in self.unchanged]
         buffers, self.buffers = self.buffers, []
-        for (registry, name, b, before), version in zip(buffers, versions[1], strict=True):
-            if before is not None and b._version == version:
-                self.unchanged.append(("buffer", name, b, version))
+        for (registry, name, b, before), value in zip(buffers, values[1], strict=True):
+            if before is not None and identity(b) == value:
+                self.unchanged.append(("buffer", name, b, value))
                 before = None
             self.buffers.append((registry, name, b, before))
 
@@ -96,8 +96,8 @@ class Replay:
             self._check_unchanged("by its module's every forward pass", "modify it outside of forward, or just once")
 
     def _check_unchanged(self, when: str, fix: str) -> None:
-        for kind, name, tensor, version in self.unchanged:
-            if tensor._version != version:
+        for kind, name, tensor, value in self.unchanged:
+            if identity(tensor) != value:
                 raise RuntimeError(f"the {kind} {name!r} of shape {tuple(tensor.shape)} was modified {when}, so that "
                                    f"the activations cannot be rebuilt: {fix}")
 
@@ -114,6 +114,11 @@ class Replay:
         if result is not None:
             self.replacing_hooks.append(hook)
         return result
+
+
+def identity(x: Tensor) -> tuple[int, int]:
+    """Another one after x was modified in place, or was given other values by ``x.data = ...``."""
+    return x._version, x.untyped_storage()._cdata
 
 
 def _ignores_its_buffers(module: nn.Module) -> bool:

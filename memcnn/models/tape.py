@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from memcnn.models.engine import Cell, Rearrange, Step, dense
 from memcnn.models.exact import Grid
+from memcnn.models.replay import identity
 from memcnn.rounding import relative_error
 
 _TAG = "memcnn.cells"
@@ -274,22 +275,18 @@ class Tag(NamedTuple):
 
 def _tag(y: Tensor, cells: Sequence[Cell], dim: int | None, grid: Grid | None = None) -> None:
     if y.grad_fn is not None:
-        y.grad_fn.metadata[_TAG, y.output_nr] = Tag([weakref.ref(cell) for cell in cells], dim, grid, _identity(y))
+        y.grad_fn.metadata[_TAG, y.output_nr] = Tag([weakref.ref(cell) for cell in cells], dim, grid, identity(y))
 
 
 def _tagged(x: Tensor) -> Tag:
     tag = x.grad_fn.metadata.get((_TAG, x.output_nr)) if x.grad_fn is not None else None
-    return tag if tag is not None and tag.identity == _identity(x) else Tag((), -1, None, None)
+    return tag if tag is not None and tag.identity == identity(x) else Tag((), -1, None, None)
 
 
 def _fingerprint(h: Tensor) -> Tensor:
     """The sum of the bits of h, taken as integers."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return h.detach().view(integers[h.element_size()]).sum(dtype=torch.int64)
-
-
-def _identity(x: Tensor) -> tuple[int, int]:
-    return x._version, x.untyped_storage()._cdata
 
 
 def _whole(x: Tensor) -> Cell | None:

@@ -502,3 +502,40 @@ def test_an_output_given_other_data_before_the_next_block_trains_as_in_the_twin(
         y.data = y.data * 2
         weighted_sum(module(y)).backward()
     assert_like_twin(block(), program, images())
+
+
+class SetsDataOfParameters(nn.Module):
+    """Either direction sets the scale from its first batch by ``.data =``, and notes so by exchanging a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, 6, 1, 1))
+        self.register_buffer("done", torch.tensor(0.0))
+
+    def set_from(self, x):
+        if not self.done:
+            self.scale.data = x.detach().std((0, 2, 3), keepdim=True)
+            self.done = torch.tensor(1.0)
+
+    def forward(self, x):
+        self.set_from(x)
+        return x / self.scale
+
+    def inverse(self, y):
+        self.set_from(y)
+        return y * self.scale
+
+
+def test_a_module_that_sets_the_data_of_its_parameters_again_in_the_recomputation_is_refused():
+    module = InvertibleModuleWrapper(SetsDataOfParameters()).double()
+    with pytest.raises(RuntimeError, match="'scale' .* by its module's every forward pass"):
+        weighted_sum(module(images())).backward()
+
+
+def test_other_data_of_a_parameter_between_forward_and_backward_is_refused():
+    module = block()
+    y = module(images())
+    weight = next(module.parameters())
+    weight.data = 2 * weight.data
+    with pytest.raises(RuntimeError, match="parameter 'weight' .* between forward and backward"):
+        weighted_sum(y).backward()
