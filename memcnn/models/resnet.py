@@ -149,7 +149,9 @@ def _unit(branch: Callable[..., nn.Module], in_width: int, width: int, *, stride
 
 def _full_precision(x: Tensor) -> Tensor:
     """x in float32 where autocast made it less: a stream that is inverted must not round as the branches on it may."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)) if torch.is_autocast_enabled(x.device.type) else x
+    device = x.device.type
+    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if lowered else x
 
 
 def _activation(channels: int, wanted: bool = True) -> Sequence[nn.Module]:
