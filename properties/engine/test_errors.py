@@ -9,8 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
+from memcnn import (
+    ActNorm,
+    AdditiveCoupling,
+    AffineAdapterExp,
+    AffineAdapterSigmoid,
+    ChannelPermutation,
+    DepthToSpace,
+    InvertibleConv1x1,
+    InvertibleModuleWrapper,
+    ReversibleSequential,
+    SpaceToDepth,
+)
 from memcnn.models import engine, tape
+from memcnn.models.coupling import Coupling
 from memcnn.testing.tolerances import tolerance
 from properties.test_state import held_bytes
 from properties.twin import assert_like_twin, assert_same, backward, block, images, plain_twin, run, weighted_sum
@@ -83,6 +95,40 @@ def test_an_input_that_cannot_be_halved_is_refused(split_dim, shape, words, disa
 def test_a_block_of_the_wrong_parts_is_not_built(make, words):
     with refused(TypeError, *words):
         make()
+
+
+@pytest.mark.parametrize("layer, shape", [
+    (ChannelPermutation([1, 0]), (2,)), (ActNorm(2), (2,)), (InvertibleConv1x1(2), (2,)),
+    (SpaceToDepth(), (2, 4)), (DepthToSpace(), (2, 4)),
+], ids=str)
+def test_a_layer_refuses_an_input_without_channels_or_positions(layer, shape):
+    for direction in (layer, layer.inverse):
+        with refused(ValueError, f"got {shape}"):
+            direction(torch.ones(shape))
+
+
+def test_an_adapter_refuses_a_module_that_drops_dimensions():
+    x = torch.ones(2, 3, 2, 2)
+    for adapter in (AffineAdapterSigmoid, AffineAdapterExp):
+        with refused(ValueError, "must double one dimension", "(2, 6)", "(2, 3, 2, 2)"):
+            adapter(nn.Sequential(nn.Flatten(), nn.Linear(12, 6)))(x)
+    assert AffineAdapterExp(net()).bound == 2
+
+
+def test_a_factor_of_one_moves_nothing():
+    x = rows(2, 3, 2)
+    assert torch.equal(SpaceToDepth(1)(x), x) and torch.equal(DepthToSpace(1)(x), x)
+
+
+def test_a_coupling_of_ones_own_says_what_it_lacks():
+    class Own(Coupling):
+        pass
+    own = Own(nn.Identity())
+    assert own.split_dim == 1 and own.Gm is not own.Fm
+    with refused(NotImplementedError, "Own must define couple(x1, x2)"):
+        own(rows())
+    with refused(NotImplementedError, "Own must define uncouple(y1, y2)"):
+        own.inverse(rows())
 
 
 def returning(function) -> type[nn.Module]:
@@ -502,40 +548,3 @@ def test_an_output_given_other_data_before_the_next_block_trains_as_in_the_twin(
         y.data = y.data * 2
         weighted_sum(module(y)).backward()
     assert_like_twin(block(), program, images())
-
-
-class SetsDataOfParameters(nn.Module):
-    """Either direction sets the scale from its first batch by ``.data =``, and notes so by exchanging a buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(1, 6, 1, 1))
-        self.register_buffer("done", torch.tensor(0.0))
-
-    def set_from(self, x):
-        if not self.done:
-            self.scale.data = x.detach().std((0, 2, 3), keepdim=True)
-            self.done = torch.tensor(1.0)
-
-    def forward(self, x):
-        self.set_from(x)
-        return x / self.scale
-
-    def inverse(self, y):
-        self.set_from(y)
-        return y * self.scale
-
-
-def test_a_module_that_sets_the_data_of_its_parameters_again_in_the_recomputation_is_refused():
-    module = InvertibleModuleWrapper(SetsDataOfParameters()).double()
-    with pytest.raises(RuntimeError, match="'scale' .* by its module's every forward pass"):
-        weighted_sum(module(images())).backward()
-
-
-def test_other_data_of_a_parameter_between_forward_and_backward_is_refused():
-    module = block()
-    y = module(images())
-    weight = next(module.parameters())
-    weight.data = 2 * weight.data
-    with pytest.raises(RuntimeError, match="parameter 'weight' .* between forward and backward"):
-        weighted_sum(y).backward()

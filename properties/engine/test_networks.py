@@ -74,6 +74,7 @@ def test_a_unit_that_strides_or_widens_projects_its_input_and_only_the_first_uni
     assert isinstance(second.shortcut, nn.Identity) and isinstance(last.shortcut, nn.Identity)
     assert [kinds(unit.branch)[0] for unit in (first, second, strided, last)] == ["Conv2d", *["BatchNorm2d"] * 3]
     assert kinds(network.stem) == ["Conv2d", "BatchNorm2d", "ReLU"]
+    assert network.head[-1].out_features == 10
     assert kinds(network.head) == ["BatchNorm2d", "ReLU", "AdaptiveAvgPool2d", "Flatten", "Linear"]
 
 
