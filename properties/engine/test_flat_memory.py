@@ -67,9 +67,11 @@ def test_a_retained_graph_holds_as_much_after_a_pass_as_before():
     assert held_bytes() == 0
 
 
-def test_a_strided_input_is_copied_once_and_given_its_gradient():
+@pytest.mark.parametrize("view", [lambda x: x.transpose(2, 3)[:, :, ::2], lambda x: x[:, :1].expand(-1, 6, -1, -1)],
+                         ids=["strided", "expanded"])
+def test_an_input_with_gaps_or_overlaps_is_given_its_gradient(view):
     def program(module, x: Tensor) -> Tensor:
-        y = module(x.transpose(2, 3)[:, :, ::2])
+        y = module(view(x))
         weighted_sum(y).backward()
         return y
     for module in (block(), InvertibleModuleWrapper(OnlyInvertible(block()._fn))):
