@@ -174,10 +174,16 @@ def test_a_step_is_warm_and_long_enough_before_it_is_timed(monkeypatch):
     assert rounds == round(0.1 / 0.03) and len(calls) * 0.03 >= measure.WARM_SECONDS
 
 
+def environment(threads: int) -> dict[str, str]:
+    """Of a command that measures, as if no test had started it: in a worker of pytest-xdist benchmarks are off."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    return {**inherited, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+
+
 def test_the_command_line_measures_and_summarises(tmp_path):
     command = [sys.executable, "-m", "bench", "--quick", "--device=cpu", "--threads=1", "--out", tmp_path,
                "-k", "depth-depth4 and (plain or reversible) or mode-depth2 and plain"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(2))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SKIPPED" in done.stdout and "add --modes" in done.stdout
     (path,) = tmp_path.glob("*.json")
@@ -193,8 +199,7 @@ def test_the_command_line_measures_and_summarises(tmp_path):
 
 def test_ctrl_c_keeps_what_has_been_measured(tmp_path):
     command = [sys.executable, "-m", "bench", "--quick", "--device=cpu", "--out", tmp_path, "-k", "test_memory and law"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(1),
                           text=True) as process:
         for line in process.stdout:
             if "PASSED" in line:
