@@ -26,10 +26,18 @@ setup(
             "pandas>=2.2",
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist",
             "tabulate",
         ],
+        "cluster": ["ray"],
     },
-    entry_points={"console_scripts": ["memcnn-train = memcnn.train:main"]},
+    entry_points={
+        "console_scripts": [
+            "memcnn-evaluate = memcnn.evaluate:main",
+            "memcnn-train = memcnn.train:main",
+            "memcnn-verify = memcnn.verify:main",
+        ]
+    },
     classifiers=[
         "Intended Audience :: Science/Research",
         "Operating System :: OS Independent",
