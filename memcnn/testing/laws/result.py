@@ -1,9 +1,11 @@
 """What a check found: one `Result` for each claim, and a `Report` of many."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+TOLD = 3
+"""Of faults of one kind, as many as are told one by one."""
 BADLY_CONDITIONED = "right, but badly conditioned: "
 
 
@@ -100,3 +102,10 @@ class Report:
             if text:
                 remarks.setdefault(text, f"{r.verdict} {r.law}, {r.claim}:\n     {text}{source}")
         return "\n".join([*lines, *([""] if remarks else []), *remarks.values()])
+
+
+def nothing_differs(claim: str, faults: Sequence[str]) -> Result:
+    """Of the law of state: it holds where there are no ``faults``, which are told in words."""
+    told = list(dict.fromkeys(faults))
+    rest = [f"and {len(told) - TOLD} more"] if len(told) > TOLD else []
+    return Result("state", claim, len(faults), 0, "nothing may differ", "; ".join(told[:TOLD] + rest))

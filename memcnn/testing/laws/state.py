@@ -1,26 +1,17 @@
 """The law of state: a training step leaves all but gradients as one plain forward pass leaves it."""
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from memcnn.models.revop import InvertibleModuleWrapper
-from memcnn.testing.laws.result import Report, Result
+from memcnn.testing.laws.autocast import products_keep_their_dtype
+from memcnn.testing.laws.hooks import forward_hooks_are_called_once
+from memcnn.testing.laws.result import Report, Result, nothing_differs
 from memcnn.testing.laws.step import gradients_of
 from memcnn.testing.laws.subject import Subject, as_tuple, reordered
 from memcnn.testing.tolerances import describe, distance, tolerance
-
-aten = torch.ops.aten
-PRODUCTS = {aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
-            aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_flash_attention.default}
-
-TOLD = 3
-"""Of faults of one kind, as many as are told one by one."""
 
 
 def check_state(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool | None = None) -> Report:
@@ -36,9 +27,9 @@ def check_state(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool | 
         "buffers move once a step": _buffers,
         "parameters, modes and requires_grad stay": _rest_of_the_module,
         "random generators move as in a forward pass": _generators,
-        "forward hooks are called once": _hooks,
+        "forward hooks are called once": forward_hooks_are_called_once,
         "two steps under way do not mix": _two_steps,
-        "products keep autocast's dtype in backward": _autocast,
+        "products keep autocast's dtype in backward": products_keep_their_dtype,
     }
     return Report(tuple(_guarded(subject, claim, check) for claim, check in claims.items()))
 
@@ -48,12 +39,6 @@ def _guarded(subject: Subject, claim: str, check: Callable[[Subject, str], Resul
         return check(subject, claim)
     except Exception as error:
         return Result("state", claim, math.inf, 0.0, explanation=f"raised {type(error).__name__}: {error}")
-
-
-def _counted(claim: str, faults: Sequence[str]) -> Result:
-    told = list(dict.fromkeys(faults))
-    rest = [f"and {len(told) - TOLD} more"] if len(told) > TOLD else []
-    return Result("state", claim, len(faults), 0, "nothing may differ", "; ".join(told[:TOLD] + rest))
 
 
 def _callers_tensors(subject: Subject, claim: str) -> Result:
@@ -77,7 +62,7 @@ def _callers_tensors(subject: Subject, claim: str) -> Result:
             continue
         faults += _changes(held, before, "by a training step")
         faults += _changes([(y, f"output {i}") for i, y in enumerate(outputs)], after, "by backward")
-    return _counted(claim, faults)
+    return nothing_differs(claim, faults)
 
 
 def _seen(x: Tensor) -> tuple[Tensor, int, int, int]:
@@ -155,7 +140,7 @@ def _rest_of_the_module(subject: Subject, claim: str) -> Result:
             faults.append(f"requires_grad of {name} is now {parameter.requires_grad}")
         if not torch.equal(parameter, value) and not _initialises_itself(subject):
             faults.append(f"parameter {name} was changed by a step without an optimiser")
-    return _counted(claim, faults)
+    return nothing_differs(claim, faults)
 
 
 def _initialises_itself(subject: Subject) -> bool:
@@ -181,43 +166,8 @@ def _generators(subject: Subject, claim: str) -> Result:
 
     plain = state_after(lambda: subject.fresh()(*subject.leaves()))
     same = all(torch.equal(a, b) for a, b in zip(state_after(training_step), plain, strict=True))
-    return _counted(claim, [] if same else ["a training step draws other random numbers than a forward pass, so that "
-                                            "whatever is drawn next differs"])
-
-
-def _hooks(subject: Subject, claim: str) -> Result:
-    calls = _calls(subject, subject.trained(), lambda module: gradients_of(subject, module))
-    with torch.no_grad():
-        wanted = _calls(subject, subject.fresh(), lambda module: subject.evaluated(module, subject.inputs))
-    faults = [f"the forward hook of {name or type(subject.module).__name__} was called {calls[name]} times a step, not "
-              f"{wanted[name]}" for name in wanted if calls[name] != wanted[name]]
-    faults += _unheard(subject)
-    return _counted(claim, faults)
-
-
-def _unheard(subject: Subject) -> list[str]:
-    """Parts whose hooks a plain forward pass leaves out, as one does that calls ``part.forward(x)``."""
-    module, evaluated, heard = subject.fresh(), Counter(), Counter()
-    for name, part in module.named_modules():
-        def counted(*args, name: str = name, forward: Callable = part.forward, **kwargs):
-            evaluated.update([name])
-            return forward(*args, **kwargs)
-        part.forward = counted
-        part.register_forward_hook(lambda *_, name=name: heard.update([name]))
-    with torch.no_grad():
-        subject.evaluated(module, subject.inputs)
-    return [f"the forward hook of {name or type(subject.module).__name__} is called {heard[name]} times in a forward "
-            f"pass that evaluates it {times} times" for name, times in evaluated.items() if heard[name] < times]
-
-
-def _calls(subject: Subject, module: nn.Module, run: Callable[[nn.Module], object]) -> Counter:
-    """How often each part of ``subject.module`` is called in ``run``, by its name there."""
-    calls: Counter = Counter()
-    offset = len(list(module.modules())) - len(list(subject.module.modules()))  # a wrapper around it
-    for (name, _), part in zip(subject.module.named_modules(), list(module.modules())[offset:], strict=True):
-        part.register_forward_hook(lambda *_, name=name: calls.update([name]))
-    run(module)
-    return calls
+    told = "a training step draws other random numbers than a forward pass, so that whatever is drawn next differs"
+    return nothing_differs(claim, [] if same else [told])
 
 
 def _two_steps(subject: Subject, claim: str) -> Result:
@@ -256,75 +206,3 @@ def _two_steps(subject: Subject, claim: str) -> Result:
     return Result("state", claim, error, limit, describe(subject.dtype, depth=subject.depth),
                   "a second forward pass before the backward pass of the first changes the gradients: the module keeps "
                   "a pass's values on itself" if not error <= limit else "")
-
-
-class _Products(TorchDispatchMode):
-    """Notes the dtypes in which convolutions and matrix products are computed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in PRODUCTS:
-            self.dtypes |= {x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point()}
-        return func(*args, **(kwargs or {}))
-
-
-def _autocast(subject: Subject, claim: str) -> Result:
-    device = subject.inputs[0].device.type
-    module, leaves, forward, backward = subject.trained(), subject.leaves(), _Products(), _Products()
-    if subject.dtype != torch.float32 or not torch.amp.is_autocast_available(device):
-        return Result("state", claim, skipped="autocast acts on float32 inputs")
-    with _quiet(), subject.seeded():
-        try:
-            with torch.autocast(device, torch.bfloat16), forward:
-                outputs = as_tuple(module(*leaves))
-        except Exception as error:
-            return Result("state", claim, skipped=f"does not run under autocast: {type(error).__name__}: {error}")
-        if _rebuilds(module) and {y.dtype for y in outputs} - {x.dtype for x in leaves}:
-            return Result("state", claim, skipped="under autocast the output is of lower precision than the input, "
-                                                  "which no inverse rebuilds from it; keep the stream in float32")
-        calls = Counter()
-        for part in module.modules():
-            part.register_forward_pre_hook(lambda *_: calls.update(["in backward"]))
-        loss = subject.loss([y.float() for y in outputs])
-        with backward:
-            loss.backward()
-    if not forward.dtypes:
-        return Result("state", claim, skipped="computes no convolution or matrix product")
-    if not _rebuilds(module) and not calls:
-        return Result("state", claim, skipped="computes nothing again in backward")
-    strange = backward.dtypes - forward.dtypes - _products_of_plain_backward(subject)
-    return _counted(claim, [f"backward computes products in {_dtype(dtype)}, forward only in "
-                            f"{', '.join(sorted(map(_dtype, forward.dtypes)))}" for dtype in strange])
-
-
-def _rebuilds(module: nn.Module) -> bool:
-    return any(isinstance(part, InvertibleModuleWrapper) and not part.disable for part in module.modules())
-
-
-def _products_of_plain_backward(subject: Subject) -> set[torch.dtype]:
-    """That of a matrix inverse, for one, is computed in the dtype of the matrix, under autocast, too."""
-    twin, products = subject.plain(), _Products()
-    if twin is None:
-        return set()
-    leaves = subject.leaves()
-    with torch.autocast(leaves[0].device.type, torch.bfloat16):
-        outputs = as_tuple(twin(*leaves))
-    with products:
-        subject.loss([y.float() for y in outputs]).backward()
-    return products.dtypes
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warning that a stream in bfloat16 drifts: only dtypes are looked at."""
-    import warnings
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

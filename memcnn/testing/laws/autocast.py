@@ -1,0 +1,89 @@
+"""Of the law of state: what is computed again in backward is computed in the number formats of the forward pass."""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memcnn.models.revop import InvertibleModuleWrapper
+from memcnn.testing.laws.result import Result, nothing_differs
+from memcnn.testing.laws.subject import Subject, as_tuple
+
+aten = torch.ops.aten
+PRODUCTS = {aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
+            aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_flash_attention.default}
+
+
+class _Products(TorchDispatchMode):
+    """Notes the dtypes in which convolutions and matrix products are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in PRODUCTS:
+            self.dtypes |= {x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point()}
+        return func(*args, **(kwargs or {}))
+
+
+def products_keep_their_dtype(subject: Subject, claim: str) -> Result:
+    device = subject.inputs[0].device.type
+    module, leaves, forward, backward = subject.trained(), subject.leaves(), _Products(), _Products()
+    if subject.dtype != torch.float32 or not torch.amp.is_autocast_available(device):
+        return Result("state", claim, skipped="autocast acts on float32 inputs")
+    with _quiet(), subject.seeded():
+        try:
+            with torch.autocast(device, torch.bfloat16), forward:
+                outputs = as_tuple(module(*leaves))
+        except Exception as error:
+            return Result("state", claim, skipped=f"does not run under autocast: {type(error).__name__}: {error}")
+        if _rebuilds(module) and {y.dtype for y in outputs} - {x.dtype for x in leaves}:
+            return Result("state", claim, skipped="under autocast the output is of lower precision than the input, "
+                                                  "which no inverse rebuilds from it; keep the stream in float32")
+        calls = Counter()
+        for part in module.modules():
+            part.register_forward_pre_hook(lambda *_: calls.update(["in backward"]))
+        loss = subject.loss([y.float() for y in outputs])
+        with backward:
+            loss.backward()
+    if not forward.dtypes:
+        return Result("state", claim, skipped="computes no convolution or matrix product")
+    if not _rebuilds(module) and not calls:
+        return Result("state", claim, skipped="computes nothing again in backward")
+    strange = backward.dtypes - forward.dtypes - _products_of_plain_backward(subject)
+    return nothing_differs(claim, [f"backward computes products in {_dtype(dtype)}, forward only in "
+                            f"{', '.join(sorted(map(_dtype, forward.dtypes)))}" for dtype in strange])
+
+
+def _rebuilds(module: nn.Module) -> bool:
+    return any(isinstance(part, InvertibleModuleWrapper) and not part.disable for part in module.modules())
+
+
+def _products_of_plain_backward(subject: Subject) -> set[torch.dtype]:
+    """That of a matrix inverse, for one, is computed in the dtype of the matrix, under autocast, too."""
+    twin, products = subject.plain(), _Products()
+    if twin is None:
+        return set()
+    leaves = subject.leaves()
+    with torch.autocast(leaves[0].device.type, torch.bfloat16):
+        outputs = as_tuple(twin(*leaves))
+    with products:
+        subject.loss([y.float() for y in outputs]).backward()
+    return products.dtypes
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that a stream in bfloat16 drifts: only dtypes are looked at."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
