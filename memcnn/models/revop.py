@@ -266,9 +266,12 @@ def is_invertible_module(module_in: nn.Module, test_input_shape: Sequence,
     if any(x is y for x in inputs for y in outputs):
         warnings.warn("an output of the module is its input itself, as of an identity function: wrapping it saves "
                       "nothing", stacklevel=2)
-    return all(torch.allclose(got, wanted, atol=atol) for values, there, back in
-               ((inputs, fn, fn.inverse), (outputs, fn.inverse, fn))
-               for got, wanted in zip(evaluated(back, evaluated(there, values)), values, strict=True))
+    def undone(there: Callable, back: Callable, values: Sequence[Tensor]) -> bool:
+        again = evaluated(back, evaluated(there, values))
+        return [x.shape for x in again] == [x.shape for x in values] and all(
+            torch.allclose(got, wanted, atol=atol) for got, wanted in zip(again, values, strict=True))
+
+    return undone(fn, fn.inverse, inputs) and undone(fn.inverse, fn, outputs)
 
 
 def _shapes(shape: Sequence) -> Iterator[Sequence[int]]:

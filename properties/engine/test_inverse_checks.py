@@ -22,6 +22,16 @@ class Halves(nn.Module):
         return y * self.factor
 
 
+class LosesOne(nn.Module):
+    """Its inverse gives one tensor of two."""
+
+    def forward(self, a, b):
+        return b, a
+
+    def inverse(self, b, a):
+        return a
+
+
 class Swap(nn.Module):
     """(x1, x2) -> (2 x2, x1 + tanh(x2))."""
 
@@ -99,6 +109,7 @@ def test_invertible_modules_are_told_from_others(dtype):
     assert is_invertible_module(Swap(), ((2, 3), (2, 3)), dtype, atol)
     assert not is_invertible_module(BrokenCoupling(conv_branch()).to(dtype), (2, 6, 5, 4), dtype, atol)
     assert not is_invertible_module(conv_branch().to(dtype), (2, 3, 5, 4), dtype, atol)
+    assert not is_invertible_module(LosesOne(), ((2, 3), (2, 3)), dtype, atol)
 
 
 def test_a_coupling_with_dropout_is_invertible_under_one_mask():
