@@ -30,8 +30,8 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
     parser.add_argument("--modes", action="store_true", help="bfloat16, channels_last, torch.compile on the CPU, too")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU (default: %(default)s; several make "
-                        "small kernels a hundred times slower on a machine that is busy)")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU (default: %(default)s; several "
+                        "make small kernels a hundred times slower on a machine that is busy)")
     parser.add_argument("--clock", choices=["wall", "cpu"], help="cpu: seconds of this process alone, for a CPU shared "
                         "with others; with --threads 1 (default: wall)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
