@@ -434,3 +434,27 @@ def test_two_threads_differentiate_at_once(shared):
             for g, w in zip(got, expected, strict=True):
                 assert relative_error(g, w) < tolerance(torch.float64, depth=4)
         assert torch.equal(torch.get_rng_state(), generator)
+
+
+class Embedding(nn.Module):
+    """Has no input of floating point, and so nothing to rebuild."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 2, dtype=torch.float64))
+
+    def forward(self, indices):
+        return self.weight[indices].sin()
+
+    def inverse(self, y):
+        return ()
+
+
+def test_a_module_without_an_input_to_rebuild_has_the_gradients_of_plain_training():
+    module, indices = InvertibleModuleWrapper(Embedding()), torch.tensor([0, 2, 2])
+    found = []
+    for module.disable in (False, True):
+        module.zero_grad()
+        module(indices).sum().backward()
+        found.append(module._fn.weight.grad)
+    assert torch.equal(*found) and found[0].any()
