@@ -67,12 +67,14 @@ def held_after_forward(make_model: Callable[[], nn.Module], batch: int) -> dict[
         with TensorMeter() as tensors, TensorMeter(block_bytes=CUDA_BLOCK_BYTES) as blocks, Meter2018() as old:
             images, labels = make_batch(batch)
             outputs = model(images)
-            loss = F.cross_entropy(outputs, labels)  # noqa: F841 holds the graph
-            return {
+            loss = F.cross_entropy(outputs, labels)
+            held = {
                 "tensors": tensors.current_bytes,
                 "blocks": blocks.current_bytes,
                 "blocks of 2018": old.allocated_bytes,
             }
+            del loss  # until here it holds the graph
+            return held
 
 
 def peak_activations(make_model: Callable[[], nn.Module], batch: int) -> int:
@@ -90,8 +92,10 @@ def whole_step(make_model: Callable[[], nn.Module], batch: int) -> int:
 def model_blocks(make_model: Callable[[], nn.Module]) -> int:
     """Bytes of parameters and buffers in the allocator's blocks."""
     with FakeTensorMode(), TensorMeter(block_bytes=CUDA_BLOCK_BYTES) as meter:
-        model = make_model()  # noqa: F841 holds them
-        return meter.current_bytes
+        model = make_model()
+        held = meter.current_bytes
+        del model
+        return held
 
 
 def without_stem_relu(model: nn.Module) -> nn.Module:

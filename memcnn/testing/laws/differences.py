@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def like_finite_differences(subject: Subject, *, explain: bool = True) -> Result
         along = [gradient / gradient.abs().max()] if gradient.any() else []
         slopes = []
         for direction in [signs, *along]:
-            slope, doubt = _slope(lambda: loss(inputs), tensor, direction)  # noqa: B023
+            slope, doubt = _slope(partial(loss, inputs), tensor, direction)
             size = max(gradient.norm().item(), scale, abs(slope) / max(1.0, direction.norm().item()))
             predicted = (gradient * direction).sum().item()
             # along itself a gradient g has the slope |g|^2 / max|g|, far more than |g|
