@@ -91,6 +91,8 @@ def remember(key: tuple[str, str, str], error: float, limit: float) -> None:
 
 STEP = 1e-7
 """A small relative change in float64: its square is lost in rounding, as is the rounding in the change."""
+DIRECTIONS = 4
+"""One direction may miss what is amplified most; of four, each entry changes with and against its neighbours."""
 
 
 def condition_number(network: Network, *, inverse: bool = False, program: Program | None = None) -> float:
@@ -129,11 +131,12 @@ def _changed_inputs(there: list[Callable], back: list[Callable], x: Tensor) -> I
     scale = max(value.abs().max().item() for value in (values[0], values[-1]))
     generator = torch.Generator().manual_seed(0)
     for i, value in enumerate(values):
-        signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
-        value = value + STEP * value.abs().max() * signs
-        for step in reversed(back[:i]):
-            value = step(value)
-        yield x, value, scale
+        for _ in range(DIRECTIONS):
+            signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
+            changed = value + STEP * value.abs().max() * signs
+            for step in reversed(back[:i]):
+                changed = step(changed)
+            yield x, changed, scale
 
 
 def table() -> list[str]:

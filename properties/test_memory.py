@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
+from memcnn import AdditiveCoupling, ChannelPermutation, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.memory import TensorMeter
 from properties.twin import OnlyInvertible, conv_branch, plain_twin, weighted_sum
 
@@ -20,11 +20,28 @@ class ByHand(nn.Module):
         return x
 
 
+class Container(nn.Sequential):
+    def inverse(self, y):
+        for module in reversed(self):
+            y = module.inverse(y)
+        return y
+
+
+def with_a_block_inside(branch: nn.Module) -> nn.Module:
+    return nn.Sequential(branch, InvertibleModuleWrapper(AdditiveCoupling(conv_branch(2))), nn.Tanh())
+
+
 COMPOSITIONS = {
     "ReversibleSequential of couplings": lambda couplings: ReversibleSequential(*couplings),
     "nn.Sequential of wrapped blocks": lambda couplings: nn.Sequential(*map(InvertibleModuleWrapper, couplings)),
     "a loop over wrapped blocks": lambda couplings: ByHand(*map(InvertibleModuleWrapper, couplings)),
     "modules with forward and inverse": lambda couplings: ReversibleSequential(*map(OnlyInvertible, couplings)),
+    "blocks nested in branches": lambda couplings: ReversibleSequential(*(
+        AdditiveCoupling(with_a_block_inside(c.Fm), with_a_block_inside(c.Gm)) for c in couplings)),
+    "wrapped containers of wrapped blocks": lambda couplings: nn.Sequential(*(
+        InvertibleModuleWrapper(Container(InvertibleModuleWrapper(c), ChannelPermutation([7, 2, 1, 0, 6, 3, 5, 4]),
+                                          InvertibleModuleWrapper(AdditiveCoupling(conv_branch(4)))))
+        for c in couplings)),
     "couplings that split by turns": lambda couplings: ReversibleSequential(*(
         AdditiveCoupling(c.Fm, c.Gm, split_dim=2 if i % 2 else 1) if i % 2 == 0 else
         AdditiveCoupling(conv_branch(8), split_dim=2) for i, c in enumerate(couplings))),

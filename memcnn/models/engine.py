@@ -38,10 +38,11 @@ _uncompiled = torch.compiler.disable(reason="the engine of reversible blocks is 
 class Cell:
     """One tensor of a chain: stored, or rebuilt by the link that consumed it."""
 
-    __slots__ = ("tensor", "version", "link", "__weakref__")
+    __slots__ = ("tensor", "version", "link", "awaited", "__weakref__")
 
     def __init__(self, tensor: Tensor):
         self.link = None
+        self.awaited = 0  # by how many links that are about to be rebuilt from it
         self.store(tensor)
 
     def store(self, tensor: Tensor) -> None:
@@ -79,9 +80,8 @@ class Link:
     def complete(self, sources: Sequence[Cell]) -> None:
         """From now on the targets, unless kept or another link has them, hold this link and no tensor."""
         self.sources = sources
-        for target in self.targets:
-            if (cell := target()) is not None and cell.link is None and not self.kept:
-                cell.tensor, cell.link = None, self
+        if not self.kept:
+            self._take(self.targets)
 
     def recompute(self) -> Sequence[Tensor | None]:
         """The targets' values from the sources' values; None for a target that nobody holds any more."""
@@ -96,15 +96,23 @@ class Link:
             _open_link()
         values = self.recompute()
         self.check(values)
-        for target, value in zip(self.targets, values, strict=True):
-            if (cell := target()) is not None and cell.tensor is None:
+        self._give(self.targets, values, keep_graph)
+        if not keep_graph:
+            self.sources = ()
+
+    def _take(self, cells: Sequence[weakref.ref[Cell]]) -> None:
+        for reference in cells:
+            if (cell := reference()) is not None and cell.link is None:
+                cell.tensor, cell.link = None, self
+
+    def _give(self, cells: Sequence[weakref.ref[Cell]], values: Sequence[Tensor | None], keep_graph: bool) -> None:
+        for reference, value in zip(cells, values, strict=True):
+            if (cell := reference()) is not None and cell.tensor is None and value is not None:
                 cell.store(value)
                 if keep_graph:
                     _forget_later(cell)
                 else:
                     cell.link = None
-        if not keep_graph:
-            self.sources = ()
 
 
 class Rearrange(Link):
@@ -139,6 +147,7 @@ class Step(Link):
                           "run their branches under torch.autocast, or use keep_input=True", stacklevel=2)
         self.module, self.inputs = module, inputs
         self.handles: list[weakref.ref[Handle]] = []
+        self.nested: list[weakref.ref[Cell]] = []
         self.requires_grad = [t.requires_grad for t in inputs]
         self.strides = [t.stride() for t in inputs]
         self.replay = Replay(module, inputs, preserve_rng_state)
@@ -147,12 +156,19 @@ class Step(Link):
     def record(self) -> Iterator[None]:
         """Within this context the forward evaluation leaves handles in place of what autograd saves."""
         versions = [t._version for t in self.inputs]
-        with self.replay.first(), saved_tensors_hooks(self._pack, self._unpack):
+        with self.replay.first(), saved_tensors_hooks(self._pack, self._unpack), _noting_sources() as self.nested:
             yield
         if versions != [t._version for t in self.inputs]:
             raise RuntimeError(f"{self.name} modifies its input in place, so that the block cannot be inverted: make "
                                "its first operation an out-of-place one")
         self.inputs = ()
+
+    def complete(self, sources: Sequence[Cell]) -> None:
+        """The ends of chains within the evaluation are forgotten as what autograd saves is: blocks may be nested."""
+        super().complete(sources)
+        self._take(self.nested)
+        if (enclosing := getattr(_local, "sources", None)) is not None:
+            enclosing += map(weakref.ref, sources)
 
     def check(self, values: Sequence[Tensor | None]) -> None:
         for got, wanted in zip(values, self.expected, strict=False):
@@ -169,19 +185,26 @@ class Step(Link):
     def collect(self) -> Iterator[None]:
         """Within this context a second evaluation gives the handles, in the same order, what autograd would save."""
         if self.wanted:
-            with torch.enable_grad(), saved_tensors_hooks(self._collect, _unused):
+            with torch.enable_grad(), saved_tensors_hooks(self._collect, _unused), _noting_sources() as sources:
                 yield
+                self.nested_values += [cell and cell.tensor for cell in (reference() for reference in sources)]
         else:
             with torch.no_grad():
                 yield
 
     def rebuild(self, keep_graph: bool) -> None:
-        self.keep_graph, self.seen = keep_graph, 0
-        self.wanted = any(handle() is not None for handle in self.handles)
+        self.keep_graph, self.seen, self.nested_values = keep_graph, 0, []
+        self.wanted = any(handle() is not None for handle in self.handles) or any(
+            cell is not None and cell.link is self for cell in (reference() for reference in self.nested))
         super().rebuild(keep_graph)
         self.inputs = ()
-        if self.wanted and self.seen != len(self.handles):
-            raise self._diverged(f"{len(self.handles)} saved tensors", f"{self.seen}")
+        if self.wanted:
+            if self.seen != len(self.handles):
+                raise self._diverged(f"{len(self.handles)} saved tensors", f"{self.seen}")
+            if len(self.nested_values) != len(self.nested):
+                raise self._diverged(f"{len(self.nested)} tensors of nested blocks", f"{len(self.nested_values)}")
+            self._give(self.nested, self.nested_values, keep_graph)
+            self.nested_values = []
 
     def as_recorded(self, index: int, value: Tensor) -> Tensor:
         """An input as the forward evaluation saw it: its strides, on which kernels depend, and its requires_grad.
@@ -251,6 +274,19 @@ class Step(Link):
                             "torch's random numbers alone")
 
 
+_local = threading.local()
+
+
+@contextmanager
+def _noting_sources() -> Iterator[list[weakref.ref[Cell]]]:
+    """Gives the sources of the steps that are completed within this context, one after the other."""
+    previous, _local.sources = getattr(_local, "sources", None), []
+    try:
+        yield _local.sources
+    finally:
+        _local.sources = previous
+
+
 def dense(x: Tensor) -> Tensor:
     """x, or a copy of it in the same order of dimensions if it is a view with gaps or overlaps.
 
@@ -270,14 +306,26 @@ def _rebuild(step: Step) -> None:
         raise RuntimeError(f"{step.name} differentiates within its own forward pass, of which a reversible block "
                            "stores nothing: wrap the block with disable=True")
     keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-    waiting: list[Link] = [step]
     with _rebuilding:
-        while waiting:
-            missing = [cell.link for cell in waiting[-1].sources if cell.tensor is None]
-            if missing:
-                waiting.append(missing[0])
-            else:
-                waiting.pop().rebuild(keep_graph)
+        waiting = [(step, _await(step.sources, 1))]
+        try:
+            while waiting:
+                link, sources = waiting[-1]
+                missing = [cell.link for cell in sources if cell.tensor is None]
+                if missing:
+                    waiting.append((missing[0], _await(missing[0].sources, 1)))
+                else:
+                    link.rebuild(keep_graph)
+                    _await(waiting.pop()[1], -1)
+        finally:
+            for _, sources in waiting:
+                _await(sources, -1)
+
+
+def _await(cells: Sequence[Cell], count: int) -> Sequence[Cell]:
+    for cell in cells:
+        cell.awaited += count
+    return cells
 
 
 _KEPT_LINKS = 8
@@ -297,7 +345,11 @@ def _open_link() -> None:
             weakref.finalize(end, _end_pass, task)  # a pass that ends in an error drops its callbacks uncalled
     _passes[task].append([])
     if len(_passes[task]) > _KEPT_LINKS:
-        _forget(_passes[task].popleft())
+        for holder in _remembered(_passes[task].popleft()):
+            if isinstance(holder, Cell) and holder.awaited:
+                _forget_later(holder)
+            else:
+                holder.tensor = None
 
 
 def _forget_later(holder: Cell | Handle) -> None:
@@ -305,15 +357,16 @@ def _forget_later(holder: Cell | Handle) -> None:
 
 
 def _end_pass(task: int) -> None:
-    for remembered in _passes.pop(task, ()):
-        _forget(remembered)
-
-
-def _forget(remembered: list[tuple[weakref.ref, int]]) -> None:
-    for reference, tensor_id in remembered:
-        holder = reference()
-        if holder is not None and id(holder.tensor) == tensor_id:  # else it has been given another tensor since
+    for link in _passes.pop(task, ()):
+        for holder in _remembered(link):
             holder.tensor = None
+
+
+def _remembered(link: list[tuple[weakref.ref, int]]) -> Iterator[Cell | Handle]:
+    """Those that still are, and have not been given another tensor since."""
+    for reference, tensor_id in link:
+        if (holder := reference()) is not None and id(holder.tensor) == tensor_id:
+            yield holder
 
 
 def _unused(_) -> Tensor:

@@ -75,7 +75,7 @@ def recording(**options) -> Iterator[None]:
 
 
 def call(run: Callable, undo: Callable, module: nn.Module, inputs: Sequence, kwargs: dict, *, log_det: bool = False,
-         **options):
+         keep_input: bool = False, **options):
     """run(*inputs, **kwargs) recorded as one step, where undo(*outputs, **kwargs) gives back the inputs.
 
     Streams, that is floating-point and complex tensors among the positional inputs, are rebuilt; other arguments are
@@ -83,9 +83,11 @@ def call(run: Callable, undo: Callable, module: nn.Module, inputs: Sequence, kwa
     them. With ``log_det``, run returns (outputs, log_det), of which undo takes the outputs. For other options see
     ``Step``.
     """
-    cells = [_whole(x) or Cell(x) for x in inputs if is_stream(x)]
+    # a kept input has a cell of its own, which no nested block forgets
+    cells = [Cell(x) if keep_input else _whole(x) or Cell(x) for x in inputs if is_stream(x)]
     inputs = [dense(x) if is_stream(x) else x for x in inputs]
-    step = Call(run, undo, module, inputs, kwargs, cells, log_det, options)
+    step = Call(run, undo, module, inputs, kwargs, cells, log_det,
+                options | {"keep_input": keep_input})
     with _use(None), step.record():
         result = run(*inputs, **kwargs)
     step.finish(result)
@@ -208,9 +210,11 @@ class Call(Step):
                             f"inverse gives back the input: got {type(result).__name__}")
         # the graph refers to this step, which must not refer to the graph
         self.results = [_STREAM if is_stream(y) else tree_map_only(Tensor, Tensor.detach, y) for y in outputs]
-        self.complete([Cell(y) for y in streams])
-        for y, cell in zip(streams, self.sources, strict=True):
+        cells = [Cell(y) for y in streams]
+        for y, cell in zip(streams, cells, strict=True):
+            _rebuild_from(cell, y)
             _tag(y, [cell], None)
+        self.complete(cells)
 
     def recompute(self) -> Sequence[Tensor]:
         for tensor, version in self.versions:
@@ -302,6 +306,15 @@ def _whole(x: Tensor) -> Cell | None:
     Rearrange([cell or Cell(half) for cell, half in zip(cells, halves, strict=True)], [whole],
               lambda values: values[0].chunk(2, tag.dim))
     return whole
+
+
+def _rebuild_from(cell: Cell, y: Tensor) -> None:
+    """Let the cells that a nested block has left with y, the value of ``cell``, be rebuilt from that."""
+    tag = _tagged(y)
+    if tag.cells:
+        halves = [y] if tag.dim is None else y.detach().chunk(2, tag.dim)
+        Rearrange([reference() or Cell(half) for reference, half in zip(tag.cells, halves, strict=True)], [cell],
+                  lambda values: values if tag.dim is None else values[0].chunk(2, tag.dim))
 
 
 def _tape() -> Tape | None:

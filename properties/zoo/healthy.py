@@ -65,6 +65,10 @@ def embedded() -> nn.Sequential:
                        InvertibleModuleWrapper(coupling()))
 
 
+def nested() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(4, 4, 1), InvertibleModuleWrapper(coupling()), nn.Conv2d(4, 4, 1))
+
+
 class WithInverse(nn.Sequential):
     """Wrapped blocks in the container of somebody who has not heard of ours."""
 
@@ -78,7 +82,8 @@ HEALTHY = [
     Specimen("additive coupling", coupling),
     Specimen("additive coupling, larger", partial(coupling, normalised), shape=LARGE),
     Specimen("additive coupling, wrapped", lambda: InvertibleModuleWrapper(coupling())),
-    Specimen("additive coupling, wrapped, input kept", lambda: InvertibleModuleWrapper(coupling(), keep_input=True)),
+    Specimen("additive coupling, wrapped, input kept", lambda: InvertibleModuleWrapper(coupling(), keep_input=True),
+             stores=True),
     Specimen("additive coupling, split along a side", lambda: AdditiveCoupling(branch(4), branch(4), split_dim=-1)),
     Specimen("additive coupling, batch normalisation", partial(coupling, normalised)),
     Specimen("additive coupling, batch normalisation, eval", lambda: coupling(normalised).eval()),
@@ -107,10 +112,12 @@ HEALTHY = [
              lambda: chain(coupling(dropping), coupling(normalised))),
     Specimen("reversible sequence, nested", lambda: chain(coupling(), chain(coupling(), set_actnorm()))),
     Specimen("reversible sequence, every second stored",
-             lambda: chain(*(coupling() for _ in range(3)), keep_every=2)),
+             lambda: chain(*(coupling() for _ in range(3)), keep_every=2), stores=True),
     Specimen("reversible sequence, exact", lambda: chain(coupling(normalised), coupling(normalised), exact=True),
              finite_differences=False),
     Specimen("wrapped blocks in a container of one's own", embedded),
+    Specimen("blocks nested in branches", lambda: coupling(nested), shape=(3, 8, 3, 4)),
+    Specimen("a block of one's own with blocks nested in branches", lambda: Own(nested), shape=(3, 8, 3, 4)),
     Specimen("flow", flow, shape=(3, 4, 4, 4)),
     Specimen("RevNet units", partial(units, basic_branch, 4)),
     Specimen("RevNet units, bottleneck", partial(units, bottleneck_branch, 4), shape=(3, 16, 3, 3)),

@@ -171,7 +171,7 @@ FAULTS = [
     log_det_fault("log-determinant of zero", "of a layer that scales", partial(as_set, VolumeKept)),
     log_det_fault("the last layer's log-determinant", "not the sum over the chain",
                   lambda: LastOnly(affine(AffineCoupling), affine(AffineCoupling))),
-    log_det_fault("logarithm of a negative scale", "log s, not log|s|", SignedLog, says="nan"),
+    log_det_fault("logarithm of a negative scale", "log s, not log|s|", SignedLog, says="nan", stores=True),
     log_det_fault("offset of the sigmoid forgotten", "log sigmoid(h), not of h + 2",
                   partial(affine, WithoutOffset, AffineAdapterSigmoid)),
 ]

@@ -91,6 +91,17 @@ class ValuesKept(Engine):
         return h, before
 
 
+class MaskKept(Engine):
+    """Which entries were positive is kept for backward: a byte each."""
+
+    def through(self, pair, x):
+        y, before = super().through(pair, x)
+        return y, [*before, x > 0]
+
+    def back(self, pair, before, y, dy, found):
+        return super().back(pair, before[:2], y, dy, found)
+
+
 class PlainCouple(Additive):
     """Its equations are written without the steps that the engine records."""
 
@@ -129,6 +140,8 @@ FAULTS = [
     memory_fault("each block's input kept", "a checkpoint, not an inverse", wrap=False, **of(EveryInput)),
     memory_fault("rebuilt values kept", "until the end of backward", wrap=False, **of(NeverFreed)),
     memory_fault("values of F and G kept", "to spare the inverse", wrap=False, **of(ValuesKept)),
+    fault("a mask kept", "a byte an entry: less than a generator's state", law="memory",
+          claim="what a further block holds", says="more of a batch twice as large", wrap=False, **of(MaskKept)),
     memory_fault("coupling written in plain operations", "the wrapper has nothing to forget", PlainCouple),
     memory_fault("wrapper disabled", "left from debugging",
                  lambda: InvertibleModuleWrapper(AdditiveCoupling(branch(), branch()), disable=True)),

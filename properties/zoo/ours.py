@@ -81,5 +81,5 @@ FAULTS = [
     fault("the engine is given forward for inverse", "in a wrapper of one's own", lambda: UndoIsForward(Own()),
           "gradients", INPUTS, "the gradient of the input"),
     fault("gradient doubled by a skip", "2 y - y.detach()", lambda: OutputDetached(Own()), "gradients", DIFFERENCES,
-          "is 2 times what it should be"),
+          "is 2 times what it should be", stores=True),
 ]

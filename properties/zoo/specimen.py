@@ -22,6 +22,7 @@ class Specimen:
 
     make: gives the module; what it draws comes from torch's generator, which ``seed`` has set.
     wrap, chain: as for `check_all`.
+    stores: activations, on purpose or for want of an inverse; it is not asked about memory.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Specimen:
     chain: Callable[[int], nn.Module] | None = None
     scale: float = 1.0
     finite_differences: bool = True
+    stores: bool = False
 
     def report(self, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Report:
         generator = torch.Generator().manual_seed(seed)
@@ -39,8 +41,9 @@ class Specimen:
             torch.manual_seed(seed)
             module = self.make().to(dtype)
             chain = self.chain and (lambda depth: self.chain(depth).to(dtype))
-            return check_all(module, x, seed=seed, wrap=self.wrap, depths=DEPTHS, chain=chain,
-                             finite_differences=self.finite_differences)
+            report = check_all(module, x, seed=seed, wrap=self.wrap, depths=DEPTHS, chain=chain,
+                               finite_differences=self.finite_differences)
+        return Report(tuple(r for r in report.results if not (self.stores and r.law == "memory")))
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ FAULTS = [
     upstream("upstream: input emptied by training", "its storage is given back", law="state", claim=CALLER,
              says="storage of the input was changed", **of(InputEmptied)),
     upstream("upstream: evaluation empties the batch", "nothing refills it", law="state", claim=CALLER,
-             says="576 bytes to 0 without gradients", make=EmptiedInEvaluation),
+             says="576 bytes to 0 without gradients", make=EmptiedInEvaluation, stores=True),
     upstream("upstream: output emptied by backward", "after its input is rebuilt", law="state", claim=CALLER,
              says="storage of output 0 was changed", **of(OutputShared)),
     upstream("upstream: hooks not called", "within autograd.Function", law="state", claim=HOOKS,

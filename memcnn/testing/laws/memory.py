@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ def check_memory(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool |
                  depths: tuple[int, int] = (4, 12), chain: Callable[[int], nn.Module] | None = None) -> Report:
     """Whether the peak bytes of a training step stay the same as the chain gets deeper, parameter gradients apart.
 
-    Counts tensors exactly (`memcnn.testing.memory.TensorMeter`), on any device.
+    Counts tensors exactly (`memcnn.testing.memory.TensorMeter`), on any device. A further block may hold a generator's
+    state; what it holds is measured again with a batch twice as large, of which state knows nothing.
 
     Args:
         module: with ``forward`` and ``inverse``; the output must have the shape of the input.
@@ -43,16 +45,37 @@ def check_memory(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool |
         return Report((Result("memory", claim, skipped="the output has not the shape of the input, so that blocks do "
                                                        "not form a chain"),))
     try:
-        few, many = (_peak_bytes(subject, (chain or _chain(subject))(depth)) for depth in depths)
+        growth = _growth(subject, depths, chain)
         stored = _stored_bytes(subject, outputs[0])
     except Exception as error:
         return Report((Result("memory", claim, math.inf, 0.0, explanation=f"raised {type(error).__name__}: {error}"),))
-    growth = (many - few) / (depths[1] - depths[0])
-    limit = SHARE * stored + _buffer_bytes(module) + STATE_BYTES
+    share, limit = SHARE * stored, SHARE * stored + _buffer_bytes(module) + STATE_BYTES
     source = (f"bytes a further block adds: {SHARE:.0%} of the {stored:,.0f} that plain backpropagation stores for it, "
               "its buffers and generator states")
     told = f"each further block holds {growth:,.0f} bytes of activations until its backward pass"
-    return Report((Result("memory", claim, max(0.0, growth), limit, source, told if not growth <= limit else ""),))
+    result = Result("memory", claim, max(0.0, growth), limit, source, told if not growth <= limit else "")
+    if not share < growth <= limit:
+        return Report((result,))
+    return Report((result, _check_batch(subject, depths, chain, growth, share)))
+
+
+def _check_batch(subject: Subject, depths: tuple[int, int], chain: Callable | None, growth: float,
+                 share: float) -> Result:
+    """Tells state, which does not depend on the batch, from activations small enough to pass for it."""
+    claim = "what a further block holds does not grow with the batch"
+    (x,) = subject.inputs
+    try:
+        more = _growth(replace(subject, inputs=(torch.cat((x, x)),)), depths, chain) - growth
+    except Exception as error:
+        return Result("memory", claim, skipped=f"a batch twice as large raised {type(error).__name__}: {error}")
+    return Result("memory", claim, max(0.0, more), share, "bytes that a further block adds to a batch twice as large",
+                  "" if more <= share else f"each further block holds {more:,.0f} bytes more of a batch twice as large")
+
+
+def _growth(subject: Subject, depths: tuple[int, int], chain: Callable[[int], nn.Module] | None) -> float:
+    """Bytes that a further block adds to the peak."""
+    few, many = (_peak_bytes(subject, (chain or _chain(subject))(depth)) for depth in depths)
+    return (many - few) / (depths[1] - depths[0])
 
 
 def _chain(subject: Subject) -> Callable[[int], nn.Module]:

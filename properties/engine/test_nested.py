@@ -1,0 +1,170 @@
+"""Blocks within blocks: what the inner ones need to rebuild their activations is rebuilt by the outer ones."""
+
+import gc
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memcnn import AdditiveCoupling, ChannelPermutation, InvertibleModuleWrapper, ReversibleSequential
+from memcnn.models import engine
+from properties.test_memory import Container
+from properties.test_state import held_bytes
+from properties.twin import OnlyInvertible, assert_like_twin, backward, block, conv_branch, images, weighted_sum
+
+
+def dropping(channels: int) -> nn.Module:
+    return nn.Sequential(conv_branch(channels), nn.Dropout(0.4))
+
+
+def inner(branch=conv_branch, **options) -> InvertibleModuleWrapper:
+    return InvertibleModuleWrapper(AdditiveCoupling(branch(2), branch(2)), **options)
+
+
+def around(*modules: nn.Module) -> nn.Module:
+    """A branch for three channels that computes on four."""
+    return nn.Sequential(nn.Conv2d(3, 4, 1), *modules, nn.Conv2d(4, 3, 1))
+
+
+def container(*blocks: nn.Module) -> Container:
+    return Container(blocks[0], ChannelPermutation([3, 0, 2, 1]), *blocks[1:])
+
+
+class TwoWays(nn.Module):
+    """One tensor is given to two blocks."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.one, self.other = inner(**options), inner(**options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) * self.other(x)
+
+
+NESTED = {
+    "a block": inner,
+    "an inner input kept": partial(inner, keep_input=True),
+    "dropout": partial(inner, dropping),
+    "a module": lambda: InvertibleModuleWrapper(OnlyInvertible(inner()._fn)),
+    "a chain": lambda: ReversibleSequential(*(inner() for _ in range(engine._KEPT_LINKS))),
+    "a chain, every third block stored": lambda: ReversibleSequential(*(inner() for _ in range(4)), keep_every=3),
+    "blocks, a permutation between": lambda: container(inner(), inner()),
+    "a wrapped container": lambda: InvertibleModuleWrapper(container(inner(), inner(keep_input=True))),
+    "two levels": lambda: InvertibleModuleWrapper(AdditiveCoupling(
+        nn.Sequential(nn.Conv2d(2, 4, 1), inner(), nn.Conv2d(4, 2, 1)), conv_branch(2))),
+    "two blocks of one tensor": TwoWays,
+    "two blocks of one tensor, inputs kept": partial(TwoWays, keep_input=True),
+    "a checked inverse": partial(inner, check_inverse=1e-6),
+    "a disabled block": partial(inner, disable=True),
+}
+OUTER = {
+    "in couplings": lambda make: nn.Sequential(*(
+        block(lambda: around(make())) for _ in range(2))),
+    "in a sequence": lambda make: ReversibleSequential(*(
+        AdditiveCoupling(around(make()), conv_branch()) for _ in range(2))),
+    "in modules": lambda make: nn.Sequential(*(
+        InvertibleModuleWrapper(OnlyInvertible(AdditiveCoupling(around(make()), conv_branch()))) for _ in range(2))),
+    "inputs kept": lambda make: nn.Sequential(*(
+        block(lambda: around(make()), keep_input=True) for _ in range(2))),
+}
+
+
+def retained(module: nn.Module, x: Tensor) -> list[Tensor]:
+    y = module(x)
+    y.square().sum().backward(retain_graph=True)
+    weighted_sum(y).backward()
+    return [y]
+
+
+def one_by_one(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """The gradient of one parameter after the other, from the first to the last."""
+    loss = weighted_sum(module(x))
+    return list(torch.autograd.grad(loss, x, retain_graph=True)) + [
+        gradient for p in module.parameters() for gradient in torch.autograd.grad(loss, p, retain_graph=True)]
+
+
+@pytest.mark.parametrize("outer", OUTER)
+@pytest.mark.parametrize("nested", NESTED)
+def test_nested_blocks_are_the_twins(nested, outer):
+    torch.manual_seed(0)
+    assert_like_twin(OUTER[outer](NESTED[nested]).double(), retained, images(2, 6, 5, 4), depth=16)
+
+
+@pytest.mark.parametrize("nested", ["a block", "blocks, a permutation between", "two levels"])
+def test_gradients_may_be_asked_for_in_any_order(nested):
+    torch.manual_seed(0)
+    assert_like_twin(OUTER["in couplings"](NESTED[nested]).double(), one_by_one, images(2, 6, 5, 4), depth=16)
+
+
+@pytest.mark.parametrize("outer", [InvertibleModuleWrapper, partial(InvertibleModuleWrapper, keep_input=True)],
+                         ids=["rebuilt", "input kept"])
+@pytest.mark.parametrize("program", [backward, retained])
+@pytest.mark.parametrize("blocks", [
+    lambda: [inner()], lambda: [inner(keep_input=True), inner()], lambda: [inner(), inner(), inner()],
+    lambda: [InvertibleModuleWrapper(OnlyInvertible(inner()._fn)), inner()],
+], ids=["one", "the first input kept", "three", "a module"])
+def test_a_container_of_wrapped_blocks_may_be_wrapped_too(blocks, program, outer):
+    torch.manual_seed(0)
+    chain = nn.Sequential(*(outer(container(*blocks())) for _ in range(3))).double()
+    assert_like_twin(chain, program, images(2, 4, 5, 4), depth=16)
+
+
+def test_nested_blocks_hold_nothing_between_forward_and_backward():
+    gc.collect()
+    before = held_bytes()
+    chain = nn.Sequential(*(block(lambda: around(inner())) for _ in range(3)))
+    y = chain(images(2, 6, 5, 4))
+    assert held_bytes() - before == y.untyped_storage().nbytes()
+    weighted_sum(y).backward()
+    del y
+    assert held_bytes() == before
+
+
+def test_two_long_chains_behind_one_block_are_differentiated_with_their_graph_kept():
+    """Each is longer than what a pass that keeps its graph holds, and the block needs the ends of both."""
+    class Twin(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = InvertibleModuleWrapper(Two())
+            self.chains = nn.ModuleList(
+                nn.Sequential(*(inner() for _ in range(engine._KEPT_LINKS))) for _ in range(2))
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            y, z = self.first(a.sin(), b.sin())
+            return self.chains[0](y) * self.chains[1](z)
+
+    def program(module, a, b):
+        y = module(a, b)
+        y.sum().backward(retain_graph=True)
+        weighted_sum(y).backward()
+        return y
+
+    assert_like_twin(Twin().double(), program, images(2, 4, 5, 4), images(2, 4, 5, 4, seed=1), depth=32)
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branch = conv_branch(4)
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a + self.branch(b), 2 * b
+
+    def inverse(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return y - self.branch(z / 2), z / 2
+
+
+def test_a_nested_block_that_does_not_run_again_is_an_error():
+    class AtFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.again = inner(), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            run, self.again = (torch.tanh if self.again else self.block), True
+            return run(x)
+
+    y = block(lambda: around(AtFirst()))(images(2, 6, 5, 4))
+    with pytest.raises(RuntimeError, match="computed something else in the recomputation"):
+        y.sum().backward()
