@@ -156,7 +156,7 @@ class Step(Link):
     def record(self) -> Iterator[None]:
         """Within this context the forward evaluation leaves handles in place of what autograd saves."""
         versions = [t._version for t in self.inputs]
-        with self.replay.first(), saved_tensors_hooks(self._pack, self._unpack), _noting_sources() as self.nested:
+        with self.replay.first(), saved_tensors_hooks(self._pack, self._unpack), _NotingSources() as self.nested:
             yield
         if versions != [t._version for t in self.inputs]:
             raise RuntimeError(f"{self.name} modifies its input in place, so that the block cannot be inverted: make "
@@ -166,7 +166,8 @@ class Step(Link):
     def complete(self, sources: Sequence[Cell]) -> None:
         """The ends of chains within the evaluation are forgotten as what autograd saves is: blocks may be nested."""
         super().complete(sources)
-        self._take(self.nested)
+        if self.nested:
+            self._take(self.nested)
         if (enclosing := getattr(_local, "sources", None)) is not None:
             enclosing += map(weakref.ref, sources)
 
@@ -185,7 +186,7 @@ class Step(Link):
     def collect(self) -> Iterator[None]:
         """Within this context a second evaluation gives the handles, in the same order, what autograd would save."""
         if self.wanted:
-            with torch.enable_grad(), saved_tensors_hooks(self._collect, _unused), _noting_sources() as sources:
+            with torch.enable_grad(), saved_tensors_hooks(self._collect, _unused), _NotingSources() as sources:
                 yield
                 self.nested_values += [cell and cell.tensor for cell in (reference() for reference in sources)]
         else:
@@ -203,8 +204,9 @@ class Step(Link):
                 raise self._diverged(f"{len(self.handles)} saved tensors", f"{self.seen}")
             if len(self.nested_values) != len(self.nested):
                 raise self._diverged(f"{len(self.nested)} tensors of nested blocks", f"{len(self.nested_values)}")
-            self._give(self.nested, self.nested_values, keep_graph)
-            self.nested_values = []
+            if self.nested:
+                self._give(self.nested, self.nested_values, keep_graph)
+                self.nested_values = []
 
     def as_recorded(self, index: int, value: Tensor) -> Tensor:
         """An input as the forward evaluation saw it: its strides, on which kernels depend, and its requires_grad.
@@ -277,14 +279,15 @@ class Step(Link):
 _local = threading.local()
 
 
-@contextmanager
-def _noting_sources() -> Iterator[list[weakref.ref[Cell]]]:
+class _NotingSources:
     """Gives the sources of the steps that are completed within this context, one after the other."""
-    previous, _local.sources = getattr(_local, "sources", None), []
-    try:
-        yield _local.sources
-    finally:
-        _local.sources = previous
+
+    def __enter__(self) -> list[weakref.ref[Cell]]:
+        self.enclosing, _local.sources = getattr(_local, "sources", None), []
+        return _local.sources
+
+    def __exit__(self, *_) -> None:
+        _local.sources = self.enclosing
 
 
 def dense(x: Tensor) -> Tensor:
