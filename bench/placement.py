@@ -48,6 +48,7 @@ class Settings:
     threads: int | None = None
     deadline: float | None = None
     execution: Execution = field(default_factory=Execution)
+    unofficial_data: bool = False
 
     def remaining_seconds(self) -> float | None:
         return None if self.deadline is None else self.deadline - time.time()
@@ -67,7 +68,7 @@ def train_cell(cell: Cell, settings: Settings, device: str | None, progress: boo
         torch.set_num_threads(settings.threads)
     return train(cell.model, cell.dataset, recipe=settings.recipe, seed=cell.seed, data=settings.data,
                  runs=settings.runs, device=device, budget_seconds=settings.remaining_seconds(),
-                 execution=settings.execution, progress=progress)
+                 unofficial_data=settings.unofficial_data, execution=settings.execution, progress=progress)
 
 
 def on_devices(cells: Sequence[Cell], settings: Settings, devices: Sequence[str], jobs_per_device: int

@@ -94,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--budget", type=duration, metavar="TIME", help="be done before so much time is over: 90s, 9m, 1h30m")
     data = "(default: $MEMCNN_DATA, else ./data; downloaded when missing)"
     add("--data", **folder, help=f'the CIFAR files, or the word "generated" for made-up images {data}')
+    add("--unofficial-data", action="store_true", help="train on files with wrong checksums too; the table says so")
     add_execution_options(parser)
     return parser
 
@@ -131,7 +132,7 @@ def train_cells(given: argparse.Namespace, deadline: float | None) -> int:
     Every cell gets its first seed before any gets its second, and CIFAR-10 comes before CIFAR-100.
     """
     settings = Settings(RECIPES[given.recipe], Path(given.runs).absolute(), given.data, given.threads, deadline,
-                        execution_of(given))
+                        execution_of(given), given.unofficial_data)
     wanted = [Cell(model, dataset, seed) for seed, dataset, model in product(given.seeds, given.datasets, given.models)]
     numbers = {cell: f"[{place:>{len(str(len(wanted)))}}/{len(wanted)}]" for place, cell in enumerate(wanted, 1)}
     complete, failures, stopped = 0, [], None
@@ -209,9 +210,7 @@ def _committed(given: argparse.Namespace, cell: Cell) -> RunRecord | None:
 def _told(record: RunRecord) -> str:
     """accuracy, time and state of a run, for its line."""
     accuracy = cells.DASH if record.test_accuracy is None else f"{record.test_accuracy:.1f}"
-    words = f"accuracy {accuracy:>5} %  {cells.duration(record.train_seconds):>5}  {record.status}"
-    if not record.data["official"]:
-        words += " (generated data)"
+    words = f"accuracy {accuracy:>5} %  {cells.duration(record.train_seconds):>5}  {record.status}{record.mark}"
     if record.status == "complete":
         return words
     return f"{words} at {record.iterations}/{record.recipe.iterations}: {record.reason}"

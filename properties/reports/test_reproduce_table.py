@@ -73,13 +73,23 @@ def test_cells_run_seed_by_seed_with_the_like_side_by_side(run, trained):
 
 
 def test_the_options_of_a_run_reach_the_trainer(run, trained, tmp_path):
-    words = "--models revnet38 --datasets cifar100 --seeds 3 --recipe smoke --device cpu --data generated --budget 1h"
+    words = "--models revnet38 --datasets cifar100 --seeds 3 --recipe smoke --device cpu --data there --budget 1h"
     run("--train", *words.split())
     [(cell, options)] = trained[0]
     assert cell == ("revnet38", "cifar100", 3)
-    assert options["recipe"].name == "smoke" and options["device"] == "cpu" and options["data"] == "generated"
+    assert options["recipe"].name == "smoke" and options["device"] == "cpu" and options["data"] == "there"
+    assert options["unofficial_data"] is False
     assert options["runs"] == tmp_path / "runs"
     assert 3500 < options["budget_seconds"] <= 3600 - RESERVED_SECONDS
+
+
+def test_files_with_wrong_checksums_are_trained_on_where_asked_for_and_marked(run, trained):
+    trained[1]["revnet38", "cifar10", 0] = {"data": {"official": False, "checksums": {"data_batch_1": "0" * 32}}}
+    trained[1]["resnet110", "cifar10", 0] = {"data": GENERATED}
+    status, lines = run("--train", "--datasets", "cifar10", "--unofficial-data")
+    assert all(options["unofficial_data"] for _, options in trained[0])
+    assert [line.partition("complete")[2] for line in cell_lines(lines)][:3] == [
+        "", " (not the official files)", " (generated data)"]
 
 
 def test_a_failing_cell_is_reported_and_the_others_go_on(run, trained):
