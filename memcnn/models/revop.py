@@ -274,13 +274,16 @@ def is_invertible_module(module_in: nn.Module, test_input_shape: Sequence,
     return undone(fn, fn.inverse, inputs) and undone(fn.inverse, fn, outputs)
 
 
-def _shapes(shape: Sequence) -> Iterator[Sequence[int]]:
-    shapes = [shape] if all(isinstance(size, int) for size in shape) else shape
-    for one in shapes:
-        if not isinstance(one, (tuple, list)) or not all(isinstance(size, int) for size in one):
-            raise ValueError("test_input_shape must be a shape, such as (2, 4, 8, 8), or a sequence of shapes: "
-                             f"got {shape!r}")
-        yield one
+def _shapes(shape: Sequence) -> Sequence[Sequence[int]]:
+    shapes = [shape] if _is_shape(shape) else shape
+    if not isinstance(shapes, (tuple, list)) or not all(map(_is_shape, shapes)):
+        raise ValueError("test_input_shape must be a shape, such as (2, 4, 8, 8), or a sequence of shapes: got "
+                         f"{shape!r}")
+    return shapes
+
+
+def _is_shape(shape: object) -> bool:
+    return isinstance(shape, (tuple, list)) and all(isinstance(size, int) for size in shape)
 
 
 def _log_det_method(fn: nn.Module, name: str) -> Callable:

@@ -185,17 +185,33 @@ def test_keywords_are_handed_on_and_differentiated(condition):
     assert_like_twin(wrapped(Conditioned()), program, rows(0), rows(1))
 
 
-def test_integers_and_words_are_handed_on():
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_integers_and_words_are_handed_on(requires_grad):
     def program(module, x):
         index = torch.tensor([0, 1, 1, 4])
         for kind in ("once", "twice", "once"):
             x = module(x, index, kind)
         return differentiated(module.inverse(x.tanh(), index, "twice"))
-    assert_like_twin(wrapped(Looked()), program, rows())
+    assert_like_twin(wrapped(Looked()), program, rows(requires_grad=requires_grad))
 
 
 def test_a_coupling_takes_its_input_as_a_keyword():
     assert_like_twin(block(net), lambda module, x: differentiated(module(x=x)), images(4, 6))
+
+
+class Doubled(AdditiveCoupling):
+    """A coupling with a forward and an inverse of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return super().inverse(y / 2)
+
+
+def test_a_sequence_calls_what_a_subclass_has_made_of_a_coupling():
+    sequence = ReversibleSequential(*(Doubled(net(), net()) for _ in range(DEPTH))).double()
+    assert_like_twin(sequence, lambda module, x: differentiated(module(x)), images(4, 6))
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])

@@ -1,5 +1,6 @@
 """Hooks of every kind are called as often as under ordinary autograd, and with the same values."""
 
+import functools
 from collections import Counter
 
 import pytest
@@ -108,6 +109,20 @@ def test_a_hook_may_be_a_builtin_without_a_module():
     module._fn.Fm.register_forward_pre_hook(seen.__setitem__)
     weighted_sum(module(images())).backward()
     assert list(seen) == [module._fn.Fm]
+
+
+def test_a_hook_may_be_a_partial_of_a_function():
+    seen = Counter()
+    module = block()
+    module._fn.Fm.register_forward_hook(functools.partial(lambda word, *_: seen.update([word]), "hook"))
+    weighted_sum(module(images())).backward()
+    assert seen == {"hook": 1}
+
+
+def test_a_hook_by_which_torch_computes_a_weight_runs_in_the_recomputation_too():
+    def branch():
+        return nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 3, 3, padding=1)), nn.Tanh())
+    assert_like_twin(nn.Sequential(block(branch), block(branch)), backward, images())
 
 
 def test_hooks_survive_an_error_in_the_branch():
