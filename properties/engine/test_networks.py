@@ -104,3 +104,22 @@ def test_options_reach_every_reversible_unit(name):
 def test_widths_for_another_number_of_stages_are_refused():
     with pytest.raises(ValueError, match="so 3 widths: got 2"):
         ResNet(basic_branch, (1, 1), (4, 8))
+
+
+@pytest.mark.parametrize("branch", [basic_branch, bottleneck_branch])
+def test_under_autocast_what_is_inverted_is_float32_and_only_that(branch):
+    seen = []
+    for reversible in (True, False):
+        model = ResNet(branch, (2, 2), (8, 8, 16), reversible=reversible)
+        for stage in model.stages:
+            stage[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert seen == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_without_autocast_a_network_computes_in_the_dtype_of_its_weights(dtype):
+    model = ResNet(basic_branch, (2, 2), (8, 8, 16), reversible=True).to(dtype)
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, 8, 8, dtype=dtype)).dtype == dtype
