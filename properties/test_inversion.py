@@ -1,5 +1,7 @@
 """The law of inversion: inverse(forward(x)) = x and forward(inverse(y)) = y, up to the rounding of the dtype."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -39,7 +41,7 @@ def assert_inverts(network: Network, device: str) -> None:
         assert (middle.shape, middle.dtype) == (result.shape, result.dtype)
         error = relative_error(again, x, least_scale=middle.abs().max().item())
         hold(law, network, error, depth=network.depth,
-             condition=lambda inverse=inverse: condition_number(network, inverse=inverse))
+             condition=partial(condition_number, network, inverse=inverse))
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("revnet")])

@@ -50,4 +50,4 @@ def test_a_duplicate_of_a_network_that_has_trained_trains_on_as_the_network(
     assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in module.parameters()]
     leaf = network.input.leaf().cos().requires_grad_()
     actual, expected = run(twin, program, [leaf]), run(module, program, [leaf])
-    hold("copies", network, worst(differences(actual, expected).values()), depth=network.depth, condition=lambda: 1.0)
+    hold("copies", network, worst(differences(actual, expected).values()), depth=network.depth, condition=lambda _: 1.0)

@@ -75,16 +75,24 @@ def test_a_condition_number_is_one_where_nothing_is_amplified_and_larger_where_s
     assert condition_number(chain_of("affine sigmoid")) > 1.05  # divides by scales below 1
 
 
+def test_a_condition_number_counts_the_inverses_of_blocks_within_branches():
+    def around(kind: str) -> Network:
+        inner = Branch((2, 1, 3), ("linear", "tanh"))
+        outer = Branch((2, 2, 3), (Chain((Block(kind, (2, 2, 3), inner, inner),), "by hand"), "tanh"))
+        return Network(Chain((Block("additive", (2, 4, 3), outer, outer),)), Values((2, 4, 3)), training=False)
+    assert condition_number(around("affine naive")) > 2 * condition_number(around("additive"))  # divides by scales
+
+
 def test_an_error_beyond_what_rounding_explains_fails_whatever_the_blocks_are():
     LARGEST_BEFORE = dict(LARGEST)
     network = chain_of("additive")
     limit = tolerance(torch.float32)
     try:
-        hold("a law", network, 2 * limit, depth=1, condition=lambda: 2.1)
+        hold("a law", network, 2 * limit, depth=1, condition=lambda _: 2.1)
         with pytest.raises(AssertionError, match=r"a law: relative error .* of buffer 3, limit"):
-            hold("a law", network, 2 * limit, depth=1, condition=lambda: 1.9, of="buffer 3")
+            hold("a law", network, 2 * limit, depth=1, condition=lambda _: 1.9, of="buffer 3")
         with pytest.raises(AssertionError):
-            hold("another", network, float("nan"), depth=1, condition=lambda: 1.0)
+            hold("another", network, float("nan"), depth=1, condition=lambda _: 1.0)
         assert any(line.startswith("a law") and "105.26%" in line for line in table())
         assert any(line.startswith("another") and "nan" in line for line in table())
     finally:
@@ -95,5 +103,5 @@ def test_an_error_beyond_what_rounding_explains_fails_whatever_the_blocks_are():
 @given(st.booleans())
 def test_an_example_of_which_nothing_can_be_told_does_not_count(hopeless: bool):
     if hopeless:
-        hold("a law", chain_of("additive"), 0.1, depth=1, condition=lambda: 1e9)
+        hold("a law", chain_of("additive"), 0.1, depth=1, condition=lambda _: 1e9)
         pytest.fail("it counted")

@@ -49,7 +49,7 @@ class ResidualUnit(nn.Module):
     """y = shortcut(x) + branch(x), for a unit that strides or changes its width: shortcut = conv1x1(stride), BN."""
 
     def __init__(self, branch: Callable[..., nn.Module], in_channels: int, out_channels: int, stride: int,
-                 activate: bool, full_precision: bool = False):
+                 activate: bool, full_precision: bool):
         super().__init__()
         self.full_precision = full_precision
         self.branch = branch(in_channels, out_channels, stride, activate=activate)

@@ -113,20 +113,6 @@ def test_under_bf16_a_revnets_gradients_are_those_of_its_twin(executable):
     assert relative_error(*gradients) <= 4 * torch.finfo(torch.bfloat16).eps
 
 
-def test_a_revnets_stream_is_full_precision_under_autocast_and_untouched_without():
-    streams = []
-    model = small_revnet()
-    for unit in [unit for stage in model.stages for unit in stage]:
-        unit.register_forward_hook(lambda module, inputs, output: streams.extend([inputs[0].dtype, output.dtype]))
-    images = torch.randn(2, 3, 32, 32)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(images).dtype == torch.bfloat16
-    assert set(streams) == {torch.float32}
-    streams.clear()
-    model.double()(images.double())
-    assert set(streams) == {torch.float64}
-
-
 def test_a_loss_that_is_no_number_is_noted_with_the_first_iteration_that_had_it(executable):
     for execution in (PLAIN, GRAPH):
         _, step = train_steps(small_resnet, execution, steps=2)
