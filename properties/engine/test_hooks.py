@@ -47,6 +47,14 @@ def test_a_hook_on_any_module_is_called_once_a_step(chain, kind):
         assert calls == {name: step for name in run_names}
 
 
+@pytest.mark.parametrize("name", ["0", "1._fn", "1._fn.Fm", "0._fn.Gm.3"])
+def test_a_hook_on_one_module_alone_is_called_once(name):
+    module, calls = CHAINS["ReversibleSequential"](), Counter()
+    module.get_submodule(name).register_forward_hook(lambda *_: calls.update([name]))
+    weighted_sum(module(images())).backward()
+    assert calls == {name: 1}
+
+
 def test_parameter_and_tensor_hooks_are_called_once():
     module = nn.Sequential(block(), block())
     calls = Counter()
