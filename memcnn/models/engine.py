@@ -9,7 +9,8 @@ and frees what it has used.
 
 The tensors between steps are ``Cell`` objects. A cell holds its tensor only at the end of a chain. As soon as a further
 step consumes it, it holds that step instead, which can rebuild the tensor, so that a chain of any length stores its end
-alone (Gomez et al., "The Reversible Residual Network", arXiv:1707.04585). No tensor that a user can see is written to.
+alone (Gomez et al., "The Reversible Residual Network", arXiv:1707.04585). Where blocks are nested, the end of an inner
+chain is forgotten as well: the step around it evaluates it again. No tensor that a user can see is written to.
 
 References point from a chain's start towards its end (handle, step, source cell, next step) and never back, so that
 reference counting alone frees everything.
