@@ -28,10 +28,10 @@ def test_networks_of_them_invert(device: str, network: Network):
 
 @torch.no_grad()
 def assert_inverts(network: Network, device: str) -> None:
-    module = network.build(device)
-    without_dropout(module)  # a mask drawn anew is another function
     for law, values, result, inverse in (("inverse(forward(x)) = x", network.input, network.output, False),
                                          ("forward(inverse(y)) = y", network.output, network.input, True)):
+        module = network.build(device)  # one that has not initialised itself on other values
+        without_dropout(module)  # a mask drawn anew is another function
         there, back = (module.inverse, module) if inverse else (module, module.inverse)
         x = values.build(device)
         with network.context(device):

@@ -20,9 +20,10 @@ def tolerance(dtype: torch.dtype, *, depth: int = 1, condition: float = 1.0,
 
     condition: by how much the computation amplifies a relative change of its input.
     autocast: the dtype of the branches. A value between two of its numbers may be rounded to the one in the forward
-        pass and to the other in the recomputation, so each block may add one rounding of it.
+        pass and to the other in the recomputation, so each of a block's two branches may add one rounding, of a value
+        up to twice as large as the streams, which are its sum and its difference.
     """
-    eps = ROUNDINGS_PER_BLOCK * torch.finfo(dtype).eps + (torch.finfo(autocast).eps if autocast else 0.0)
+    eps = ROUNDINGS_PER_BLOCK * torch.finfo(dtype).eps + (4 * torch.finfo(autocast).eps if autocast else 0.0)
     return eps * depth * condition
 
 
