@@ -167,8 +167,9 @@ class Step(Link):
     def complete(self, sources: Sequence[Cell]) -> None:
         """The ends of chains within the evaluation are forgotten as what autograd saves is: blocks may be nested."""
         super().complete(sources)
-        if self.nested:
-            self._take(self.nested)
+        if self.nested:  # one that was modified in place since is kept, and an error when it is asked for its value
+            self._take([reference for reference in self.nested if (cell := reference()) is not None
+                        and cell.tensor is not None and cell.tensor._version == cell.version])
         if (enclosing := getattr(_local, "sources", None)) is not None:
             enclosing += map(weakref.ref, sources)
 

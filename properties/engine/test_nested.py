@@ -12,7 +12,16 @@ from memcnn import AdditiveCoupling, ChannelPermutation, InvertibleModuleWrapper
 from memcnn.models import engine
 from properties.test_memory import Container
 from properties.test_state import held_bytes
-from properties.twin import OnlyInvertible, assert_like_twin, backward, block, conv_branch, images, weighted_sum
+from properties.twin import (
+    OnlyInvertible,
+    assert_like_twin,
+    backward,
+    block,
+    conv_branch,
+    images,
+    plain_twin,
+    weighted_sum,
+)
 
 
 def dropping(channels: int) -> nn.Module:
@@ -173,6 +182,24 @@ class Two(nn.Module):
 
     def inverse(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         return y - self.branch(z / 2), z / 2
+
+
+@pytest.mark.parametrize("outer", [lambda branch: block(lambda: around(branch)), InvertibleModuleWrapper],
+                         ids=["in a coupling", "in a module"])
+def test_an_inner_output_modified_in_place_is_noticed(outer):
+    class Negated(Container):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).neg_()
+
+        def inverse(self, y: Tensor) -> Tensor:
+            return super().inverse(-y)
+
+    module = outer(Negated(inner())).double()
+    x = images(2, 6 if outer is not InvertibleModuleWrapper else 4, 5, 4)
+    plain_twin(module)(x).sum().backward()
+    y = module(x)
+    with pytest.raises(RuntimeError, match="modified in place after the forward pass"):
+        y.sum().backward()
 
 
 def test_a_nested_block_that_does_not_run_again_is_an_error():
