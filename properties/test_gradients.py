@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from memcnn import InvertibleModuleWrapper
@@ -38,6 +38,7 @@ def test_gradients_are_those_of_finite_differences(kind: str, data: st.DataObjec
     module = network.build()
     for function, values in ((module, network.input), (module.inverse, network.output)):
         inputs = values.leaf().requires_grad_(), *list(module.parameters())[:3]
+        assume(function(inputs[0]).abs().max() < 1e4)  # where scales explode, a small difference is none
         assert torch.autograd.gradcheck(lambda x, *_, function=function: function(x), inputs, fast_mode=True)
 
 
