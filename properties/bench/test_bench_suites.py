@@ -202,11 +202,9 @@ def test_ctrl_c_keeps_what_has_been_measured(tmp_path):
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(1),
                           text=True) as process:
         for line in process.stdout:
-            if "PASSED" in line:
+            if "PASSED" in line:  # again, should Python have ignored it, as it does in the callback of a weak reference
                 time.sleep(0.5)  # into the next measurement
                 process.send_signal(signal.SIGINT)
-                break
-        process.stdout.read()
     assert process.returncode == pytest.ExitCode.INTERRUPTED
     (path,) = tmp_path.glob("*.json")
     assert len(summary.load(path)) >= 1
