@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import memcnn
 from memcnn.models.resnet import MODELS
 from memcnn.testing.tolerances import relative_error, tolerance
+from memcnn.training import distributed
 from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import load, run_name
 from memcnn.training.stopping import Stop
@@ -192,6 +193,29 @@ def test_what_the_first_process_refuses_ends_all(tmp_path, ranks):
         run(tmp_path)
     for text in ranks(refused_checkpoint, tmp_path):
         assert "images that BatchNorm sees is None there, 4 here" in text
+
+
+def loaded_in_turn(folder: Path, failing: int | None) -> tuple[int, bool] | str:
+    world = distributed._world()
+
+    def load() -> tuple[int, bool]:
+        if world.rank == failing:
+            raise FileNotFoundError(f"no files for process {failing}")
+        if world.is_first:
+            time.sleep(0.2)
+            (folder / "downloaded").touch()
+        return world.rank, (folder / "downloaded").exists()
+
+    try:
+        return world.in_turn(load)
+    except FileNotFoundError as error:
+        return str(error)
+
+
+def test_data_are_loaded_by_the_first_process_first_and_a_failure_of_one_is_one_of_all(tmp_path, ranks):
+    assert ranks(loaded_in_turn, tmp_path, None) == [(0, True), (1, True)]
+    for failing in range(RANKS):
+        assert ranks(loaded_in_turn, tmp_path, failing) == [f"no files for process {failing}"] * RANKS
 
 
 ROOT = Path(memcnn.__file__).resolve().parent.parent
