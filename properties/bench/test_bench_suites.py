@@ -10,6 +10,7 @@ import sys
 import time
 import weakref
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -200,8 +201,9 @@ def test_the_command_line_measures_and_summarises(tmp_path):
 
 def test_ctrl_c_keeps_what_has_been_measured(tmp_path):
     command = [sys.executable, "-m", "bench", "--quick", "--device=cpu", "--out", tmp_path, "-k", "test_memory"]
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts with & inherits that it is not
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(1),
-                          text=True) as process:
+                          text=True, preexec_fn=heeded) as process:
         sent = -math.inf
         for line in process.stdout:
             # again if it still measures: Python ignores an interrupt in the callback of a weak reference
