@@ -6,7 +6,7 @@ from torch import nn
 
 from memcnn import AdditiveCoupling, ChannelPermutation, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.memory import TensorMeter
-from properties.twin import OnlyInvertible, conv_branch, plain_twin, weighted_sum
+from properties.twin import Container, OnlyInvertible, conv_branch, plain_twin, weighted_sum
 
 
 class ByHand(nn.Module):
@@ -18,13 +18,6 @@ class ByHand(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x
-
-
-class Container(nn.Sequential):
-    def inverse(self, y):
-        for module in reversed(self):
-            y = module.inverse(y)
-        return y
 
 
 def with_a_block_inside(branch: nn.Module) -> nn.Module:

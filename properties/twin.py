@@ -101,6 +101,15 @@ def weighted_sum(y: Tensor) -> Tensor:
     return (y * weights.to(y.device)).sum()
 
 
+class Container(nn.Sequential):
+    """The container of somebody who has not heard of ours."""
+
+    def inverse(self, y: Tensor) -> Tensor:
+        for module in reversed(self):
+            y = module.inverse(y)
+        return y
+
+
 def conv_branch(channels: int = 3) -> nn.Sequential:
     """Convolution, normalisation, activation, convolution: (N, channels, H, W) to the same shape.
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, ChannelPermutation, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.models import engine
-from properties.test_memory import Container
 from properties.test_state import held_bytes
 from properties.twin import (
+    Container,
     OnlyInvertible,
     assert_like_twin,
     backward,

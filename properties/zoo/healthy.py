@@ -21,6 +21,7 @@ from memcnn import (
     SpaceToDepth,
 )
 from memcnn.models.resnet import ResNet, basic_branch, bottleneck_branch
+from properties.twin import Container
 from properties.zoo.engine import Engine, Pair, chain_of
 from properties.zoo.specimen import LARGE, Own, Specimen, branch, dropping, normalised
 
@@ -61,21 +62,12 @@ def units(branch_of, width: int, exact: bool = False) -> nn.Module:
 
 
 def embedded() -> nn.Sequential:
-    return WithInverse(InvertibleModuleWrapper(coupling()), ChannelPermutation([2, 0, 3, 1]),
-                       InvertibleModuleWrapper(coupling()))
+    return Container(InvertibleModuleWrapper(coupling()), ChannelPermutation([2, 0, 3, 1]),
+                     InvertibleModuleWrapper(coupling()))
 
 
 def nested() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(4, 4, 1), InvertibleModuleWrapper(coupling()), nn.Conv2d(4, 4, 1))
-
-
-class WithInverse(nn.Sequential):
-    """Wrapped blocks in the container of somebody who has not heard of ours."""
-
-    def inverse(self, y):
-        for module in reversed(self):
-            y = module.inverse(y)
-        return y
 
 
 HEALTHY = [
