@@ -1,14 +1,9 @@
-"""What may go in and out of a block: several tensors, keywords, integers, None, complex and empty tensors.
-
-And the parameters it may have: frozen, unused and shared ones. And two blocks at once in two threads.
-"""
+"""What may go in and out of a block: several tensors, keywords, integers, None, complex and empty tensors."""
 
 import gc
-import threading
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
@@ -17,7 +12,6 @@ from memcnn.testing.tolerances import relative_error, tolerance
 from properties.twin import (
     OnlyInvertible,
     assert_like_twin,
-    backward,
     block,
     conv_branch,
     images,
@@ -214,94 +208,6 @@ def test_a_sequence_calls_what_a_subclass_has_made_of_a_coupling():
     assert_like_twin(sequence, lambda module, x: differentiated(module(x)), images(4, 6))
 
 
-@pytest.mark.parametrize("requires_grad", [True, False])
-@pytest.mark.parametrize("chain", [
-    lambda: nn.Sequential(*(block(net) for _ in range(DEPTH))),
-    lambda: ReversibleSequential(*(AdditiveCoupling(net(), net()) for _ in range(DEPTH))).double(),
-], ids=["wrapped blocks", "sequence"])
-@pytest.mark.parametrize("frozen", ["Fm", "Gm", "0._fn.Fm.0.weight", "0.", "1.", "2."])
-def test_frozen_parameters_get_no_gradient_and_leave_the_others_theirs(chain, frozen, requires_grad):
-    model = chain()
-    for name, p in model.named_parameters():
-        p.requires_grad_(frozen not in name and not name.startswith(frozen))
-    outcome = assert_like_twin(model, backward, images(4, 6, requires_grad=requires_grad))
-    assert any(g is None for g in outcome.gradients.values())
-
-
-def test_a_frozen_block_hands_the_gradient_to_its_input():
-    assert_like_twin(block(net).requires_grad_(False), backward, images(4, 6))
-
-
-@pytest.mark.parametrize("then, before_backward", [(True, False), (False, True)], ids=["frozen", "unfrozen"])
-@pytest.mark.parametrize("branch, shape", [(net, (4, 6)), (conv_branch, (2, 6, 5, 4))], ids=["linear", "conv"])
-def test_parameters_frozen_or_unfrozen_before_backward_are_those_of_the_forward_pass(branch, shape, then,
-                                                                                   before_backward):
-    """As an adversary is switched on and off."""
-    def program(module, x):
-        module.requires_grad_(then)
-        loss = weighted_sum(module(module(x)))
-        module.requires_grad_(before_backward)
-        loss.backward()
-        assert all(p.requires_grad == before_backward for p in module.parameters())
-    assert_like_twin(block(branch), program, images(*shape))
-
-
-class UsesHalf(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.used, self.unused = net(), net()
-
-    def forward(self, x):
-        return self.used(x)
-
-
-def test_unused_parameters_get_no_gradient():
-    outcome = assert_like_twin(nn.Sequential(block(UsesHalf), block(UsesHalf)), backward, images(4, 6))
-    assert any(g is None for g in outcome.gradients.values())
-
-
-class Shared(nn.Module):
-    """One module as F of a block, as G of another and between them."""
-
-    def __init__(self):
-        super().__init__()
-        shared = net()
-        self.first = InvertibleModuleWrapper(AdditiveCoupling(shared, net()))
-        self.second = InvertibleModuleWrapper(AdditiveCoupling(net(), shared))
-        self.shared = shared
-
-    def forward(self, x):
-        return self.second(self.first(x) * self.shared(x[:, :3]).repeat(1, 2))
-
-
-def same_branch_twice() -> nn.Module:
-    branch = net()
-    return nn.Sequential(*(InvertibleModuleWrapper(AdditiveCoupling(branch, branch)) for _ in range(2)))
-
-
-def same_block_twice() -> nn.Module:
-    repeated = block(net)
-    return nn.Sequential(repeated, block(net), repeated)
-
-
-def same_coupling_twice_in_a_sequence() -> nn.Module:
-    coupling = AdditiveCoupling(net(), net())
-    return ReversibleSequential(coupling, AdditiveCoupling(net(), net()), coupling)
-
-
-@pytest.mark.parametrize("make", [Shared, same_branch_twice, same_block_twice, same_coupling_twice_in_a_sequence],
-                         ids=lambda make: make.__name__)
-def test_shared_modules_gather_their_gradients(make):
-    assert_like_twin(make().double(), backward, images(4, 6))
-
-
-def test_batch_norm_shared_between_blocks_moves_once_for_each_use():
-    branch = conv_branch()
-    model = nn.Sequential(*(InvertibleModuleWrapper(AdditiveCoupling(branch, branch)) for _ in range(2))).double()
-    assert_like_twin(model, backward, images())
-    assert branch[1].num_batches_tracked == 4
-
-
 @pytest.mark.parametrize("branch, shape", [(net, (0, 6)), (conv_branch, (0, 6, 5, 4)), (nn.Identity, (2, 0, 3))],
                          ids=["no rows", "no images", "no channels"])
 def test_empty_inputs_give_gradients_of_zero(branch, shape):
@@ -400,56 +306,6 @@ def several_streams(depth: int, disable: bool) -> int:
 def test_chains_of_several_streams_are_flat_in_memory():
     stored = (several_streams(6, True) - several_streams(2, True)) / 4
     assert (several_streams(24, False) - several_streams(4, False)) / 20 < stored / 100
-
-
-class LongDropout(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = F.dropout(layer(x).tanh(), 0.5)
-        return x
-
-
-@pytest.mark.parametrize("shared", [False, True], ids=["two modules", "one module"])
-def test_two_threads_differentiate_at_once(shared):
-    models = [nn.Sequential(*(block(LongDropout) for _ in range(4))) for _ in range(2)]
-    if shared:
-        models[1] = models[0]
-    twins = [plain_twin(models[0])] * 2 if shared else [plain_twin(model) for model in models]
-
-    def losses(modules: list[nn.Module]) -> list[Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return [weighted_sum(module(images(32, 16, seed=i))) for i, module in enumerate(modules)]
-
-    def gradients(modules: list[nn.Module]) -> list[Tensor]:
-        results: list[object] = [None, None]
-        start = threading.Barrier(2)
-
-        def differentiate(i: int, loss: Tensor) -> None:
-            start.wait()
-            try:
-                results[i] = torch.autograd.grad(loss, list(modules[i].parameters()))
-            except RuntimeError as error:
-                results[i] = error
-        threads = [threading.Thread(target=differentiate, args=pair) for pair in enumerate(losses(modules))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
-
-    wanted = gradients(twins)
-    for _ in range(3):
-        generator = torch.get_rng_state()
-        for got, expected in zip(gradients(models), wanted, strict=True):
-            assert isinstance(got, tuple), got
-            for g, w in zip(got, expected, strict=True):
-                assert relative_error(g, w) < tolerance(torch.float64, depth=4)
-        assert torch.equal(torch.get_rng_state(), generator)
 
 
 class Embedding(nn.Module):

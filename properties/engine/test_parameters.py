@@ -1,0 +1,103 @@
+"""The parameters a block may have: frozen, unused and shared ones."""
+
+import pytest
+from torch import nn
+
+from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
+from properties.engine.test_arguments import DEPTH, net
+from properties.twin import (
+    assert_like_twin,
+    backward,
+    block,
+    conv_branch,
+    images,
+    weighted_sum,
+)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("chain", [
+    lambda: nn.Sequential(*(block(net) for _ in range(DEPTH))),
+    lambda: ReversibleSequential(*(AdditiveCoupling(net(), net()) for _ in range(DEPTH))).double(),
+], ids=["wrapped blocks", "sequence"])
+@pytest.mark.parametrize("frozen", ["Fm", "Gm", "0._fn.Fm.0.weight", "0.", "1.", "2."])
+def test_frozen_parameters_get_no_gradient_and_leave_the_others_theirs(chain, frozen, requires_grad):
+    model = chain()
+    for name, p in model.named_parameters():
+        p.requires_grad_(frozen not in name and not name.startswith(frozen))
+    outcome = assert_like_twin(model, backward, images(4, 6, requires_grad=requires_grad))
+    assert any(g is None for g in outcome.gradients.values())
+
+
+def test_a_frozen_block_hands_the_gradient_to_its_input():
+    assert_like_twin(block(net).requires_grad_(False), backward, images(4, 6))
+
+
+@pytest.mark.parametrize("then, before_backward", [(True, False), (False, True)], ids=["frozen", "unfrozen"])
+@pytest.mark.parametrize("branch, shape", [(net, (4, 6)), (conv_branch, (2, 6, 5, 4))], ids=["linear", "conv"])
+def test_parameters_frozen_or_unfrozen_before_backward_are_those_of_the_forward_pass(branch, shape, then,
+                                                                                   before_backward):
+    """As an adversary is switched on and off."""
+    def program(module, x):
+        module.requires_grad_(then)
+        loss = weighted_sum(module(module(x)))
+        module.requires_grad_(before_backward)
+        loss.backward()
+        assert all(p.requires_grad == before_backward for p in module.parameters())
+    assert_like_twin(block(branch), program, images(*shape))
+
+
+class UsesHalf(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = net(), net()
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_unused_parameters_get_no_gradient():
+    outcome = assert_like_twin(nn.Sequential(block(UsesHalf), block(UsesHalf)), backward, images(4, 6))
+    assert any(g is None for g in outcome.gradients.values())
+
+
+class Shared(nn.Module):
+    """One module as F of a block, as G of another and between them."""
+
+    def __init__(self):
+        super().__init__()
+        shared = net()
+        self.first = InvertibleModuleWrapper(AdditiveCoupling(shared, net()))
+        self.second = InvertibleModuleWrapper(AdditiveCoupling(net(), shared))
+        self.shared = shared
+
+    def forward(self, x):
+        return self.second(self.first(x) * self.shared(x[:, :3]).repeat(1, 2))
+
+
+def same_branch_twice() -> nn.Module:
+    branch = net()
+    return nn.Sequential(*(InvertibleModuleWrapper(AdditiveCoupling(branch, branch)) for _ in range(2)))
+
+
+def same_block_twice() -> nn.Module:
+    repeated = block(net)
+    return nn.Sequential(repeated, block(net), repeated)
+
+
+def same_coupling_twice_in_a_sequence() -> nn.Module:
+    coupling = AdditiveCoupling(net(), net())
+    return ReversibleSequential(coupling, AdditiveCoupling(net(), net()), coupling)
+
+
+@pytest.mark.parametrize("make", [Shared, same_branch_twice, same_block_twice, same_coupling_twice_in_a_sequence],
+                         ids=lambda make: make.__name__)
+def test_shared_modules_gather_their_gradients(make):
+    assert_like_twin(make().double(), backward, images(4, 6))
+
+
+def test_batch_norm_shared_between_blocks_moves_once_for_each_use():
+    branch = conv_branch()
+    model = nn.Sequential(*(InvertibleModuleWrapper(AdditiveCoupling(branch, branch)) for _ in range(2))).double()
+    assert_like_twin(model, backward, images())
+    assert branch[1].num_batches_tracked == 4
