@@ -4,18 +4,21 @@
     python -m properties.mutation --table         what is known so far, as Markdown
 
 It works in a copy of the repository. ``build/mutation`` keeps the map of tests and a session for each file; remove it
-after a change of the code or of the tests. Several processes can take different files. The exit status is 1 where a
-mutant survives that ``explained.csv`` does not explain.
+after a change of the code or of the tests. Several processes can take different files. With ``--seconds`` a mutant
+meets the quickest of its tests alone; a later run without it lets all tests meet those that survive and are not
+explained. The exit status is 1 where a mutant survives that ``explained.csv`` does not explain.
 """
 
 import argparse
 import csv
+import math
 import os
 import shutil
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -27,7 +30,7 @@ from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkItem, WorkResul
 
 from properties.mutation.coverage_map import recorded
 from properties.mutation.operators import choose
-from properties.mutation.selection import OPTIONS, failed_test, failing, in_a_fork, tests_of
+from properties.mutation.selection import OPTIONS, failed_test, failing, in_a_fork, quickest, tests_of
 
 ROOT = Path.cwd()
 WORK = ROOT / "build" / "mutation"
@@ -35,12 +38,16 @@ TESTS = [str(path) for folder in ("engine", "") for path in sorted(Path("propert
 COPIED = ["memcnn", "properties", "bench", "reports", "tox.ini", "setup.py", "README.md"]
 ENVIRONMENT = {"MEMCNN_PROFILE": "ci", "MEMCNN_DATA": "", "OMP_NUM_THREADS": "1"}
 EXPLAINED = Path(__file__).with_name("explained.csv")
+WITHOUT_LINE = itemgetter(0, 2, 3)
+UNFINISHED = "Only a part of its tests has met this mutant"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, default=sorted(Path("memcnn/models").glob("*.py")))
     parser.add_argument("--table", action="store_true", help="print what is known so far and run nothing")
+    parser.add_argument("--seconds", type=float, default=math.inf,
+                        help="that the tests of a mutant may compute, the quickest first (default: all of them)")
     arguments = parser.parse_args()
     choose()
     if not arguments.table:
@@ -55,7 +62,7 @@ def main() -> int:
                 with use_db(str(session(file))) as db:
                     if not db.num_work_items:
                         init([file], db, {})
-                    test(db, record)
+                    test(db, record, arguments.seconds)
             os.chdir(ROOT)
     return table(arguments.files)
 
@@ -72,26 +79,34 @@ def session(file: Path) -> Path:
     return WORK / f"{file.stem}.sqlite"
 
 
-def test(db: WorkDB, record: dict) -> None:
-    """Every mutant that has no result yet."""
+def test(db: WorkDB, record: dict, seconds: float) -> None:
+    """Every mutant without a result; and, with no limit of seconds, those that only a part of their tests has met."""
     kills = Counter()
-    for item in db.pending_work_items:
+    for item in [*db.pending_work_items, *(unfinished(db) if math.isinf(seconds) else ())]:
         mutation, = item.mutations
         operator = get_operator(mutation.operator_name)()
         with use_mutation(mutation.module_path, operator, mutation.occurrence) as (before, after):
             tests = tests_of(str(mutation.module_path), before, mutation.start_pos[0], record, kills)
-            killed, output = failing(tests, record["seconds"])
+            some = quickest(tests, record["seconds"], seconds)
+            killed, output = failing(some, record["seconds"])
         if killed:
             kills[failed_test(output)] += 1
         db.set_result(item.job_id, WorkResult(
-            WorkerOutcome.NORMAL, output, TestOutcome.KILLED if killed else TestOutcome.SURVIVED,
+            WorkerOutcome.NORMAL, output if killed or some == tests else UNFINISHED,
+            TestOutcome.KILLED if killed else TestOutcome.SURVIVED,
             "\n".join(_make_diff(before, after, mutation.module_path))))
+
+
+def unfinished(db: WorkDB) -> list[WorkItem]:
+    """Survivors of a part of their tests that are not explained."""
+    known = explained()
+    return [item for item, result in db.completed_work_items
+            if result.output == UNFINISHED and WITHOUT_LINE(change(item, result)) not in known]
 
 
 def table(files: list[Path]) -> int:
     """Prints the table and the survivors; returns the exit status."""
-    with EXPLAINED.open(newline="") as lines:
-        explained = {(row["file"], row["before"], row["after"]): row["explanation"] for row in csv.DictReader(lines)}
+    known = explained()
     print("| file | mutants | killed | survived | of these explained |\n| --- | ---: | ---: | ---: | ---: |")
     survivors, status = [], 0
     for file in files:
@@ -103,14 +118,21 @@ def table(files: list[Path]) -> int:
             pending = len(db.pending_work_items)
         alive = sorted(change(item, result) for item, result in done if not result.is_killed)
         survivors += alive
-        words = [explained.get((name, before, after)) for name, _, before, after in alive]
+        words = [known.get(WITHOUT_LINE(found)) for found in alive]
         status |= None in words or pending > 0
         print(f"| {file.name} | {len(done)}{f' of {len(done) + pending}' if pending else ''} | "
               f"{len(done) - len(alive)} | {len(alive)} | {len(alive) - words.count(None)} |")
-    for name, line, before, after in survivors:
+    for found in survivors:
+        name, line, before, after = found
         print(f"\n* {name}:{line}  \n  `{before}`  \n  `{after}`  \n"
-              f"  {explained.get((name, before, after), 'NOT EXPLAINED')}")
+              f"  {known.get(WITHOUT_LINE(found), 'NOT EXPLAINED')}")
     return status
+
+
+def explained() -> dict[tuple[str, str, str], str]:
+    """The explanation of a change: of a file's name, and what has become of which lines."""
+    with EXPLAINED.open(newline="") as lines:
+        return {(row["file"], row["before"], row["after"]): row["explanation"] for row in csv.DictReader(lines)}
 
 
 def change(item: WorkItem, result: WorkResult) -> tuple[str, int, str, str]:

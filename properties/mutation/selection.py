@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from itertools import accumulate
 
 import hypothesis.extra.pytestplugin  # noqa: F401  what a forked process need not import again: no part of memcnn
 import pytest
@@ -32,6 +33,12 @@ def tests_of(file: str, source: str, line: int, recorded: dict, kills: Counter) 
     lines = statement_lines(source, line)
     executing = {test for number, tests in recorded["tests"][file].items() if number in lines for test in tests}
     return sorted(executing, key=lambda test: (-kills[test], recorded["seconds"][test]))
+
+
+def quickest(tests: list[str], computing: dict[str, float], seconds: float) -> list[str]:
+    """The first of ``tests`` that together compute for no longer than ``seconds``; at least one."""
+    until = accumulate(computing[test] for test in tests)
+    return tests[:max(1, sum(total <= seconds for total in until))]
 
 
 def statement_lines(source: str, line: int) -> range:
