@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from memcnn.models.coupling import Coupling
 from memcnn.models.revop import InvertibleModuleWrapper
 from memcnn.testing.cases import Network
-from memcnn.testing.laws.subject import without_dropout
+from memcnn.testing.laws.subject import DROPOUTS
 from memcnn.testing.tolerances import relative_error, tolerance
 from properties.twin import Outcome, differences, plain_twin, run, weighted_sum
 
@@ -42,8 +42,11 @@ def differentiated(y: Tensor) -> Tensor:
 
 
 def assert_network_like_twin(law: str, network: Network, program: Program, device: str, *, inverse: bool = False,
-                             depth: int | None = None) -> None:
-    """``program`` has the same results, gradients, buffers and random numbers on the network as on its plain twin."""
+                             depth: int | None = None, beside: Sequence[Network] = ()) -> None:
+    """``program`` has the same results, gradients, buffers and random numbers on the network as on its plain twin.
+
+    Networks ``beside`` are those whose forward passes the program differentiates besides: their condition counts too.
+    """
     module = network.build(device)
     twin = plain_twin(module)
     leaf = (network.output if inverse else network.input).leaf(device).requires_grad_()
@@ -51,8 +54,13 @@ def assert_network_like_twin(law: str, network: Network, program: Program, devic
     assume_finite(expected)
     errors = differences(actual, expected)
     error = worst(errors.values())
-    hold(law, network, error, depth=depth or 2 * network.depth, of=next(n for n, e in errors.items() if e is error),
-         condition=lambda directions: condition_number(network, directions, inverse=inverse, program=program))
+
+    def condition(directions: int) -> float:
+        return worst([condition_number(network, directions, inverse=inverse, program=program),
+                      *(condition_number(other, directions, program=forward_and_backward) for other in beside)])
+
+    hold(law, network, error, depth=depth or 2 * network.depth, condition=condition,
+         of=next(name for name, e in errors.items() if e is error))
 
 
 def assume_finite(expected: Outcome) -> None:
@@ -117,7 +125,7 @@ def condition_number(network: Network, directions: int = 1, *, inverse: bool = F
     network = replace(network, input=replace(network.input, layout="contiguous"))
     module = plain_twin(network.build())
     blocks = copy.deepcopy(module)
-    without_dropout(blocks)
+    _draw_once(blocks)
     pairs = [(block.inverse, block) for block in reversed(blocks)] if inverse else [(b, b.inverse) for b in blocks]
 
     def outcome(x: Tensor):
@@ -133,13 +141,37 @@ def condition_number(network: Network, directions: int = 1, *, inverse: bool = F
     return worst(amplifications) * worst([1.0, *_amplifications_in_branches(blocks, there, x)])
 
 
+class _SameMask:
+    """What a dropout layer computes, with the random numbers of its first call each time."""
+
+    def __init__(self, forward: Callable):
+        self.forward, self.state = forward, None
+
+    def __call__(self, *args, **kwargs):
+        if self.state is None:
+            self.state = torch.get_rng_state()
+            return self.forward(*args, **kwargs)
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.state)
+            return self.forward(*args, **kwargs)
+
+
+def _draw_once(module: nn.Module) -> None:
+    """Dropout layers keep their first mask, so that a block and its inverse are one function and its inverse."""
+    for part in module.modules():
+        if isinstance(part, DROPOUTS):
+            part.forward = _SameMask(part.forward)
+
+
 @torch.no_grad()
 def _changed_inputs(there: Sequence[Callable], back: Sequence[Callable], x: Tensor, directions: int
                     ) -> Iterator[tuple[Tensor, Tensor, float]]:
     """x, what it becomes where a tensor behind the first 0, 1, ... steps changes, and the larger of the two ends."""
     values = [x]
-    for step in there:
-        values.append(step(values[-1]))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # as in run
+        for step in there:
+            values.append(step(values[-1]))
     scale = max(value.abs().max().item() for value in (values[0], values[-1]))
     generator = torch.Generator().manual_seed(0)
     for i, value in enumerate(values):

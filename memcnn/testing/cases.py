@@ -64,12 +64,14 @@ class Values:
 
 
 class Attention(nn.Module):
-    """Self-attention over (N, L, features)."""
+    """Self-attention over (N, L, features), with biases: without, it gives zeros for zeros, the kink of a ReLU."""
 
     def __init__(self, features: int, dropout: float = 0.0):
         super().__init__()
         heads = 2 if features % 2 == 0 else 1
         self.attention = nn.MultiheadAttention(features, heads, dropout=dropout, batch_first=True)
+        for bias in self.attention.in_proj_bias, self.attention.out_proj.bias:
+            nn.init.uniform_(bias, -0.5, 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attention(x, x, x, need_weights=False)[0]
