@@ -119,6 +119,16 @@ class Looked(nn.Module):
         return self.f(self.table(index)) * {"once": 1, "twice": 2}[kind]
 
 
+class HandsBack(Looked):
+    """Its inverse returns all that forward was given, the stream in the last place."""
+
+    def forward(self, kind, index, x):
+        return super().forward(x, index, kind)
+
+    def inverse(self, y, kind, index):
+        return kind, index, super().inverse(y, index, kind)
+
+
 def wrapped(module: nn.Module) -> InvertibleModuleWrapper:
     return InvertibleModuleWrapper(module).double()
 
@@ -187,6 +197,15 @@ def test_integers_and_words_are_handed_on(requires_grad):
             x = module(x, index, kind)
         return differentiated(module.inverse(x.tanh(), index, "twice"))
     assert_like_twin(wrapped(Looked()), program, rows(requires_grad=requires_grad))
+
+
+def test_an_inverse_may_return_what_is_no_stream_besides():
+    def program(module, x):
+        index = torch.tensor([0, 1, 1, 4])
+        for kind in ("once", "twice", "once"):
+            x = module(kind, index, x)
+        return differentiated(x)
+    assert_like_twin(wrapped(HandsBack()), program, rows())
 
 
 def test_a_coupling_takes_its_input_as_a_keyword():

@@ -1,6 +1,5 @@
 """What changes between forward and backward, or the second time, is noticed: no gradient is silently wrong."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,6 +38,27 @@ def test_values_that_change_between_forward_and_backward_are_noticed(make, name,
     with torch.no_grad():
         value.mul_(2)
     with refused(RuntimeError, *words, "call backward before it changes"):
+        loss.backward()
+
+
+class Borrowing(nn.Module):
+    """Uses a leaf tensor that is no parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.borrowed = [torch.full((3, 3), 0.5, dtype=torch.float64, requires_grad=True)]
+
+    def forward(self, x):
+        return (x @ self.borrowed[0]).tanh()
+
+
+def test_a_leaf_of_somebody_else_that_changes_between_forward_and_backward_is_noticed():
+    branch = Borrowing()
+    loss = weighted_sum(wrapped(AdditiveCoupling(branch, net()))(rows()))
+    with torch.no_grad():
+        branch.borrowed[0].mul_(2)
+    with refused(RuntimeError, "a parameter of shape (3, 3) that Borrowing used was modified between forward and "
+                               "backward", "call backward before the parameters change"):
         loss.backward()
 
 
