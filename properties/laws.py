@@ -64,9 +64,9 @@ def assert_network_like_twin(law: str, network: Network, program: Program, devic
 
 
 def assume_finite(expected: Outcome) -> None:
-    """The example is none where a scale has overflowed on its way to a result or a gradient."""
+    """The example is none where a scale has overflowed on its way to a result, a gradient or a running statistic."""
     gradients = (gradient for gradient in expected.gradients.values() if gradient is not None)
-    assume(all(value.isfinite().all() for value in (*expected.results, *gradients)))
+    assume(all(value.isfinite().all() for value in (*expected.results, *gradients, *expected.buffers.values())))
 
 
 def worst(errors: Iterable[float]) -> float:
