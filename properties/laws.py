@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from memcnn.models.coupling import Coupling
 from memcnn.models.revop import InvertibleModuleWrapper
-from memcnn.testing.cases import Network
+from memcnn.testing.cases import Network, Values
 from memcnn.testing.laws.subject import DROPOUTS
 from memcnn.testing.tolerances import relative_error, tolerance
 from properties.twin import Outcome, differences, plain_twin, run, weighted_sum
@@ -42,10 +42,11 @@ def differentiated(y: Tensor) -> Tensor:
 
 
 def assert_network_like_twin(law: str, network: Network, program: Program, device: str, *, inverse: bool = False,
-                             depth: int | None = None, beside: Sequence[Network] = ()) -> None:
+                             depth: int | None = None, beside: Sequence[Values] = ()) -> None:
     """``program`` has the same results, gradients, buffers and random numbers on the network as on its plain twin.
 
-    Networks ``beside`` are those whose forward passes the program differentiates besides: their condition counts too.
+    What is ``beside`` are further inputs that the program differentiates, the n-th with the random numbers of the seed
+    n: the condition number at these counts too.
     """
     module = network.build(device)
     twin = plain_twin(module)
@@ -57,7 +58,8 @@ def assert_network_like_twin(law: str, network: Network, program: Program, devic
 
     def condition(directions: int) -> float:
         return worst([condition_number(network, directions, inverse=inverse, program=program),
-                      *(condition_number(other, directions, program=forward_and_backward) for other in beside)])
+                      *(condition_number(network, directions, program=forward_and_backward, at=values, seed=seed)
+                        for seed, values in enumerate(beside, 1))])
 
     hold(law, network, error, depth=depth or 2 * network.depth, condition=condition,
          of=next(name for name, e in errors.items() if e is error))
@@ -113,7 +115,7 @@ DIRECTIONS = 1, 6
 
 
 def condition_number(network: Network, directions: int = 1, *, inverse: bool = False,
-                     program: Program | None = None) -> float:
+                     program: Program | None = None, at: Values | None = None, seed: int = 0) -> float:
     """By how much a relative change of a tensor between two blocks is amplified, in float64 on the plain twin.
 
     The blocks before that tensor are undone, which gives another input. Its relative change counts, and with
@@ -121,20 +123,21 @@ def condition_number(network: Network, directions: int = 1, *, inverse: bool = F
     largest over all tensors between blocks, times what blocks nested in branches add by their own inverses.
     """
     network = replace(network, autocast=False, input=replace(network.input, dtype=torch.float64))
+    module = plain_twin(network.build())
+    network = replace(network, input=replace(at or network.input, dtype=torch.float64))
     x = (network.output if inverse else network.input).build().contiguous()
     network = replace(network, input=replace(network.input, layout="contiguous"))
-    module = plain_twin(network.build())
     blocks = copy.deepcopy(module)
     _draw_once(blocks)
     pairs = [(block.inverse, block) for block in reversed(blocks)] if inverse else [(b, b.inverse) for b in blocks]
 
     def outcome(x: Tensor):
-        return run(copy.deepcopy(module), program(network), [x.requires_grad_()])
+        return run(copy.deepcopy(module), program(network), [x.requires_grad_()], seed)
 
     wanted = outcome(x.clone()) if program is not None else None
     amplifications = []
     there, back = zip(*pairs, strict=True)
-    for before, changed, scale in _changed_inputs(there, back, x, directions):
+    for before, changed, scale in _changed_inputs(there, back, x, directions, seed):
         amplifications.append(relative_error(changed, before, least_scale=scale) / STEP)
         if wanted is not None:
             amplifications.append(worst(differences(outcome(changed), wanted).values()) / STEP)
@@ -164,12 +167,12 @@ def _draw_once(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _changed_inputs(there: Sequence[Callable], back: Sequence[Callable], x: Tensor, directions: int
+def _changed_inputs(there: Sequence[Callable], back: Sequence[Callable], x: Tensor, directions: int, seed: int
                     ) -> Iterator[tuple[Tensor, Tensor, float]]:
     """x, what it becomes where a tensor behind the first 0, 1, ... steps changes, and the larger of the two ends."""
     values = [x]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # as in run
+        torch.manual_seed(seed)  # as in run
         for step in there:
             values.append(step(values[-1]))
     scale = max(value.abs().max().item() for value in (values[0], values[-1]))

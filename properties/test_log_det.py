@@ -21,7 +21,7 @@ from memcnn import (
 from memcnn.testing.cases import LAYERS, RANDOM_LAYERS, Network
 from memcnn.testing.strategies import networks
 from memcnn.testing.tolerances import relative_error, tolerance
-from properties.laws import assert_network_like_twin, condition_number, differentiated, hold
+from properties.laws import assert_network_like_twin, condition_number, differentiated, hold, worst
 from properties.test_flows import glow, nice
 from properties.test_memory import step_bytes
 from properties.twin import assert_like_twin, conv_branch, images, plain_twin, weighted_sum
@@ -79,11 +79,12 @@ def test_outputs_are_those_without_log_determinants_and_directions_cancel(flow: 
     module, x = flow.build(), flow.input.build()
     with torch.no_grad():
         y, log_det = module.forward_log_det(x)
-        assert torch.equal(y, module(x))
         back, inverse_log_det = module.inverse_log_det(y)
-        assert torch.equal(back, module.inverse(y))
+        plain_y, plain_back = module(x), module.inverse(y)
     assert log_det.shape == (len(x),) and log_det.dtype == flow.dtype
-    error = relative_error(-inverse_log_det, log_det, least_scale=x[0].numel())
+    # not the same bits: a kernel may round otherwise where a tensor lies elsewhere in memory
+    error = worst([relative_error(y, plain_y), relative_error(back, plain_back),
+                   relative_error(-inverse_log_det, log_det, least_scale=x[0].numel())])
     hold("log-dets cancel", flow, error, depth=2 * flow.depth, condition=partial(condition_number, flow))
 
 
