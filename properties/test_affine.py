@@ -182,6 +182,29 @@ def test_a_branch_that_gives_no_pair_is_refused_and_told_of_adapters():
         AffineCoupling(branch()).double()(x)
 
 
+class Returns(nn.Module):
+    """What ``make`` makes of the half that it is given."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x):
+        return self.make(x)
+
+
+def test_a_branch_that_gives_three_values_is_refused():
+    with pytest.raises(TypeError, match=r"a pair \(scale, shift\): got 3 values"):
+        AffineCoupling(Returns(lambda x: (x.exp(), x, x)))(images())
+
+
+def test_a_scale_of_another_shape_is_refused():
+    module = InvertibleModuleWrapper(AffineCoupling(Returns(lambda x: (x.exp()[None], x))))
+    with pytest.raises(ValueError, match=r"does not fit its coupling: .* of shape \(2, 3, 5, 4\) and would become "
+                                         r".* of shape \(1, 2, 3, 5, 4\)"):
+        module(images())
+
+
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_a_branch_that_does_not_double_is_refused(outputs):
     coupling = AffineCoupling(branch(outputs), adapter=AffineAdapterSigmoid).double()

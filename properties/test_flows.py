@@ -127,6 +127,29 @@ def test_a_constant_channel_keeps_its_scale(constant):
     assert relative_error(y[:, 0], torch.zeros(4, 5, 4), least_scale=1) <= tolerance(x.dtype)
 
 
+def test_a_channel_that_is_constant_but_for_a_rounding_keeps_its_scale():
+    layer = ActNorm(2)
+    x = seeded(4, 2, 5, 4, dtype=torch.float32)
+    x[:, 0] = 1000
+    x[0, 0, 0, 0] = torch.nextafter(torch.tensor(1000.0), torch.tensor(2000.0))
+    layer(x)
+    assert layer.log_scale[0] == 0 and layer.log_scale[1] != 0
+
+
+def test_statistics_of_inputs_in_half_precision_are_those_of_the_parameters_precision():
+    x = (5 + seeded(4, 2, 5, 4, dtype=torch.float32)).bfloat16()
+    layer, wanted = ActNorm(2), ActNorm(2)
+    layer(x)
+    wanted(x.float())
+    assert torch.equal(layer.shift, wanted.shift) and torch.equal(layer.log_scale, wanted.log_scale)
+
+
+def test_shapes_can_be_had_without_computing():
+    with torch.device("meta"):
+        layer, x = InvertibleConv1x1(4), torch.empty(2, 4, 5, 3)
+    assert layer.inverse(layer(x)).shape == x.shape
+
+
 def test_a_graph_from_before_the_initialisation_is_not_differentiated_wrongly():
     block = InvertibleModuleWrapper(ActNorm(6).double()).eval()
     loss = weighted_sum(block(images(4, 6, 5, 4)))

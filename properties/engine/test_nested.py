@@ -52,6 +52,18 @@ class TwoWays(nn.Module):
         return self.one(x) * self.other(x)
 
 
+class Ignoring(nn.Module):
+    """It computes a block and uses nothing of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.block(x)
+        return x.tanh()
+
+
 NESTED = {
     "a block": inner,
     "an inner input kept": partial(inner, keep_input=True),
@@ -65,6 +77,7 @@ NESTED = {
         nn.Sequential(nn.Conv2d(2, 4, 1), inner(), nn.Conv2d(4, 2, 1)), conv_branch(2))),
     "two blocks of one tensor": TwoWays,
     "two blocks of one tensor, inputs kept": partial(TwoWays, keep_input=True),
+    "a block ignored": Ignoring,
     "a checked inverse": partial(inner, check_inverse=1e-6),
     "a disabled block": partial(inner, disable=True),
 }
@@ -102,8 +115,9 @@ def test_nested_blocks_are_the_twins(nested, outer):
 
 
 @pytest.mark.parametrize("make, channels", [
-    (lambda: block(inner), 8), (lambda: InvertibleModuleWrapper(container(inner(), inner())).double(), 4),
-], ids=["in a coupling", "in a container"])
+    (lambda: block(inner), 8), (lambda: block(NESTED["a module"]), 8),
+    (lambda: InvertibleModuleWrapper(container(inner(), inner())).double(), 4),
+], ids=["in a coupling", "a module in a coupling", "in a container"])
 def test_what_is_around_a_nested_block_need_not_save_anything(make, channels):
     torch.manual_seed(0)
     assert_like_twin(nn.Sequential(make(), make()), retained, images(2, channels, 5, 4), depth=16)
