@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from memcnn.models.coupling import Coupling
 from memcnn.models.revop import InvertibleModuleWrapper
-from memcnn.testing.cases import Network, Values
+from memcnn.testing.cases import Network
 from memcnn.testing.laws.subject import DROPOUTS
 from memcnn.testing.tolerances import relative_error, tolerance
 from properties.twin import Outcome, differences, plain_twin, run, weighted_sum
@@ -42,11 +42,11 @@ def differentiated(y: Tensor) -> Tensor:
 
 
 def assert_network_like_twin(law: str, network: Network, program: Program, device: str, *, inverse: bool = False,
-                             depth: int | None = None, beside: Sequence[Values] = ()) -> None:
+                             depth: int | None = None, also: Callable[[int], Iterable[float]] = lambda _: ()) -> None:
     """``program`` has the same results, gradients, buffers and random numbers on the network as on its plain twin.
 
-    What is ``beside`` are further inputs that the program differentiates, the n-th with the random numbers of the seed
-    n: the condition number at these counts too.
+    Of a number of directions ``also`` gives further condition numbers: where the program rebuilds other activations
+    than those of the network's input.
     """
     module = network.build(device)
     twin = plain_twin(module)
@@ -55,14 +55,9 @@ def assert_network_like_twin(law: str, network: Network, program: Program, devic
     assume_finite(expected)
     errors = differences(actual, expected)
     error = worst(errors.values())
-
-    def condition(directions: int) -> float:
-        return worst([condition_number(network, directions, inverse=inverse, program=program),
-                      *(condition_number(network, directions, program=forward_and_backward, at=values, seed=seed)
-                        for seed, values in enumerate(beside, 1))])
-
-    hold(law, network, error, depth=depth or 2 * network.depth, condition=condition,
-         of=next(name for name, e in errors.items() if e is error))
+    hold(law, network, error, depth=depth or 2 * network.depth, of=next(n for n, e in errors.items() if e is error),
+         condition=lambda directions: worst([
+             condition_number(network, directions, inverse=inverse, program=program), *also(directions)]))
 
 
 def assume_finite(expected: Outcome) -> None:
@@ -115,17 +110,18 @@ DIRECTIONS = 1, 6
 
 
 def condition_number(network: Network, directions: int = 1, *, inverse: bool = False,
-                     program: Program | None = None, at: Values | None = None, seed: int = 0) -> float:
+                     program: Program | None = None, seed: int = 0,
+                     before: Callable[[nn.Module, Tensor], Tensor] = lambda _, x: x) -> float:
     """By how much a relative change of a tensor between two blocks is amplified, in float64 on the plain twin.
 
     The blocks before that tensor are undone, which gives another input. Its relative change counts, and with
     ``program`` the change of the program's outcome on it, each divided by the relative change that it came from: the
-    largest over all tensors between blocks, times what blocks nested in branches add by their own inverses.
+    largest over all tensors between blocks, times what blocks nested in branches add by their own inverses. What comes
+    ``before`` is given the twin and the input, may train the one, and returns the other. Masks are those of ``seed``.
     """
     network = replace(network, autocast=False, input=replace(network.input, dtype=torch.float64))
     module = plain_twin(network.build())
-    network = replace(network, input=replace(at or network.input, dtype=torch.float64))
-    x = (network.output if inverse else network.input).build().contiguous()
+    x = before(module, (network.output if inverse else network.input).build()).contiguous()
     network = replace(network, input=replace(network.input, layout="contiguous"))
     blocks = copy.deepcopy(module)
     _draw_once(blocks)
