@@ -119,10 +119,10 @@ def condition_number(network: Network, directions: int = 1, *, inverse: bool = F
     largest over all tensors between blocks, times what blocks nested in branches add by their own inverses. What comes
     ``before`` is given the twin and the input, may train the one, and returns the other. Masks are those of ``seed``.
     """
-    network = replace(network, autocast=False, input=replace(network.input, dtype=torch.float64))
-    module = plain_twin(network.build())
-    x = before(module, (network.output if inverse else network.input).build()).contiguous()
-    network = replace(network, input=replace(network.input, layout="contiguous"))
+    module = plain_twin(network.build()).double()  # the very weights: others are drawn in another dtype
+    x = before(module, (network.output if inverse else network.input).build().double()).contiguous()
+    network = replace(network, autocast=False,
+                      input=replace(network.input, dtype=torch.float64, layout="contiguous"))
     blocks = copy.deepcopy(module)
     _draw_once(blocks)
     pairs = [(block.inverse, block) for block in reversed(blocks)] if inverse else [(b, b.inverse) for b in blocks]
