@@ -133,8 +133,8 @@ def condition_number(network: Network, directions: int = 1, *, inverse: bool = F
     wanted = outcome(x.clone()) if program is not None else None
     amplifications = []
     there, back = zip(*pairs, strict=True)
-    for before, changed, scale in _changed_inputs(there, back, x, directions, seed):
-        amplifications.append(relative_error(changed, before, least_scale=scale) / STEP)
+    for unchanged, changed, scale in _changed_inputs(there, back, x, directions, seed):
+        amplifications.append(relative_error(changed, unchanged, least_scale=scale) / STEP)
         if wanted is not None:
             amplifications.append(worst(differences(outcome(changed), wanted).values()) / STEP)
     return worst(amplifications) * worst([1.0, *_amplifications_in_branches(blocks, there, x)])

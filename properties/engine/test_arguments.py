@@ -208,29 +208,6 @@ def test_an_inverse_may_return_what_is_no_stream_besides():
     assert_like_twin(wrapped(HandsBack()), program, rows())
 
 
-class Noisy(nn.Module):
-    """y = x + noise, of which backward needs nothing; its inverse takes off ``times`` the noise."""
-
-    def __init__(self, times: float):
-        super().__init__()
-        self.times = times
-
-    def forward(self, x):
-        return x + torch.randn_like(x)
-
-    def inverse(self, y):
-        return y - self.times * torch.randn_like(y)
-
-
-def test_random_numbers_of_a_module_that_saves_nothing_are_undone_or_refused():
-    def chain(times: float) -> nn.Module:
-        return nn.Sequential(block(net), wrapped(Noisy(times)))
-    assert_like_twin(chain(1.0), lambda module, x: differentiated(module(x)), images(4, 6))
-    loss = weighted_sum(chain(2.0)(images(4, 6)))
-    with pytest.raises(RuntimeError, match="Noisy draws random numbers .* its inverse does not undo"):
-        loss.backward()
-
-
 def test_a_coupling_takes_its_input_as_a_keyword():
     assert_like_twin(block(net), lambda module, x: differentiated(module(x=x)), images(4, 6))
 

@@ -8,7 +8,7 @@ from torch import nn
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.tolerances import tolerance
 from properties.engine.test_errors import Doubling, net, refused, rows, wrapped
-from properties.twin import assert_like_twin, assert_same, block, images, plain_twin, run, weighted_sum
+from properties.twin import assert_like_twin, assert_same, backward, block, images, plain_twin, run, weighted_sum
 
 
 class Masked(nn.Module):
@@ -59,6 +59,29 @@ def test_a_leaf_of_somebody_else_that_changes_between_forward_and_backward_is_no
         branch.borrowed[0].mul_(2)
     with refused(RuntimeError, "a parameter of shape (3, 3) that Borrowing used was modified between forward and "
                                "backward", "call backward before the parameters change"):
+        loss.backward()
+
+
+class Noisy(nn.Module):
+    """y = x + noise, of which backward needs nothing; its inverse takes off ``times`` the noise."""
+
+    def __init__(self, times: float):
+        super().__init__()
+        self.times = times
+
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
+    def inverse(self, y):
+        return y - self.times * torch.randn_like(y)
+
+
+def test_random_numbers_of_a_module_that_saves_nothing_are_undone_or_refused():
+    def chain(times: float) -> nn.Module:
+        return nn.Sequential(block(net), wrapped(Noisy(times)))
+    assert_like_twin(chain(1.0), backward, rows())
+    loss = weighted_sum(chain(2.0)(rows()))
+    with pytest.raises(RuntimeError, match="Noisy draws random numbers .* its inverse does not undo"):
         loss.backward()
 
 
