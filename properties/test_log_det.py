@@ -82,7 +82,7 @@ def test_outputs_are_those_without_log_determinants_and_directions_cancel(flow: 
         back, inverse_log_det = module.inverse_log_det(y)
         plain_y, plain_back = module(x), module.inverse(y)
     assert log_det.shape == (len(x),) and log_det.dtype == flow.dtype
-    # not the same bits: a kernel may round otherwise where a tensor lies elsewhere in memory
+    # not the same bits: without log-determinants a sequence hands on halves, and a kernel's rounding depends on strides
     error = worst([relative_error(y, plain_y), relative_error(back, plain_back),
                    relative_error(-inverse_log_det, log_det, least_scale=x[0].numel())])
     hold("log-dets cancel", flow, error, depth=2 * flow.depth, condition=partial(condition_number, flow))
