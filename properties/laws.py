@@ -1,18 +1,21 @@
 """What the laws share: how a network is run, the limit of an error, and the largest errors met."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from unittest.mock import patch
 
 import torch
 from hypothesis import assume, currently_in_test_context, reject, target
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from memcnn.models.coupling import Coupling
 from memcnn.models.revop import InvertibleModuleWrapper
+from memcnn.models.tape import Call, Lift
 from memcnn.testing.cases import Network
-from memcnn.testing.laws.subject import DROPOUTS
-from memcnn.testing.tolerances import relative_error, tolerance
+from memcnn.testing.tolerances import tolerance
 from properties.twin import Outcome, differences, plain_twin, run, weighted_sum
 
 Program = Callable[[Network], Callable[[nn.Module, Tensor], object]]
@@ -42,12 +45,8 @@ def differentiated(y: Tensor) -> Tensor:
 
 
 def assert_network_like_twin(law: str, network: Network, program: Program, device: str, *, inverse: bool = False,
-                             depth: int | None = None, also: Callable[[int], Iterable[float]] = lambda _: ()) -> None:
-    """``program`` has the same results, gradients, buffers and random numbers on the network as on its plain twin.
-
-    Of a number of directions ``also`` gives further condition numbers: where the program rebuilds other activations
-    than those of the network's input.
-    """
+                             depth: int | None = None) -> None:
+    """``program`` has the same results, gradients, buffers and random numbers on the network as on its plain twin."""
     module = network.build(device)
     twin = plain_twin(module)
     leaf = (network.output if inverse else network.input).leaf(device).requires_grad_()
@@ -56,8 +55,7 @@ def assert_network_like_twin(law: str, network: Network, program: Program, devic
     errors = differences(actual, expected)
     error = worst(errors.values())
     hold(law, network, error, depth=depth or 2 * network.depth, of=next(n for n, e in errors.items() if e is error),
-         condition=lambda directions: worst([
-             condition_number(network, directions, inverse=inverse, program=program), *also(directions)]))
+         condition=partial(condition_number, network, program, inverse=inverse))
 
 
 def assume_finite(expected: Outcome) -> None:
@@ -87,7 +85,7 @@ def hold(law: str, network: Network, error: float, *, depth: int, condition: Cal
     for directions in DIRECTIONS:
         if error <= limit:
             break
-        limit = tolerance(**precision, condition=worst([1.0, condition(directions)]))
+        limit = tolerance(**precision, condition=condition(directions))
         if not limit < 1:
             reject()
     name = "bfloat16 autocast" if network.autocast else str(network.dtype).removeprefix("torch.")
@@ -103,104 +101,68 @@ def remember(key: tuple[str, str, str], error: float, limit: float) -> None:
         LARGEST[key] = error, limit
 
 
-STEP = 1e-7
-"""A small relative change in float64: its square is lost in rounding, as is the rounding in the change."""
+STEP = 1e-9
+"""A small relative change in float64: its square is lost in rounding, and rounding is small beside it."""
 DIRECTIONS = 1, 6
-"""In which a tensor is changed: one tells a rough condition number, which may miss what is amplified most."""
+"""In which tensors are changed: one tells a rough condition number, which may miss what is amplified most."""
 
 
-def condition_number(network: Network, directions: int = 1, *, inverse: bool = False,
-                     program: Program | None = None, seed: int = 0,
-                     before: Callable[[nn.Module, Tensor], Tensor] = lambda _, x: x) -> float:
-    """By how much a relative change of a tensor between two blocks is amplified, in float64 on the plain twin.
+def largest_difference(actual: Outcome, expected: Outcome) -> float:
+    return worst(differences(actual, expected).values())
 
-    The blocks before that tensor are undone, which gives another input. Its relative change counts, and with
-    ``program`` the change of the program's outcome on it, each divided by the relative change that it came from: the
-    largest over all tensors between blocks, times what blocks nested in branches add by their own inverses. What comes
-    ``before`` is given the twin and the input, may train the one, and returns the other. Masks are those of ``seed``.
+
+def condition_number(network: Network, program: Program, directions: int = 1, *, inverse: bool = False,
+                     difference: Callable[[Outcome, Outcome], float] = largest_difference) -> float:
+    """By how much ``program`` amplifies what rounding does to blocks, in float64, with the very weights and masks.
+
+    Rounding is imitated by relative changes of the size STEP, in both of the places where a network may round other
+    than its twin: in what each block computes, nested ones included, and in each activation that backward rebuilds.
+    The former are measured on the twin, the latter on the network, which is compared with its own outcome without them,
+    so that a fault of the engine is no excuse for an error.
     """
-    module = plain_twin(network.build()).double()  # the very weights: others are drawn in another dtype
-    x = before(module, (network.output if inverse else network.input).build().double()).contiguous()
-    network = replace(network, autocast=False,
-                      input=replace(network.input, dtype=torch.float64, layout="contiguous"))
-    blocks = copy.deepcopy(module)
-    _draw_once(blocks)
-    pairs = [(block.inverse, block) for block in reversed(blocks)] if inverse else [(b, b.inverse) for b in blocks]
-
-    def outcome(x: Tensor):
-        return run(copy.deepcopy(module), program(network), [x.requires_grad_()], seed)
-
-    wanted = outcome(x.clone()) if program is not None else None
-    amplifications = []
-    there, back = zip(*pairs, strict=True)
-    for unchanged, changed, scale in _changed_inputs(there, back, x, directions, seed):
-        amplifications.append(relative_error(changed, unchanged, least_scale=scale) / STEP)
-        if wanted is not None:
-            amplifications.append(worst(differences(outcome(changed), wanted).values()) / STEP)
-    return worst(amplifications) * worst([1.0, *_amplifications_in_branches(blocks, there, x)])
+    module = network.build().double()  # no others are drawn, as they would be in another dtype
+    leaf = (network.output if inverse else network.input).leaf().double().requires_grad_()
+    exactly = program(replace(network, autocast=False, input=replace(network.input, dtype=torch.float64)))
+    amplifications = [1.0]
+    for subject, changing in ((plain_twin(module), _results_changed), (module, _rebuilt_changed)):
+        unchanged = run(copy.deepcopy(subject), exactly, [leaf])
+        for seed in range(directions):
+            with changing(torch.Generator().manual_seed(seed)):
+                changed = run(copy.deepcopy(subject), exactly, [leaf])
+            amplifications.append(difference(changed, unchanged) / STEP)
+    return worst(amplifications)
 
 
-class _SameMask:
-    """What a dropout layer computes, with the random numbers of its first call each time."""
+@contextmanager
+def _results_changed(generator: torch.Generator) -> Iterator[None]:
+    """Within this context all that a wrapped block computes is changed."""
+    compute = InvertibleModuleWrapper._run
 
-    def __init__(self, forward: Callable):
-        self.forward, self.state = forward, None
-
-    def __call__(self, *args, **kwargs):
-        if self.state is None:
-            self.state = torch.get_rng_state()
-            return self.forward(*args, **kwargs)
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self.state)
-            return self.forward(*args, **kwargs)
+    def changed(*args, **kwargs):
+        return tree_map_only(Tensor, partial(_changed, generator), compute(*args, **kwargs))
+    with patch.object(InvertibleModuleWrapper, "_run", changed):
+        yield
 
 
-def _draw_once(module: nn.Module) -> None:
-    """Dropout layers keep their first mask, so that a block and its inverse are one function and its inverse."""
-    for part in module.modules():
-        if isinstance(part, DROPOUTS):
-            part.forward = _SameMask(part.forward)
+@contextmanager
+def _rebuilt_changed(generator: torch.Generator) -> Iterator[None]:
+    """Within this context all activations that backward rebuilds are changed."""
+    recompute, undone = Lift.recompute, Call._undone
+
+    def of_lift(step: Lift):
+        return tree_map_only(Tensor, partial(_changed, generator), recompute(step))
+
+    def of_call(step: Call):
+        return tree_map_only(Tensor, partial(_changed, generator), undone(step))
+    with (patch.object(Lift, "recompute", of_lift), patch.object(Call, "_undone", of_call),
+          patch.object(Call, "_check_draws")):  # where much is amplified, it would take the change for a fault
+        yield
 
 
-@torch.no_grad()
-def _changed_inputs(there: Sequence[Callable], back: Sequence[Callable], x: Tensor, directions: int, seed: int
-                    ) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """x, what it becomes where a tensor behind the first 0, 1, ... steps changes, and the larger of the two ends."""
-    values = [x]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # as in run
-        for step in there:
-            values.append(step(values[-1]))
-    scale = max(value.abs().max().item() for value in (values[0], values[-1]))
-    generator = torch.Generator().manual_seed(0)
-    for i, value in enumerate(values):
-        for _ in range(directions):
-            changed = _changed(value, generator)
-            for step in reversed(back[:i]):
-                changed = step(changed)
-            yield x, changed, scale
-
-
-@torch.no_grad()
-def _amplifications_in_branches(blocks: nn.Module, there: Sequence[Callable], x: Tensor) -> list[float]:
-    """By how much the inverse of each block within a branch amplifies a change of what the block gave there."""
-    nested = {part for coupling in blocks.modules() if isinstance(coupling, Coupling)
-              for part in coupling.modules() if isinstance(part, InvertibleModuleWrapper)}
-    calls = []
-    hooks = [part._fn.register_forward_hook(lambda fn, inputs, output: calls.append((fn, *inputs, output)))
-             for part in nested]
-    for step in there:
-        x = step(x)
-    for hook in hooks:
-        hook.remove()
-    generator = torch.Generator().manual_seed(0)
-    return [relative_error(fn.inverse(_changed(output, generator)), before,
-                           least_scale=output.abs().max().item()) / STEP for fn, before, output in calls]
-
-
-def _changed(value: Tensor, generator: torch.Generator) -> Tensor:
+def _changed(generator: torch.Generator, value: Tensor) -> Tensor:
     """Every entry by STEP times the largest, one way or the other."""
-    return value + STEP * value.abs().max() * (torch.randint(0, 2, value.shape, generator=generator) * 2 - 1)
+    signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
+    return value + STEP * value.detach().abs().max() * signs
 
 
 def table() -> list[str]:

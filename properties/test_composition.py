@@ -15,7 +15,6 @@ from memcnn.testing.cases import Block, Branch, Chain, Network, OnlyInvertible, 
 from memcnn.testing.strategies import networks
 from properties.laws import (
     assert_network_like_twin,
-    condition_number,
     differentiated,
     forward_and_backward,
     inverse_and_backward,
@@ -129,11 +128,7 @@ def two_steps(network: Network):
 @example(NESTED_STATISTICS)
 @example(MASKS_IN_CHANNELS_LAST)
 def test_steps_under_way_at_once_and_kept_graphs_are_the_twins(device: str, network: Network):
-    def of_the_second(directions: int) -> list[float]:
-        return [condition_number(network, directions, program=forward_and_backward, seed=1,
-                                 before=lambda _, x: x.cos())]
-    assert_network_like_twin("composition, two steps", network, two_steps, device, depth=4 * network.depth,
-                             also=of_the_second)
+    assert_network_like_twin("composition, two steps", network, two_steps, device, depth=4 * network.depth)
 
 
 def test_a_module_whose_inverse_draws_random_numbers_in_another_order_is_refused():

@@ -1,18 +1,21 @@
 """The law of inversion: inverse(forward(x)) = x and forward(inverse(y)) = y, up to the rounding of the dtype."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from memcnn.models.resnet import MODELS
 from memcnn.testing.cases import KINDS, Network, Values
 from memcnn.testing.laws.subject import without_dropout
 from memcnn.testing.strategies import networks
 from memcnn.testing.tolerances import relative_error, tolerance
-from properties.laws import condition_number, hold
+from properties.laws import Program, condition_number, hold
+from properties.twin import Outcome, run
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -26,22 +29,38 @@ def test_networks_of_them_invert(device: str, network: Network):
     assert_inverts(network, device)
 
 
-@torch.no_grad()
+def there_and_back(inverse: bool) -> Program:
+    """Gives x, y = forward(x) and inverse(y); or y, x and forward(x)."""
+    def of_network(network: Network) -> Callable[[nn.Module, Tensor], list[Tensor]]:
+        @torch.no_grad()
+        def program(module: nn.Module, leaf: Tensor) -> list[Tensor]:
+            without_dropout(module)  # a mask drawn anew is another function
+            there, back = (module.inverse, module) if inverse else (module, module.inverse)
+            start = (network.output if inverse else network.input).laid_out(leaf)
+            with network.context(leaf.device):
+                middle = there(start)
+                return [start, middle, back(middle)]
+        return program
+    return of_network
+
+
+def difference_of_ends(actual: Outcome, expected: Outcome) -> float:
+    *_, end = actual.results
+    *_, middle, wanted = expected.results
+    return relative_error(end, wanted, least_scale=middle.abs().max().item())
+
+
 def assert_inverts(network: Network, device: str) -> None:
-    for law, values, result, inverse in (("inverse(forward(x)) = x", network.input, network.output, False),
-                                         ("forward(inverse(y)) = y", network.output, network.input, True)):
+    for law, inverse in ("inverse(forward(x)) = x", False), ("forward(inverse(y)) = y", True):
         module = network.build(device)  # one that has not initialised itself on other values
-        without_dropout(module)  # a mask drawn anew is another function
-        there, back = (module.inverse, module) if inverse else (module, module.inverse)
-        x = values.build(device)
-        with network.context(device):
-            middle = there(x)
-            assume(middle.isfinite().all())  # else a scale has overflowed
-            again = back(middle)
+        leaf = (network.output if inverse else network.input).leaf(device)
+        start, middle, end = run(module, there_and_back(inverse)(network), [leaf]).results
+        assume(middle.isfinite().all())  # else a scale has overflowed
+        result = network.input if inverse else network.output
         assert (middle.shape, middle.dtype) == (result.shape, result.dtype)
-        error = relative_error(again, x, least_scale=middle.abs().max().item())
-        hold(law, network, error, depth=network.depth,
-             condition=partial(condition_number, network, inverse=inverse))
+        hold(law, network, relative_error(end, start, least_scale=middle.abs().max().item()), depth=network.depth,
+             condition=partial(condition_number, network, there_and_back(inverse), inverse=inverse,
+                               difference=difference_of_ends))
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("revnet")])

@@ -9,7 +9,8 @@ from memcnn.testing import cases
 from memcnn.testing.cases import COMPOSITIONS, KINDS, LAYERS, LAYOUTS, Block, Branch, Chain, Network, Values
 from memcnn.testing.strategies import networks, tensors
 from memcnn.testing.tolerances import tolerance
-from properties.laws import LARGEST, condition_number, hold, table
+from properties.laws import LARGEST, condition_number, forward_and_backward, hold, table
+from properties.test_inversion import difference_of_ends, there_and_back
 
 
 @given(networks(autocast=(False, True), frozen=True))
@@ -70,17 +71,20 @@ def chain_of(kind: str) -> Network:
     return Network(Chain((Block(kind, shape, branch, branch),)), Values(shape), training=False)
 
 
-def test_a_condition_number_is_one_where_nothing_is_amplified_and_larger_where_something_is():
-    assert condition_number(chain_of("permutation")) == pytest.approx(1, abs=1e-6)
-    assert condition_number(chain_of("affine sigmoid")) > 1.05  # divides by scales below 1
+def test_a_condition_number_is_larger_where_something_is_amplified():
+    inverts = there_and_back(False)
+    once = condition_number(chain_of("permutation"), inverts, difference=difference_of_ends)
+    assert once == pytest.approx(2, abs=1e-3)  # one change on the way there, and one on the way back
+    assert condition_number(chain_of("affine sigmoid"), inverts, difference=difference_of_ends) > 1.05 * once
 
 
 def test_a_condition_number_counts_the_inverses_of_blocks_within_branches():
     def around(kind: str) -> Network:
-        inner = Branch((2, 1, 3), ("linear", "tanh"))
+        inner = Branch((2, 1, 3), ("linear", "tanh"), doubled=1 if "affine" in kind else None)
         outer = Branch((2, 2, 3), (Chain((Block(kind, (2, 2, 3), inner, inner),), "by hand"), "tanh"))
         return Network(Chain((Block("additive", (2, 4, 3), outer, outer),)), Values((2, 4, 3)), training=False)
-    assert condition_number(around("affine naive")) > 2 * condition_number(around("additive"))  # divides by scales
+    assert (condition_number(around("affine sigmoid"), forward_and_backward)
+            > 2 * condition_number(around("additive"), forward_and_backward))  # divides by scales below 1
 
 
 def test_an_error_beyond_what_rounding_explains_fails_whatever_the_blocks_are():
