@@ -97,6 +97,18 @@ def test_outputs_are_those_without_log_determinants_and_directions_cancel(flow: 
          condition=partial(condition_number, flow, log_dets_of_both))
 
 
+@given(networks(split_batch=False, compositions=["sequence"], layers=DETERMINISTIC))
+@torch.no_grad()
+def test_each_block_computes_the_same_bits_with_its_log_determinant(flow: Network):
+    module, x = flow.build(), flow.input.build()
+    module(x)  # what initialises itself has done so now
+    for block in module:
+        y = block(x)
+        for actual, expected in ((block.forward_log_det(x)[0], y), (block.inverse_log_det(y)[0], block.inverse(y))):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+        x = y
+
+
 def likelihood(method: str, values: str):
     """A step that needs the log-determinant and the result."""
     def of_flow(flow: Network):
