@@ -101,8 +101,8 @@ def remember(key: tuple[str, str, str], error: float, limit: float) -> None:
         LARGEST[key] = error, limit
 
 
-STEP = 1e-9
-"""A small relative change in float64: its square is lost in rounding, and rounding is small beside it."""
+STEP = 1e-12
+"""A small relative change in float64: rounding is small beside it, and so is it beside the distance to a kink."""
 DIRECTIONS = 1, 6
 """In which tensors are changed: one tells a rough condition number, which may miss what is amplified most."""
 
@@ -116,7 +116,8 @@ def condition_number(network: Network, program: Program, directions: int = 1, *,
     """By how much ``program`` amplifies what rounding does to blocks, in float64, with the very weights and masks.
 
     Rounding is imitated by relative changes of the size STEP, in both of the places where a network may round other
-    than its twin: in what each block computes, nested ones included, and in each activation that backward rebuilds.
+    than its twin: in what each block, nested ones included, is given and computes, and in each activation that backward
+    rebuilds and what that is rebuilt from, which may be larger.
     The former are measured on the twin, the latter on the network, which is compared with its own outcome without them,
     so that a fault of the engine is no excuse for an error.
     """
@@ -127,42 +128,48 @@ def condition_number(network: Network, program: Program, directions: int = 1, *,
     for subject, changing in ((plain_twin(module), _results_changed), (module, _rebuilt_changed)):
         unchanged = run(copy.deepcopy(subject), exactly, [leaf])
         for seed in range(directions):
-            with changing(torch.Generator().manual_seed(seed)):
+            with changing(partial(_changed, torch.Generator().manual_seed(seed))):
                 changed = run(copy.deepcopy(subject), exactly, [leaf])
             amplifications.append(difference(changed, unchanged) / STEP)
     return worst(amplifications)
 
 
 @contextmanager
-def _results_changed(generator: torch.Generator) -> Iterator[None]:
-    """Within this context all that a wrapped block computes is changed."""
+def _results_changed(change: Callable) -> Iterator[None]:
+    """Within this context all that wrapped blocks are given and compute is changed."""
     compute = InvertibleModuleWrapper._run
 
-    def changed(*args, **kwargs):
-        return tree_map_only(Tensor, partial(_changed, generator), compute(*args, **kwargs))
+    def changed(block, run, undo, inputs, *options, **more):
+        return change(compute(block, run, undo, change(inputs), *options, **more))
     with patch.object(InvertibleModuleWrapper, "_run", changed):
         yield
 
 
 @contextmanager
-def _rebuilt_changed(generator: torch.Generator) -> Iterator[None]:
-    """Within this context all activations that backward rebuilds are changed."""
-    recompute, undone = Lift.recompute, Call._undone
+def _rebuilt_changed(change: Callable) -> Iterator[None]:
+    """Within this context all activations that backward rebuilds, and what they are rebuilt from, are changed."""
+    recompute_lift, recompute_call = Lift.recompute, Call.recompute
 
     def of_lift(step: Lift):
-        return tree_map_only(Tensor, partial(_changed, generator), recompute(step))
+        part = step.part
+        with patch.object(step, "part", lambda out, h: change(part(change(out), h))):
+            return recompute_lift(step)
 
     def of_call(step: Call):
-        return tree_map_only(Tensor, partial(_changed, generator), undone(step))
-    with (patch.object(Lift, "recompute", of_lift), patch.object(Call, "_undone", of_call),
+        undo = step.undo
+        with patch.object(step, "undo", lambda *outputs, **kwargs: change(undo(*change(outputs), **kwargs))):
+            return recompute_call(step)
+    with (patch.object(Lift, "recompute", of_lift), patch.object(Call, "recompute", of_call),
           patch.object(Call, "_check_draws")):  # where much is amplified, it would take the change for a fault
         yield
 
 
-def _changed(generator: torch.Generator, value: Tensor) -> Tensor:
-    """Every entry by STEP times the largest, one way or the other."""
-    signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
-    return value + STEP * value.detach().abs().max() * signs
+def _changed(generator: torch.Generator, values: object) -> object:
+    """Every entry of every tensor relatively by STEP, one way or the other."""
+    def changed(value: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
+        return value + STEP * signs * value
+    return tree_map_only(Tensor, changed, values)
 
 
 def table() -> list[str]:
