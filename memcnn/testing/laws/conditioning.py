@@ -13,6 +13,8 @@ from memcnn.testing.tolerances import distance
 FAILS = 1e-2
 """A rebuilt activation this far off, relative to the largest, is no longer the activation."""
 PROBES = 3
+EXPONENTS = 0.5, 0.75, 0.9
+"""Of the dtype's rounding: small changes to begin with, and where the effect of one is not finite."""
 DEEPEST = 64
 
 
@@ -20,24 +22,49 @@ def condition_number(subject: Subject, function: Callable, values: Sequence[Tens
     """Relative change of ``function(values)`` for a small relative change of ``values``, the largest of a few; >= 1.
 
     Both changes are relative to the largest entry. The small change is the square root of the dtype's rounding, so that
-    neither rounding nor curvature decides.
+    neither rounding nor curvature decides; a smaller one where that gives values that are not finite, and if the
+    smallest does, whichever way the values change, the condition number is infinite.
     """
     generator = torch.Generator().manual_seed(subject.seed)
     base = subject.evaluated(function, values)
-    largest = 1.0
-    for _ in range(PROBES):
-        changed = [value + math.sqrt(torch.finfo(value.dtype).eps) * value.abs().max()
-                   * torch.randn(value.shape, generator=generator).to(value)
-                   if value.is_floating_point() and value.numel() else value for value in values]
+    found = [_amplified(subject, function, values, base, generator) for _ in range(PROBES)]
+    finite = [amplification for amplification in found if math.isfinite(amplification)]
+    return max(1.0, *finite) if finite else math.inf
+
+
+def _amplified(subject: Subject, function: Callable, values: Sequence[Tensor], base: Sequence[Tensor],
+               generator: torch.Generator) -> float:
+    """The effect of a change in one direction over its cause; infinite if it is for the smallest change."""
+    directions = [torch.randn(value.shape, generator=generator).to(value) for value in values]
+    for exponent in EXPONENTS:
+        changed = [value + torch.finfo(value.dtype).eps ** exponent * value.abs().max() * direction
+                   if value.is_floating_point() and value.numel() else value
+                   for value, direction in zip(values, directions, strict=True)]
         cause = distance(changed, values)
-        if cause:
-            try:
-                effect = distance(subject.evaluated(function, changed), base)
-            except Exception:  # beside a value at the end of its range
-                continue
-            if math.isfinite(effect):
-                largest = max(largest, effect / cause)
-    return largest
+        try:
+            effect = distance(subject.evaluated(function, changed), base) if cause else 0.0
+        except Exception:  # beside a value at the end of its range
+            continue
+        if math.isfinite(effect):
+            return effect / cause if cause else 0.0
+    return math.inf
+
+
+def inverse_condition_number(subject: Subject) -> float:
+    """Of the inverse, by which a wrapped block rebuilds what its gradients are made of."""
+    module = subject.fresh()
+    try:
+        with torch.no_grad():
+            return condition_number(subject, module.inverse, subject.evaluated(module, subject.inputs))
+    except Exception:  # an inverse that does not run is for the law of inversion to tell
+        return 1.0
+
+
+def hopeless(limit: float, condition: float) -> str:
+    """Why nothing can be told where rounding alone may be as large as the values; "" where something can."""
+    if limit < 1:
+        return ""
+    return f"so badly conditioned (condition number {condition:.2g}) that rounding may be as large as the values"
 
 
 def growth(subject: Subject) -> str:

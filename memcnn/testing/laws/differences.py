@@ -7,9 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from memcnn.testing.laws.conditioning import hopeless, inverse_condition_number
 from memcnn.testing.laws.result import Result
 from memcnn.testing.laws.step import FLOOR, but_right_without, gradients_of, parameter_names
 from memcnn.testing.laws.subject import Subject
+from memcnn.testing.tolerances import describe, tolerance
 
 DIFFERENCES = "gradients = finite differences in float64"
 LIMIT = 1e-6
@@ -68,8 +70,13 @@ def like_finite_differences(subject: Subject, *, explain: bool = True) -> Result
     if rough > ROUGH:
         return Result("gradients", DIFFERENCES, skipped="the loss is too rough here: finite differences of two steps "
                                                         f"differ by {rough:.1g}")
-    limit = max(LIMIT, 2 * rough)
-    source = f"central differences at a step and its half, which agree to {rough:.1e}"
+    condition = inverse_condition_number(subject)
+    rounding = {"dtype": torch.float64, "depth": 2 * subject.depth, "condition": condition}
+    limit = max(LIMIT, 2 * rough, tolerance(**rounding))
+    if skipped := hopeless(limit, condition):
+        return Result("gradients", DIFFERENCES, skipped=skipped)
+    source = (describe(**rounding) if limit == tolerance(**rounding) else
+              f"central differences at a step and its half, which agree to {rough:.1e}")
     explanation = ""
     if worst > limit:
         explanation = _told(*told)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from memcnn.testing.laws.conditioning import condition_number
+from memcnn.testing.laws.conditioning import hopeless, inverse_condition_number
 from memcnn.testing.laws.differences import DIFFERENCES, like_finite_differences
 from memcnn.testing.laws.result import Report, Result
 from memcnn.testing.laws.step import FLOOR, Gradients, but_right_without, gradients_of
@@ -62,7 +62,7 @@ def _like_plain(subject: Subject, where: str = "", *, explain: bool = True) -> l
     except Exception as error:
         return [Result("gradients", claims[of_inputs], math.inf, 0.0,
                        explanation=f"{which} raised {type(error).__name__}: {error}")]
-    condition = _condition(subject)
+    condition = inverse_condition_number(subject)
     scale = {"depth": 2 * subject.depth, "condition": condition}
     limit, source = tolerance(subject.dtype, **scale), describe(subject.dtype, **scale)
     outputs = {f"output {i}": y for i, y in enumerate(wanted.outputs)}
@@ -76,7 +76,8 @@ def _like_plain(subject: Subject, where: str = "", *, explain: bool = True) -> l
             least = FLOOR * largest if kind != outputs_of else 0.0
             name, error = _worst(actual, expected, least)
             explanation = "" if error <= limit else _told(name, actual[name], expected[name])
-            results.append(Result("gradients", claims[kind], error, limit, source, explanation))
+            results.append(Result("gradients", claims[kind], error, limit, source, explanation,
+                                  hopeless(limit, condition)))
     if explain and any(result.failed for result in results):
         hint = but_right_without(subject, lambda other: not any(r.failed for r in _like_plain(other, explain=False)))
         results = [replace(r, explanation=r.explanation + hint) if r.failed else r for r in results]
@@ -105,16 +106,6 @@ def _of_inputs(gradients: Gradients) -> dict[str, Tensor | None]:
 
 def _of_parameters(gradients: Gradients) -> dict[str, Tensor | None]:
     return {name: g for name, g in gradients.by_name.items() if name.startswith("parameter ")}
-
-
-def _condition(subject: Subject) -> float:
-    """Of the inverse, by which a wrapped block rebuilds what its gradients are made of."""
-    module = subject.fresh()
-    try:
-        with torch.no_grad():
-            return condition_number(subject, module.inverse, subject.evaluated(module, subject.inputs))
-    except Exception:  # an inverse that does not run is for the law of inversion to tell
-        return 1.0
 
 
 def _worst(actual: dict[str, Tensor | None], expected: dict[str, Tensor | None], least: float) -> tuple[str, float]:

@@ -1,0 +1,66 @@
+"""The checks call no correct block wrong, however badly conditioned: drawn networks, which are compared with their
+twins elsewhere."""
+
+import torch
+from hypothesis import assume, example, given
+from torch import nn
+
+from memcnn import AffineAdapterNaive, AffineCoupling
+from memcnn.testing import Report, check_gradients, check_inverse
+from memcnn.testing.cases import Block, Branch, Chain, Network, Values
+from memcnn.testing.strategies import networks
+
+
+def naive(*last: str, seed: int = 7711) -> Network:
+    """Two blocks that scale by exponentials of a hundred and more."""
+    half, G = (2, 2), ("linear", *last)
+    block = Block("affine naive", (2, 4), Branch(half, ("linear",)), Branch(half, G), split_dim=-1)
+    return Network(Chain((block, block), "only invertible"), Values((2, 4), torch.float64, seed), training=False)
+
+
+@given(networks(autocast=(False,)))
+@example(naive("relu"))  # forward(inverse(y)) was wrong where the inverse had divided by a scale that is infinite
+@example(naive())  # the condition number was 1 where a small change in y has no finite inverse
+def test_no_drawn_network_is_called_wrong(network: Network):
+    module, x = network.build(), network.input.build().contiguous()
+    with torch.no_grad():
+        assume(module(x).isfinite().all())
+    report = check_inverse(module, x) + check_gradients(module, x)
+    assert report.passed, report
+
+
+def scaled_by(log_scale: float) -> nn.Module:
+    """A coupling whose F and G give ``log_scale`` and so little else that their gradients are none."""
+    def branch() -> nn.Module:
+        linear = nn.Linear(2, 2)
+        nn.init.constant_(linear.bias, log_scale)
+        nn.init.normal_(linear.weight, std=1e-3)
+        return linear
+    return AffineCoupling(branch(), branch(), AffineAdapterNaive).double()
+
+
+def checked(log_scale: float) -> Report:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    return check_inverse(scaled_by(log_scale), x)
+
+
+def test_where_rounding_may_be_as_large_as_the_values_nothing_is_said():
+    assert not any(result.skipped for result in checked(-3.0))
+    hopeless = checked(-40.0)
+    assert hopeless.passed
+    assert "so badly conditioned (condition number" in hopeless.results[0].skipped, hopeless
+
+
+def test_a_wrong_inverse_is_told_in_a_badly_conditioned_block_too():
+    class Wrong(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.coupling = scaled_by(-6.0)
+
+        def forward(self, x):
+            return self.coupling(x)
+
+        def inverse(self, y):
+            return 1.0001 * self.coupling.inverse(y)
+    assert not check_inverse(Wrong(), torch.randn(3, 4, dtype=torch.float64)).passed
