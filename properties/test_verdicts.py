@@ -1,12 +1,15 @@
 """The checks call no correct block wrong, however badly conditioned: drawn networks, which are compared with their
 twins elsewhere."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from hypothesis import assume, example, given
 from torch import nn
 
 from memcnn import AffineAdapterNaive, AffineCoupling
-from memcnn.testing import Report, check_gradients, check_inverse
+from memcnn.testing import Report, check_gradients, check_inverse, check_log_det, check_state
 from memcnn.testing.cases import Block, Branch, Chain, Network, Values
 from memcnn.testing.strategies import networks
 
@@ -39,17 +42,20 @@ def scaled_by(log_scale: float) -> nn.Module:
     return AffineCoupling(branch(), branch(), AffineAdapterNaive).double()
 
 
-def checked(log_scale: float) -> Report:
+def checked(log_scale: float, check: Callable[..., Report]) -> Report:
     torch.manual_seed(0)
-    x = torch.randn(3, 4, dtype=torch.float64)
-    return check_inverse(scaled_by(log_scale), x)
+    return check(scaled_by(log_scale), torch.randn(3, 4, dtype=torch.float64))
 
 
-def test_where_rounding_may_be_as_large_as_the_values_nothing_is_said():
-    assert not any(result.skipped for result in checked(-3.0))
-    hopeless = checked(-40.0)
+@pytest.mark.parametrize("check", [check_inverse, check_gradients, check_log_det])
+def test_where_rounding_may_be_as_large_as_the_values_nothing_is_said(check):
+    assert not any(result.skipped for result in checked(-3.0, check))
+    hopeless = checked(-40.0, check)
     assert hopeless.passed
-    assert "so badly conditioned (condition number" in hopeless.results[0].skipped, hopeless
+    assert "rounding may be as large as the values: the condition number is" in hopeless.results[0].skipped, hopeless
+    summary = (hopeless + checked(-40.0, check_state)).summary()
+    law = hopeless.results[0].law
+    assert summary.startswith(f"all laws hold: state; nothing can be told of {law}, rounding may be as large"), summary
 
 
 def test_a_wrong_inverse_is_told_in_a_badly_conditioned_block_too():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from memcnn.testing.laws.result import BADLY_CONDITIONED
+from memcnn.testing.laws.result import BADLY_CONDITIONED, HOPELESS
 from memcnn.testing.laws.subject import Subject, without_dropout
 from memcnn.testing.tolerances import distance
 
@@ -64,7 +64,7 @@ def hopeless(limit: float, condition: float) -> str:
     """Why nothing can be told where rounding alone may be as large as the values; "" where something can."""
     if limit < 1:
         return ""
-    return f"so badly conditioned (condition number {condition:.2g}) that rounding may be as large as the values"
+    return f"{HOPELESS}the condition number is {condition:.2g}"
 
 
 def growth(subject: Subject) -> str:

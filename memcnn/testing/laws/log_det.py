@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from memcnn.testing.laws.conditioning import hopeless
 from memcnn.testing.laws.result import Report, Result
 from memcnn.testing.laws.subject import Subject, sample_by_sample
 from memcnn.testing.tolerances import describe, tolerance
@@ -70,7 +71,8 @@ def _compared(subject: Subject, method: str, values: Tensor) -> Result:
             told += ": the sign is reversed"
         elif (reported.cpu() - ratio * wanted).abs().max() < 1e-6 * wanted.abs().max():
             told += f": {ratio:.4g} times as much"
-    return Result("log_det", claim, error, limit, source, "" if error <= limit else told)
+    return Result("log_det", claim, error, limit, source, "" if error <= limit else told,
+                  hopeless(limit, scale["condition"]))
 
 
 def _jacobians(subject: Subject, method: str, values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 TOLD = 3
 """Of faults of one kind, as many as are told one by one."""
 BADLY_CONDITIONED = "right, but badly conditioned: "
+HOPELESS = "rounding may be as large as the values: "
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,12 @@ class Report:
     def summary(self) -> str:
         """One sentence: what holds, and what is wrong."""
         if self.passed:
-            laws = list(dict.fromkeys(result.law for result in self.results if not result.skipped))
-            notes = [r.explanation for r in self.results if r.explanation.startswith(BADLY_CONDITIONED)]
-            return "; ".join([f"all laws hold: {', '.join(laws)}", *notes[:1]]) if laws else "nothing could be checked"
+            hopeless = {r.law: r.skipped for r in self.results if r.skipped.startswith(HOPELESS)}
+            laws = list(dict.fromkeys(r.law for r in self.results if not r.skipped and r.law not in hopeless))
+            notes = [r.explanation for r in self.results if r.explanation.startswith(BADLY_CONDITIONED)][:1]
+            if hopeless:
+                notes = [f"nothing can be told of {', '.join(hopeless)}, {next(iter(hopeless.values()))}"]
+            return "; ".join([f"all laws hold: {', '.join(laws)}", *notes]) if laws else "nothing could be checked"
         held = {result.law for result in self.results if not result.skipped} - self.failed_laws
         right = [law for law in ("inverse", "gradients") if law in held]
         beginning = f"the {right[0]} {'is' if right[0] == 'inverse' else 'are'} right, but " if right else ""
