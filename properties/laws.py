@@ -101,9 +101,9 @@ def remember(key: tuple[str, str, str], error: float, limit: float) -> None:
         LARGEST[key] = error, limit
 
 
-STEP = 1e-12
-"""A small relative change in float64: rounding is small beside it, and so is it beside the distance to a kink."""
-DIRECTIONS = 1, 6
+LEAST_STEP = 1e-14
+"""A relative change in float64 beside which rounding is still small."""
+DIRECTIONS = 1, 6, 30
 """In which tensors are changed: one tells a rough condition number, which may miss what is amplified most."""
 
 
@@ -115,22 +115,23 @@ def condition_number(network: Network, program: Program, directions: int = 1, *,
                      difference: Callable[[Outcome, Outcome], float] = largest_difference) -> float:
     """By how much ``program`` amplifies what rounding does to blocks, in float64, with the very weights and masks.
 
-    Rounding is imitated by relative changes of the size STEP, in both of the places where a network may round other
-    than its twin: in what each block, nested ones included, is given and computes, and in each activation that backward
-    rebuilds and what that is rebuilt from, which may be larger.
-    The former are measured on the twin, the latter on the network, which is compared with its own outcome without them,
-    so that a fault of the engine is no excuse for an error.
+    Rounding is imitated by relative changes as large as that of the network's dtype, or LEAST_STEP, in both of the
+    places where a network may round other than its twin: in what each block, nested ones included, is given and
+    computes, and in each activation that backward rebuilds and what that is rebuilt from, which may be larger. The
+    former are measured on the twin, the latter on the network, which is compared with its own outcome without them, so
+    that a fault of the engine is no excuse for an error.
     """
     module = network.build().double()  # no others are drawn, as they would be in another dtype
     leaf = (network.output if inverse else network.input).leaf().double().requires_grad_()
     exactly = program(replace(network, autocast=False, input=replace(network.input, dtype=torch.float64)))
+    step = max(torch.finfo(network.dtype).eps, LEAST_STEP)
     amplifications = [1.0]
     for subject, changing in ((plain_twin(module), _results_changed), (module, _rebuilt_changed)):
         unchanged = run(copy.deepcopy(subject), exactly, [leaf])
         for seed in range(directions):
-            with changing(partial(_changed, torch.Generator().manual_seed(seed))):
+            with changing(partial(_changed, step, torch.Generator().manual_seed(seed))):
                 changed = run(copy.deepcopy(subject), exactly, [leaf])
-            amplifications.append(difference(changed, unchanged) / STEP)
+            amplifications.append(difference(changed, unchanged) / step)
     return worst(amplifications)
 
 
@@ -164,11 +165,11 @@ def _rebuilt_changed(change: Callable) -> Iterator[None]:
         yield
 
 
-def _changed(generator: torch.Generator, values: object) -> object:
-    """Every entry of every tensor relatively by STEP, one way or the other."""
+def _changed(step: float, generator: torch.Generator, values: object) -> object:
+    """Every entry of every tensor relatively by ``step``, one way or the other."""
     def changed(value: Tensor) -> Tensor:
         signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
-        return value + STEP * signs * value
+        return value + step * signs * value
     return tree_map_only(Tensor, changed, values)
 
 
