@@ -64,12 +64,13 @@ class Report:
     def summary(self) -> str:
         """One sentence: what holds, and what is wrong."""
         if self.passed:
-            hopeless = {r.law: r.skipped for r in self.results if r.skipped.startswith(HOPELESS)}
-            laws = list(dict.fromkeys(r.law for r in self.results if not r.skipped and r.law not in hopeless))
+            laws = ", ".join(dict.fromkeys(result.law for result in self.results if not result.skipped))
             notes = [r.explanation for r in self.results if r.explanation.startswith(BADLY_CONDITIONED)][:1]
+            hopeless = [result for result in self.results if result.skipped.startswith(HOPELESS)]
             if hopeless:
-                notes = [f"nothing can be told of {', '.join(hopeless)}, {next(iter(hopeless.values()))}"]
-            return "; ".join([f"all laws hold: {', '.join(laws)}", *notes]) if laws else "nothing could be checked"
+                notes.append(f"not told: {_some([r.claim for r in hopeless], ', ')}: {hopeless[-1].skipped}")
+            held = "what is told holds" if hopeless else "all laws hold"
+            return "; ".join([f"{held}: {laws}", *notes]) if laws else "nothing could be checked"
         held = {result.law for result in self.results if not result.skipped} - self.failed_laws
         right = [law for law in ("inverse", "gradients") if law in held]
         beginning = f"the {right[0]} {'is' if right[0] == 'inverse' else 'are'} right, but " if right else ""
@@ -111,5 +112,9 @@ class Report:
 def nothing_differs(claim: str, faults: Sequence[str]) -> Result:
     """Of the law of state: it holds where there are no ``faults``, which are told in words."""
     told = list(dict.fromkeys(faults))
+    return Result("state", claim, len(faults), 0, "nothing may differ", _some(told, "; "))
+
+
+def _some(told: Sequence[str], separator: str) -> str:
     rest = [f"and {len(told) - TOLD} more"] if len(told) > TOLD else []
-    return Result("state", claim, len(faults), 0, "nothing may differ", "; ".join(told[:TOLD] + rest))
+    return separator.join([*told[:TOLD], *rest])
