@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from hypothesis import assume, example, given
-from torch import nn
+from torch import Tensor, nn
 
 from memcnn import AffineAdapterNaive, AffineCoupling
 from memcnn.testing import Report, check_gradients, check_inverse, check_log_det, check_state
@@ -71,3 +71,30 @@ def test_a_wrong_inverse_is_told_in_a_badly_conditioned_block_too():
         def inverse(self, y):
             return 1.0001 * self.coupling.inverse(y)
     assert not check_inverse(Wrong(), torch.randn(3, 4, dtype=torch.float64)).passed
+
+
+class Identity(nn.Module):
+    """Inverted by what ``undone`` makes of (y, the input of forward)."""
+
+    def __init__(self, undone: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.undone = undone
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.x = x.detach().clone()
+        return x
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return self.undone(y, self.x)
+
+
+def refused(y: Tensor, x: Tensor) -> Tensor:
+    if not torch.equal(y, x):
+        raise ValueError("another y")
+    return 1.1 * y
+
+
+@pytest.mark.parametrize("undone", [lambda y, x: y / 0, refused], ids=["not finite", "refuses all other values"])
+def test_an_inverse_whose_conditioning_cannot_be_measured_is_not_excused(undone):
+    result = check_inverse(Identity(undone), torch.randn(3, 4, dtype=torch.float64)).results[0]
+    assert result.failed, result

@@ -23,10 +23,13 @@ def condition_number(subject: Subject, function: Callable, values: Sequence[Tens
 
     Both changes are relative to the largest entry. The small change is the square root of the dtype's rounding, so that
     neither rounding nor curvature decides; a smaller one where that gives values that are not finite, and if the
-    smallest does, whichever way the values change, the condition number is infinite.
+    smallest does, whichever way the values change, the condition number is infinite. Where ``function(values)`` is not
+    finite itself, or raises for all others, nothing is known to be amplified.
     """
     generator = torch.Generator().manual_seed(subject.seed)
     base = subject.evaluated(function, values)
+    if not all(value.isfinite().all() for value in base):
+        return 1.0
     found = [_amplified(subject, function, values, base, generator) for _ in range(PROBES)]
     finite = [amplification for amplification in found if math.isfinite(amplification)]
     return max(1.0, *finite) if finite else math.inf
@@ -34,7 +37,8 @@ def condition_number(subject: Subject, function: Callable, values: Sequence[Tens
 
 def _amplified(subject: Subject, function: Callable, values: Sequence[Tensor], base: Sequence[Tensor],
                generator: torch.Generator) -> float:
-    """The effect of a change in one direction over its cause; infinite if it is for the smallest change."""
+    """The effect of a change in one direction over its cause; 0 where all raise, infinite where none is finite."""
+    largest = 0.0
     directions = [torch.randn(value.shape, generator=generator).to(value) for value in values]
     for exponent in EXPONENTS:
         changed = [value + torch.finfo(value.dtype).eps ** exponent * value.abs().max() * direction
@@ -47,7 +51,8 @@ def _amplified(subject: Subject, function: Callable, values: Sequence[Tensor], b
             continue
         if math.isfinite(effect):
             return effect / cause if cause else 0.0
-    return math.inf
+        largest = math.inf
+    return largest
 
 
 def inverse_condition_number(subject: Subject) -> float:
