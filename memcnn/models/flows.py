@@ -28,8 +28,7 @@ class ActNorm(nn.Module):
         super().__init__()
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.shift = nn.Parameter(torch.zeros(channels))
-        # No buffer: a recomputation puts buffers back to what they were before the pass, and a flag on a GPU would have
-        # to be waited for at every pass.
+        # No buffer: a flag on a GPU would have to be waited for at every pass.
         self.initialised = False
 
     def forward(self, x: Tensor) -> Tensor:

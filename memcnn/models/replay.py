@@ -54,9 +54,15 @@ class Replay:
                            if not _equal(state, _rng_state(device))]
         self.unchanged = [("parameter", name, p, identity(p)) for _, name, p, _ in self.parameters]
         # a layer that initialises itself in its first forward pass sets its parameters, but does so once
-        self.sets_parameters = values[0] != [value for *_, value in self.unchanged]
+        changed = [registry for (registry, *_), before, (*_, after) in
+                   zip(self.parameters, values[0], self.unchanged, strict=True) if before != after]
+        self.sets_parameters = bool(changed)
+        initialised = [m._buffers for m, _ in self.modules if any(m._parameters is registry for registry in changed)]
         buffers, self.buffers = self.buffers, []
         for (registry, name, b, before), value in zip(buffers, values[1], strict=True):
+            now = registry.get(name)
+            if now is not None and any(registry is other for other in initialised):  # it may say so in a buffer
+                b, value = now, identity(now)
             if before is not None and identity(b) == value:
                 self.unchanged.append(("buffer", name, b, value))
                 before = None

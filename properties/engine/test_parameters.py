@@ -1,7 +1,11 @@
 """The parameters a block may have: frozen, unused and shared ones."""
 
+import copy
+from collections.abc import Callable
+
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from properties.engine.test_arguments import DEPTH, net
@@ -101,3 +105,49 @@ def test_batch_norm_shared_between_blocks_moves_once_for_each_use():
     model = nn.Sequential(*(InvertibleModuleWrapper(AdditiveCoupling(branch, branch)) for _ in range(2))).double()
     assert_like_twin(model, backward, images())
     assert branch[1].num_batches_tracked == 4
+
+
+class SetsItself(nn.Module):
+    """Divides by the deviation of its first batch, and notes in a buffer that it has taken it."""
+
+    def __init__(self, note: Callable[[nn.Module], None]):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(6))
+        self.register_buffer("ready", torch.tensor(False))
+        self.note = note
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            self.log_scale.data = -x.detach().std(0).log()
+            self.note(self)
+        return x * self.log_scale.exp()
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y / self.log_scale.exp()
+
+
+def filled(layer: SetsItself) -> None:
+    layer.ready.fill_(True)
+
+
+def given_other_data(layer: SetsItself) -> None:
+    layer.ready.data = torch.tensor(True)
+
+
+def exchanged(layer: SetsItself) -> None:
+    layer.ready = torch.tensor(True)
+
+
+@pytest.mark.parametrize("note", [filled, given_other_data, exchanged])
+@pytest.mark.parametrize("make, features", [
+    (lambda layer: InvertibleModuleWrapper(layer), 6),
+    (lambda layer: ReversibleSequential(layer, copy.deepcopy(layer)), 6),
+    (lambda layer: block(lambda: nn.Sequential(nn.Linear(6, 6), copy.deepcopy(layer), nn.Tanh())), 12),
+], ids=["a block", "blocks", "in branches"])
+def test_a_layer_that_initialises_itself_and_says_so_in_a_buffer_does_so_once(make, features, note):
+    def two_steps(module, x):
+        first = backward(module, x)
+        return first, backward(module, x.detach() + 1)
+    module = make(SetsItself(note)).double()
+    assert_like_twin(module, two_steps, images(5, features))
+    assert all(part.ready for part in module.modules() if isinstance(part, SetsItself))
