@@ -45,9 +45,8 @@ def there_and_back(inverse: bool) -> Program:
 
 
 def difference_of_ends(actual: Outcome, expected: Outcome) -> float:
-    *_, end = actual.results
-    *_, middle, wanted = expected.results
-    return relative_error(end, wanted, least_scale=middle.abs().max().item())
+    """Relative to the end alone: beside a middle that is larger by far, an end that is lost would look small."""
+    return relative_error(actual.results[-1], expected.results[-1])
 
 
 def assert_inverts(network: Network, device: str) -> None:
