@@ -19,8 +19,9 @@ class Replay:
     """Made before the first evaluation of ``module`` on ``inputs``, which runs within ``first()``.
 
     A further evaluation within ``again()`` sees the parameters and buffers that ``module`` had, computes the same, and
-    leaves generators, parameters, buffers and modes as it found them. RuntimeError if a parameter, or a buffer that the
-    first evaluation did not change, was modified in place in the meantime.
+    leaves generators, parameters, buffers and modes as it found them. A layer in it that set its own parameters in the
+    first evaluation is seen as that left it. RuntimeError if a parameter, or a buffer that the first evaluation did not
+    change, was modified in place in the meantime.
     """
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor], preserve_rng_state: bool):

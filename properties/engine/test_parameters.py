@@ -140,7 +140,7 @@ def exchanged(layer: SetsItself) -> None:
 
 @pytest.mark.parametrize("note", [filled, given_other_data, exchanged])
 @pytest.mark.parametrize("make, features", [
-    (lambda layer: InvertibleModuleWrapper(layer), 6),
+    (InvertibleModuleWrapper, 6),
     (lambda layer: ReversibleSequential(layer, copy.deepcopy(layer)), 6),
     (lambda layer: block(lambda: nn.Sequential(nn.Linear(6, 6), copy.deepcopy(layer), nn.Tanh())), 12),
 ], ids=["a block", "blocks", "in branches"])

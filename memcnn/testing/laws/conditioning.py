@@ -44,13 +44,14 @@ def _amplified(subject: Subject, function: Callable, values: Sequence[Tensor], b
         changed = [value + torch.finfo(value.dtype).eps ** exponent * value.abs().max() * direction
                    if value.is_floating_point() and value.numel() else value
                    for value, direction in zip(values, directions, strict=True)]
-        cause = distance(changed, values)
+        if not (cause := distance(changed, values)):
+            return 0.0
         try:
-            effect = distance(subject.evaluated(function, changed), base) if cause else 0.0
+            effect = distance(subject.evaluated(function, changed), base)
         except Exception:  # beside a value at the end of its range
             continue
         if math.isfinite(effect):
-            return effect / cause if cause else 0.0
+            return effect / cause
         largest = math.inf
     return largest
 

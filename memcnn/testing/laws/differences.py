@@ -70,13 +70,14 @@ def like_finite_differences(subject: Subject, *, explain: bool = True) -> Result
     if rough > ROUGH:
         return Result("gradients", DIFFERENCES, skipped="the loss is too rough here: finite differences of two steps "
                                                         f"differ by {rough:.1g}")
-    condition = inverse_condition_number(subject)
-    rounding = {"dtype": torch.float64, "depth": 2 * subject.depth, "condition": condition}
-    limit = max(LIMIT, 2 * rough, tolerance(**rounding))
-    if skipped := hopeless(limit, condition):
-        return Result("gradients", DIFFERENCES, skipped=skipped)
-    source = (describe(**rounding) if limit == tolerance(**rounding) else
-              f"central differences at a step and its half, which agree to {rough:.1e}")
+    limit = max(LIMIT, 2 * rough)
+    source = f"central differences at a step and its half, which agree to {rough:.1e}"
+    if worst > limit:  # but what backward rebuilds is rounded as well
+        scale = {"depth": 2 * subject.depth, "condition": inverse_condition_number(subject)}
+        if (rounded := tolerance(torch.float64, **scale)) > limit:
+            limit, source = rounded, describe(torch.float64, **scale)
+        if skipped := hopeless(limit, scale["condition"]):
+            return Result("gradients", DIFFERENCES, skipped=skipped)
     explanation = ""
     if worst > limit:
         explanation = _told(*told)
@@ -89,23 +90,27 @@ def like_finite_differences(subject: Subject, *, explain: bool = True) -> Result
 def _slope(loss: Callable[[], float], tensor: Tensor, direction: Tensor) -> tuple[float, float]:
     """The derivative of ``loss()`` as ``tensor`` moves along ``direction``, and by how much two steps disagree.
 
-    Where they disagree, as where a ReLU has its kink between them, shorter steps are tried.
+    Where they disagree, as where a ReLU has its kink between them, shorter steps are tried, and preferred where they
+    agree better than by the rounding of the loss, in which they may agree by chance.
     """
     start = tensor.clone()
 
-    def difference(h: float) -> float:
+    def difference(h: float) -> tuple[float, float]:
+        """The central difference, and how far it may be off where both losses are rounded once."""
         tensor.copy_(start + h * direction)
         ahead = loss()
         tensor.copy_(start - h * direction)
         behind = loss()
         tensor.copy_(start)
-        return (ahead - behind) / (2 * h)
+        return (ahead - behind) / (2 * h), torch.finfo(start.dtype).eps * max(abs(ahead), abs(behind)) / h
 
-    best = math.nan, math.inf
+    best, least = (math.nan, math.inf), math.inf
     for step in STEPS:
         h = step * max(1.0, start.abs().max().item())
-        coarse, fine = difference(h), difference(h / 2)
-        best = min(best, ((4 * fine - coarse) / 3, abs(fine - coarse)), key=lambda found: found[1])
+        (coarse, _), (fine, rounding) = difference(h), difference(h / 2)
+        doubt = abs(fine - coarse)
+        if doubt + rounding < least:
+            best, least = ((4 * fine - coarse) / 3, doubt), doubt + rounding
         if best[1] <= LIMIT * abs(best[0]) / 10:
             break
     return best
