@@ -80,12 +80,12 @@ def hold(law: str, network: Network, error: float, *, depth: int, condition: Cal
     The condition number, of a number of directions, is measured only where the error is beyond the first limit. Where
     rounding alone may be as large as the values themselves, the example is none.
     """
-    precision = {"dtype": network.dtype, "depth": depth, "autocast": torch.bfloat16 if network.autocast else None}
-    limit = tolerance(**precision)
+    precision = {"dtype": network.dtype, "autocast": torch.bfloat16 if network.autocast else None}
+    limit = tolerance(**precision, depth=depth)
     for directions in DIRECTIONS:
         if error <= limit:
             break
-        limit = tolerance(**precision, condition=condition(directions))
+        limit = tolerance(**precision, condition=worst([depth, condition(directions)]))  # of all blocks
         if not limit < 1:
             reject()
     name = "bfloat16 autocast" if network.autocast else str(network.dtype).removeprefix("torch.")
