@@ -24,11 +24,6 @@ adapters = pytest.mark.parametrize(
     "adapter, outputs", [(AffineAdapterNaive, 1), (AffineAdapterSigmoid, 2), (AffineAdapterExp, 2)])
 
 
-@pytest.fixture(autouse=True)
-def weights_from_a_seed():
-    torch.manual_seed(0)
-
-
 def branch(outputs: int = 1, channels: int = 3) -> nn.Sequential:
     """A branch whose result has ``outputs`` times the channels of its input."""
     return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.Tanh(),

@@ -32,11 +32,6 @@ flows = partial(networks, split_batch=False, compositions=["sequence", "sequence
 small_flows = partial(flows, layers=DETERMINISTIC, dtypes=[torch.float64], max_depth=3, max_size=2)
 
 
-@pytest.fixture(autouse=True)
-def weights_from_a_seed():
-    torch.manual_seed(0)
-
-
 def jacobian(function, x: Tensor) -> Tensor:
     """(N, entries of a sample in the result, N, entries of a sample in x)."""
     J = torch.autograd.functional.jacobian(function, x)
