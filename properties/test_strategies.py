@@ -95,6 +95,8 @@ def test_an_error_beyond_what_rounding_explains_fails_whatever_the_blocks_are():
         hold("a law", network, 2 * limit, depth=1, condition=lambda _: 2.1)
         with pytest.raises(AssertionError, match=r"a law: relative error .* of buffer 3, limit"):
             hold("a law", network, 2 * limit, depth=1, condition=lambda _: 1.9, of="buffer 3")
+        with pytest.raises(AssertionError, match=f"limit {3 * limit:.1e}"):  # of three blocks, of which none amplifies
+            hold("a third law", network, 4 * limit, depth=3, condition=lambda _: 1.0)
         with pytest.raises(AssertionError):
             hold("another", network, float("nan"), depth=1, condition=lambda _: 1.0)
         assert any(line.startswith("a law") and "105.26%" in line for line in table())

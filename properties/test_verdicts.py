@@ -105,7 +105,18 @@ def refused(y: Tensor, x: Tensor) -> Tensor:
     return 1.1 * y
 
 
-@pytest.mark.parametrize("undone", [lambda y, x: y / 0, refused], ids=["not finite", "refuses all other values"])
+def finite_within(distance: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Off by 1e-9, and infinite for a y further than ``distance`` from x."""
+    return lambda y, x: (1 + 1e-9) * y if (y - x).abs().max() <= distance else torch.full_like(y, torch.inf)
+
+
+@pytest.mark.parametrize("undone", [lambda y, x: y / 0, refused, finite_within(1e-9)],
+                         ids=["not finite", "refuses all other values", "not finite far off"])
 def test_an_inverse_whose_conditioning_cannot_be_measured_is_not_excused(undone):
     result = check_inverse(Identity(undone), torch.randn(3, 4, dtype=torch.float64)).results[0]
     assert result.failed, result
+
+
+def test_where_every_other_value_has_no_finite_inverse_the_condition_number_is_infinite():
+    result = check_inverse(Identity(finite_within(0.0)), torch.randn(3, 4, dtype=torch.float64)).results[0]
+    assert result.skipped.endswith("the condition number is inf"), result
