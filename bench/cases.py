@@ -84,8 +84,21 @@ class Step:
     optimizer: torch.optim.Optimizer | None = None
 
 
+class Case:
+    """What dataclasses of cases have in common: `subject` is what they differ in within the comparison `group`."""
+
+    group: str
+    subject: str
+
+    def __str__(self) -> str:
+        return f"{self.group}-{self.subject}"
+
+    def info(self) -> dict:
+        return {"case": str(self), "comparison": self.group, **asdict(self)}
+
+
 @dataclass(frozen=True)
-class Chain:
+class Chain(Case):
     """`depth` blocks on a batch of (batch, channels, side, side); `mode` is one of ``bench.modes.MODES``."""
 
     series: str
@@ -103,12 +116,6 @@ class Chain:
 
     cycle = group
     """Cases of one cycle are timed in turn."""
-
-    def __str__(self) -> str:
-        return f"{self.group}-{self.subject}"
-
-    def info(self) -> dict:
-        return {"case": str(self), "comparison": self.group, **asdict(self)}
 
     def model(self, device: str | torch.device) -> nn.Module:
         with torch.random.fork_rng(devices=[]):

@@ -2,19 +2,19 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.cases import Step
+from bench.cases import Case, Step
 from memcnn.models.resnet import MODELS
 from memcnn.training.recipe import PUBLISHED
 
 
 @dataclass(frozen=True)
-class Network:
+class Network(Case):
     """Of MODELS, on a batch of (batch, 3, 32, 32); subject "plain" runs the reversible units by ordinary autograd."""
 
     network: str
@@ -30,12 +30,6 @@ class Network:
     @property
     def cycle(self) -> str:
         return self.series
-
-    def __str__(self) -> str:
-        return f"{self.group}-{self.subject}"
-
-    def info(self) -> dict:
-        return {"case": str(self), "comparison": self.group, **asdict(self)}
 
     def model(self, device: str | torch.device) -> nn.Module:
         with torch.random.fork_rng(devices=[]):

@@ -31,7 +31,8 @@ MEMORY = (
     "CUDA allocator's blocks of 512 bytes. This project's parameters are the bare tensors.",
     "The activation columns are two quantities. Published: what PyTorch had allocated when the forward pass ended, "
     "beyond the model. This project: the highest total at any instant of forward and backward, beyond parameters and "
-    "gradients. A RevNet is at its highest in the backward pass, which the published figure leaves out.",
+    "gradients. A RevNet is at its highest in the backward pass, which the published figure leaves out. "
+    "reports/activations.md recomputes the published quantity and explains every difference.",
     "Measured on every record at batch 100 with the engine on, whatever its length and data: neither changes the "
     "shapes. Where records differ, the least and the most are shown; “of published” uses the most.",
 )

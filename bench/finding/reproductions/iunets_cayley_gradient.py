@@ -11,9 +11,9 @@ from iunets.cayley import cayley
 
 torch.manual_seed(0)
 W = (1e-6 * torch.randn(3, 3, dtype=torch.float64)).requires_grad_()
-G, I = torch.randn(3, 3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)  # noqa: E741
+G, identity = torch.randn(3, 3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
 A = W - W.T
-ours = torch.linalg.solve(I + A, I - A)
+ours = torch.linalg.solve(identity + A, identity - A)
 theirs = cayley.apply(A)
 print("values differ by", (ours - theirs).abs().max().item())
 right, = torch.autograd.grad((ours * G).sum(), W, retain_graph=True)
