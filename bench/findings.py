@@ -46,8 +46,9 @@ to float32's precision also where all else is float64, as with matrices rounded 
 nothing to check, or skipped."""
 
 NO_FINDINGS = """\
-* `ActNorm` of FrEIA, normflows and antsnormflows (and `GlowBlock`): the first batch sets the parameters, so that a
-  first step inside a wrapper computes something else again. Run one batch through it before it is wrapped.
+* `ActNorm` of FrEIA and normflows (and normflows' `GlowBlock`): the first batch sets the parameters by operations
+  that autograd records, which the recomputation of that step lacks, so that the wrapper refuses it. Run one batch
+  through it before it is wrapped.
 * normflows' `Residual`: the number of terms of its series is drawn from numpy's generator, which the checks do not
   seed, and the gradient leaves out the power iteration of its Lipschitz constant, by design.
 * nflows' transforms with `using_cache=True` in eval mode: finite differences move a parameter, the cache does not

@@ -125,7 +125,7 @@ def networks(draw, *, dtypes: Sequence[torch.dtype] = DTYPES, layouts: Sequence[
              layers: Collection[str] = LAYERS, max_size: int = 4, split_batch: bool = True, **options) -> Network:
     """Chains with an input, a mode and a precision; further options are those of ``chains``.
 
-    autocast: drawn for float32 alone. frozen: whether parameters may be.
+    autocast: drawn for float32 alone, and then without "conv 3" of volumes. frozen: whether parameters may be.
     """
     dtype, layout = draw(st.sampled_from(dtypes)), draw(st.sampled_from(layouts))
     under_autocast = dtype == torch.float32 and draw(st.sampled_from(autocast))
@@ -139,6 +139,8 @@ def networks(draw, *, dtypes: Sequence[torch.dtype] = DTYPES, layouts: Sequence[
         layers, kinds = [name for name in layers if name != "act norm"], [kind for kind in kinds if kind != "actnorm"]
     shape = draw(shapes(max_size=max_size, double_batch=split_batch).filter(
         lambda shape: any(_fits(kind, shape, split_batch) for kind in kinds)))
+    if under_autocast and len(shape) == 5:  # CPUs convolve them wrong: bench/finding/reproductions/torch_conv3d.py
+        layers = [name for name in layers if name != "conv 3"]
     chain = draw(chains(shape, kinds=kinds, layers=layers, split_batch=split_batch, **options))
     return Network(chain, draw(tensors(shape, dtypes=[dtype], layouts=[layout], scales=scales)),
                    training=draw(st.sampled_from(training)), autocast=under_autocast,
