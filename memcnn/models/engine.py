@@ -275,7 +275,8 @@ class Step(Link):
     def _diverged(self, then: str, now: str) -> RuntimeError:
         return RuntimeError(f"{self.name} computed something else in the recomputation than in the forward pass "
                             f"({then} then, {now} now): its forward must depend on its input, parameters, buffers and "
-                            "torch's random numbers alone")
+                            "torch's random numbers alone; if it initialises itself from its first batch, give it one "
+                            "before it is wrapped")
 
 
 _local = threading.local()

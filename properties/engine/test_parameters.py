@@ -1,4 +1,4 @@
-"""The parameters a block may have: frozen, unused and shared ones."""
+"""The parameters a block may have: frozen, unused and shared ones, and those that a first batch sets."""
 
 import copy
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from properties.engine.test_arguments import DEPTH, net
+from properties.engine.test_errors import refused
 from properties.twin import (
     assert_like_twin,
     backward,
@@ -108,17 +109,20 @@ def test_batch_norm_shared_between_blocks_moves_once_for_each_use():
 
 
 class SetsItself(nn.Module):
-    """Divides by the deviation of its first batch, and notes in a buffer that it has taken it."""
+    """Divides by the deviation of its first batch, and notes in a buffer that it has taken it.
 
-    def __init__(self, note: Callable[[nn.Module], None]):
+    recorded: autograd takes part in that, though nobody asks for the gradient.
+    """
+
+    def __init__(self, note: Callable[[nn.Module], None], recorded: bool = False):
         super().__init__()
         self.log_scale = nn.Parameter(torch.zeros(6))
         self.register_buffer("ready", torch.tensor(False))
-        self.note = note
+        self.note, self.recorded = note, recorded
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.ready:
-            self.log_scale.data = -x.detach().std(0).log()
+            self.log_scale.data = -(x if self.recorded else x.detach()).std(0).log().data
             self.note(self)
         return x * self.log_scale.exp()
 
@@ -151,3 +155,12 @@ def test_a_layer_that_initialises_itself_and_says_so_in_a_buffer_does_so_once(ma
     module = make(SetsItself(note)).double()
     assert_like_twin(module, two_steps, images(5, features))
     assert all(part.ready for part in module.modules() if isinstance(part, SetsItself))
+
+
+def test_a_layer_whose_initialisation_is_recorded_is_refused_until_it_has_seen_a_batch():
+    layer = SetsItself(filled, recorded=True).double()
+    unready = InvertibleModuleWrapper(copy.deepcopy(layer))
+    with refused(RuntimeError, "SetsItself computed something else", "give it one before it is wrapped"):
+        backward(unready, images(5, 6))
+    layer(images(5, 6))
+    assert_like_twin(InvertibleModuleWrapper(layer), backward, images(5, 6))
