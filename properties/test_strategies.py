@@ -1,15 +1,25 @@
 """What is drawn can be replayed, is varied, and is judged by limits that its conditioning explains."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from memcnn.models.tape import Lift
 from memcnn.testing import cases
 from memcnn.testing.cases import COMPOSITIONS, KINDS, LAYERS, LAYOUTS, Block, Branch, Chain, Network, Values
 from memcnn.testing.strategies import networks, tensors
 from memcnn.testing.tolerances import tolerance
-from properties.laws import LARGEST, condition_number, forward_and_backward, hold, table
+from properties.laws import (
+    LARGEST,
+    assert_network_like_twin,
+    condition_number,
+    forward_and_backward,
+    hold,
+    table,
+)
 from properties.test_inversion import difference_of_ends, there_and_back
 
 
@@ -87,23 +97,46 @@ def test_a_condition_number_counts_the_inverses_of_blocks_within_branches():
             > 2 * condition_number(around("additive"), forward_and_backward))  # divides by scales below 1
 
 
+def test_nothing_can_be_told_where_the_dtype_is_too_small_for_a_value_on_the_way():
+    def of(scale: float, dtype: torch.dtype) -> float:
+        branch = Branch((2, 2, 3), ("linear",))
+        chain = Chain((Block("additive", (2, 4, 3), branch, branch),) * 8)
+        return condition_number(Network(chain, Values((2, 4, 3), dtype, scale=scale)), forward_and_backward)
+    assert of(1e38, torch.float32) == float("inf")
+    assert of(1e38, torch.float64) == pytest.approx(of(1.0, torch.float32), rel=0.5)
+
+
+def test_nothing_can_be_told_where_an_inverse_divides_by_zero():
+    branch = Branch((2, 2, 3), ("linear",), doubled=1)
+    network = Network(Chain((Block("affine sigmoid", (2, 4, 3), branch, branch),)), Values((2, 4, 3), scale=1000.0))
+    assert condition_number(network, forward_and_backward) == float("inf")
+
+
+@given(st.just(chain_of("additive")))
+def test_a_fault_that_gives_no_numbers_is_no_excuse_for_itself(network: Network):
+    recompute = Lift.recompute
+
+    def spoilt(step: Lift) -> list[torch.Tensor | None]:
+        return [value if value is None else value * float("nan") for value in recompute(step)]
+    with (patch.dict(LARGEST), patch.object(Lift, "recompute", spoilt),
+          pytest.raises(AssertionError, match="relative error nan")):
+        assert_network_like_twin("a law", network, forward_and_backward, "cpu")
+
+
 def test_an_error_beyond_what_rounding_explains_fails_whatever_the_blocks_are():
-    LARGEST_BEFORE = dict(LARGEST)
     network = chain_of("additive")
     limit = tolerance(torch.float32)
-    try:
+    with patch.dict(LARGEST):
         hold("a law", network, 2 * limit, depth=1, condition=lambda _: 2.1)
         with pytest.raises(AssertionError, match=r"a law: relative error .* of buffer 3, limit"):
             hold("a law", network, 2 * limit, depth=1, condition=lambda _: 1.9, of="buffer 3")
         with pytest.raises(AssertionError, match=f"limit {3 * limit:.1e}"):  # of three blocks, of which none amplifies
             hold("a third law", network, 4 * limit, depth=3, condition=lambda _: 1.0)
-        with pytest.raises(AssertionError):
-            hold("another", network, float("nan"), depth=1, condition=lambda _: 1.0)
+        for condition in 1.0, float("nan"):
+            with pytest.raises(AssertionError):
+                hold("another", network, float("nan"), depth=1, condition=lambda _, condition=condition: condition)
         assert any(line.startswith("a law") and "105.26%" in line for line in table())
         assert any(line.startswith("another") and "nan" in line for line in table())
-    finally:
-        LARGEST.clear()
-        LARGEST.update(LARGEST_BEFORE)
 
 
 @given(st.booleans())
