@@ -148,7 +148,7 @@ def condition_number(network: Network, program: Program, directions: int = 1, *,
 
 
 def _without_engine(twin: nn.Module, program: Callable, leaf: Tensor) -> tuple[float, float]:
-    """The largest value on the way, and the largest relative error of blocks' inputs rebuilt from the end of each chain.
+    """The largest value on the way, and the largest relative error of inputs of blocks rebuilt from a chain's end.
 
     They are rebuilt by the blocks' own inverses: what those have lost, no engine can rebuild.
     """
