@@ -109,7 +109,7 @@ def remember(key: tuple[str, str, str], error: float, limit: float) -> None:
 LEAST_STEP = 1e-14
 """A relative change in float64 beside which rounding is still small."""
 HALF_OF_THE_DIGITS = 1e-8
-"""Of a float64."""
+"""Of a float64: inverses that rebuild less well have lost their values, or drawn another mask of dropout."""
 DIRECTIONS = 1, 6, 30
 """In which tensors are changed: one tells a rough condition number, which may miss what is amplified most."""
 

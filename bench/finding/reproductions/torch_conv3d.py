@@ -1,7 +1,7 @@
 """torch 2.13.0: a CPU with AVX-512 convolves bfloat16 volumes of depth 1 and 2 wrong
 
 fault, of oneDNN 3.12 in torch. In ``channels_last_3d`` the gradient of a weight of depth 3, on an input of depth 2, is
-computed from memory that nobody wrote: up to 1e36, or right by luck. One channel whose stride is 1 is taken for
+computed from memory that nobody wrote, and right by luck alone. One channel whose stride is 1 is taken for
 channels_last, and where the CPU has AVX512-BF16 the output is wrong then, too, at depth 1. Contiguous inputs, float32
 and float16 are right. Drawn networks under autocast found it: the twin's half of a batch had such strides, and its
 gradient was wrong; what the engine rebuilds is contiguous, and its gradient was right. A relative of it, for
