@@ -1,7 +1,7 @@
-"""CIFAR's files: whether they are all there, whether they are the official ones, and the arrays in them.
+"""The files of CIFAR-10 and CIFAR-100: find them, compare their checksums, download them, read their arrays.
 
-The files are pickles. They are read by an unpickler that knows plain numeric arrays and nothing else, whatever their
-checksums: no file can run code.
+The files are pickles. Our unpickler accepts plain numeric arrays and nothing else, whatever the checksums say, so that
+no file can run code.
 """
 
 import hashlib
@@ -20,18 +20,29 @@ DATASETS = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.dat
 
 
 class DataNotFound(RuntimeError):
-    """The official files are neither there nor to be had; the message says where they were looked for."""
+    """The official files are missing and could not be downloaded. The message names the folder that was searched."""
 
 
 class BadData(RuntimeError):
-    """A file of the data set does not hold what it should; the message names it."""
+    """A file of the data set has the wrong content. The message names the file."""
 
 
 def find(dataset: str, folder: Path, *, download: bool = True, unofficial: bool = False) -> tuple[dict[str, str], bool]:
-    """MD5 by file name of the data set's files under `folder`, and whether all are the official ones.
+    """Find the files of a data set under ``folder`` and download them if they are missing.
 
-    Files that are missing are downloaded when none of the others is a wrong one: nothing that is there is written over.
-    Raises DataNotFound when a file is missing, and unless `unofficial`, when one has not the published MD5.
+    The download starts only if no file with a wrong checksum is present, so that it overwrites nothing.
+
+    Args:
+        dataset: ``"cifar10"`` or ``"cifar100"``.
+        folder: the folder that contains torchvision's ``cifar-10-batches-py/`` or ``cifar-100-python/``.
+        download: download missing files.
+        unofficial: accept files whose MD5 differs from the published one.
+
+    Returns:
+        The MD5 of each file by its name, and whether all files are the official ones.
+
+    Raises:
+        DataNotFound: a file is missing, or its MD5 is wrong and ``unofficial`` is False.
     """
     source = DATASETS[dataset]
     checksums, missing, wrong = verify_files(source, folder)
@@ -54,7 +65,7 @@ def find(dataset: str, folder: Path, *, download: bool = True, unofficial: bool 
 
 
 def verify_files(source: type, folder: Path) -> tuple[dict[str, str], list[str], list[str]]:
-    """MD5 of each file of a torchvision CIFAR class under `folder`; sentences on missing files, and on wrong ones."""
+    """Return the MD5 of each file of a torchvision CIFAR class, and messages about missing and about wrong files."""
     if not (folder / source.base_folder).is_dir():
         return {}, ["there is no such folder"], []
     official = dict([*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])])
@@ -75,7 +86,14 @@ def verify_files(source: type, folder: Path) -> tuple[dict[str, str], list[str],
 
 
 def read(dataset: str, folder: Path, *, train: bool) -> tuple[Tensor, Tensor]:
-    """The training or test set: images uint8 (N, 3, 32, 32), labels int64 (N,); BadData for a file that is no batch."""
+    """Read the training set or the test set.
+
+    Returns:
+        Images, uint8 of shape (N, 3, 32, 32), and labels, int64 of shape (N,).
+
+    Raises:
+        BadData: a file does not contain a batch of CIFAR images.
+    """
     source = DATASETS[dataset]
     names = [name for name, _ in (source.train_list if train else source.test_list)]
     parts = [_read_batch(folder / source.base_folder / name, NUM_CLASSES[dataset]) for name in names]
@@ -91,13 +109,13 @@ def _read_batch(path: Path, classes: int) -> tuple[Tensor, Tensor]:
             raise ValueError(f"{len(labels)} labels and images of shape {pixels.shape}, wanted (..., 3072)")
         if not labels or not all(type(label) is int and 0 <= label < classes for label in labels):
             raise ValueError(f"its labels are not whole numbers below {classes}")
-    except Exception as error:  # a damaged pickle fails in any way there is
-        raise BadData(f"{path} is no batch of CIFAR images ({type(error).__name__}: {error})") from error
+    except Exception as error:  # a damaged pickle can raise any exception
+        raise BadData(f"{path} is not a batch of CIFAR images ({type(error).__name__}: {error})") from error
     return torch.from_numpy(pixels.copy()).view(-1, 3, 32, 32), torch.tensor(labels)
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Knows the names that a pickled array needs, and puts harmless ones of this file in their place."""
+    """Unpickler that accepts only the names that a pickled array needs, each replaced by a harmless stand-in."""
 
     def find_class(self, module: str, name: str) -> object:
         known = {
@@ -109,22 +127,22 @@ class _ArraysOnly(pickle.Unpickler):
         }
         wanted = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # its name from numpy 2 on
         if wanted not in known:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an array")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no plain array needs")
         return known[wanted]
 
 
 class _Type:
-    """A numpy type as it is pickled."""
+    """Stand-in for a pickled ``numpy.dtype``."""
 
     def __init__(self, code: str, *arguments: object) -> None:
         self.code = code
 
     def __setstate__(self, state: tuple) -> None:
-        """Byte order and the like, which bytes have not."""
+        """Ignore the byte order and alignment: single bytes have none."""
 
 
 class _Array:
-    """A numpy array as it is pickled."""
+    """Stand-in for a pickled ``numpy.ndarray``."""
 
     def __init__(self, *arguments: object) -> None:
         pass
@@ -139,9 +157,9 @@ class _Array:
         return array
 
     def bytes(self) -> np.ndarray:
-        """The array, which must be one of bytes."""
+        """Return the array. It must have dtype uint8."""
         if self.type.code != "u1":
-            raise ValueError(f"an array of {self.type.code}, wanted u1")
+            raise ValueError(f"got an array of dtype {self.type.code}, wanted u1 (uint8)")
         content = self.content.encode("latin1") if isinstance(self.content, str) else self.content
         return np.frombuffer(content, np.uint8).reshape(self.shape, order="F" if self.fortran else "C")
 
@@ -152,11 +170,11 @@ def _not_found(source: type, folder: Path, missing: list[str], wrong: list[str],
     if not wrong:
         lines.append(outcome)
     elif not missing:
-        lines.append("To train on these files as they are, which the record and the table then say: --unofficial-data.")
+        lines.append("To train on these files as they are, use --unofficial-data; record and table will say so.")
     lines += [
         f"To get the official ones, download {source.url} (MD5 {source.tgz_md5}) and unpack it.",
         f"Then point at the folder that holds {source.base_folder}/: --data FOLDER, or MEMCNN_DATA=FOLDER in the "
         "environment.",
-        "To try things without them: --data generated (made-up images; results mean nothing).",
+        "To try the code without them, use --data generated (generated images; the accuracy means nothing).",
     ]
     return "\n".join(lines)

@@ -1,7 +1,8 @@
-"""Learned invertible layers that stand between the couplings of a normalising flow: they normalise and mix channels.
+"""Learned invertible layers between the couplings of a normalising flow: they normalise and mix channels.
 
-Kingma, Dhariwal, "Glow: Generative Flow with Invertible 1x1 Convolutions", arXiv:1807.03039. Both take inputs
-(N, C, ...) with any number of spatial dimensions. Their log-determinants: ``memcnn.models.log_det``.
+Both layers are from Kingma and Dhariwal, "Glow: Generative Flow with Invertible 1x1 Convolutions", arXiv:1807.03039.
+They accept inputs of shape (N, C, ...) with any number of spatial dimensions. ``memcnn.models.log_det`` explains their
+log-determinants.
 """
 
 import math
@@ -19,20 +20,24 @@ __all__ = ["ActNorm", "InvertibleConv1x1"]
 class ActNorm(nn.Module):
     """Activation normalisation: y = exp(log_scale) * x + shift, with a learned scale and shift for each channel.
 
-    The first pass in training mode, ``forward`` or ``inverse``, sets them such that every channel of its result has
-    mean 0 and variance 1 over batch and positions; a channel that is constant keeps its scale. Until then the layer is
-    the identity. Let that pass happen before a distributed wrapper takes the model: each process sees other data.
+    The first call of ``forward`` or ``inverse`` in training mode initialises both parameters from its input. Every
+    channel of the result then has mean 0 and variance 1 over batch and positions; a constant channel keeps its scale.
+    Until then the layer is the identity. Make this first call before you wrap the model for distributed training,
+    because every process sees different data.
+
+    Args:
+        channels: C, the number of channels.
     """
 
     def __init__(self, channels: int):
         super().__init__()
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.shift = nn.Parameter(torch.zeros(channels))
-        # No buffer: a flag on a GPU would have to be waited for at every pass.
+        # Not a buffer: reading a flag from the GPU would synchronise at every call.
         self.initialised = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """y of the shape of x."""
+        """Return y, same shape as x (N, C, ...)."""
         _check_channels(self, x, len(self.shift))
         if self.training and not self.initialised:
             mean, deviation = self._statistics(x)
@@ -41,7 +46,7 @@ class ActNorm(nn.Module):
         return scale * x + shift
 
     def inverse(self, y: Tensor) -> Tensor:
-        """x of the shape of y."""
+        """Return x, same shape as y (N, C, ...)."""
         _check_channels(self, y, len(self.shift))
         if self.training and not self.initialised:
             mean, deviation = self._statistics(y)
@@ -50,11 +55,11 @@ class ActNorm(nn.Module):
         return (y - shift) / scale
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y, and log|det dy/dx| of each sample, (N,): sum(log_scale) at each position."""
+        """Return y and log|det dy/dx| for each sample, shape (N,): sum(log_scale) times the number of positions."""
         return self(x), constant_log_det(x, self.log_scale.sum() * _positions(x))
 
     def inverse_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x, and log|det dx/dy| of each sample, (N,)."""
+        """Return x and log|det dx/dy| for each sample, shape (N,)."""
         return self.inverse(y), constant_log_det(y, -self.log_scale.sum() * _positions(y))
 
     def get_extra_state(self) -> Tensor:
@@ -85,11 +90,14 @@ class ActNorm(nn.Module):
 
 
 class InvertibleConv1x1(nn.Module):
-    """y = W x at every position, with W = P L U learned: P a fixed permutation, L and U triangular, diag(L) = 1.
+    """y = W x at every position, with W = P L U learned. P is a fixed permutation, L and U are triangular, diag(L) = 1.
 
-    ``triangles`` (C, C) packs L below its diagonal, U above it, and log|diag(U)| on it, so that W can never become
-    singular and log|det W| is a sum; the signs of diag(U) are fixed. W starts as a random orthogonal matrix. It is
-    applied outside of autocast: a product in half precision could not be inverted.
+    The parameter ``triangles`` (C, C) holds L below its diagonal, U above it, and log|diag(U)| on it. W can therefore
+    never become singular, and log|det W| is the sum of the diagonal; the signs of diag(U) are fixed. W starts as a
+    random orthogonal matrix. The layer disables autocast, because a product in half precision cannot be inverted.
+
+    Args:
+        channels: C, the number of channels.
     """
 
     def __init__(self, channels: int):
@@ -102,32 +110,32 @@ class InvertibleConv1x1(nn.Module):
         self.register_buffer("permutation", P.argmax(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """y of the shape of x."""
+        """Return y, same shape as x (N, C, ...)."""
         _check_channels(self, x, len(self.sign))
         with _no_autocast(x):
             return _matrix_at_each_position(self.weight(), x)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """x of the shape of y."""
+        """Return x, same shape as y (N, C, ...)."""
         _check_channels(self, y, len(self.sign))
         with _no_autocast(y):
             return _matrix_at_each_position(self.inverse_weight(), y)
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y, and log|det dy/dx| of each sample, (N,): log|det W| at each position."""
+        """Return y and log|det dy/dx| for each sample, shape (N,): log|det W| times the number of positions."""
         return self(x), constant_log_det(x, self.triangles.diag().sum() * _positions(x))
 
     def inverse_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x, and log|det dx/dy| of each sample, (N,)."""
+        """Return x and log|det dx/dy| for each sample, shape (N,)."""
         return self.inverse(y), constant_log_det(y, -self.triangles.diag().sum() * _positions(y))
 
     def weight(self) -> Tensor:
-        """W, (C, C), at least float32."""
+        """Return W, shape (C, C), in float32 or the parameter's wider dtype."""
         L, U = self._factors()
         return (L @ U)[self.permutation]
 
     def inverse_weight(self) -> Tensor:
-        """The inverse of W, (C, C), at least float32."""
+        """Return the inverse of W, shape (C, C), in float32 or the parameter's wider dtype."""
         L, U = self._factors()
         identity = torch.eye(len(L), dtype=L.dtype, device=L.device)
         inverse_of_L = torch.linalg.solve_triangular(L, identity, upper=False, unitriangular=True)
@@ -153,7 +161,10 @@ def _positions(x: Tensor) -> int:
 
 
 def _matrix_at_each_position(W: Tensor, x: Tensor) -> Tensor:
-    """W x over the channels of x (N, C, ...), in x's memory format. No convolution: on a GPU that may round to TF32."""
+    """Return W x over the channels of x (N, C, ...), in x's memory format.
+
+    This is a matrix product instead of a convolution, because a convolution on a GPU may round its inputs to TF32.
+    """
     W = W.to(x.dtype)
     if x.is_contiguous():
         return torch.matmul(W, x.view(*x.shape[:2], _positions(x))).view(x.shape)

@@ -1,4 +1,4 @@
-"""Invertible rearrangements of a tensor's entries: channels permuted, and positions that become channels."""
+"""Invertible layers that only move entries: permute channels, or turn positions into channels and back."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,14 @@ __all__ = ["ChannelPermutation", "DepthToSpace", "SpaceToDepth"]
 
 
 class _Rearrangement(nn.Module):
-    """What is only moved keeps its volume. Their log-determinants: ``memcnn.models.log_det``."""
+    """Base class of layers that only move entries. They preserve volume, so their log-determinant is 0."""
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y, and log|det dy/dx| of each sample, (N,): 0."""
+        """Return y and log|det dy/dx| for each sample, shape (N,): zeros."""
         return self(x), constant_log_det(x)
 
     def inverse_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x, and log|det dx/dy| of each sample, (N,): 0."""
+        """Return x and log|det dx/dy| for each sample, shape (N,): zeros."""
         return self.inverse(y), constant_log_det(y)
 
 
@@ -26,7 +26,10 @@ class ChannelPermutation(_Rearrangement):
     """y[:, i] = x[:, order[i]], for x of shape (N, C, ...).
 
     Args:
-        order: every channel once, such as ``torch.randperm(C)`` or ``range(C)[::-1]``.
+        order: a permutation of 0 .. C - 1, such as ``torch.randperm(C)`` or ``range(C)[::-1]``.
+
+    Raises:
+        ValueError: ``order`` is not a permutation.
     """
 
     def __init__(self, order: Sequence[int] | Tensor):
@@ -37,11 +40,11 @@ class ChannelPermutation(_Rearrangement):
         self.register_buffer("order", order)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y of the shape of x."""
+        """Return y, same shape as x (N, C, ...)."""
         return self._permuted(x, self.order)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """x of the shape of y."""
+        """Return x, same shape as y (N, C, ...)."""
         return self._permuted(y, self.order.argsort())
 
     def extra_repr(self) -> str:
@@ -66,29 +69,32 @@ class _Resampling(_Rearrangement):
 
 
 class SpaceToDepth(_Resampling):
-    """(N, C, D1, ..., Dk) to (N, C * factor**k, D1 / factor, ..., Dk / factor), the "squeeze" of RealNVP.
+    """Turn (N, C, D1, ..., Dk) into (N, C * factor**k, D1 / factor, ..., Dk / factor): the "squeeze" of RealNVP.
 
-    Channels come in the order of ``nn.PixelUnshuffle``. Dinh et al., arXiv:1605.08803.
+    Channels have the order of ``nn.PixelUnshuffle``. Source: Dinh et al., arXiv:1605.08803.
+
+    Args:
+        factor: the ratio of the sizes, a positive integer.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """y, where ``factor`` must divide D1, ..., Dk."""
+        """Return y. ``factor`` must divide every size D1, ..., Dk of x."""
         return space_to_depth(x, self.factor)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """x, where ``factor**k`` must divide the channels of y."""
+        """Return x. ``factor**k`` must divide the number of channels of y."""
         return depth_to_space(y, self.factor)
 
 
 class DepthToSpace(_Resampling):
-    """(N, C * factor**k, D1, ..., Dk) to (N, C, D1 * factor, ..., Dk * factor), the inverse of ``SpaceToDepth``."""
+    """Turn (N, C * factor**k, D1, ..., Dk) into (N, C, D1 * factor, ..., Dk * factor): inverts ``SpaceToDepth``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """y, where ``factor**k`` must divide the channels of x."""
+        """Return y. ``factor**k`` must divide the number of channels of x."""
         return depth_to_space(x, self.factor)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """x, where ``factor`` must divide D1, ..., Dk."""
+        """Return x. ``factor`` must divide every size D1, ..., Dk of y."""
         return space_to_depth(y, self.factor)
 
 

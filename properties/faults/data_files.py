@@ -43,7 +43,7 @@ def refused_then_unofficial(ground: Ground, rng: Random, tries: int, spoil: Call
             assert not row.full and row.data == "not the official files" and "not the official files" in row.why
         else:
             said = ground.said(runs)
-            assert status == 1 and f"{path} is no batch of CIFAR images" in said and "Traceback" not in said, said
+            assert status == 1 and f"{path} is not a batch of CIFAR images" in said and "Traceback" not in said, said
             assert not list(runs.iterdir())
         yield (
             f"refused, the file is named. With --unofficial-data {trained} trained, recorded and marked in the table; "
@@ -90,7 +90,7 @@ def hostile_data(ground: Ground, rng: Random, tries: int) -> Iterator[str]:
         folder, path, job = spoilt(ground, rng, lambda _, Harm=Harm: pickle.dumps({"data": Harm(), "labels": [1]}))
         runs, words = ground.new_runs(), (*ALL, "--data", str(folder))
         ground.refuses(runs, *words, status=1, says=f"{path.name} has MD5", **job)
-        ground.refuses(runs, *words, "--unofficial-data", status=1, says=f"{path} is no batch of CIFAR images", **job)
+        ground.refuses(runs, *words, "--unofficial-data", status=1, says=f"{path} is not a batch of CIFAR images", **job)
         assert not harm.exists() and not list(runs.iterdir())
         yield "refused, also with --unofficial-data; nothing is run"
 
