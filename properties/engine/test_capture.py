@@ -1,4 +1,7 @@
-"""While a CUDA graph is captured, a reversible block works as ever or says what it cannot do."""
+"""While a CUDA graph is captured, a reversible block works as ever or says what it cannot do.
+
+The first tests only say that a graph is captured; those at the end capture one on a GPU.
+"""
 
 import pytest
 import torch
@@ -6,7 +9,8 @@ from torch import nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper
 from memcnn.models import capture, replay
-from properties.twin import backward, block, conv_branch, images, plain_twin
+from properties.devices import needs_cuda, reproducible_kernels
+from properties.twin import backward, block, conv_branch, images, plain_twin, weighted_sum
 
 DROPOUT = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 3, 1))
 
@@ -47,3 +51,51 @@ def test_checks_that_read_values_are_refused_in_a_capture(capturing, exact, chec
     module = InvertibleModuleWrapper(coupling, check_inverse=check_inverse).double()
     with pytest.raises(RuntimeError, match=f"impossible while a CUDA graph is captured: {fix}"):
         backward(module, images())
+
+
+def captured_step(module: nn.Module, x: torch.Tensor) -> torch.cuda.CUDAGraph:
+    """Capture a training step of ``module`` on ``x``, after three warm-up steps on a stream of their own."""
+
+    def step() -> None:
+        weighted_sum(module(x)).backward()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    module.zero_grad()
+    x.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+@needs_cuda
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_graph_captured_on_a_gpu_computes_the_twins_gradients_of_any_input(seed):
+    module = nn.Sequential(block(), block()).cuda()
+    twin = plain_twin(module)
+    x = images(requires_grad=False).cuda().requires_grad_()
+    other = images(seed=seed, requires_grad=False).cuda().requires_grad_()
+    with reproducible_kernels():
+        graph = captured_step(module, x)
+        with torch.no_grad():
+            x.copy_(other)
+        graph.replay()
+        backward(twin, other)
+    torch.testing.assert_close(x.grad, other.grad)
+    for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@needs_cuda
+def test_dropout_is_refused_when_a_gpu_captures():
+    module = InvertibleModuleWrapper(AdditiveCoupling(DROPOUT, conv_branch())).double().cuda()
+    x = images(requires_grad=False).cuda().requires_grad_()
+    with pytest.raises(RuntimeError, match="Sequential draws random numbers .*disable=True"):
+        captured_step(module, x)
+    weighted_sum(module(x)).backward()
+    assert x.grad.isfinite().all()
