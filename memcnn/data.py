@@ -151,8 +151,13 @@ def epoch_plan(seed: int, epoch: int, images: int, *, pad: int, flip: bool) -> E
 
 
 def normalise(images: Tensor, mean: Tensor) -> Tensor:
-    """uint8 (B, 3, 32, 32) to float32, scaled to 0..1, less the training set's per-pixel mean."""
-    return images.float().div_(255).sub_(mean)
+    """uint8 (B, 3, 32, 32) to float32, scaled to 0..1, less the training set's per-pixel mean.
+
+    Every device computes the same bits: 255 is a tensor there, because CUDA multiplies by 1/255 instead of dividing by
+    a Python number, which rounds otherwise for every other value of a pixel.
+    """
+    largest = torch.full((), 255.0, device=images.device)
+    return images.float().div_(largest).sub_(mean)
 
 
 def augment(images: Tensor, *, pad: int, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 import memcnn
 from properties import laws
+from properties.devices import DEVICES, reproducible_kernels
 
 torch.set_num_threads(1)
 
@@ -53,21 +56,28 @@ def pytest_testnodedown(node) -> None:
         laws.remember(tuple(key), error, limit)
 
 
-NO_CUDA = "needs a CUDA device: run on a machine with one, with a CUDA build of torch"
-
-
-@pytest.fixture(scope="session", params=[
-    "cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CUDA))])
+@pytest.fixture(scope="session", params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
-    """Where a law is tried. TF32 rounds to 11 bits, which the limits of float32 do not allow for."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    """The device that a test runs on."""
     return request.param
 
 
+@pytest.fixture
+def on_device(device: str) -> Iterator[None]:
+    """Run a test on ``device`` without naming it: modules and tensors that the test makes are made there."""
+    if device == "cpu":
+        yield
+    else:
+        with torch.device(device):
+            yield
+
+
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """A test's weights are the same whichever tests run before it."""
+def reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Start every test from the same seed; a test that takes ``device`` gets the same bits from call to call."""
     torch.manual_seed(0)
+    with reproducible_kernels() if "device" in request.fixturenames else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,9 @@ from torch import nn
 
 from memcnn import AdditiveCoupling, ChannelPermutation, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.memory import TensorMeter
-from properties.twin import Container, OnlyInvertible, conv_branch, plain_twin, weighted_sum
+from properties.twin import Container, OnlyInvertible, conv_branch, images, plain_twin, weighted_sum
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 
 class ByHand(nn.Module):
@@ -43,7 +45,7 @@ COMPOSITIONS = {
 
 def step_bytes(chain: nn.Module, *, backward=lambda loss: loss.backward()) -> int:
     """Peak bytes of a forward and backward pass beyond the input, the parameters and their gradients."""
-    x = torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = images(4, 8, 16, 16, dtype=torch.float32)
     for parameter in [x, *chain.parameters()]:
         parameter.grad = torch.zeros_like(parameter)
     with TensorMeter() as meter:

@@ -125,6 +125,7 @@ def block(branch: Callable[[], nn.Module] = conv_branch, **options) -> Invertibl
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, requires_grad: bool = True) -> Tensor:
-    """Normally distributed values, (2, 6, 5, 4) if no shape is given."""
+    """Normally distributed values, (2, 6, 5, 4) if no shape is given, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape or (2, 6, 5, 4), generator=generator, dtype=dtype).requires_grad_(requires_grad)
+    values = torch.randn(shape or (2, 6, 5, 4), generator=generator, dtype=dtype, device="cpu")
+    return values.to(torch.get_default_device()).requires_grad_(requires_grad)

@@ -252,7 +252,7 @@ def is_invertible_module(module_in: nn.Module, test_input_shape: Sequence,
     if not hasattr(fn, "inverse"):
         return False
     generator = torch.Generator().manual_seed(random_seed)
-    inputs = [torch.rand(shape, generator=generator, dtype=test_input_dtype).to(device)
+    inputs = [torch.rand(shape, generator=generator, dtype=test_input_dtype, device="cpu").to(device)
               for shape in _shapes(test_input_shape)]
     replay = Replay(fn, inputs, preserve_rng_state=True)
 

@@ -19,6 +19,10 @@ def allocator_peak_bytes(fn: Callable[[], object], *, device: str | torch.device
     inside does not lower the count. On CUDA it is the rise of the allocator's high-water mark above the bytes allocated
     at entry, in the allocator's units of 512 bytes; the mark is reset. Neither may be nested in itself.
 
+    On CUDA, run `fn` once before: a thread's first matrix product takes a workspace of some megabytes, which cuBLAS
+    keeps. `measure_step_memory` and `measure_peak_split` do so. What an operator copies for itself counts here, and
+    `tensor_peak_bytes` does not see it: cuBLAS takes a copy of the gradient of `y.sum()`, for instance.
+
     Raises RuntimeError while a profiler is running (CPU), ValueError for a device without a meter.
     """
     device = torch.device(device)

@@ -43,7 +43,8 @@ class Values:
             *others, last_but_one, last = self.shape
             shape = (*others, last, last_but_one)
         generator = torch.Generator().manual_seed(self.seed)
-        return (self.scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device, self.dtype)
+        values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        return (self.scale * values).to(device, self.dtype)
 
     def laid_out(self, leaf: Tensor) -> Tensor:
         """The tensor, of shape ``shape``, as a differentiable function of its memory."""

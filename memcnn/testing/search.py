@@ -36,7 +36,7 @@ class Example:
 
     def inputs(self) -> list[Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
-        return [self.scale * torch.randn(shape, generator=generator).to(self.device, self.dtype)
+        return [self.scale * torch.randn(shape, generator=generator, device="cpu").to(self.device, self.dtype)
                 for shape in self.shapes]
 
     def code(self, law: str, target: str, called: bool, options: dict) -> str:

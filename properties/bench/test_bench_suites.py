@@ -18,10 +18,13 @@ import pytest
 import torch
 
 from bench import measure, summary
-from bench.cases import SUBJECTS, Chain, branches, chains
+from bench.cases import SUBJECTS, THREE, Chain, branches, chains
 from bench.conftest import in_turn
 from bench.modes import MODES, captured, modes, prepared, why_not
 from bench.networks import Network, networks
+from memcnn.models.resnet import revnet38
+from memcnn.testing.allocator import CUDA_BLOCK_BYTES, in_blocks
+from properties.devices import needs_cuda, reproducible_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -31,8 +34,8 @@ def small(subject: str, depth: int, mode: str = "eager") -> Chain:
     return Chain("test", subject, depth, 2, 4, 6, mode)
 
 
-def gradients(case) -> list[torch.Tensor]:
-    model, step = prepared(case, CPU)
+def gradients(case, device: str = "cpu") -> list[torch.Tensor]:
+    model, step = prepared(case, torch.device(device))
     step.run()
     return [parameter.grad for parameter in model.parameters()]
 
@@ -45,16 +48,16 @@ def in_float64():
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
-def test_every_subject_computes_the_gradients_of_plain(subject, in_float64):
-    for ours, plain in zip(gradients(small(subject, 4)), gradients(small("plain", 4)), strict=True):
+def test_every_subject_computes_the_gradients_of_plain(device, subject, in_float64):
+    for ours, plain in zip(gradients(small(subject, 4), device), gradients(small("plain", 4), device), strict=True):
         torch.testing.assert_close(ours, plain)
 
 
 @pytest.mark.parametrize("mode", ["bf16", "channels_last"])
-def test_a_mode_changes_how_a_step_runs_and_not_what_it_computes(mode):
+def test_a_mode_changes_how_a_step_runs_and_not_what_it_computes(device, mode):
     seen = set()
     case = small("reversible", 2, mode)
-    model, step = prepared(case, CPU)
+    model, step = prepared(case, torch.device(device))
     branches(model)[0].register_forward_hook(
         lambda _, x, y: seen.add((y.dtype, y.is_contiguous(memory_format=torch.channels_last)))
     )
@@ -63,7 +66,7 @@ def test_a_mode_changes_how_a_step_runs_and_not_what_it_computes(mode):
     weight = next(model.parameters())
     assert weight.is_contiguous(memory_format=torch.channels_last) == (mode == "channels_last")
     limit = {"rtol": 0.2, "atol": 0.2} if mode == "bf16" else {"rtol": 1e-3, "atol": 1e-3}
-    for ours, eager in zip(gradients(case), gradients(small("reversible", 2)), strict=True):
+    for ours, eager in zip(gradients(case, device), gradients(small("reversible", 2), device), strict=True):
         torch.testing.assert_close(ours / eager.abs().max(), eager / eager.abs().max(), **limit)
 
 
@@ -111,6 +114,20 @@ def test_a_graph_is_captured_of_a_warm_step_and_keeps_its_tensors(monkeypatch):
     assert calls == ["wait", True, False, False, "wait", True, "replay"]
 
 
+@needs_cuda
+@pytest.mark.parametrize("subject", THREE)
+def test_on_cuda_a_replayed_step_computes_what_the_eager_one_does(subject):
+    with reproducible_kernels():
+        model, step = prepared(small(subject, 2, "graph"), torch.device("cuda"))
+        eager = gradients(small(subject, 2), "cuda")
+    step.run()
+    replayed = [parameter.grad.clone() for parameter in model.parameters()]
+    step.run()
+    for parameter, first, wanted in zip(model.parameters(), replayed, eager, strict=True):
+        torch.testing.assert_close(parameter.grad, first)
+        torch.testing.assert_close(first / wanted.abs().max(), wanted / wanted.abs().max(), rtol=1e-3, atol=1e-3)
+
+
 def test_what_needs_a_gpu_says_so_and_the_rest_says_how_to_run_it():
     reasons = {case.mode: why_not(case, cuda=False, everywhere=False) for case in modes(quick=True, cuda=False)}
     assert set(reasons) == set(MODES) and "need a GPU" in reasons.pop("graph")
@@ -123,22 +140,26 @@ def test_what_needs_a_gpu_says_so_and_the_rest_says_how_to_run_it():
     ("plain", 1), ("checkpoint", 2), ("checkpoint-sqrt", 9 / 6), ("keep-every-2", 9 / 6), ("keep-every-4", 10 / 6),
     ("wrapped", 2), ("reversible", 2),
 ])
-def test_evaluations_of_F_and_G_are_counted(subject, per_branch):
-    assert measure.evaluations(small(subject, 6), CPU) == {"evaluations": 12 * per_branch, "branches": 12}
+def test_evaluations_of_F_and_G_are_counted(device, subject, per_branch):
+    counted = measure.evaluations(small(subject, 6), torch.device(device))
+    assert counted == {"evaluations": 12 * per_branch, "branches": 12}
 
 
-def test_evaluations_of_a_network_are_those_of_its_units():
-    on, off = (measure.evaluations(Network("revnet38", subject, 2), CPU) for subject in ("reversible", "plain"))
+def test_evaluations_of_a_network_are_those_of_its_units(device):
+    device = torch.device(device)
+    on, off = (measure.evaluations(Network("revnet38", subject, 2), device) for subject in ("reversible", "plain"))
     assert off["evaluations"] == off["branches"] == on["branches"] == 2 * 7 + 2
     assert on["evaluations"] - off["evaluations"] == 2 * 7
 
 
-def test_the_subjects_store_what_their_names_say():
-    x_bytes = 2 * 4 * 6 * 6 * 4
+def test_the_subjects_store_what_their_names_say(device):
+    device = torch.device(device)
+    block_bytes = CUDA_BLOCK_BYTES if device.type == "cuda" else 1
+    x_bytes = in_blocks(2 * 4 * 6 * 6 * 4, block_bytes)
 
     def added_bytes(subject: str) -> int:
         """By twelve further blocks."""
-        peaks = [measure.memory(dataclasses.replace(small(subject, depth), series="gate"), CPU) for depth in (4, 16)]
+        peaks = [measure.memory(dataclasses.replace(small(subject, depth), series="gate"), device) for depth in (4, 16)]
         return peaks[1]["activation_bytes"] - peaks[0]["activation_bytes"]
 
     added = {subject: added_bytes(subject) for subject in SUBJECTS}
@@ -148,14 +169,17 @@ def test_the_subjects_store_what_their_names_say():
     assert added["reversible"] < added["checkpoint-sqrt"] < added["plain"] / 2
 
 
-def test_the_peak_of_a_network_is_split_to_the_byte():
-    case = Network("revnet38", "reversible", 2)
-    split = measure.memory(case, CPU)
-    parameter_bytes = 4 * 573_994
+def test_the_peak_of_a_network_is_split_to_the_byte(device):
+    case, device = Network("revnet38", "reversible", 2), torch.device(device)
+    split = measure.memory(case, device)
+    block_bytes = CUDA_BLOCK_BYTES if device.type == "cuda" else 1
+    with torch.device("meta"):
+        parameter_bytes = sum(in_blocks(p.nbytes, block_bytes) for p in revnet38().parameters())
+    assert block_bytes > 1 or parameter_bytes == 4 * 573_994
     assert split["parameter_bytes"] == split["optimizer_bytes"] == parameter_bytes
     parts = ("parameter", "buffer", "gradient", "optimizer", "batch", "activation")
     assert split["peak_bytes"] == sum(split[f"{part}_bytes"] for part in parts) <= split["allocated_bytes"]
-    plain = measure.memory(dataclasses.replace(case, subject="plain"), CPU)
+    plain = measure.memory(dataclasses.replace(case, subject="plain"), device)
     assert split["activation_bytes"] < plain["activation_bytes"]
 
 
@@ -197,6 +221,20 @@ def test_the_command_line_measures_and_summarises(tmp_path):
     assert list(times.subject) == ["plain", "reversible", *["reversible", "plain"] * 2] and times.load.notna().all()
     assert {device["threads"] for device in results.device} == {1}
     assert "Peak activation memory against depth" in done.stdout and str(path) in done.stdout
+
+
+@needs_cuda
+def test_on_cuda_the_command_line_measures_time_and_memory(tmp_path):
+    command = [sys.executable, "-m", "bench", "--quick", "--device=cuda", "--out", tmp_path,
+               "-k", "depth-depth4 and (plain or reversible)"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(1))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*.json")
+    results = summary.load(path)
+    memory, times = (results[results.group == group] for group in ("memory", "time"))
+    assert list(memory.subject) == ["plain", "reversible"] and set(times.subject) == {"plain", "reversible"}
+    assert memory.activation_bytes.iloc[1] < memory.activation_bytes.iloc[0] / 2
+    assert (memory.peak_bytes <= memory.allocated_bytes).all()
 
 
 def test_ctrl_c_keeps_what_has_been_measured(tmp_path):

@@ -16,6 +16,8 @@ from properties.twin import (
     weighted_sum,
 )
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 DEPTH = 3
 
 

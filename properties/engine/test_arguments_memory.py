@@ -19,6 +19,8 @@ from properties.engine.test_arguments import (
 )
 from properties.twin import weighted_sum
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def test_arguments_that_are_kept_are_no_cycle():
     gc.collect()

@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from memcnn import InvertibleModuleWrapper, ReversibleSequential
 from properties.twin import OnlyInvertible, block, images, plain_twin, weighted_sum
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 DEPTH = 3
 
 

@@ -24,6 +24,8 @@ from memcnn.models.coupling import Coupling
 from memcnn.testing.tolerances import tolerance
 from properties.twin import assert_same, backward, block, images, plain_twin, run, weighted_sum
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def net() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))

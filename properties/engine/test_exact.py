@@ -9,6 +9,8 @@ from memcnn.models.exact import Grid
 from memcnn.models.tape import _fingerprint
 from properties.twin import conv_branch, images, plain_twin, weighted_sum
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def chain(depth: int = 4, exact=True, branch=conv_branch, composition=ReversibleSequential) -> nn.Module:
     couplings = [AdditiveCoupling(branch(), branch(), exact=exact) for _ in range(depth)]
@@ -74,7 +76,7 @@ def test_branches_in_low_precision_have_the_same_bits_too(precision):
 
 def test_branches_under_autocast_have_the_same_bits_too():
     def autocast(module):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             return gradients(module, images(dtype=torch.float32))
     module = chain()
     assert_equal(autocast(module), autocast(plain_twin(module)))

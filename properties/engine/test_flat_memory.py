@@ -13,6 +13,8 @@ from properties.test_memory import step_bytes
 from properties.test_state import held_bytes, living
 from properties.twin import OnlyInvertible, assert_like_twin, block, conv_branch, images, plain_twin, weighted_sum
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 MAP_BYTES = 4 * 8 * 16 * 16 * 4
 
 

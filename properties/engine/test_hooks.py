@@ -20,6 +20,8 @@ from properties.twin import (
     weighted_sum,
 )
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 CHAINS = {
     "couplings": lambda: nn.Sequential(block(), block()),
     "ReversibleSequential": lambda: ReversibleSequential(block()._fn, block()._fn),

@@ -4,8 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from memcnn import AdditiveCoupling, InvertibleModuleWrapper, is_invertible_module
+import memcnn
+from memcnn import AdditiveCoupling, InvertibleModuleWrapper
+from properties.devices import rng_state
 from properties.twin import assert_like_twin, backward, block, conv_branch, images, weighted_sum
+
+pytestmark = pytest.mark.usefixtures("on_device")
+
+
+def is_invertible_module(*arguments, **options) -> bool:
+    return memcnn.is_invertible_module(*arguments, **options, device=torch.get_default_device())
 
 
 class Halves(nn.Module):
@@ -119,10 +127,10 @@ def test_a_coupling_with_dropout_is_invertible_under_one_mask():
 
 def test_asking_moves_neither_generators_nor_buffers():
     module = block()
-    state = torch.get_rng_state()
+    state = rng_state()
     buffers = {name: b.clone() for name, b in module.named_buffers()}
     assert is_invertible_module(module, (2, 6, 5, 4), torch.float64)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(rng_state(), state)
     assert all(torch.equal(b, buffers[name]) for name, b in module.named_buffers())
 
 

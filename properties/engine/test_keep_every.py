@@ -10,6 +10,8 @@ from memcnn import AdditiveCoupling, ReversibleSequential
 from memcnn.testing.memory import TensorMeter
 from properties.twin import assert_like_twin, backward, block, conv_branch, images, weighted_sum
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 DIAL = (1, 2, 4, None)
 
 

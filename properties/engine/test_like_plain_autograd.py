@@ -10,6 +10,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from properties.twin import assert_like_twin, backward, block, conv_branch, images, weighted_sum
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def around(before=lambda x: x, after=lambda y: y):
     """The program that differentiates after(module(before(x)))."""

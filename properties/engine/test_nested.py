@@ -23,6 +23,8 @@ from properties.twin import (
     weighted_sum,
 )
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def dropping(channels: int) -> nn.Module:
     return nn.Sequential(conv_branch(channels), nn.Dropout(0.4))

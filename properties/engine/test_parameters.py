@@ -19,6 +19,8 @@ from properties.twin import (
     weighted_sum,
 )
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("chain", [

@@ -13,7 +13,7 @@ from properties.twin import OnlyInvertible, assert_same, backward, conv_branch, 
 
 DEPTH = 4
 LOW = [torch.bfloat16, torch.float16]
-cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+pytestmark = pytest.mark.usefixtures("on_device")
 
 
 class Linears(nn.Module):
@@ -51,8 +51,12 @@ def chain(branch=conv_branch, kind: str = "wrapped couplings") -> nn.Module:
     return KINDS[kind](branch)
 
 
-def inputs(device: str = "cpu") -> list[Tensor]:
-    return [images(dtype=torch.float32, requires_grad=False).to(device).requires_grad_()]
+def inputs() -> list[Tensor]:
+    return [images(dtype=torch.float32)]
+
+
+def autocasting(dtype: torch.dtype, **options) -> torch.autocast:
+    return torch.autocast(torch.get_default_device().type, dtype, **options)
 
 
 def forward_only(autocast):
@@ -115,19 +119,18 @@ PROGRAMS = [forward_only, backward_only, both, two_steps_in_one_context, backwar
             evaluated_before]
 
 
-@pytest.mark.parametrize("device", ["cpu", cuda])
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize("branch", [conv_branch, Linears], ids=["conv", "linear"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
-def test_a_float32_stream_under_autocast_trains_as_the_twin(program, kind, branch, cache, device):
+def test_a_float32_stream_under_autocast_trains_as_the_twin(program, kind, branch, cache):
     """Up to one rounding of the low precision, where a rebuilt value falls on the other side of one."""
     def autocast():
-        return torch.autocast(device, torch.bfloat16, cache_enabled=cache)
-    model = chain(branch, kind).to(device)
+        return autocasting(torch.bfloat16, cache_enabled=cache)
+    model = chain(branch, kind)
     twin = plain_twin(model)
     limit = tolerance(torch.float32, depth=DEPTH) if program is backward_only else torch.finfo(torch.bfloat16).eps
-    actual, expected = (run(m, program(autocast), inputs(device)) for m in (model, twin))
+    actual, expected = (run(m, program(autocast), inputs()) for m in (model, twin))
     assert all(g is not None for g in actual.gradients.values())
     assert_same(actual, expected, limit=limit)
 
@@ -151,7 +154,7 @@ def low_precision(dtype: torch.dtype, autocast: bool) -> tuple[nn.Module, Tensor
     """A chain, an input in ``dtype`` and the context to run it in."""
     model = chain(lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)))
     x = images(4, 8, 6, 6, dtype=torch.float32, requires_grad=False).to(dtype)
-    return (model, x, torch.autocast("cpu", dtype)) if autocast else (model.to(dtype), x, nullcontext())
+    return (model, x, autocasting(dtype)) if autocast else (model.to(dtype), x, nullcontext())
 
 
 def gradients(model: nn.Module, x: Tensor, context=None) -> Tensor:
@@ -192,7 +195,7 @@ def test_the_remedies_of_the_warning_help(dtype):
     """Warnings being errors here, neither warns."""
     model, x, context = low_precision(dtype, True)
     twin = plain_twin(model)
-    got, wanted = gradients(model, x.float(), context), gradients(twin, x.float(), torch.autocast("cpu", dtype))
+    got, wanted = gradients(model, x.float(), context), gradients(twin, x.float(), autocasting(dtype))
     assert (got - wanted).norm() < torch.finfo(dtype).eps * wanted.norm()
 
     model, x, _ = low_precision(dtype, False)

@@ -10,9 +10,12 @@ from torch.nn.modules import module as torch_module
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.models import engine, tape
 from memcnn.testing.tolerances import tolerance
+from properties.devices import rng_state
 from properties.engine.test_errors import net, rows
 from properties.test_state import held_bytes, living
 from properties.twin import assert_same, backward, block, plain_twin, run, weighted_sum
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 
 class Failing(nn.Module):
@@ -41,7 +44,7 @@ def surroundings(module: nn.Module) -> dict:
         "sources": getattr(engine._local, "sources", None),
         "awaited": sum(cell.awaited for cell in living(engine.Cell)),
         "saved-tensor hooks": torch._C._autograd._top_saved_tensors_default_hooks(True),
-        "grad mode": torch.is_grad_enabled(), "autocast": torch.is_autocast_enabled("cpu"),
+        "grad mode": torch.is_grad_enabled(), "autocast": [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")],
         "modes": [part.training for part in parts],
         "requires_grad": [p.requires_grad for p in module.parameters()],
         "hooks": [list(hooks.items()) for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)],
@@ -51,7 +54,7 @@ def surroundings(module: nn.Module) -> dict:
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:
-    return {name: t.clone() for name, t in module.state_dict().items()} | {"generator": torch.get_rng_state()}
+    return {name: t.clone() for name, t in module.state_dict().items()} | {"generator": rng_state()}
 
 
 def assert_in_order(module: nn.Module, twin: nn.Module, program=backward) -> None:

@@ -21,6 +21,8 @@ from memcnn.models.resnet import MODELS
 from memcnn.testing.tolerances import tolerance
 from properties.twin import assert_same, backward, block, conv_branch, images, run, weighted_sum
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def sequence() -> ReversibleSequential:
     return ReversibleSequential(AdditiveCoupling(conv_branch(), conv_branch()), block(), keep_every=2).double()

@@ -8,12 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memcnn.testing.tolerances import relative_error, tolerance
+from properties.devices import rng_state
 from properties.twin import (
     block,
     images,
     plain_twin,
     weighted_sum,
 )
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 
 class LongDropout(nn.Module):
@@ -58,9 +61,9 @@ def test_two_threads_differentiate_at_once(shared):
 
     wanted = gradients(twins)
     for _ in range(3):
-        generator = torch.get_rng_state()
+        generator = rng_state()
         for got, expected in zip(gradients(models), wanted, strict=True):
             assert isinstance(got, tuple), got
             for g, w in zip(got, expected, strict=True):
                 assert relative_error(g, w) < tolerance(torch.float64, depth=4)
-        assert torch.equal(torch.get_rng_state(), generator)
+        assert torch.equal(rng_state(), generator)

@@ -16,7 +16,10 @@ from memcnn.testing.tolerances import relative_error, tolerance
 from properties.test_state import living
 from properties.twin import assert_like_twin, assert_same, block, conv_branch, images, plain_twin, run, weighted_sum
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")  # torch's own use
+pytestmark = [
+    pytest.mark.usefixtures("on_device"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning"),  # torch's own use
+]
 
 
 class WithDropout(nn.Module):

@@ -1,13 +1,14 @@
 """The batched augmentation against the one-image-at-a-time version, and the plan of an epoch."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memcnn import data as cifar
 from memcnn._torchvision import torchvision
+from properties.devices import needs_cuda
 
 
 def one_image(pixels: torch.Tensor, mean: torch.Tensor, *, pad: int, top: int, left: int, flip: bool) -> torch.Tensor:
@@ -86,10 +87,43 @@ def test_without_flip_and_pad_nothing_is_moved():
     assert torch.equal(images, cifar.normalise(data.train_images[plan.order], data.mean))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; run on a machine with one")
-def test_a_batch_is_the_same_on_cuda():
+def example(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A training batch whose images have all values of a pixel, and its labels."""
     data = cifar.generate(10, train=100, test=1)
+    data.train_images.view(-1)[:256] = torch.arange(256)
     plan = cifar.epoch_plan(1, 2, 100, pad=2, flip=True)
-    there = cifar.train_batch(data.to("cuda"), plan.to("cuda"), 1, batch_size=50, pad=2)
-    for here, moved in zip(cifar.train_batch(data, plan, 1, batch_size=50, pad=2), there, strict=True):
-        assert torch.equal(here, moved.cpu())
+    return cifar.train_batch(data.to(device), plan.to(device), 0, batch_size=100, pad=2)
+
+
+@needs_cuda
+def test_a_batch_has_the_same_bits_on_cuda():
+    for here, there in zip(example("cpu"), example("cuda"), strict=True):
+        assert torch.equal(here, there.cpu())
+
+
+class DividingAsCuda(TorchDispatchMode):
+    """Divides by a Python number as CUDA does: by multiplying with its inverse."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.div_.Tensor and not isinstance(args[1], torch.Tensor):
+            return args[0].mul_(torch.ones(()) / args[1])
+        return function(*args, **(kwargs or {}))
+
+
+def test_images_are_scaled_by_a_division_that_cuda_rounds_as_the_cpu_does():
+    images, mean = torch.arange(256, dtype=torch.uint8), torch.full((256,), 0.5)
+    wanted = cifar.normalise(images, mean)
+    with DividingAsCuda():
+        assert torch.equal(cifar.normalise(images, mean), wanted)
+        assert not torch.equal(images.float().div_(255).sub_(mean), wanted), "the stand-in divides as the CPU does"
+    divisors = []
+
+    class Divisors(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket is torch.ops.aten.div_:
+                divisors.append(args[1].device.type)
+            return function(*args, **(kwargs or {}))
+
+    with Divisors():
+        cifar.normalise(images.to("meta"), mean.to("meta"))
+    assert divisors == ["meta"], "CUDA multiplies with the inverse of a scalar that is not on the images' device"

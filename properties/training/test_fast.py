@@ -1,6 +1,7 @@
 """However steps are executed, they compute what the plain step computes, and a resumed run ends with the same bits."""
 
 import functools
+import warnings
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from memcnn.training.recipe import override
 from memcnn.training.record import run_name
 from memcnn.training.step import TrainingStep
 from memcnn.training.stopping import Stop
+from properties.devices import needs_cuda, waiting_is_an_error
 from properties.training.capture import stand_in
 from properties.training.runs import DATA, NAME, RECIPE, checkpoint_of, curve_of, run, without
 
@@ -27,7 +29,6 @@ PLAIN, GRAPH, COMPILED, BF16 = Execution(), Execution(graph=True), Execution(com
 FAST = [GRAPH, COMPILED, BF16]
 STEPS = 5
 SMALL = override(RECIPE, learning_rate=0.02, milestones=(2, 4))
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; run on a machine with one")
 
 
 def small_revnet(num_classes: int = 10, *, disable: bool = False) -> ResNet:
@@ -221,12 +222,12 @@ def test_settings_of_an_execution_end_with_it():
     assert found() == before
 
 
-@needs_gpu
+@needs_cuda
 @pytest.mark.parametrize("make", [small_revnet, small_resnet])
 @pytest.mark.parametrize(
     "execution", [GRAPH, Execution(precision="tf32"), Execution(graph=True, precision="bf16")], ids=str
 )
-def test_on_a_gpu_steps_are_like_the_plain_ones_and_wait_for_nothing(make, execution):
+def test_on_cuda_steps_are_like_the_plain_ones_and_wait_for_nothing(make, execution):
     limit = STEPS * torch.finfo(torch.bfloat16).eps
     if execution.precision == "float32":
         limit = tolerance(torch.float32, depth=STEPS)
@@ -235,11 +236,28 @@ def test_on_a_gpu_steps_are_like_the_plain_ones_and_wait_for_nothing(make, execu
     plain_losses, _ = train_steps(make, PLAIN, device=device)
     assert relative_error(losses, plain_losses) <= limit
     plan = cifar.epoch_plan(0, 0, 40, pad=2, flip=True).to(device)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         step(plan.part(0, 8), 0.1)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_waiting_is_an_error_only_where_it_is_asked_for(monkeypatch):
+    """With a stand-in that warns as PyTorch does, once the mode is set."""
+    mode = 1
+
+    def set_mode(value: int | str) -> None:
+        nonlocal mode
+        mode = {"default": 0, "warn": 1, "error": 2}.get(value, value)
+        warnings.warn("Synchronization debug mode is a prototype feature and does not yet detect all", stacklevel=2)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode)
+    with pytest.raises(ArithmeticError), waiting_is_an_error():
+        assert mode == 2
+        raise ArithmeticError
+    assert mode == 1
+    with pytest.raises(UserWarning, match="another"), waiting_is_an_error():
+        warnings.warn("another warning", stacklevel=2)
+    assert mode == 1
 
 
 def test_a_fused_update_is_the_textbook_one():

@@ -39,7 +39,7 @@ def _amplified(subject: Subject, function: Callable, values: Sequence[Tensor], b
                generator: torch.Generator) -> float:
     """The effect of a change in one direction over its cause; 0 where all raise, infinite where none is finite."""
     largest = 0.0
-    directions = [torch.randn(value.shape, generator=generator).to(value) for value in values]
+    directions = [torch.randn(value.shape, generator=generator, device="cpu").to(value) for value in values]
     for exponent in EXPONENTS:
         changed = [value + torch.finfo(value.dtype).eps ** exponent * value.abs().max() * direction
                    if value.is_floating_point() and value.numel() else value

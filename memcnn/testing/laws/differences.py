@@ -53,7 +53,7 @@ def like_finite_differences(subject: Subject, *, explain: bool = True) -> Result
     generator = torch.Generator().manual_seed(subject.seed)
     for name, tensor in tensors.items():
         gradient = torch.zeros_like(tensor) if found[name] is None else found[name]
-        signs = torch.randint(2, tensor.shape, generator=generator).to(tensor) * 2 - 1
+        signs = torch.randint(2, tensor.shape, generator=generator, device="cpu").to(tensor) * 2 - 1
         along = [gradient / gradient.abs().max()] if gradient.any() else []
         slopes = []
         for direction in [signs, *along]:

@@ -124,7 +124,7 @@ class Subject:
     def loss(self, outputs: Sequence[Tensor]) -> Tensor:
         """A scalar whose gradient varies from entry to entry of every output."""
         generator = torch.Generator().manual_seed(self.seed + 1)
-        terms = [(y * torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)).sum()
+        terms = [(y * torch.randn(y.shape, generator=generator, dtype=torch.float64, device="cpu").to(y)).sum()
                  for y in outputs if y.is_floating_point()]
         return torch.stack(terms).sum()
 
