@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 
-_FUNCTION = "blocks differentiate themselves: call {0} in an InvertibleModuleWrapper"
+_FUNCTION = "use {0} in an InvertibleModuleWrapper"
 _KINDS = ("Function", "InverseFunction", "Function2", "InverseFunction2")
 
 ABSENT = {
@@ -27,7 +27,7 @@ ABSENT_MODULES = {
     "memcnn.data.sampling": "use torch.utils.data.RandomSampler, or memcnn.data.epoch_plan",
     "memcnn.experiment": f"{_TRAIN}; memcnn.load_trained returns the network of a run",
     "memcnn.trainers": _TRAIN,
-    "memcnn.utils": "use logging and torch.utils.tensorboard.SummaryWriter for memcnn.utils.log, and "
+    "memcnn.utils": "use logging and tensorboardX.SummaryWriter for memcnn.utils.log, and "
     "torch.nn.CrossEntropyLoss for memcnn.utils.loss.CrossEntropyLossTF, which has the same value; "
     "(logits.argmax(1) == labels).float().mean() is the accuracy of memcnn.utils.stats, from 0 to 1",
 }
