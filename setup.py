@@ -33,6 +33,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
+            "memcnn-convert = memcnn.convert:main",
             "memcnn-evaluate = memcnn.evaluate:main",
             "memcnn-train = memcnn.train:main",
             "memcnn-verify = memcnn.verify:main",

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench import activations, memory_text
 from bench.fitting import largest_that_fits
-from memcnn.models.resnet import MODELS, ResNet, basic_branch, bottleneck_branch
+from memcnn.models.resnet import MODELS, CifarResNet, basic_branch, bottleneck_branch
 from memcnn.testing.memory import PeakSplit, measure_peak_split
 from memcnn.testing.prediction import SGD, predict_step_memory, training_step
 
@@ -45,12 +45,12 @@ DTYPES = {"float32": None, "bfloat16": torch.bfloat16}  # of autocast
 MOST_IMAGES = 2**20
 CHECK_BATCH = 8
 DEPTHS = {  # the networks by their units a stage
-    "resnet32": partial(ResNet, basic_branch, channels=(16, 16, 32, 64)),
-    "resnet110": partial(ResNet, basic_branch, channels=(16, 16, 32, 64)),
-    "resnet164": partial(ResNet, bottleneck_branch, channels=(16, 16, 32, 64)),
-    "revnet38": partial(ResNet, basic_branch, channels=(32, 32, 64, 112), reversible=True),
-    "revnet110": partial(ResNet, basic_branch, channels=(32, 32, 64, 128), reversible=True),
-    "revnet164": partial(ResNet, bottleneck_branch, channels=(32, 32, 64, 128), reversible=True),
+    "resnet32": partial(CifarResNet, basic_branch, channels=(16, 16, 32, 64)),
+    "resnet110": partial(CifarResNet, basic_branch, channels=(16, 16, 32, 64)),
+    "resnet164": partial(CifarResNet, bottleneck_branch, channels=(16, 16, 32, 64)),
+    "revnet38": partial(CifarResNet, basic_branch, channels=(32, 32, 64, 112), reversible=True),
+    "revnet110": partial(CifarResNet, basic_branch, channels=(32, 32, 64, 128), reversible=True),
+    "revnet164": partial(CifarResNet, bottleneck_branch, channels=(32, 32, 64, 128), reversible=True),
 }
 
 

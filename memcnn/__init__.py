@@ -11,11 +11,11 @@ from memcnn.models.revop import (
     create_coupling,
     is_invertible_module,
 )
-from memcnn.weights import load_trained
+from memcnn.weights import convert_optimizer_state, convert_state_dict, load_trained
 
 __version__ = "2.0.0.dev0"
 
 __all__ = ["ActNorm", "AdditiveCoupling", "AffineAdapterExp", "AffineAdapterNaive", "AffineAdapterSigmoid",
            "AffineCoupling", "ChannelPermutation", "DepthToSpace", "InvertibleConv1x1", "InvertibleModuleWrapper",
-           "ReversibleBlock", "ReversibleSequential", "SpaceToDepth", "__version__", "create_coupling",
-           "is_invertible_module", "load_trained"]
+           "ReversibleBlock", "ReversibleSequential", "SpaceToDepth", "__version__", "convert_optimizer_state",
+           "convert_state_dict", "create_coupling", "is_invertible_module", "load_trained"]

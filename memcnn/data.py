@@ -19,6 +19,7 @@ from memcnn import archives
 from memcnn.archives import DATASETS, NUM_CLASSES
 
 GENERATED = "generated"
+__path__: list[str] = []  # so that importing memcnn.data.cifar of MemCNN 1.5 reaches memcnn.migration
 
 
 @dataclass(frozen=True)

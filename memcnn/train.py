@@ -30,6 +30,7 @@ if __package__ in (None, ""):  # run as a script: this folder's names (data, mod
 import torch  # noqa: E402
 
 from memcnn.archives import DATASETS, BadData, DataNotFound  # noqa: E402
+from memcnn.migration import absent_names  # noqa: E402
 from memcnn.models.resnet import MODELS  # noqa: E402
 from memcnn.training.checkpoint import BadCheckpoint  # noqa: E402
 from memcnn.training.distributed import ProcessLost, World, launched, speaks  # noqa: E402
@@ -189,6 +190,8 @@ def run(arguments: list[str] | None) -> int:
         print(f" ({record.reason}); {verb} with: {again}")
     return {"complete": 0, "failed": 1, "partial": 3}[record.status]
 
+
+__getattr__ = absent_names(__name__)
 
 if __name__ == "__main__":
     sys.exit(main())

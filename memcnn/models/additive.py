@@ -1,15 +1,17 @@
 """The additive coupling of NICE (Dinh et al., arXiv:1410.8516) and of RevNets (Gomez et al., arXiv:1707.04585)."""
 
+import warnings
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from memcnn.migration import absent_names
 from memcnn.models.coupling import Coupling
 from memcnn.models.exact import Grid
 from memcnn.models.log_det import constant_log_det
 from memcnn.models.tape import lift
 
-__all__ = ["AdditiveCoupling"]
+__all__ = ["AdditiveBlock", "AdditiveCoupling"]
 
 
 class AdditiveCoupling(Coupling):
@@ -60,6 +62,22 @@ class AdditiveCoupling(Coupling):
         return self.inverse(y), constant_log_det(y)
 
 
+class AdditiveBlock(AdditiveCoupling):
+    """Deprecated name of ``AdditiveCoupling``, for code that was written for MemCNN 1.5.
+
+    Args:
+        Fm: F, as for ``AdditiveCoupling``.
+        Gm: G, likewise; a deep copy of F if it is not given.
+        implementation_fwd: accepted for compatibility; it has no effect.
+        implementation_bwd: likewise.
+    """
+
+    def __init__(self, Fm: nn.Module, Gm: nn.Module | None = None, implementation_fwd: int = 1,
+                 implementation_bwd: int = 1):
+        warnings.warn("AdditiveBlock is deprecated: use AdditiveCoupling", DeprecationWarning, stacklevel=2)
+        super().__init__(Fm, Gm)
+
+
 def _plus(a: Tensor, h: Tensor) -> Tensor:
     return a + _fitting(h, a)
 
@@ -75,3 +93,6 @@ def _fitting(h: Tensor, a: Tensor) -> Tensor:
         return h
     got = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else f"a {type(h).__name__}"
     raise ValueError(f"F and G of an additive coupling must keep the shape of a half, {tuple(a.shape)}: got {got}")
+
+
+__getattr__ = absent_names(__name__)

@@ -1,15 +1,17 @@
 """The affine coupling of RealNVP (Dinh et al., arXiv:1605.08803) and of Glow (Kingma, Dhariwal, arXiv:1807.03039)."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from memcnn.migration import absent_names
 from memcnn.models.coupling import Coupling
 from memcnn.models.log_det import sum_per_sample
 from memcnn.models.tape import lift, merge, split
 
-__all__ = ["AffineAdapterExp", "AffineAdapterNaive", "AffineAdapterSigmoid", "AffineCoupling"]
+__all__ = ["AffineAdapterExp", "AffineAdapterNaive", "AffineAdapterSigmoid", "AffineBlock", "AffineCoupling"]
 
 
 class AffineCoupling(Coupling):
@@ -55,6 +57,22 @@ class AffineCoupling(Coupling):
         x2, log_s2 = lift(y2, self.Gm, y1, unscale_log_det, scale)
         x1, log_s1 = lift(y1, self.Fm, x2, unscale_log_det, scale)
         return merge(x1, x2, self.split_dim), log_s1 + log_s2
+
+
+class AffineBlock(AffineCoupling):
+    """Deprecated name of ``AffineCoupling``, for code that was written for MemCNN 1.5.
+
+    Args:
+        Fm: F, as for ``AffineCoupling``.
+        Gm: G, likewise; a deep copy of F if it is not given.
+        implementation_fwd: accepted for compatibility; it has no effect.
+        implementation_bwd: likewise.
+    """
+
+    def __init__(self, Fm: nn.Module, Gm: nn.Module | None = None, implementation_fwd: int = 1,
+                 implementation_bwd: int = 1):
+        warnings.warn("AffineBlock is deprecated: use AffineCoupling", DeprecationWarning, stacklevel=2)
+        super().__init__(Fm, Gm)
 
 
 def scale(a: Tensor, h: tuple[Tensor, Tensor]) -> Tensor:
@@ -147,3 +165,6 @@ def by_turns(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("the adapted module must double one dimension of its input, for a scale and a shift: it gave "
                          f"shape {tuple(h.shape)} for shape {tuple(x.shape)}; let it put out twice as many channels")
     return h.unflatten(dims[0], (-1, 2)).unbind(dims[0] + 1)
+
+
+__getattr__ = absent_names(__name__)

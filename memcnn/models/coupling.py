@@ -5,6 +5,7 @@ import warnings
 
 from torch import Tensor, nn
 
+from memcnn import migration
 from memcnn.models.exact import Grid
 from memcnn.models.tape import merge, split
 
@@ -26,12 +27,19 @@ class Coupling(nn.Module):
                 raise TypeError(f"{name} must be an nn.Module: got {type(module).__name__}; make a module of it")
         if not isinstance(split_dim, int):
             raise TypeError(f"split_dim must be an integer, the dimension to halve: got {split_dim!r}")
-        if implementation_fwd is not None or implementation_bwd is not None:
+        if unknown := {implementation_fwd, implementation_bwd} - {None, -1, 0, 1}:
+            raise NotImplementedError(f"unknown implementation {unknown.pop()!r}: leave implementation_fwd and "
+                                      "implementation_bwd out, there is one implementation")
+        if {implementation_fwd, implementation_bwd} - {None, -1}:
             warnings.warn("implementation_fwd and implementation_bwd are deprecated and have no effect: there is one "
                           "implementation", DeprecationWarning, stacklevel=3)
         self.Fm = Fm
         self.Gm = copy.deepcopy(Fm) if Gm is None else Gm
         self.split_dim = split_dim
+
+    def __setstate__(self, state: dict) -> None:
+        """Restore a pickle, which MemCNN 1.5 may have written: it kept ``implementation_fwd`` and ``_bwd`` as well."""
+        super().__setstate__(migration.coupling_state(state))
 
     def couple(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         """y1, y2, the halves of y."""

@@ -12,10 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from memcnn.models.additive import AdditiveCoupling
+from memcnn.models.legacy import (
+    BasicBlock,
+    BasicBlockSub,
+    Bottleneck,
+    BottleneckSub,
+    ResNet,
+    RevBasicBlock,
+    RevBottleneck,
+    batch_norm,
+    conv3x3,
+)
 from memcnn.models.revop import InvertibleModuleWrapper
 
-__all__ = ["MODELS", "ResNet", "basic_branch", "bottleneck_branch",
-           "resnet32", "resnet110", "resnet164", "revnet38", "revnet110", "revnet164"]
+__all__ = ["MODELS", "BasicBlock", "BasicBlockSub", "Bottleneck", "BottleneckSub", "CifarResNet", "ResNet",
+           "RevBasicBlock", "RevBottleneck", "basic_branch", "batch_norm", "bottleneck_branch", "conv3x3", "resnet32",
+           "resnet110", "resnet164", "revnet38", "revnet110", "revnet164"]
 
 
 def basic_branch(in_channels: int, out_channels: int, stride: int = 1, *, activate: bool = True) -> nn.Sequential:
@@ -63,7 +75,7 @@ class ResidualUnit(nn.Module):
         return (_full_precision(shortcut) if self.full_precision else shortcut) + self.branch(x)
 
 
-class ResNet(nn.Module):
+class CifarResNet(nn.Module):
     """Stem, stages of units, BN, ReLU, global average pool, linear.
 
     Args:
@@ -109,30 +121,30 @@ class ResNet(nn.Module):
         return self.head(x)
 
 
-def resnet32(num_classes: int = 10, *, disable: bool = False) -> ResNet:
-    return ResNet(basic_branch, (5, 5, 5), (16, 16, 32, 64), num_classes)
+def resnet32(num_classes: int = 10, *, disable: bool = False) -> CifarResNet:
+    return CifarResNet(basic_branch, (5, 5, 5), (16, 16, 32, 64), num_classes)
 
 
-def resnet110(num_classes: int = 10, *, disable: bool = False) -> ResNet:
-    return ResNet(basic_branch, (18, 18, 18), (16, 16, 32, 64), num_classes)
+def resnet110(num_classes: int = 10, *, disable: bool = False) -> CifarResNet:
+    return CifarResNet(basic_branch, (18, 18, 18), (16, 16, 32, 64), num_classes)
 
 
-def resnet164(num_classes: int = 10, *, disable: bool = False) -> ResNet:
-    return ResNet(bottleneck_branch, (18, 18, 18), (16, 16, 32, 64), num_classes)
+def resnet164(num_classes: int = 10, *, disable: bool = False) -> CifarResNet:
+    return CifarResNet(bottleneck_branch, (18, 18, 18), (16, 16, 32, 64), num_classes)
 
 
-def revnet38(num_classes: int = 10, *, disable: bool = False, exact: bool = False) -> ResNet:
-    return ResNet(basic_branch, (3, 3, 3), (32, 32, 64, 112), num_classes, reversible=True, disable=disable,
+def revnet38(num_classes: int = 10, *, disable: bool = False, exact: bool = False) -> CifarResNet:
+    return CifarResNet(basic_branch, (3, 3, 3), (32, 32, 64, 112), num_classes, reversible=True, disable=disable,
                   exact=exact)
 
 
-def revnet110(num_classes: int = 10, *, disable: bool = False, exact: bool = False) -> ResNet:
-    return ResNet(basic_branch, (9, 9, 9), (32, 32, 64, 128), num_classes, reversible=True, disable=disable,
+def revnet110(num_classes: int = 10, *, disable: bool = False, exact: bool = False) -> CifarResNet:
+    return CifarResNet(basic_branch, (9, 9, 9), (32, 32, 64, 128), num_classes, reversible=True, disable=disable,
                   exact=exact)
 
 
-def revnet164(num_classes: int = 10, *, disable: bool = False, exact: bool = False) -> ResNet:
-    return ResNet(bottleneck_branch, (9, 9, 9), (32, 32, 64, 128), num_classes, reversible=True, disable=disable,
+def revnet164(num_classes: int = 10, *, disable: bool = False, exact: bool = False) -> CifarResNet:
+    return CifarResNet(bottleneck_branch, (9, 9, 9), (32, 32, 64, 128), num_classes, reversible=True, disable=disable,
                   exact=exact)
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
+from torch.utils.checkpoint import get_device_states, set_device_states  # noqa: F401 - names of MemCNN 1.5
 
+from memcnn import migration
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.affine import AffineCoupling
 from memcnn.models.coupling import Coupling
@@ -61,6 +63,10 @@ class InvertibleModuleWrapper(nn.Module):
         self.preserve_rng_state = preserve_rng_state
         self.check_inverse = check_inverse
         self._fn = fn
+
+    def __setstate__(self, state: dict) -> None:
+        """Restore a pickle, which MemCNN 1.5 may have written."""
+        super().__setstate__(migration.wrapper_state(state, InvertibleModuleWrapper))
 
     def forward(self, *xin, **kwargs):
         """``fn(*xin, **kwargs)``. Floating-point tensors in ``xin`` are what ``fn.inverse`` must give back."""
@@ -238,7 +244,8 @@ def is_invertible_module(module_in: nn.Module, test_input_shape: Sequence,
                          device: torch.device | str = "cpu") -> bool:
     """Whether inverse(forward(x)) = x and forward(inverse(y)) = y for a random x, and y = forward(x).
 
-    Random numbers, buffers and generators are as before the call when it returns.
+    Random numbers, buffers and generators are as before the call when it returns. A result that shares memory with an
+    input, or two results that are the same tensor, are a UserWarning.
 
     Args:
         module_in: the module, wrapped or not.
@@ -263,15 +270,27 @@ def is_invertible_module(module_in: nn.Module, test_input_shape: Sequence,
         return result if isinstance(result, tuple) else (result,)
 
     outputs = evaluated(fn, inputs)
-    if any(x is y for x in inputs for y in outputs):
-        warnings.warn("an output of the module is its input itself, as of an identity function: wrapping it saves "
-                      "nothing", stacklevel=2)
-    def undone(there: Callable, back: Callable, values: Sequence[Tensor]) -> bool:
-        again = evaluated(back, evaluated(there, values))
-        return [x.shape for x in again] == [x.shape for x in values] and all(
-            torch.allclose(got, wanted, atol=atol) for got, wanted in zip(again, values, strict=True))
+    _warn_of_sharing("forward", inputs, outputs)
+    restored = evaluated(fn.inverse, outputs)
+    _warn_of_sharing("inverse", outputs, restored)
 
-    return undone(fn, fn.inverse, inputs) and undone(fn.inverse, fn, outputs)
+    def alike(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
+        return [x.shape for x in got] == [x.shape for x in wanted] and all(
+            torch.allclose(a, b, atol=atol) for a, b in zip(got, wanted, strict=True))
+
+    return alike(restored, inputs) and alike(evaluated(fn, restored), outputs)
+
+
+def _warn_of_sharing(method: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """Warn where a result of ``method`` lies in the memory of an input, or where two results are the same values."""
+    tensors = [y for y in outputs if isinstance(y, Tensor) and y.numel()]
+    if any(x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr() for x in inputs for y in tensors):
+        warnings.warn(f"a result of {method} shares memory with an input, as that of an identity function or a view: "
+                      "wrapping the module saves less memory; return new tensors, or leave the module unwrapped",
+                      stacklevel=3)
+    if len({(y.data_ptr(), y.shape, y.stride()) for y in tensors}) < len(tensors):
+        warnings.warn(f"two results of {method} are the same tensor, so one of them is redundant: return copies if "
+                      "both are needed", stacklevel=3)
 
 
 def _shapes(shape: Sequence) -> Sequence[Sequence[int]]:
@@ -303,3 +322,6 @@ def _is_transformed() -> bool:
     """Whether torch.func, forward-mode differentiation or torch.export is at work: none saves through hooks."""
     return (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
             or torch.compiler.is_exporting() or torch.jit.is_tracing())
+
+
+__getattr__ = migration.absent_names(__name__)

@@ -1,5 +1,7 @@
 """What can be asked of a block: to check its inverse, to keep its input, to say whether it is invertible."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -134,12 +136,58 @@ def test_asking_moves_neither_generators_nor_buffers():
     assert all(torch.equal(b, buffers[name]) for name, b in module.named_buffers())
 
 
-def test_an_identity_is_invertible_but_warned_of():
-    class Same(nn.Identity):
-        inverse = nn.Identity.forward
-    with pytest.warns(UserWarning, match="input itself") as warned:
-        assert is_invertible_module(Same(), (2, 3))
-    assert warned[0].filename == __file__
+class Sharing(nn.Module):
+    """Identity whose results share memory with the inputs as ``forward`` and ``inverse`` of the arguments do."""
+
+    def __init__(self, run, undo):
+        super().__init__()
+        self.run, self.undo = run, undo
+
+    def forward(self, x):
+        return self.run(x)
+
+    def inverse(self, y):
+        return self.undo(y)
+
+
+SHARING = {
+    "the input": (lambda x: x, torch.clone, ["forward shares"]),
+    "a view of the input": (lambda x: x.transpose(0, 1), lambda y: y.transpose(0, 1).clone(), ["forward shares"]),
+    "a part of the input": (lambda x: x[0:], torch.clone, ["forward shares"]),
+    "the input of inverse": (torch.clone, lambda x: x, ["inverse shares"]),
+    "both": (lambda x: x, lambda x: x, ["forward shares", "inverse shares"]),
+    "neither": (torch.clone, torch.clone, []),
+}
+
+
+@pytest.mark.parametrize(("run", "undo", "messages"), SHARING.values(), ids=SHARING)
+def test_a_result_in_the_memory_of_an_input_is_warned_of(run, undo, messages):
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert is_invertible_module(Sharing(run, undo), (2, 2))
+    assert [str(w.message).split(" memory")[0].removeprefix("a result of ") for w in warned] == messages
+    assert {w.filename for w in warned} <= {__file__}
+
+
+def test_one_tensor_returned_twice_is_warned_of_and_halves_of_one_tensor_are_not():
+    class Twice(nn.Module):
+        def forward(self, x):
+            return (2 * x,) * 2
+
+        def inverse(self, y, z):
+            return torch.minimum(y, z) / 2
+
+    class Halving(nn.Module):
+        def forward(self, x):
+            return (2 * x).chunk(2, 1)
+
+        def inverse(self, y, z):
+            return torch.cat((y, z), 1) / 2
+
+    with pytest.warns(UserWarning, match="two results of forward are the same tensor"):
+        assert is_invertible_module(Twice(), (2, 3))
+    assert is_invertible_module(Halving(), (2, 4))
+    assert is_invertible_module(Halving(), (0, 4))
 
 
 @pytest.mark.parametrize("shape", [3, (2, "a"), ((2, 3), 4)])

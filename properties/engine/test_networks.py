@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from memcnn.models.resnet import MODELS, ResNet, basic_branch, bottleneck_branch
+from memcnn.models.resnet import MODELS, CifarResNet, basic_branch, bottleneck_branch
 from memcnn.models.revop import InvertibleModuleWrapper
 
 PARAMETERS = {  # 10 and 100 classes; Gomez et al., arXiv:1707.04585
@@ -24,7 +24,7 @@ UNITS = {"resnet32": (5, 5, 5), "resnet110": (18, 18, 18), "resnet164": (18, 18,
 REVERSIBLE = {"resnet32": 0, "resnet110": 0, "resnet164": 0, "revnet38": 7, "revnet110": 25, "revnet164": 24}
 
 
-def made(name: str, *arguments, **options) -> ResNet:
+def made(name: str, *arguments, **options) -> CifarResNet:
     with torch.device("meta"):
         return MODELS[name](*arguments, **options)
 
@@ -66,7 +66,7 @@ def test_a_branch_normalises_and_activates_before_every_convolution(branch, conv
 
 
 def test_a_unit_that_strides_or_widens_projects_its_input_and_only_the_first_unit_starts_unactivated():
-    network = ResNet(basic_branch, (2, 2), (6, 8, 8))
+    network = CifarResNet(basic_branch, (2, 2), (6, 8, 8))
     (first, second), (strided, last) = network.stages
     assert kinds(first.shortcut) == kinds(strided.shortcut) == ["Conv2d", "BatchNorm2d"]
     assert (first.shortcut[0].kernel_size, first.shortcut[0].stride, first.shortcut[0].bias) == ((1, 1), (1, 1), None)
@@ -79,14 +79,14 @@ def test_a_unit_that_strides_or_widens_projects_its_input_and_only_the_first_uni
 
 
 def test_a_unit_adds_its_branch_to_its_shortcut():
-    network = ResNet(basic_branch, (1,), (4, 6)).double().eval()
+    network = CifarResNet(basic_branch, (1,), (4, 6)).double().eval()
     unit, = network.stages[0]
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     assert torch.equal(unit(x), unit.shortcut(x) + unit.branch(x))
 
 
 def test_convolutions_start_at_the_fan_out_scale():
-    network = ResNet(basic_branch, (1,), (64, 128))
+    network = CifarResNet(basic_branch, (1,), (64, 128))
     for convolution in (m for m in network.modules() if isinstance(m, nn.Conv2d)):
         fan_out = convolution.out_channels * convolution.kernel_size[0] ** 2
         assert abs(convolution.weight.var().item() * fan_out / 2 - 1) < 0.1
@@ -103,14 +103,14 @@ def test_options_reach_every_reversible_unit(name):
 
 def test_widths_for_another_number_of_stages_are_refused():
     with pytest.raises(ValueError, match="so 3 widths: got 2"):
-        ResNet(basic_branch, (1, 1), (4, 8))
+        CifarResNet(basic_branch, (1, 1), (4, 8))
 
 
 @pytest.mark.parametrize("branch", [basic_branch, bottleneck_branch])
 def test_under_autocast_what_is_inverted_is_float32_and_only_that(branch):
     seen = []
     for reversible in (True, False):
-        model = ResNet(branch, (2, 2), (8, 8, 16), reversible=reversible)
+        model = CifarResNet(branch, (2, 2), (8, 8, 16), reversible=reversible)
         for stage in model.stages:
             stage[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
         with torch.autocast("cpu", torch.bfloat16):
@@ -120,6 +120,6 @@ def test_under_autocast_what_is_inverted_is_float32_and_only_that(branch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_without_autocast_a_network_computes_in_the_dtype_of_its_weights(dtype):
-    model = ResNet(basic_branch, (2, 2), (8, 8, 16), reversible=True).to(dtype)
+    model = CifarResNet(basic_branch, (2, 2), (8, 8, 16), reversible=True).to(dtype)
     with torch.no_grad():
         assert model(torch.randn(2, 3, 8, 8, dtype=dtype)).dtype == dtype

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memcnn import data as cifar
-from memcnn.models.resnet import MODELS, ResNet, basic_branch
+from memcnn.models.resnet import MODELS, CifarResNet, basic_branch
 from memcnn.testing.tolerances import relative_error, tolerance
 from memcnn.training.execution import Execution
 from memcnn.training.recipe import override
@@ -31,17 +31,17 @@ STEPS = 5
 SMALL = override(RECIPE, learning_rate=0.02, milestones=(2, 4))
 
 
-def small_revnet(num_classes: int = 10, *, disable: bool = False) -> ResNet:
+def small_revnet(num_classes: int = 10, *, disable: bool = False) -> CifarResNet:
     """Three reversible units and one that strides.
 
     Not narrower: with fewer than 8 channels oneDNN's strided 1x1 convolution of channels_last images writes out of its
     bounds (https://github.com/uxlfoundation/oneDNN/issues/6035).
     """
-    return ResNet(basic_branch, (2, 2), (8, 8, 16), num_classes, reversible=True, disable=disable)
+    return CifarResNet(basic_branch, (2, 2), (8, 8, 16), num_classes, reversible=True, disable=disable)
 
 
-def small_resnet(num_classes: int = 10, *, disable: bool = False) -> ResNet:
-    return ResNet(basic_branch, (2, 2), (8, 8, 16), num_classes)
+def small_resnet(num_classes: int = 10, *, disable: bool = False) -> CifarResNet:
+    return CifarResNet(basic_branch, (2, 2), (8, 8, 16), num_classes)
 
 
 @pytest.fixture

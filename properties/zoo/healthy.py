@@ -20,7 +20,7 @@ from memcnn import (
     ReversibleSequential,
     SpaceToDepth,
 )
-from memcnn.models.resnet import ResNet, basic_branch, bottleneck_branch
+from memcnn.models.resnet import CifarResNet, basic_branch, bottleneck_branch
 from properties.twin import Container
 from properties.zoo.engine import Engine, Pair, chain_of
 from properties.zoo.specimen import LARGE, Own, Specimen, branch, dropping, normalised
@@ -57,7 +57,7 @@ def set_actnorm() -> ActNorm:
 
 def units(branch_of, width: int, exact: bool = False) -> nn.Module:
     """The reversible units of a RevNet's stage, in a chain: the first, plain unit of a stage has no inverse."""
-    stage = ResNet(branch_of, (3,), (width * branch_of.expansion, width), reversible=True, exact=exact).stages[0]
+    stage = CifarResNet(branch_of, (3,), (width * branch_of.expansion, width), reversible=True, exact=exact).stages[0]
     return chain(*list(stage)[1:])
 
 
