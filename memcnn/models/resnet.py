@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memcnn.models.additive import AdditiveCoupling
-from memcnn.models.revop import InvertibleModuleWrapper
+from memcnn.models.revop import HalvesPassedOn, InvertibleModuleWrapper
 
 __all__ = ["MODELS", "ResNet", "basic_branch", "bottleneck_branch",
            "resnet32", "resnet110", "resnet164", "revnet38", "revnet110", "revnet164"]
@@ -89,7 +89,7 @@ class ResNet(nn.Module):
         self.stem = nn.Sequential(_conv3x3(3, stem), *_activation(stem))
         self.stages = nn.ModuleList()
         for stage, (count, (in_width, width)) in enumerate(zip(units, pairwise([stem, *widths]), strict=True)):
-            self.stages.append(nn.Sequential(*(
+            self.stages.append(HalvesPassedOn(*(
                 _unit(branch, in_width if unit == 0 else width, width, stride=2 if stage > 0 and unit == 0 else 1,
                       activate=(stage, unit) != (0, 0), reversible=reversible, disable=disable, exact=exact)
                 for unit in range(count))))
