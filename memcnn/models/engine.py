@@ -229,7 +229,9 @@ class Step(Link):
         return tensor.is_leaf and tensor.requires_grad and not any(tensor is t for t in self.inputs)
 
     @_uncompiled
-    def _pack(self, tensor: Tensor) -> Handle | tuple[Tensor, int]:
+    def _pack(self, tensor: Tensor) -> Handle | tuple[Tensor, int] | Tensor:
+        if self.replay.is_running_statistic(tensor):
+            return tensor
         if self._outside(tensor):
             return tensor, tensor._version
         handle = Handle(tensor)
@@ -237,7 +239,9 @@ class Step(Link):
         return handle
 
     @_uncompiled
-    def _unpack(self, saved: Handle | tuple[Tensor, int]) -> Tensor:
+    def _unpack(self, saved: Handle | tuple[Tensor, int] | Tensor) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
         if isinstance(saved, tuple):
             tensor, version = saved
             if tensor._version != version:
@@ -259,7 +263,7 @@ class Step(Link):
 
     @_uncompiled
     def _collect(self, tensor: Tensor) -> None:
-        if self._outside(tensor):
+        if self._outside(tensor) or self.replay.is_running_statistic(tensor):
             return
         handle = self.handles[self.seen]() if self.seen < len(self.handles) else None
         self.seen += 1

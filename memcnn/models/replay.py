@@ -10,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from memcnn.models.capture import NoRandomNumbers, is_captured
 
@@ -30,6 +31,11 @@ class Replay:
                            for name, p in m._parameters.items() if p is not None]
         self.buffers = [(m._buffers, name, b, None if _ignores_its_buffers(m) else b.clone()) for m, _ in self.modules
                         for name, b in m._buffers.items() if b is not None]
+        # torch.batch_norm moves running statistics without a new version, so these count as changed
+        self._moving = {id(m._buffers) for m, _ in self.modules if isinstance(m, _NormBase) and m.training}
+        self._running_statistics = {id(b): m for m, _ in self.modules if _is_plain_batch_norm(m)
+                                    for b in (m.running_mean, m.running_var)}
+        self._batch_norms: dict[nn.Module, None] = {}  # those to evaluate again without their buffers, in order
         self.unchanged: list[tuple[str, str, Tensor, tuple[int, int]]] = []
         devices = {torch.device("cpu"), *(x.device for x in inputs)}
         self.autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind),
@@ -40,6 +46,18 @@ class Replay:
                            if preserve_rng_state and device.type in ("cpu", "cuda") and not is_captured(device)]
         self.replacing_hooks: list[Callable] = []
         self.sets_parameters = False
+
+    def is_running_statistic(self, tensor: Tensor) -> bool:
+        """Return whether ``tensor`` is a running statistic of a BatchNorm that normalises with its batch's statistics.
+
+        Autograd saves it, but the gradient does not depend on it. Seeing it saved in the first evaluation is the proof
+        that the BatchNorm runs eagerly, so that ``again`` can switch off its running statistics. Compiled code saves
+        other tensors, and would be compiled once more without them.
+        """
+        module = self._running_statistics.get(id(tensor))
+        if module is not None:
+            self._batch_norms[module] = None
+        return module is not None
 
     @contextmanager
     def first(self) -> Iterator[None]:
@@ -64,10 +82,12 @@ class Replay:
             now = registry.get(name)
             if now is not None and any(registry is other for other in initialised):  # it may say so in a buffer
                 b, value = now, identity(now)
-            if before is not None and identity(b) == value:
+            if before is not None and identity(b) == value and id(registry) not in self._moving:
                 self.unchanged.append(("buffer", name, b, value))
                 before = None
             self.buffers.append((registry, name, b, before))
+        untouched = {id(module._buffers) for module in self._batch_norms}
+        self.buffers = [buffer for buffer in self.buffers if id(buffer[0]) not in untouched]
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -80,6 +100,9 @@ class Replay:
                 if module.training != training:
                     stack.callback(setattr, module, "training", module.training)
                     module.training = training
+            for module in self._batch_norms:  # the batch's statistics are the same without buffers to copy and restore
+                stack.callback(setattr, module, "track_running_stats", module.track_running_stats)
+                module.track_running_stats = False
             for registry, name, tensor, *_ in (*self.parameters, *self.buffers):
                 if _was_exchanged(registry.get(name), tensor):
                     _substitute(stack, registry, name, tensor)
@@ -128,9 +151,20 @@ def identity(x: Tensor) -> tuple[int, int]:
     return x._version, x.untyped_storage()._cdata
 
 
+_BATCH_STATISTICS = (_BatchNorm.forward, SyncBatchNorm.forward, _InstanceNorm.forward)
+"""The forward functions that, in training mode, normalise with statistics of their input and update their buffers."""
+
+
 def _ignores_its_buffers(module: nn.Module) -> bool:
-    """Whether the module's output does not depend on its buffers, as for a norm that uses its batch's statistics."""
-    return isinstance(module, _NormBase) and module.training
+    """Return whether the module's output does not depend on its buffers; a subclass may have a forward that does."""
+    return (isinstance(module, _NormBase) and module.training and type(module).forward in _BATCH_STATISTICS
+            and "forward" not in vars(module))
+
+
+def _is_plain_batch_norm(module: nn.Module) -> bool:
+    """Return whether ``track_running_stats = False`` leaves the module's output as it is and its buffers alone."""
+    return _ignores_its_buffers(module) and type(module).forward is _BatchNorm.forward and module.track_running_stats \
+        and module.running_mean is not None and module.running_var is not None
 
 
 def _is_torchs(hook: Callable) -> bool:

@@ -23,7 +23,7 @@ from memcnn.models.legacy import (
     batch_norm,
     conv3x3,
 )
-from memcnn.models.revop import InvertibleModuleWrapper
+from memcnn.models.revop import HalvesPassedOn, InvertibleModuleWrapper
 
 __all__ = ["MODELS", "BasicBlock", "BasicBlockSub", "Bottleneck", "BottleneckSub", "CifarResNet", "ResNet",
            "RevBasicBlock", "RevBottleneck", "basic_branch", "batch_norm", "bottleneck_branch", "conv3x3", "resnet32",
@@ -101,7 +101,7 @@ class CifarResNet(nn.Module):
         self.stem = nn.Sequential(_conv3x3(3, stem), *_activation(stem))
         self.stages = nn.ModuleList()
         for stage, (count, (in_width, width)) in enumerate(zip(units, pairwise([stem, *widths]), strict=True)):
-            self.stages.append(nn.Sequential(*(
+            self.stages.append(HalvesPassedOn(*(
                 _unit(branch, in_width if unit == 0 else width, width, stride=2 if stage > 0 and unit == 0 else 1,
                       activate=(stage, unit) != (0, 0), reversible=reversible, disable=disable, exact=exact)
                 for unit in range(count))))

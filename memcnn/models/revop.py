@@ -139,14 +139,18 @@ class ReversibleSequential(nn.Sequential):
         """y of the shape that the modules give it."""
         for store, blocks in self._runs(list(self)):
             with storing() if store else nullcontext():
-                x = _run_of(blocks, x, Coupling.couple) if len(blocks) > 1 else blocks[0](x)
+                values = [x]
+                del x
+                x = _run_of(blocks, values, Coupling.couple) if len(blocks) > 1 else blocks[0](values.pop())
         return x
 
     def inverse(self, y: Tensor) -> Tensor:
         """x with ``self(x) = y``, differentiable with the same savings."""
         for store, blocks in self._runs(list(reversed(self))):
             with storing() if store else nullcontext():
-                y = _run_of(blocks, y, Coupling.uncouple) if len(blocks) > 1 else blocks[0].inverse(y)
+                values = [y]
+                del y
+                y = _run_of(blocks, values, Coupling.uncouple) if len(blocks) > 1 else blocks[0].inverse(values.pop())
         return y
 
     def _runs(self, blocks: list[nn.Module]) -> Iterator[tuple[bool, list[nn.Module]]]:
@@ -183,6 +187,20 @@ class ReversibleSequential(nn.Sequential):
 _REVERSIBLE = (InvertibleModuleWrapper, ReversibleSequential)
 
 
+class HalvesPassedOn(nn.Sequential):
+    """An ``nn.Sequential`` whose neighbouring wrapped couplings pass on two halves instead of joining them each time.
+
+    What it computes, its state-dict keys and the other modules in it are those of ``nn.Sequential``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _, run in groupby(enumerate(self), lambda numbered: _halves_passed_on(numbered[1]) or numbered[0]):
+            blocks, values = [block for _, block in run], [x]
+            del x
+            x = _run_of(blocks, values, Coupling.couple) if len(blocks) > 1 else blocks[0](values.pop())
+        return x
+
+
 def _halves_passed_on(block: nn.Module) -> tuple | None:
     """Alike for blocks that can hand on the halves of a tensor instead of the tensor; None for any other block."""
     if not isinstance(block, InvertibleModuleWrapper) or block.disable or block.keep_input or block.keep_input_inverse:
@@ -202,23 +220,27 @@ def _is_hooked(module: nn.Module) -> bool:
                 torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks))
 
 
-def _run_of(blocks: Sequence[InvertibleModuleWrapper], x: Tensor, change: Callable) -> Tensor:
-    """The wrapped couplings one after the other, ``change`` being Coupling.couple or uncouple."""
-    if not any(_is_recorded(block._fn, (x,)) for block in blocks):
-        return _halves_changed(blocks, x, change)
+def _run_of(blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable) -> Tensor:
+    """Run the wrapped couplings one after the other, ``change`` being ``Coupling.couple`` or ``Coupling.uncouple``.
+
+    ``values`` holds the input alone. It is taken out, so that no caller keeps the input until the last block has run.
+    """
+    if not any(_is_recorded(block._fn, values) for block in blocks):
+        return _halves_changed(blocks, values, change)
     options = {"preserve_rng_state": blocks[0].preserve_rng_state, "check_inverse": blocks[0].check_inverse}
-    return _recorded_run(blocks, x, change, options)
+    return _recorded_run(blocks, values, change, options)
 
 
 @_uncompiled
-def _recorded_run(blocks: Sequence[InvertibleModuleWrapper], x: Tensor, change: Callable, options: dict) -> Tensor:
+def _recorded_run(blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable,
+                  options: dict) -> Tensor:
     with recording(**options):
-        return _halves_changed(blocks, x, change)
+        return _halves_changed(blocks, values, change)
 
 
-def _halves_changed(blocks: Sequence[InvertibleModuleWrapper], x: Tensor, change: Callable) -> Tensor:
+def _halves_changed(blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable) -> Tensor:
     coupling = blocks[0]._fn
-    halves = split(x, coupling.split_dim, coupling.grid)
+    halves = split(values.pop(), coupling.split_dim, coupling.grid)
     for block in blocks:
         halves = getattr(block._fn, change.__name__)(*halves)
         only(*halves)

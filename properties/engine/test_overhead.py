@@ -1,0 +1,138 @@
+"""How many operators a reversible step dispatches beside the arithmetic: copies, casts and joins, counted."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from memcnn import AdditiveCoupling, InvertibleModuleWrapper
+from memcnn.models.resnet import revnet38
+from properties.twin import assert_like_twin, backward, block, conv_branch, images
+
+REVERSIBLE_UNITS = 3, 2, 2
+"""Of each stage of a RevNet-38. A unit has two branches, a branch two convolutions; 26 of the 28 have a BatchNorm."""
+CHAINS = len(REVERSIBLE_UNITS)
+BRANCHES = 2 * sum(REVERSIBLE_UNITS)
+
+
+class Operators(TorchDispatchMode):
+    """A context that counts the operators dispatched within it, by name and, for casts, by the new dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types: Sequence[type], args: tuple = (), kwargs: dict | None = None):
+        name = function.overloadpacket.__name__
+        dtype = (kwargs or {}).get("dtype")
+        self.counts[f"{name} {dtype}" if name == "_to_copy" else name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operators_of_a_step(**options) -> Counter[str]:
+    """Operators of one training step of RevNet-38 on channels_last images, in bfloat16."""
+    torch.manual_seed(0)
+    model = revnet38(**options).to(memory_format=torch.channels_last)
+    x = images(2, 3, 32, 32, dtype=torch.float32, requires_grad=False).to(memory_format=torch.channels_last)
+    with Operators() as operators:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(x)
+        F.cross_entropy(logits.float(), torch.tensor([1, 2])).backward()
+    return operators.counts
+
+
+def test_a_step_of_a_revnet_copies_and_joins_once_a_chain():
+    counts = operators_of_a_step()
+    assert counts["cat"] == 2 * CHAINS, "joins: one forward, one backward"
+    assert counts["clone"] == CHAINS, "the dense copy of the half that a chain's first branch is given"
+    assert counts["copy_"] == CHAINS + 1, "the same half rebuilt in those strides; the largest size of a tensor"
+
+
+def test_the_recomputation_adds_its_arithmetic_and_casts_alone():
+    counts, plain = operators_of_a_step(), operators_of_a_step(disable=True)
+    added = {name: counts[name] - plain[name] for name in
+             ("convolution", "native_batch_norm", "relu_", "add_", "_to_copy torch.bfloat16", "_to_copy torch.float32")}
+    assert added == {
+        "convolution": 2 * BRANCHES,
+        "native_batch_norm": 2 * BRANCHES - 2,  # the very first unit's branches have one each
+        "relu_": 2 * BRANCHES - 2,
+        "add_": 0,  # no counter of batches moves
+        "_to_copy torch.bfloat16": 3 * BRANCHES,  # a branch's input and its two weights
+        "_to_copy torch.float32": 0,
+    }
+
+
+def test_a_recomputation_does_not_touch_the_running_statistics():
+    module = InvertibleModuleWrapper(AdditiveCoupling(conv_branch(6), split_dim=0)).double()  # halves are dense
+    y = module(images())
+    versions = {name: b._version for name, b in module.named_buffers()}
+    with Operators() as operators:
+        y.sum().backward()
+    assert {name: b._version for name, b in module.named_buffers()} == versions
+    assert not operators.counts["copy_"] and not operators.counts["clone"]
+    assert all(part.track_running_stats for part in module.modules() if isinstance(part, nn.BatchNorm2d))
+
+
+class Renormalised(nn.BatchNorm2d):
+    """A BatchNorm whose output depends on its running mean even in training mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.running_mean.clone().view(1, -1, 1, 1).cos()
+
+
+class Checkpointed(nn.BatchNorm2d):
+    """A BatchNorm that autograd records within a checkpoint, where the engine does not see what it saves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: F.batch_norm(x, None, None, self.weight, self.bias, True), x, use_reentrant=False)
+
+
+def patched(channels: int) -> nn.Module:
+    norm = nn.BatchNorm2d(channels)
+    forward = norm.forward
+    norm.forward = lambda x: forward(x) * norm.running_mean.clone().view(1, -1, 1, 1).cos()
+    return norm
+
+
+NORMS = {
+    "batch norm": nn.BatchNorm2d,
+    "cumulative": lambda c: nn.BatchNorm2d(c, momentum=None),
+    "without parameters": lambda c: nn.BatchNorm2d(c, affine=False),
+    "without running statistics": lambda c: nn.BatchNorm2d(c, track_running_stats=False),
+    "in evaluation mode": lambda c: nn.BatchNorm2d(c).eval(),
+    "frozen parameters": lambda c: nn.BatchNorm2d(c).requires_grad_(False),
+    "instance norm": lambda c: nn.InstanceNorm2d(c, affine=True, track_running_stats=True),
+    "a subclass that reads its running mean": Renormalised,
+    "a checkpoint within": Checkpointed,
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_every_norm_moves_and_differentiates_as_its_twins(name):
+    def branch() -> nn.Module:
+        first, second = NORMS[name](3), NORMS[name](3)
+        return nn.Sequential(first, nn.Conv2d(3, 3, 3, padding=1), second, nn.Tanh(), second)
+
+    def twice(module: nn.Module, x: Tensor) -> Tensor:
+        """The statistics have moved on when the first of two forward passes is differentiated."""
+        y = module(x) + module(x + 1)
+        (y * y).sum().backward()
+        return y
+    for program in (backward, twice):
+        module = InvertibleModuleWrapper(AdditiveCoupling(branch(), branch())).double()
+        assert_like_twin(nn.Sequential(module, block()), program, images())
+
+
+def test_a_forward_set_on_the_module_itself_may_read_its_running_mean():
+    gradients = []
+    for disable in (False, True):
+        module = InvertibleModuleWrapper(AdditiveCoupling(patched(3), patched(3)), disable=disable).double()
+        x = images()
+        ((module(x) + module(x + 1)) ** 3).sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
