@@ -90,7 +90,8 @@ def hostile_data(ground: Ground, rng: Random, tries: int) -> Iterator[str]:
         folder, path, job = spoilt(ground, rng, lambda _, Harm=Harm: pickle.dumps({"data": Harm(), "labels": [1]}))
         runs, words = ground.new_runs(), (*ALL, "--data", str(folder))
         ground.refuses(runs, *words, status=1, says=f"{path.name} has MD5", **job)
-        ground.refuses(runs, *words, "--unofficial-data", status=1, says=f"{path} is not a batch of CIFAR images", **job)
+        says = f"{path} is not a batch of CIFAR images"
+        ground.refuses(runs, *words, "--unofficial-data", status=1, says=says, **job)
         assert not harm.exists() and not list(runs.iterdir())
         yield "refused, also with --unofficial-data; nothing is run"
 
