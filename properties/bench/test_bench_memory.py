@@ -119,7 +119,7 @@ def test_the_stems_relu_saves_one_map_that_a_reversible_first_unit_could_do_with
 
 
 def test_the_peak_beside_what_is_held_is_the_recorded_one():
-    """Of a step at batch 100, as the committed records of full runs have it."""
+    """The bytes that runs on a CPU recorded for a step at batch 100, in float32."""
     assert activations.peak_activations(MODELS["resnet32"], 100) == 250_685_064
     assert activations.peak_activations(MODELS["revnet38"], 100) == 108_140_056
 
