@@ -1,5 +1,6 @@
 """A report as files and as terminal text."""
 
+import re
 from pathlib import Path
 
 import jinja2
@@ -108,6 +109,7 @@ def html(report: Report) -> str:
         left=text.LEFT,
         verdicts=(REPRODUCED, DIFFERS, NOT_ENOUGH),
         dash=cells.DASH,
+        unbroken=lambda cell: re.sub(r"(?<=\d) (?=min\b|s\b)|(?<=min) (?=\d)", "\N{NO-BREAK SPACE}", cell),
     )
 
 
