@@ -2,7 +2,8 @@
 
     python -m bench.report results/bench/FILE.json --out reports/bench/cpu
 
-Writes summary.md with its figures, page.html, which needs no other file, and measurements.csv, a row per measurement.
+Writes summary.md with its figures, page.html, which needs no other file, measurements.csv, a row per measurement, and
+environment.json, which says where and with what they were made.
 """
 
 import argparse
@@ -15,13 +16,14 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
+from bench import folders
 from bench.figures import draw, pareto_of_peers, save
 from bench.summary import MIB, load, origin, sections, series_of, time_table
 from memcnn.training.files import write_by_rename
 
 TITLE = "What reversibility costs and saves"
 PEERS = Path(__file__).resolve().parents[1] / "reports" / "peers.json"
-NESTED = ("device", "software")  # told once, on top
+NESTED = ("device", "software")  # the same in all rows: in environment.json
 
 
 def headline(results: pd.DataFrame) -> list[str]:
@@ -52,7 +54,7 @@ def headline(results: pd.DataFrame) -> list[str]:
 
 
 def write(results: pd.DataFrame, folder: Path, command: str) -> list[Path]:
-    """The files of the report; their paths."""
+    """Write the files of the report; return their paths."""
     figures = draw(results)
     if PEERS.is_file():
         peers = json.loads(PEERS.read_text("utf-8"))
@@ -62,12 +64,21 @@ def write(results: pd.DataFrame, folder: Path, command: str) -> list[Path]:
     pictures = [(title, (folder / "figures" / f"{name}.svg").read_bytes()) for name, (_, title) in figures.items()]
     texts = {"summary.md": markdown(results, {n: t for n, (_, t) in figures.items()}, command),
              "page.html": html(results, pictures, command),
+             folders.ENVIRONMENT: json.dumps(environment(results), indent=1) + "\n",
              "measurements.csv": results.drop(columns=list(NESTED)).to_csv(index=False, float_format="%.6g",
                                                                            lineterminator="\n")}
     for name, text in texts.items():
         write_by_rename(folder / name, text.encode())
         written.append(folder / name)
     return written
+
+
+def environment(results: pd.DataFrame) -> dict:
+    """Return device, versions, commit and clock of the measurements, all of which one command made."""
+    first = results.iloc[0]
+    load = [float(results.load.min()), float(results.load.max())]
+    clean = None if pd.isna(first.clean) else bool(first.clean)
+    return {**{name: first[name] for name in (*NESTED, "commit")}, "clean": clean, "load": load}
 
 
 def markdown(results: pd.DataFrame, figures: dict[str, str], command: str) -> str:
