@@ -17,6 +17,7 @@ MEASUREMENTS = Path(__file__).with_name("bench")  # a folder for each device
 MEMORY_FILE = "memory.csv"
 GPU_PRECISIONS = ("float32", "bf16")
 GPU_COLUMNS = ("model", "precision", "activation_bytes", "device")
+MEASURED_COLUMNS = (*GPU_COLUMNS, "held_bytes")
 
 RUN_COLUMNS = (
     "folder", "model", "dataset", "seed", "recipe", "batch_size", "iterations", "planned", "accuracy_percent",
@@ -162,30 +163,31 @@ def memory_table(runs: pd.DataFrame, measured: pd.DataFrame | None = None) -> pd
 
 
 def gpu_measurements(folder: str | Path = MEASUREMENTS) -> tuple[pd.DataFrame, list[str]]:
-    """Read every ``<device>/memory.csv`` that ``python -m bench.memory --measure`` wrote on a GPU.
+    """Read every ``<device>/memory.csv`` that ``python -m bench.measured_memory`` wrote on a GPU.
 
     Args:
         folder: holds a folder for each device.
 
     Returns:
-        The rows with the engine on, with the columns ``GPU_COLUMNS``; and a line for each file that cannot be used.
+        The rows with the engine on, columns ``MEASURED_COLUMNS``; and a line for each file that cannot be used.
     """
     frames, problems = [], []
     for path in sorted(Path(folder).glob(f"*/{MEMORY_FILE}")):
         try:
             frame = pd.read_csv(path)
-            if missing := {*GPU_COLUMNS, "device_type", "batch", "engine"} - set(frame):
+            if missing := {*MEASURED_COLUMNS, "device_type", "batch", "engine"} - set(frame):
                 raise ValueError(f"missing columns {', '.join(sorted(missing))}")
             if unknown := set(frame["model"]) - set(MODELS):
                 raise ValueError(f"unknown models {', '.join(map(str, unknown))}")
-            if not (pd.api.types.is_numeric_dtype(frame["activation_bytes"]) and (frame["activation_bytes"] > 0).all()):
-                raise ValueError("activation_bytes: wanted numbers above 0")
+            for name in ("activation_bytes", "held_bytes"):
+                if not (pd.api.types.is_numeric_dtype(frame[name]) and (frame[name] > 0).all()):
+                    raise ValueError(f"{name}: wanted numbers above 0")
         except (OSError, ValueError) as error:
             problems.append(f"{path}: {error}")
             continue
         frame = frame[(frame["device_type"] == "cuda") & (frame["batch"] == BATCH) & frame["engine"].astype(bool)]
-        frames.append(frame[list(GPU_COLUMNS)].assign(device=frame["device"].map(lambda name: clean(str(name)))))
-    return pd.concat(frames) if frames else pd.DataFrame(columns=list(GPU_COLUMNS)), problems
+        frames.append(frame[list(MEASURED_COLUMNS)].assign(device=frame["device"].map(lambda name: clean(str(name)))))
+    return pd.concat(frames) if frames else pd.DataFrame(columns=list(MEASURED_COLUMNS)), problems
 
 
 def _precision(execution: str) -> str:

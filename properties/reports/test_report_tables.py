@@ -239,7 +239,8 @@ def measurement_file(folder, *rows, device_type="cuda"):
     columns = ["model", "precision", "activation_bytes", "engine", "batch"]
     frame = pd.DataFrame([(m, p, mib * 2**20, e, b) for m, p, mib, e, b in rows], columns=columns)
     folder.mkdir(parents=True)
-    frame.assign(device="NVIDIA H100", device_type=device_type).to_csv(folder / "memory.csv", index=False)
+    frame = frame.assign(device="NVIDIA H100", device_type=device_type, held_bytes=frame["activation_bytes"] - 2**20)
+    frame.to_csv(folder / "memory.csv", index=False)
 
 
 def test_bytes_of_a_gpu_stand_in_columns_of_their_precision_and_never_among_those_of_tensors(full):
@@ -271,7 +272,7 @@ def test_a_measurement_file_of_a_gpu_fills_the_columns_and_that_of_a_cpu_does_no
     assert list(cells.memory(memory_table(tables()[0], measured))[cells.ON_GPU].iloc[0])[1] == "122.0"
 
 
-HEAD = "model,precision,activation_bytes,device,device_type,batch,engine\n"
+HEAD = "model,precision,activation_bytes,held_bytes,device,device_type,batch,engine\n"
 
 
 @pytest.mark.parametrize(
@@ -279,9 +280,9 @@ HEAD = "model,precision,activation_bytes,device,device_type,batch,engine\n"
     [
         ("", "No columns"),
         ("model\nresnet32\n", "missing columns activation_bytes"),
-        (HEAD + "vgg,bf16,1,x,cuda,100,True\n", "vgg"),
-        (HEAD + "resnet32,bf16,0,x,cuda,100,True\n", "above 0"),
-        (HEAD + "resnet32,bf16,a,x,cuda,100,True\n", "above 0"),
+        (HEAD + "vgg,bf16,1,1,x,cuda,100,True\n", "vgg"),
+        (HEAD + "resnet32,bf16,0,1,x,cuda,100,True\n", "above 0"),
+        (HEAD + "resnet32,bf16,1,a,x,cuda,100,True\n", "above 0"),
     ],
 )
 def test_a_bad_measurement_file_is_named_with_its_reason(tmp_path, content, reason):
