@@ -92,14 +92,24 @@ def markdown(results: pd.DataFrame, figures: dict[str, str], command: str) -> st
 
 
 def html(results: pd.DataFrame, pictures: list[tuple[str, bytes]], command: str) -> str:
-    """One page that needs no other file. Pictures: title, SVG. All that comes from the measurements is escaped."""
+    """Return one page that needs no other file, with pictures of (title, SVG)."""
+    return page(
+        title=TITLE, origin=origin(results), headline=headline(results), sections=sections(results),
+        pictures=pictures, command=f"python -m bench, then {command}",
+    )  # fmt: skip
+
+
+def page(
+    *, title: str, origin: str, headline: list[str], sections: list, pictures: list[tuple[str, bytes]], command: str
+) -> str:
+    """Return tables and pictures as one page that needs no other file. All text in it is escaped."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     tables = [(title, note, list(table), [[_cell(value) for value in row] for row in table.itertuples(index=False)])
-              for title, note, table in sections(results)]
+              for title, note, table in sections]
     return environment.get_template("page.html").render(
-        title=TITLE, origin=origin(results), headline=headline(results), tables=tables,
-        pictures=[(title, base64.b64encode(picture).decode()) for title, picture in pictures], command=command)
+        title=title, origin=origin, headline=headline, tables=tables, command=command,
+        pictures=[(title, base64.b64encode(picture).decode()) for title, picture in pictures])
 
 
 def _cell(value: object) -> str:
