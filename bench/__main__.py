@@ -1,14 +1,15 @@
 """Time and peak memory of training steps: plain, checkpointed, reversible; blocks, chains and whole networks.
 
     python -m bench --quick                     about two minutes on two cores
-    python -m bench                             under ten
+    python -m bench                             under ten; remakes the report in reports/bench/<device>
     python -m bench -k "depth8 and reversible"  only what the expression selects, as in pytest
     python -m bench.report FILE.json            tables and figures of the measurements, as Markdown and HTML
     python -m bench.gate BASE.json NOW.json     what became worse
     python -m bench.compare COMMIT_A COMMIT_B   two commits side by side
 
-Writes the measurements of pytest-benchmark as JSON, prints a summary of them and, unless -k narrowed the run, writes
-the report of figures and tables beside them.
+Writes the measurements of pytest-benchmark as JSON into results/bench/<device>, and prints a summary of them. The
+report of figures and tables goes to --report: by default, to reports/bench/<device> after a run of all cases, beside
+the JSON after --quick, and nowhere where -k or --budget narrowed the run.
 """
 
 import argparse
@@ -18,8 +19,10 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import report, summary
+from bench import folders, report, summary
+from memcnn.training.options import duration
 
 HERE = Path(__file__).resolve().parent
 
@@ -36,8 +39,15 @@ def main() -> int:
                         "with others; with --threads 1 (default: wall)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("-k", metavar="EXPRESSION", help="run only the cases that match, as in pytest")
-    parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder of the JSON (%(default)s)")
+    parser.add_argument("--budget", type=duration, metavar="TIME", help="start no case after so much time: 3m")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the JSON (results/bench/<device>)")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="of figures and tables (see above)")
     args = parser.parse_args()
+    try:
+        device = folders.chosen(args.device)
+    except ValueError as error:
+        parser.error(f"--{error}")
+    args.out = args.out or Path("results/bench") / folders.slug(device)
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop
     args.out.mkdir(parents=True, exist_ok=True)
@@ -45,7 +55,8 @@ def main() -> int:
     options = [f"--benchmark-json={result}", "--benchmark-quiet", "--verbose", "-p", "no:cacheprovider"]
     options += ["-W", "default"]  # in a test a warning is an error; it does not end a measurement
     options += [f"--{name}" for name in ("quick", "modes") if getattr(args, name)]
-    options += [f"--{name}={value}" for name in ("device", "threads", "clock") if (value := getattr(args, name))]
+    passed_on = ("device", "threads", "clock", "budget")
+    options += [f"--{name}={value}" for name in passed_on if (value := getattr(args, name)) is not None]
     if args.k:
         options += ["-k", args.k]
     status = pytest.main([*options, str(HERE)])
@@ -53,10 +64,23 @@ def main() -> int:
         results = summary.load(result)
         print(summary.render(results))
         print(f"\nmeasurements: {result}")
-        if not args.k:
-            *_, page, _ = report.write(results, result.with_suffix(""), f"python -m bench.report {result}")
-            print(f"tables and figures: {page}")
+        if target := args.report or _default_report(args, result, device):
+            report.write(results, target, f"python -m bench.report FILE.json --out {_shown(target)}")
+            print(f"tables and figures: {target / 'page.html'}")
     return int(status)
+
+
+def _default_report(args: argparse.Namespace, result: Path, device: torch.device) -> Path | None:
+    """Return where the report goes by default: only a run of all cases remakes the committed one."""
+    if args.k or args.budget is not None:
+        return None
+    return result.with_suffix("") if args.quick else folders.folder_of(device)
+
+
+def _shown(folder: Path) -> str:
+    """Return the folder as seen from the repository, whose place on this machine concerns nobody."""
+    root = HERE.parent
+    return str(folder.resolve().relative_to(root) if folder.resolve().is_relative_to(root) else folder)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The published memory of the six networks, recomputed on fake tensors, and why it differs where it does."""
+"""The published memory of the six networks: recomputed on fake tensors, measured on GPUs, and why it differs."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -12,14 +13,16 @@ from bench.allocator_2018 import Meter2018
 from memcnn.models.resnet import MODELS
 from memcnn.testing.memory import CUDA_BLOCK_BYTES, TensorMeter, measure_step_memory
 from memcnn.testing.prediction import predict_step_memory
-from reports.tables import MIB, published
+from memcnn.training.record import load_all
+from reports import RECORDS, cells
+from reports.tables import GPU_PRECISIONS, MEASUREMENTS, MIB, gpu_measurements, memory_table, published, runs_table
 
 BATCH = 100
 COMMAND = "python -m bench.memory --table --out reports/activations.md"
 
 
 def render(*, progress: Callable[[str], None] = lambda text: None, batch: int = BATCH) -> str:
-    """Both tables and their notes as Markdown."""
+    """Return the tables and their notes as Markdown."""
     rows = []
     for name in MODELS:
         progress(f"predicting {name}")
@@ -32,12 +35,13 @@ def render(*, progress: Callable[[str], None] = lambda text: None, batch: int = 
         batch=batch,
         beside=_markdown(beside_published(table, values)),
         saved=_markdown(saved(table)),
+        on_gpu=on_gpu(values, MEASUREMENTS, RECORDS),
         stem=f"{(table.held_2018 - table.held_2018_without_relu).max() / MIB:.1f}",
     )
 
 
 def row(name: str, batch: int) -> dict:
-    """All numbers of one network, in bytes; `twin`: with the engine off."""
+    """Return all numbers of one network, in bytes; ``twin`` is the network with the engine off."""
     reversible, twin = MODELS[name], lambda: MODELS[name](disable=True)
     held = held_after_forward(reversible, batch)
     has_engine = name.startswith("revnet")
@@ -61,7 +65,7 @@ def make_batch(batch: int) -> tuple[Tensor, Tensor]:
 
 
 def held_after_forward(make_model: Callable[[], nn.Module], batch: int) -> dict[str, int]:
-    """Bytes beyond the model once the loss is there, counted in three ways: batch, outputs, what backward will need."""
+    """Count in three ways the bytes beyond the model once the loss is there: batch, outputs, what backward needs."""
     with FakeTensorMode():
         model = make_model()
         with TensorMeter() as tensors, TensorMeter(block_bytes=CUDA_BLOCK_BYTES) as blocks, Meter2018() as old:
@@ -78,19 +82,19 @@ def held_after_forward(make_model: Callable[[], nn.Module], batch: int) -> dict[
 
 
 def peak_activations(make_model: Callable[[], nn.Module], batch: int) -> int:
-    """Bytes that a step adds to model, gradients and batch at its worst instant."""
+    """Return the bytes that a step adds to model, gradients and batch at its worst instant."""
     with FakeTensorMode():
         model, (images, labels) = make_model(), make_batch(batch)
         return measure_step_memory(model, lambda: F.cross_entropy(model(images), labels).backward()).activation_bytes
 
 
 def whole_step(make_model: Callable[[], nn.Module], batch: int) -> int:
-    """Bytes of everything at the worst instant of a training step, in the allocator's blocks."""
+    """Return the bytes of everything at the worst instant of a training step, in the allocator's blocks."""
     return predict_step_memory(make_model, lambda: make_batch(batch), device="cuda").peak_bytes
 
 
 def model_blocks(make_model: Callable[[], nn.Module]) -> int:
-    """Bytes of parameters and buffers in the allocator's blocks."""
+    """Return the bytes of parameters and buffers in the allocator's blocks."""
     with FakeTensorMode(), TensorMeter(block_bytes=CUDA_BLOCK_BYTES) as meter:
         model = make_model()
         held = meter.current_bytes
@@ -99,13 +103,13 @@ def model_blocks(make_model: Callable[[], nn.Module]) -> int:
 
 
 def without_stem_relu(model: nn.Module) -> nn.Module:
-    """The network as if its first ReLU saved nothing for backward."""
+    """Return the network as if its first ReLU saved nothing for backward."""
     model.stem[2] = nn.Identity()
     return model
 
 
 def beside_published(table: pd.DataFrame, values: pd.DataFrame) -> pd.DataFrame:
-    """Published and recomputed, in MiB."""
+    """Return published and recomputed numbers side by side, in MiB."""
     columns = {
         ("parameters", "published"): values.parameters_mib,
         ("parameters", "here"): table.model_blocks / MIB,
@@ -119,7 +123,7 @@ def beside_published(table: pd.DataFrame, values: pd.DataFrame) -> pd.DataFrame:
 
 
 def saved(table: pd.DataFrame) -> pd.DataFrame:
-    """Reversible units against their stored-activation twins, in MiB."""
+    """Return reversible units beside their twins with stored activations, in MiB."""
     columns = {"held after forward": "held", "peak of step": "peak", "whole step on CUDA": "step"}
     pairs = {}
     for text, name in columns.items():
@@ -128,6 +132,27 @@ def saved(table: pd.DataFrame) -> pd.DataFrame:
         pairs[f"{text}: reversible"] = (table[name] / MIB).where(table.index.str.startswith("revnet"))
     pairs["saved of the whole step"] = 100 * (1 - table.step / table.twin_step.astype(float))
     return pd.DataFrame(pairs)
+
+
+def on_gpu(values: pd.DataFrame, measurements: Path, records: Path) -> str:
+    """Return the published activations beside those measured on GPUs, as Markdown; a dash where nobody measured.
+
+    Args:
+        values: the published numbers, one row for each network.
+        measurements: holds a folder for each device, see ``bench.measured_memory``.
+        records: folder of the committed runs, whose records hold the peak of a step.
+    """
+    measured, _ = gpu_measurements(measurements)
+    peaks = cells.memory(memory_table(runs_table(load_all(records)[0]), measured))[cells.ON_GPU]
+    table = {"": list(MODELS), "published, held": [f"{values.activations_mib[name]:,.1f}" for name in MODELS]}
+    for precision in GPU_PRECISIONS:
+        held = measured[measured["precision"] == precision].groupby("model")["held_bytes"]
+        ends = zip(held.min().reindex(list(MODELS)) / MIB, held.max().reindex(list(MODELS)) / MIB, strict=True)
+        table[f"{precision}: held"] = [cells.spread(cells.number(low, 1), cells.number(high, 1)) for low, high in ends]
+        table[f"{precision}: peak"] = list(peaks[precision])
+    table["device"] = list(peaks["device"])
+    columns = ("left", *["right"] * (len(table) - 2), "left")
+    return pd.DataFrame(table).to_markdown(index=False, colalign=columns, disable_numparse=True)
 
 
 def _markdown(table: pd.DataFrame) -> str:
@@ -178,4 +203,14 @@ beyond model, gradients and batch: in a RevNet it lies in the backward pass, whe
 which the published figure leaves out. *Whole step on CUDA* is everything, parameters, gradients, momentum and batch
 included, in 512-byte blocks; see `python -m bench.memory --help` for what no prediction counts. *Stored* is the same
 network under ordinary autograd (`disable=True`).
+
+## Measured on a GPU
+
+{on_gpu}
+
+MiB at batch 100, with the engine on, as CUDA's allocator counts them, kernels' scratch included. *Held*: when the
+forward pass has ended, beyond the model and with the batch, as the published figure; from reports/bench/*/memory.csv,
+which `python -m bench.measured_memory` writes. *Peak*: the highest total during forward and backward, beyond model,
+gradients and batch; from the same files, and from the records of runs on a GPU. In bf16 weights, residual stream and
+BatchNorm statistics stay float32. A dash is a number that nobody measured.
 """

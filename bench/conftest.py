@@ -1,20 +1,24 @@
 """Options and fixtures of the benchmark suites."""
 
 import os
+import time
+from collections.abc import Iterator
 from itertools import groupby
 
 import pytest
 import torch
 
-from bench import measure
+from bench import folders, measure
 from bench.cases import chains, law
 from bench.gate import gated
 from bench.modes import modes, why_not
 from bench.networks import networks
-from memcnn.training.environment import device_info, git_state, software_versions
+from memcnn.training.execution import Execution
+from memcnn.training.options import duration
 
 UNSEEN = ("compile-branches", "compile-model", "graph")  # modes whose tensors are not made by operators, one by one
 REPEATS = {"quick": 3, "full": 5}
+DEADLINE = pytest.StashKey[float | None]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     group.addoption("--device", default=default, help=f"where to run (here: {default})")
     group.addoption("--clock", choices=list(measure.CLOCKS), default="wall", help="whose seconds (wall)")
+    group.addoption("--budget", type=duration, help="start no case after so much time, such as 3m")
     group.addoption("--threads", type=int, help="threads of PyTorch on the CPU (default: as OMP_NUM_THREADS says)")
 
 
@@ -31,11 +36,23 @@ def pytest_configure(config: pytest.Config) -> None:
     if threads := config.getoption("threads"):
         torch.set_num_threads(threads)
     measure.source = measure.CLOCKS[config.getoption("clock")]
+    try:
+        folders.chosen(config.getoption("device"))  # streams, counters and the clock take the current device
+    except ValueError as error:
+        raise pytest.UsageError(f"--{error}") from None
+    budget = config.getoption("budget")
+    config.stash[DEADLINE] = None if budget is None else time.monotonic() + budget
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    deadline = item.config.stash[DEADLINE]
+    if deadline is not None and time.monotonic() >= deadline:
+        pytest.skip("not measured: the budget is used up; give a longer --budget, or select cases with -k")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # before that of pytest-benchmark, which is a wrapper, too
 def pytest_sessionfinish(session: pytest.Session):
-    """Ctrl-C leaves a benchmark without a round, on which pytest-benchmark would fail and save none of the others."""
+    """Drop the benchmark that Ctrl-C left without a round: pytest-benchmark would fail on it and save no other."""
     measured = session.config._benchmarksession
     measured.benchmarks = [benchmark for benchmark in measured.benchmarks if benchmark.stats.data]
     return (yield)
@@ -58,7 +75,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def in_turn(cases: list, repeats: int) -> list[tuple]:
-    """(case, repeat): each cycle of cases `repeats` times, each time another one first, so that drift meets all."""
+    """Return (case, repeat) for ``repeats`` rounds of each cycle. The first case rotates, so that drift meets all."""
     turns = []
     for _, cycle in groupby(cases, key=lambda case: case.cycle):
         cycle = list(cycle)
@@ -74,17 +91,23 @@ def _parameters(reason: str | None, *values):
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
-    return torch.device(pytestconfig.getoption("device"))
+    return folders.chosen(pytestconfig.getoption("device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_settings(device: torch.device) -> Iterator[None]:
+    """Run float32 as float32: by default PyTorch rounds the inputs of a GPU's convolutions to tf32."""
+    with Execution().settings(device):
+        yield
 
 
 @pytest.fixture(scope="session")
 def environment(device: torch.device, pytestconfig: pytest.Config) -> dict:
-    more = {"cores": os.cpu_count(), "clock": pytestconfig.getoption("clock")}
-    return {"device": device_info(device) | more, "software": software_versions(), **git_state()}
+    return folders.environment(device, pytestconfig.getoption("clock"))
 
 
 @pytest.fixture
 def labelled(benchmark, case, environment: dict):
-    """The `benchmark` fixture, with what identifies the measurement in its `extra_info`."""
+    """Return the ``benchmark`` fixture, with what identifies the measurement in its ``extra_info``."""
     benchmark.extra_info.update(case.info(), **environment, load=os.getloadavg()[0])
     return benchmark

@@ -1,6 +1,7 @@
-"""What one case is asked: its peak bytes, its evaluations of F and G, the seconds of its step. Each in its own pass."""
+"""Measurements of a case, each in its own pass: peak bytes, evaluations of F and G, seconds of a step."""
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -12,42 +13,61 @@ from bench.modes import prepared
 from memcnn.testing.allocator import CUDA_BLOCK_BYTES
 from memcnn.testing.memory import measure_peak_split
 
-ROUND_SECONDS = 0.1  # of one repeat, in as many steps as fit, but at least one
+ROUND_SECONDS = 0.1  # of one repeat, in as many rounds as fit, but at least one
 MOST_ROUNDS = 50
 WARM_SECONDS = 0.2
-
+QUEUED_SECONDS = 0.02  # of one round on a GPU, which is several steps: the clock waits for the GPU before and after it
 
 CLOCKS = {
     "wall": time.perf_counter,
-    "cpu": time.process_time,  # of this process alone: for a CPU shared with others, and one thread
+    "cpu": time.process_time,  # of this process alone: for one thread, on a CPU that is shared with others
 }
 source = CLOCKS["wall"]
 
 
 def clock() -> float:
-    """Seconds of the source, once all work on the GPU is done."""
+    """Return the seconds of the chosen clock, after waiting for all work on the current GPU."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return source()
 
 
 @functools.lru_cache(maxsize=16)  # the cases of one cycle
-def warmed_up(case, device: torch.device) -> tuple[Callable[[], None], int]:
-    """The step of a case, ready to be timed, and the rounds of one repeat."""
+def warmed_up(case, device: torch.device) -> tuple[Callable[[], None], int, int]:
+    """Return the step of a case, ready to be timed, the rounds of one repeat, and the steps of one round."""
     _, step = prepared(case, device)
-    least = 1 if device.type == "cpu" and case.mode == "eager" else 3
+    seconds = warm_up(step.run, least=1 if device.type == "cpu" and case.mode == "eager" else 3)
+    return step.run, *repetitions(seconds, device)
+
+
+def warm_up(run: Callable[[], object], *, least: int) -> float:
+    """Call ``run`` at least so often, and for ``WARM_SECONDS``; return the seconds of the last call."""
     started, count = clock(), 0
     while count < least or clock() - started < WARM_SECONDS:
         begun = clock()
-        step.run()
+        run()
         count, seconds = count + 1, clock() - begun
-    return step.run, min(MOST_ROUNDS, max(1, round(ROUND_SECONDS / seconds)))
+    return seconds
+
+
+def repetitions(seconds: float, device: torch.device) -> tuple[int, int]:
+    """Return the rounds of one repeat, and the steps of one round.
+
+    On a GPU the steps of a round are queued one after the other, as in training; only then is the launch of one step
+    hidden behind the work of the step before.
+
+    Args:
+        seconds: the time of one step.
+        device: where it runs.
+    """
+    steps = max(1, math.ceil(QUEUED_SECONDS / seconds)) if device.type == "cuda" else 1
+    return min(MOST_ROUNDS, max(1, round(ROUND_SECONDS / (seconds * steps)))), steps
 
 
 def memory(case, device: torch.device) -> dict:
-    """Bytes at the worst instant of a step, and what they are: the tensors', and all that the allocator gave.
+    """Return the bytes at the worst instant of a step: those of each kind of tensor, and all that the allocator gave.
 
-    Not the allocator's for series that are about tensors alone, as its meter is slow on a thousand blocks.
+    The allocator is left out for series that are about tensors alone, because its meter is slow on a thousand blocks.
     """
     model, step = prepared(case, device)
     if device.type == "cuda":
@@ -59,7 +79,7 @@ def memory(case, device: torch.device) -> dict:
 
 
 def evaluations(case, device: torch.device) -> dict:
-    """How often the branches are evaluated in one step, and how many they are. Of the case in eager mode, batch 2."""
+    """Count the branches, and their evaluations in one step, for the case in eager mode at batch 2."""
     model, step = prepared(replace(case, batch=2, mode="eager"), device)
     parts, calls = branches(model), 0
 

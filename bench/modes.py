@@ -1,4 +1,4 @@
-"""Ways to run a case's step other than eagerly in float32: precision, memory format, compiler, CUDA graphs."""
+"""How a case's step can run other than eagerly in float32: precision, memory format, compiler, CUDA graphs."""
 
 import shutil
 from contextlib import nullcontext
@@ -21,14 +21,14 @@ MODES = {
 
 
 def modes(*, quick: bool, cuda: bool) -> list[Chain]:
-    """Chains in all modes: where kernels are long, and where launching them is most of the time."""
+    """Return chains in all modes: with long kernels, and with kernels so short that launching them takes most time."""
     large, small = (8, 64, 64, 32) if cuda else (2, 4, 64, 32), (16 if cuda else 4, 2, 4, 4)
     # Graphs come last: a capture that fails can leave the process unable to go on.
     return [Chain("mode", subject, *sizes, mode) for mode in MODES for sizes in (large, small) for subject in THREE]
 
 
 def why_not(case, *, cuda: bool, everywhere: bool) -> str | None:
-    """Why the case does not run here, and how it would."""
+    """Explain why the case does not run here, and how it would; None if it does."""
     if case.mode == "graph" and not cuda:
         return "CUDA graphs need a GPU: run on a machine that has one"
     if case.series == "mode" and not cuda and not everywhere:
@@ -39,7 +39,7 @@ def why_not(case, *, cuda: bool, everywhere: bool) -> str | None:
 
 
 def prepared(case, device: torch.device) -> tuple[nn.Module, Step]:
-    """The case's model, and its training step in the case's mode."""
+    """Return the case's model, and its training step in the case's mode."""
     model = case.model(device)
     autocast = nullcontext
     if case.mode == "bf16":
@@ -56,7 +56,7 @@ def prepared(case, device: torch.device) -> tuple[nn.Module, Step]:
 
 
 def captured(model: nn.Module, step: Step) -> Step:
-    """The step's replay. Each makes the gradients anew, in the graph's own memory."""
+    """Return the replay of the step, which makes the gradients anew each time, in the graph's own memory."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # as torch.cuda.graph asks: warmed up on a stream that is not the default
@@ -65,7 +65,7 @@ def captured(model: nn.Module, step: Step) -> Step:
     torch.cuda.current_stream().wait_stream(stream)
     model.zero_grad()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # the one on which autograd's leaves now are
         step.run()
 
     def replay() -> None:

@@ -2,7 +2,8 @@
 
     python -m bench.report results/bench/FILE.json --out reports/bench/cpu
 
-Writes summary.md with its figures, page.html, which needs no other file, and measurements.csv, a row per measurement.
+Writes summary.md with its figures, page.html, which needs no other file, measurements.csv, a row per measurement, and
+environment.json, which says where and with what they were made.
 """
 
 import argparse
@@ -15,13 +16,14 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
+from bench import folders
 from bench.figures import draw, pareto_of_peers, save
 from bench.summary import MIB, load, origin, sections, series_of, time_table
 from memcnn.training.files import write_by_rename
 
 TITLE = "What reversibility costs and saves"
 PEERS = Path(__file__).resolve().parents[1] / "reports" / "peers.json"
-NESTED = ("device", "software")  # told once, on top
+NESTED = ("device", "software")  # the same in all rows: in environment.json
 
 
 def headline(results: pd.DataFrame) -> list[str]:
@@ -52,7 +54,7 @@ def headline(results: pd.DataFrame) -> list[str]:
 
 
 def write(results: pd.DataFrame, folder: Path, command: str) -> list[Path]:
-    """The files of the report; their paths."""
+    """Write the files of the report; return their paths."""
     figures = draw(results)
     if PEERS.is_file():
         peers = json.loads(PEERS.read_text("utf-8"))
@@ -62,12 +64,21 @@ def write(results: pd.DataFrame, folder: Path, command: str) -> list[Path]:
     pictures = [(title, (folder / "figures" / f"{name}.svg").read_bytes()) for name, (_, title) in figures.items()]
     texts = {"summary.md": markdown(results, {n: t for n, (_, t) in figures.items()}, command),
              "page.html": html(results, pictures, command),
+             folders.ENVIRONMENT: json.dumps(environment(results), indent=1) + "\n",
              "measurements.csv": results.drop(columns=list(NESTED)).to_csv(index=False, float_format="%.6g",
                                                                            lineterminator="\n")}
     for name, text in texts.items():
         write_by_rename(folder / name, text.encode())
         written.append(folder / name)
     return written
+
+
+def environment(results: pd.DataFrame) -> dict:
+    """Return device, versions, commit and clock of the measurements, all of which one command made."""
+    first = results.iloc[0]
+    load = [float(results.load.min()), float(results.load.max())]
+    clean = None if pd.isna(first.clean) else bool(first.clean)
+    return {**{name: first[name] for name in (*NESTED, "commit")}, "clean": clean, "load": load}
 
 
 def markdown(results: pd.DataFrame, figures: dict[str, str], command: str) -> str:
@@ -81,14 +92,24 @@ def markdown(results: pd.DataFrame, figures: dict[str, str], command: str) -> st
 
 
 def html(results: pd.DataFrame, pictures: list[tuple[str, bytes]], command: str) -> str:
-    """One page that needs no other file. Pictures: title, SVG. All that comes from the measurements is escaped."""
+    """Return one page that needs no other file, with pictures of (title, SVG)."""
+    return page(
+        title=TITLE, origin=origin(results), headline=headline(results), sections=sections(results),
+        pictures=pictures, command=f"python -m bench, then {command}",
+    )  # fmt: skip
+
+
+def page(
+    *, title: str, origin: str, headline: list[str], sections: list, pictures: list[tuple[str, bytes]], command: str
+) -> str:
+    """Return tables and pictures as one page that needs no other file. All text in it is escaped."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     tables = [(title, note, list(table), [[_cell(value) for value in row] for row in table.itertuples(index=False)])
-              for title, note, table in sections(results)]
+              for title, note, table in sections]
     return environment.get_template("page.html").render(
-        title=TITLE, origin=origin(results), headline=headline(results), tables=tables,
-        pictures=[(title, base64.b64encode(picture).decode()) for title, picture in pictures], command=command)
+        title=title, origin=origin, headline=headline, tables=tables, command=command,
+        pictures=[(title, base64.b64encode(picture).decode()) for title, picture in pictures])
 
 
 def _cell(value: object) -> str:

@@ -69,7 +69,7 @@ def time_table(results: pd.DataFrame) -> pd.DataFrame:
     """Per case: median seconds and n over the repeats, and the ratio to plain as median and quartiles."""
     groups = ratios(results).groupby("case", sort=False)
     rows = groups[["series", "comparison", "subject", "depth", "batch", "channels", "side", "mode", "network"]].first()
-    quartiles = groups.ratio.quantile([0.25, 0.5, 0.75]).unstack()
+    quartiles = {share: groups.ratio.quantile(share) for share in (0.25, 0.5, 0.75)}
     return rows.assign(
         median_s=groups.median_s.median(),
         low_s=groups.median_s.quantile(0.25),

@@ -1,4 +1,4 @@
-"""Peak bytes of a training step, and the evaluations of F and G in it. The seconds are the meters' own."""
+"""Peak bytes of a training step, and the evaluations of F and G in it. The seconds are those of the meters."""
 
 import pytest
 import torch

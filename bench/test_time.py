@@ -1,4 +1,4 @@
-"""Seconds of a training step. Nothing else is measured in this pass."""
+"""Seconds of a training step; this pass measures nothing else."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def test_time(labelled, case, repeat: int, device: torch.device) -> None:
         labelled.pedantic(lambda: None)  # pytest-benchmark wants to be used
         pytest.skip("failed in its first repeat")
     failed.add(case)
-    step, rounds = measure.warmed_up(case, device)
+    step, rounds, steps = measure.warmed_up(case, device)
     labelled.extra_info.update(repeat=repeat)
-    labelled.pedantic(step, rounds=rounds)
+    labelled.pedantic(step, rounds=rounds, iterations=steps)
     failed.remove(case)

@@ -1,11 +1,14 @@
 """The tables as a reader sees them: frames of finished text, the same for every format.
 
-Columns are (group, name) pairs. A number is rounded here and nowhere else; what was not measured is an em dash.
+Columns are (group, name) pairs. Numbers are rounded in this file and nowhere else. An em dash stands for what was not
+measured.
 """
+
 import pandas as pd
 
 from memcnn.models.resnet import MODELS
 from memcnn.training.record import DATASETS
+from reports.tables import GPU_PRECISIONS
 
 DASH = "\N{EM DASH}"
 LABELS = {
@@ -14,45 +17,49 @@ LABELS = {
     "revnet38": "RevNet-38", "revnet110": "RevNet-110", "revnet164": "RevNet-164",
 }  # fmt: skip
 TENSORFLOW, PYTORCH, OURS = "TensorFlow, published", "PyTorch, published", "this project"
+TENSORS, ON_GPU = "tensors, float32", "measured on a GPU, activations MiB"
 
 
 def number(value: float, digits: int, *, sign: bool = False) -> str:
-    """Fixed decimals, with a true minus sign; a dash for a missing value."""
+    """Format with fixed decimals and a true minus sign; a missing value becomes a dash."""
     if pd.isna(value):
         return DASH
     return f"{value:{'+' if sign else ''},.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def duration(seconds: float) -> str:
-    """h:mm, or whole seconds with their unit below a minute."""
+    """Format as h:mm; below ten minutes as "4 min 03 s", below a minute as "59 s"."""
     if pd.isna(seconds):
         return DASH
-    if round(seconds) < 60:
-        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    if minutes < 10:
+        return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours}:{minutes:02d}"
 
 
 def spread(least: str, most: str) -> str:
-    """One value where both are the same text, else from - to."""
+    """Join the two as a range, or return one of them when they are equal."""
     return least if least == most else f"{least}\N{EN DASH}{most}"
 
 
 def accuracy(row: pd.Series) -> str:
-    """mean +- sample standard deviation of the full runs; the mean alone for one run."""
+    """Format the mean and the sample standard deviation of the full runs; the mean alone for one run."""
     mean = number(row["mean_percent"], 2)
     return mean if pd.isna(row["sd_percent"]) else f"{mean} ± {number(row['sd_percent'], 2)}"
 
 
 def time(row: pd.Series) -> str:
-    """The mean training time where all runs had one kind of device, else the shortest and the longest."""
+    """Format the mean training time; on several kinds of device, the shortest and the longest."""
     if not pd.isna(row["devices"]) and ";" in row["devices"]:
         return spread(duration(row["seconds_least"]), duration(row["seconds_most"]))
     return duration(row["seconds_mean"])
 
 
 def results(table: pd.DataFrame, dataset: str) -> pd.DataFrame:
-    """The main table of one data set: a row a model."""
+    """Return the main table of one data set, with one row for each model."""
     rows = table.loc[dataset].reset_index()
     columns = {
         ("", "model"): rows["model"].map(LABELS),
@@ -74,7 +81,7 @@ def results(table: pd.DataFrame, dataset: str) -> pd.DataFrame:
 
 
 def cards(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The main table for a narrow screen: by model, a row a source and a column a data set."""
+    """Return the main table for a narrow screen: a frame for each model, with a column for each data set."""
     lines = ("TensorFlow", "PyTorch", OURS, "runs", "95 % interval", "difference", "verdict")
     tables = {dataset: results(table, dataset) for dataset in DATASETS}
     made = {}
@@ -91,27 +98,38 @@ def cards(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def memory(table: pd.DataFrame) -> pd.DataFrame:
-    """The memory table, in MiB."""
+    """Return the memory table, in MiB."""
     rows = table.reset_index()
-    published, ours = "published (PyTorch)", "this project"
+    published, ours = "published (PyTorch)", TENSORS
     ratio = rows["most_mib"] / rows["published_activations_mib"]
+    measured = {(ON_GPU, name): _range(rows, name) for name in GPU_PRECISIONS}
     columns = {
         ("", "model"): rows["model"].map(LABELS),
         (published, "parameters MiB"): rows["published_parameters_mib"].map(lambda value: number(value, 1)),
         (published, "activations MiB"): rows["published_activations_mib"].map(lambda value: number(value, 1)),
         (ours, "parameters MiB"): rows["parameters_mib"].map(lambda value: number(value, 1)),
-        (ours, "activations MiB"): [
-            spread(number(row["least_mib"], 1), number(row["most_mib"], 1)) for _, row in rows.iterrows()
-        ],
+        (ours, "activations MiB"): _range(rows, ""),
         (ours, "of published"): [DASH if pd.isna(value) else f"{value:.0%}".replace("%", " %") for value in ratio],
         (ours, "records"): rows["records"].map(str),
-        (ours, "device"): rows["devices"].fillna(DASH),
+        **measured,
+        (ON_GPU, "device"): rows["gpu_devices"].fillna(DASH),
     }
     return pd.DataFrame(columns)
 
 
+def narrow_memory(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the memory table without the columns that a terminal or a printed page has no room for."""
+    return memory(table).drop(columns=[(TENSORS, "of published"), (TENSORS, "records"), (ON_GPU, "device")])
+
+
+def _range(rows: pd.DataFrame, precision: str) -> list[str]:
+    prefix = f"gpu_{precision}_" if precision else ""
+    pairs = zip(rows[f"{prefix}least_mib"], rows[f"{prefix}most_mib"], strict=True)
+    return [spread(number(least, 1), number(most, 1)) for least, most in pairs]
+
+
 def full_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs behind the main table, a row each."""
+    """Return the runs behind the main table, one row each."""
     rows = runs[runs["full"]]
     return _flat(
         {
@@ -121,6 +139,7 @@ def full_runs(runs: pd.DataFrame) -> pd.DataFrame:
             "interruptions": rows["interruptions"].map(str),
             "activations MiB": (rows["activation_bytes"] / 2**20).map(lambda value: number(value, 1)),
             "device": rows["device"],
+            "execution": rows["execution"].replace("", DASH),
             "torch": rows["torch"],
             "commit": rows["commit"].replace("", DASH),
         }
@@ -128,7 +147,7 @@ def full_runs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def other_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Every run that does not count, a row each, and what keeps it from counting."""
+    """Return every run that does not count, one row each, and the reasons why it does not."""
     rows = runs[~runs["full"]]
     done = [f"{done:,} / {planned:,}" for done, planned in zip(rows["iterations"], rows["planned"], strict=True)]
     return _flat(
@@ -141,6 +160,7 @@ def other_runs(runs: pd.DataFrame) -> pd.DataFrame:
             "batch": rows["batch_size"].map(str),
             "data": rows["data"],
             "device": rows["device"],
+            "execution": rows["execution"].replace("", DASH),
             "why it does not count": rows["why"],
         }
     )

@@ -1,4 +1,5 @@
-"""Training curves as inline SVG, one picture a data set, in the colours of the page around it."""
+"""Training curves as inline SVG, one picture for each data set, in the colours of the page around it."""
+
 import io
 import math
 import re
@@ -18,9 +19,11 @@ _INK = "#010203"  # drawn in this colour, then handed to the page as `currentCol
 
 
 def read_curves(runs: pd.DataFrame) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    """By run folder, the epochs and test accuracies (%) of its curve.csv; and what is wrong with the unreadable ones.
+    """Read the epochs and test accuracies (%) in the curve.csv of each run.
 
-    A run without the file, or with fewer than `LEAST_POINTS` evaluations, is left out without a word.
+    Returns:
+        The curves by the run's folder; and a line for each file that cannot be used. A run without the file, or with
+        fewer than ``LEAST_POINTS`` evaluations, is in neither.
     """
     curves, problems = {}, []
     for folder in runs["folder"]:
@@ -40,7 +43,7 @@ def read_curves(runs: pd.DataFrame) -> tuple[dict[str, pd.DataFrame], list[str]]
 
 
 def draw_curves(runs: pd.DataFrame, curves: dict[str, pd.DataFrame]) -> list[tuple[str, str]]:
-    """(title, SVG) by data set, full runs apart from the others; one line a run, one colour a model."""
+    """Return (title, SVG) for each data set, full runs apart from the others; a run is a line in its model's colour."""
     pictures = []
     for dataset, of_dataset in runs.groupby("dataset", sort=False):
         for is_full, word in ((True, "full runs"), (False, "other runs")):
@@ -68,6 +71,7 @@ def _picture(title: str, runs: pd.DataFrame, curves: dict[str, pd.DataFrame]) ->
             axes.plot(curve["epoch"], curve["test_accuracy"], style, marker=marker, color=colour, lw=1.3, label=label)
         axes.set_xlabel("epoch")
         axes.set_ylabel("test accuracy, %")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.15, color=_INK)
         axes.legend(frameon=False, fontsize=8.5, ncols=2)

@@ -1,4 +1,6 @@
 """A report as files and as terminal text."""
+
+import re
 from pathlib import Path
 
 import jinja2
@@ -14,9 +16,16 @@ TITLE = "MemCNN: the published table, rebuilt"
 
 
 def write(report: Report, out: str | Path) -> list[Path]:
-    """Write table.md, table.csv, table.tex, table.html, memory.csv and runs.csv into `out`; their paths in that order.
+    """Write table.md, table.csv, table.tex, table.html, memory.csv and runs.csv.
 
     The CSV files hold the plain numbers to ten digits, and an empty field where there is none.
+
+    Args:
+        report: what is written.
+        out: the folder, which is made if it is missing.
+
+    Returns:
+        The paths of the files, in the order above.
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,11 +44,11 @@ def write(report: Report, out: str | Path) -> list[Path]:
 
 
 def markdown(report: Report) -> str:
-    """The whole report for GitHub."""
+    """Return the whole report as Markdown for GitHub."""
     parts = [f"# {TITLE}", f"{_origin(report)}", f"**{notes.summary(report.results)}**"]
     for dataset in DATASETS:
         parts += [f"## {cells.LABELS[dataset]}", text.markdown(cells.results(report.results, dataset))]
-    parts += ["\n".join(f"* {text.escape_markdown(note)}" for note in notes.RESULTS)]
+    parts += ["\n".join(f"* {text.escape_markdown(note)}" for note in _result_notes(report))]
     if command := notes.command(report.results):
         parts += ["What is missing here is filled by", f"```sh\n{command}\n```"]
     parts += ["## Memory of one training step", text.markdown(cells.memory(report.memory))]
@@ -52,7 +61,7 @@ def markdown(report: Report) -> str:
 
 
 def latex(report: Report) -> str:
-    """Table floats to \\input into a document; the comment on top says how. The lists of runs are left to runs.csv."""
+    """Return table floats to \\input into a document, as the comment on top explains. Lists of runs are in runs.csv."""
     parts = [
         f"% {TITLE}. {_origin(report)}\n% The runs behind these tables, and all others, are in runs.csv.\n"
         "% \\documentclass{article}\\usepackage{booktabs}\\usepackage[T1]{fontenc}\\usepackage[margin=2cm]{geometry}\n"
@@ -61,20 +70,22 @@ def latex(report: Report) -> str:
     for dataset in DATASETS:
         caption = (
             f"{cells.LABELS[dataset]}: test accuracy and training time, published and by this project. Mean ± sd over "
-            "full runs of the published recipe; difference to the published PyTorch value in points."
-        )
+            "full runs of the published recipe; difference to the published PyTorch value in points. "
+            + " ".join(notes.executions(report.runs[report.runs["dataset"] == dataset]))
+        ).rstrip()
         parts.append(text.latex(cells.results(report.results, dataset), caption=caption, label=f"tab:{dataset}"))
-    memory = cells.memory(report.memory).drop(columns=[("this project", "device")])
+    memory = cells.narrow_memory(report.memory)
     caption = (
-        "Memory of one training step at batch 100. Published: allocated at the end of the forward pass. This project: "
-        "the highest total during forward and backward, beyond parameters and gradients."
+        "Memory of one training step at batch 100. Published: allocated at the end of the forward pass. The other "
+        "activation columns: the highest total during forward and backward, beyond parameters and gradients, in "
+        "float32 as the sum of all tensors, and as the CUDA allocator handed it out."
     )
     parts.append(text.latex(memory, caption=caption, label="tab:memory"))
     return "\n\n".join(parts) + "\n"
 
 
 def html(report: Report) -> str:
-    """One page that needs no other file."""
+    """Return one page that needs no other file."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -92,29 +103,37 @@ def html(report: Report) -> str:
         cards=cells.cards(report.results),
         memory=cells.memory(report.memory),
         run_lists=_run_lists(report),
-        notes=notes,
+        result_notes=_result_notes(report),
+        memory_notes=notes.MEMORY,
         groups=text.groups,
         left=text.LEFT,
         verdicts=(REPRODUCED, DIFFERS, NOT_ENOUGH),
         dash=cells.DASH,
+        unbroken=lambda cell: re.sub(r"(?<=\d) (?=min\b|s\b)|(?<=min) (?=\d)", "\N{NO-BREAK SPACE}", cell),
     )
 
 
 def terminal(report: Report, *, width: int = 120) -> str:
-    """The tables in lines of at most `width` characters (never below 76; the command apart), and what is missing."""
+    """Return the tables in lines of at most ``width`` characters, and what is missing.
+
+    The width is at least 76. The line of the command may be longer.
+    """
     width = max(width, 76)
     parts = [_origin(report)]
-    wide = [(cells.LABELS[name], text.terminal(cells.results(report.results, name), width)) for name in DATASETS]
+    frames = {cells.LABELS[name]: cells.results(report.results, name) for name in DATASETS}
+    short = any(text.terminal(frame, width) == text.terminal(frame, width, short=True) for frame in frames.values())
+    wide = [(label, text.terminal(frame, width, short=short)) for label, frame in frames.items()]
     if all(len(line) <= width for _, table in wide for line in table.splitlines()):
         parts += [f"{label} (TensorFlow and PyTorch: published)\n{table}" for label, table in wide]
     else:
         parts += [f"{label}\n{text.terminal(card, width)}" for label, card in cells.cards(report.results).items()]
-    memory = cells.memory(report.memory).drop(columns=[("this project", "device")])
+    memory = cells.narrow_memory(report.memory)
     parts.append(f"Memory of one training step at batch 100, MiB\n{text.terminal(memory, width)}")
     for title, explanation, frame in _run_lists(report):
         parts.append(f"{title}. {explanation}\n{text.run_list(frame, width)}")
     if report.problems:
         parts.append("Left out\n" + "\n".join(text.wrap(problem, width) for problem in report.problems))
+    parts += notes.executions(report.runs)
     parts.append(notes.summary(report.results))
     if command := notes.command(report.results):
         parts.append(f"What is missing is filled by\n  {command}")
@@ -125,6 +144,10 @@ def _origin(report: Report) -> str:
     full = int(report.runs["full"].sum())
     read = f"full runs {full}, other runs {len(report.runs) - full}, files left out {len(report.problems)}"
     return f"{report.made}. Rendered by {report.software}, commit {report.commit}. Read: {read}."
+
+
+def _result_notes(report: Report) -> list[str]:
+    return [*notes.executions(report.runs), *notes.RESULTS]
 
 
 def _run_lists(report: Report) -> list[tuple[str, str, pd.DataFrame]]:

@@ -1,4 +1,5 @@
 """Published numbers and run records as pandas tables of plain numbers; what is not known is missing, never zero."""
+
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,24 +12,32 @@ from memcnn.training.text import clean
 from reports.verdict import half_width, verdict
 
 MIB = 2**20
+BATCH = 100  # of the published memory table
+MEASUREMENTS = Path(__file__).with_name("bench")  # a folder for each device
+MEMORY_FILE = "memory.csv"
+GPU_PRECISIONS = ("float32", "bf16")
+GPU_COLUMNS = ("model", "precision", "activation_bytes", "device")
+MEASURED_COLUMNS = (*GPU_COLUMNS, "held_bytes")
 
 RUN_COLUMNS = (
     "folder", "model", "dataset", "seed", "recipe", "batch_size", "iterations", "planned", "accuracy_percent",
     "accuracy_iteration", "train_seconds", "interruptions", "parameter_bytes", "peak_bytes", "activation_bytes",
-    "engine", "data", "device", "torch", "commit", "full", "why",
+    "engine", "data", "device_type", "device", "execution", "torch", "commit", "full", "why",
 )  # fmt: skip
 
 
 def published() -> pd.DataFrame:
-    """reports/published.csv, with `minutes` from h:mm: a row a (model, dataset, implementation), and a row a model for
-    its memory, without data set."""
+    """Read reports/published.csv, and add ``minutes``, made from h:mm.
+
+    A row for each (model, dataset, implementation), and a row for the memory of each model, which has no data set.
+    """
     table = pd.read_csv(Path(__file__).with_name("published.csv"))
     clock = table["time_h_mm"].str.split(":", expand=True).astype(float)
     return table.assign(minutes=60 * clock[0] + clock[1])
 
 
 def why_not_full(record: RunRecord) -> list[str]:
-    """What keeps a run out of the main table, in words; empty exactly for the runs where `record.is_full`."""
+    """Explain what keeps a run out of the main table; empty exactly for the runs where ``record.is_full``."""
     reasons = []
     if record.status != "complete":
         reason = "still running, or killed" if record.reason is None else record.reason
@@ -39,17 +48,22 @@ def why_not_full(record: RunRecord) -> list[str]:
         reasons.append("reversible engine off")
     if record.recipe != PUBLISHED:
         reasons.append(_recipe(record.recipe))
+    if record.mixed:
+        reasons.append(f"mixed execution: {_parts(record)}")
     if record.splits_batch_norm:
         reasons.append(f"BatchNorm over {record.recipe.batch_size // record.device['count']} images")
     return reasons
 
 
 def runs_table(records: list[tuple[Path, RunRecord]]) -> pd.DataFrame:
-    """One row a run (its folder, its record), columns `RUN_COLUMNS`: `full` tells whether it counts in the main table,
-    and `why` why not.
+    """Return one row for each run, with the columns ``RUN_COLUMNS``.
 
-    A run that lies in two places, word for word, is taken once. Of several full runs of one model, data set and seed
-    only the first given counts, so that n is the number of independent runs; the choice never looks at the accuracy.
+    ``full`` says whether the run counts in the main table, ``why`` explains why it does not. The same run in two places
+    gets one row. When several full runs share model, data set and seed, only the first one counts, so that n is the
+    number of independent runs; the accuracy plays no part in that choice.
+
+    Args:
+        records: pairs of a run's folder and its record.
     """
     rows, seen, counted = [], [], {}
     for folder, record in records:
@@ -73,12 +87,12 @@ def runs_table(records: list[tuple[Path, RunRecord]]) -> pd.DataFrame:
 
 
 def results_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """The main table, one row a (dataset, model): published values, and this project's full runs beside them.
+    """Return the main table: published values, and this project's full runs beside them.
 
-    Columns: `tensorflow_accuracy_percent`, `tensorflow_minutes`, `pytorch_...` likewise, `n`, `mean_percent`,
-    `sd_percent` (of the sample; missing below two runs), `low_percent` and `high_percent` (95 % prediction interval;
-    missing below three), `seconds_mean`, `seconds_least`, `seconds_most`, `devices`, `difference_points` (mean less
-    published PyTorch), `verdict`.
+    One row for each (dataset, model). Columns: ``tensorflow_accuracy_percent``, ``tensorflow_minutes``, the same two
+    for ``pytorch``, ``n``, ``mean_percent``, ``sd_percent`` (of the sample; missing below two runs), ``low_percent``,
+    ``high_percent`` (95 % prediction interval; missing below three runs), ``seconds_mean``, ``seconds_least``,
+    ``seconds_most``, ``devices``, ``difference_points`` (mean less the published PyTorch value), ``verdict``.
     """
     values = published().dropna(subset="accuracy_percent").set_index(["dataset", "model", "implementation"])
     table = values[["accuracy_percent", "minutes"]].unstack()
@@ -106,28 +120,79 @@ def results_table(runs: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def memory_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Memory of one training step at batch 100, one row a model, published against measured, in MiB.
+def memory_table(runs: pd.DataFrame, measured: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Return the memory of one training step at batch 100, one row for each model, in MiB.
 
-    Measured: every record at batch 100 with the engine on counts, whatever its length or data, for neither changes
-    the shapes. Columns: `published_parameters_mib`, `published_activations_mib`, `parameters_mib`, `least_mib` and
-    `most_mib` (activations), `records`, `devices`.
+    A record counts when its batch is 100 and its engine was on, whatever its length and data, because neither changes
+    the shapes. Records of a CPU count the tensors, in float32. Records of a GPU, and ``measured``, count what the
+    allocator handed out, scratch included; each precision has columns of its own, since bf16 halves most activations.
+
+    Args:
+        runs: the table of ``runs_table``.
+        measured: the table of ``gpu_measurements``.
+
+    Returns:
+        Columns ``published_parameters_mib``, ``published_activations_mib``, ``parameters_mib``, ``least_mib``,
+        ``most_mib`` and ``records`` (tensors), ``gpu_float32_least_mib``, ``gpu_float32_most_mib``, the same two for
+        ``bf16``, and ``gpu_devices``.
     """
     values = published().dropna(subset="activations_mib").set_index("model")
     table = values[["parameters_mib", "activations_mib"]].add_prefix("published_").reindex(list(MODELS))
-    measured = runs[(runs["batch_size"] == 100) & runs["engine"]]
-    summary = measured.groupby("model").agg(
-        parameters_mib=("parameter_bytes", "max"),
-        least_mib=("activation_bytes", "min"),
-        most_mib=("activation_bytes", "max"),
-        records=("model", "size"),
-        devices=("device", lambda names: "; ".join(sorted(set(names)))),
+    counted = runs[(runs["batch_size"] == BATCH) & runs["engine"]]
+    counted = counted.assign(precision=counted["execution"].map(_precision))
+    of_tensors = counted[(counted["device_type"] == "cpu") & (counted["precision"] == "float32")].groupby("model")
+    table["parameters_mib"] = counted.groupby("model")["parameter_bytes"].max()
+    table = table.join(
+        of_tensors.agg(
+            least_mib=("activation_bytes", "min"),
+            most_mib=("activation_bytes", "max"),
+            records=("model", "size"),
+        )
     )
-    sizes = ["parameters_mib", "least_mib", "most_mib"]
-    summary[sizes] = summary[sizes].astype(float) / MIB
-    table = table.join(summary)
     table["records"] = table["records"].fillna(0).astype(int)
+    on_gpu = counted[counted["device_type"] == "cuda"][list(GPU_COLUMNS)]
+    if measured is not None:
+        on_gpu = pd.concat([frame for frame in (on_gpu, measured[list(GPU_COLUMNS)]) if not frame.empty] or [on_gpu])
+    for precision in GPU_PRECISIONS:
+        groups = on_gpu[on_gpu["precision"] == precision].groupby("model")["activation_bytes"]
+        table[f"gpu_{precision}_least_mib"], table[f"gpu_{precision}_most_mib"] = groups.min(), groups.max()
+    table["gpu_devices"] = on_gpu.groupby("model")["device"].agg(lambda names: "; ".join(sorted(set(names))))
+    sizes = [name for name in table if name.endswith("_mib") and not name.startswith("published")]
+    table[sizes] = table[sizes].astype(float) / MIB
     return table
+
+
+def gpu_measurements(folder: str | Path = MEASUREMENTS) -> tuple[pd.DataFrame, list[str]]:
+    """Read every ``<device>/memory.csv`` that ``python -m bench.measured_memory`` wrote on a GPU.
+
+    Args:
+        folder: holds a folder for each device.
+
+    Returns:
+        The rows with the engine on, columns ``MEASURED_COLUMNS``; and a line for each file that cannot be used.
+    """
+    frames, problems = [], []
+    for path in sorted(Path(folder).glob(f"*/{MEMORY_FILE}")):
+        try:
+            frame = pd.read_csv(path)
+            if missing := {*MEASURED_COLUMNS, "device_type", "batch", "engine"} - set(frame):
+                raise ValueError(f"missing columns {', '.join(sorted(missing))}")
+            if unknown := set(frame["model"]) - set(MODELS):
+                raise ValueError(f"unknown models {', '.join(map(str, unknown))}")
+            for name in ("activation_bytes", "held_bytes"):
+                if not (pd.api.types.is_numeric_dtype(frame[name]) and (frame[name] > 0).all()):
+                    raise ValueError(f"{name}: wanted numbers above 0")
+        except (OSError, ValueError) as error:
+            problems.append(f"{path}: {error}")
+            continue
+        frame = frame[(frame["device_type"] == "cuda") & (frame["batch"] == BATCH) & frame["engine"].astype(bool)]
+        frames.append(frame[list(MEASURED_COLUMNS)].assign(device=frame["device"].map(lambda name: clean(str(name)))))
+    return pd.concat(frames) if frames else pd.DataFrame(columns=list(MEASURED_COLUMNS)), problems
+
+
+def _precision(execution: str) -> str:
+    """Return the number format of the tensors; in tf32 they are float32, and so they are without a named execution."""
+    return "bf16" if execution.split(",")[0] == "bf16" else "float32"
 
 
 def _row(folder: Path, record: RunRecord, reasons: list[str]) -> tuple:
@@ -137,23 +202,36 @@ def _row(folder: Path, record: RunRecord, reasons: list[str]) -> tuple:
     if device["type"] == "cpu":
         threads = f" ({device['threads']} thread{'' if device['threads'] == 1 else 's'})"
     commit = "" if record.commit is None else record.commit[:10] + ("" if record.clean else " with local changes")
-    device = f"{unit}{device['name']}{threads}"
+    name = f"{unit}{device['name']}{threads}"
+    execution = software.get("execution") or ""
     return (
         str(folder), record.model, record.dataset, record.seed, record.recipe.name, record.recipe.batch_size,
         record.iterations, record.recipe.iterations, record.test_accuracy, record.test_iteration, record.train_seconds,
         record.interruptions, record.parameter_bytes, record.peak_bytes, record.activation_bytes, record.engine,
-        record.data_kind, clean(device), clean(software["torch"]), clean(commit), not reasons,
-        clean("; ".join(reasons)),
+        record.data_kind, clean(device["type"]), clean(name), clean(execution), clean(software["torch"]), clean(commit),
+        not reasons, clean("; ".join(reasons)),
     )  # fmt: skip
 
 
+def _parts(record: RunRecord) -> str:
+    """List how the parts of a mixed run were executed, as "bf16 on cuda to iteration 400, float32 on cpu to 1000"."""
+    parts: list[tuple[str, int]] = []
+    for segment in record.segments:
+        how = f"{segment.execution} on {segment.device['type']}"
+        if parts and parts[-1][0] == how:
+            parts.pop()
+        if segment.iterations:
+            parts.append((how, segment.last))
+    return "; ".join(f"{how} to iteration {last:,}" for how, last in parts)
+
+
 def _recipe(recipe: Recipe) -> str:
-    """How a recipe departs from the published one."""
+    """Explain how a recipe departs from the published one."""
     if recipe in RECIPES.values():
         return f"{recipe.name} recipe: {recipe.iterations} iterations of {recipe.batch_size} images"
     changed = [f.name for f in fields(Recipe) if getattr(recipe, f.name) != getattr(PUBLISHED, f.name)]
-    told = [name for name in changed if name != "name"] or changed
-    values = [f"{name} {_plain(getattr(recipe, name))} not {_plain(getattr(PUBLISHED, name))}" for name in told]
+    shown = [name for name in changed if name != "name"] or changed
+    values = [f"{name} {_plain(getattr(recipe, name))} not {_plain(getattr(PUBLISHED, name))}" for name in shown]
     return "another recipe: " + ", ".join(values)
 
 

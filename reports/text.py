@@ -3,19 +3,20 @@
 Each function takes a frame from reports/cells.py, whose columns are (group, name) pairs and whose cells are lines of
 printable characters.
 """
+
 import re
 import textwrap
 from itertools import groupby
 
 import pandas as pd
 
-LEFT = {"", "model", "data set", "verdict", "data", "device", "torch", "commit", "why it does not count"}
-NOTED = ("why it does not count", "device", "torch", "commit")
+LEFT = {"", "model", "data set", "verdict", "data", "device", "execution", "torch", "commit", "why it does not count"}
+NOTED = ("why it does not count", "device", "execution", "torch", "commit")
 IN_NOTES = ("batch", "data")  # `why it does not count` says them
 SHORT = {
     "TensorFlow, published": "TensorFlow", "PyTorch, published": "PyTorch", "published (PyTorch)": "published",
     "accuracy %": "acc. %", "parameters MiB": "param.", "activations MiB": "activ.", "of published": "of publ.",
-    "interruptions": "stops", "difference": "diff.",
+    "interruptions": "stops", "difference": "diff.", "measured on a GPU, activations MiB": "GPU activations",
 }  # fmt: skip
 
 _LATEX = {
@@ -28,23 +29,23 @@ _LATEX = {
 
 
 def groups(columns: pd.MultiIndex) -> list[tuple[str, int]]:
-    """The column groups from left to right, each with the number of its columns."""
+    """Return the column groups from left to right, each with the number of its columns."""
     return [(group, len(list(names))) for group, names in groupby(columns, key=lambda column: column[0])]
 
 
 def escape_markdown(text: str) -> str:
-    """GitHub shows the result as the text that went in."""
+    """Escape the text so that GitHub shows it as it is."""
     text = re.sub(r"([\\`*\[\]|~#])", r"\\\1", text)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def escape_latex(text: str) -> str:
-    """LaTeX prints the text that went in; letters outside Latin-1 that it may not know become a question mark."""
+    """Escape the text so that LaTeX prints it as it is; letters outside Latin-1 become a question mark."""
     return "".join(_LATEX.get(letter, letter if ord(letter) < 256 else "?") for letter in text)
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """A GitHub table with aligned source; a group stands before the names that several groups have."""
+    """Return a GitHub table with aligned source. A name that several groups have is preceded by its group."""
     names = [name for _, name in frame.columns]
     head = [f"{SHORT.get(group, group)} {name}" if names.count(name) > 1 else name for group, name in frame.columns]
     head = [escape_markdown(name) for name in head]
@@ -56,7 +57,7 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def latex(frame: pd.DataFrame, *, caption: str, label: str) -> str:
-    """A table float in booktabs style."""
+    """Return a table float in booktabs style."""
     spec = "".join("l" if name in LEFT else "r" for _, name in frame.columns)
     lines = [r"\begin{table}[ht]", r"\centering\footnotesize", rf"\caption{{{escape_latex(caption)}}}\label{{{label}}}"]
     lines += [r"\setlength{\tabcolsep}{3pt}", rf"\begin{{tabular}}{{@{{}}{spec}@{{}}}}", r"\toprule"]
@@ -72,11 +73,11 @@ def latex(frame: pd.DataFrame, *, caption: str, label: str) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
 
 
-def terminal(frame: pd.DataFrame, width: int) -> str:
-    """Columns two blanks apart under their groups; short column names where the long ones exceed `width`."""
+def terminal(frame: pd.DataFrame, width: int, *, short: bool = False) -> str:
+    """Return columns under their groups, two blanks apart; names are short if asked, or if long ones do not fit."""
     rows = frame.values.tolist()
     left = [name in LEFT for _, name in frame.columns]
-    for names in (dict(), SHORT):
+    for names in (SHORT,) if short else ({}, SHORT):
         head = [names.get(name, name) for _, name in frame.columns]
         widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
         banner, place = [], 0
@@ -92,7 +93,7 @@ def terminal(frame: pd.DataFrame, width: int) -> str:
 
 
 def run_list(frame: pd.DataFrame, width: int) -> str:
-    """A list of runs for a terminal: the long texts of its `NOTED` columns as numbered notes below, each once."""
+    """Return a list of runs for a terminal, with the long texts of the ``NOTED`` columns as numbered notes below it."""
     frame = frame.droplevel(0, axis=1)
     noted = [name for name in NOTED if name in frame.columns]
     texts = [". ".join(f"{name}: {row[name]}" for name in noted) for _, row in frame.iterrows()]
@@ -104,7 +105,7 @@ def run_list(frame: pd.DataFrame, width: int) -> str:
 
 
 def wrap(line: str, width: int, *, indent: str = "") -> str:
-    """The text in lines of at most `width` characters."""
+    """Break the text into lines of at most ``width`` characters."""
     return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False)
 
 

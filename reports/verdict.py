@@ -1,4 +1,4 @@
-"""Do our runs reproduce a published accuracy? The rule, and why it is this one.
+"""The rule by which runs reproduce a published accuracy, and the reason for it.
 
 The published accuracies are single numbers without a spread, so each is taken as the outcome of one training run. The
 question that fits is then: could that number have been one more run of ours? The answer is the 95 % prediction interval
@@ -18,6 +18,7 @@ another question, and would reject a perfect reproduction more often the more ru
 
 Of twelve perfectly reproduced cells, 0.6 are expected to say `differs` by chance.
 """
+
 import math
 
 REPRODUCED, DIFFERS, NOT_ENOUGH = "reproduced", "differs", "not enough runs"
@@ -36,14 +37,21 @@ T_975 = {
 
 
 def half_width(n: int, sd: float) -> float:
-    """Half the 95 % prediction interval for one further run, in the unit of `sd`; NaN for fewer than `LEAST_RUNS`."""
+    """Return half the 95 % prediction interval for one further run, in the unit of ``sd``; NaN for too few runs."""
     if n < LEAST_RUNS:
         return math.nan
     return T_975[min(n - 1, 30)] * sd * math.sqrt(1 + 1 / n)
 
 
 def verdict(n: int, mean: float, sd: float, published: float) -> str:
-    """`reproduced`, `differs` or `not enough runs`, for n runs with this mean and spread (in %); see the module."""
+    """Return "reproduced", "differs" or "not enough runs"; see the module for the rule.
+
+    Args:
+        n: number of runs.
+        mean: their mean accuracy, in per cent.
+        sd: their sample standard deviation, in percentage points.
+        published: the published accuracy, in per cent.
+    """
     if n < LEAST_RUNS:
         return NOT_ENOUGH
     half = half_width(n, sd)

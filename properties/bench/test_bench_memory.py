@@ -2,14 +2,17 @@
 
 import json
 import re
+import weakref
+from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from bench import activations, memory, memory_text
+from bench import activations, measured_memory, memory, memory_text
 from bench.allocator_2018 import Meter2018
 from bench.fitting import largest_that_fits
 from memcnn.models.resnet import MODELS
@@ -119,7 +122,7 @@ def test_the_stems_relu_saves_one_map_that_a_reversible_first_unit_could_do_with
 
 
 def test_the_peak_beside_what_is_held_is_the_recorded_one():
-    """Of a step at batch 100, as the committed records of full runs have it."""
+    """The bytes that runs on a CPU recorded for a step at batch 100, in float32."""
     assert activations.peak_activations(MODELS["resnet32"], 100) == 250_685_064
     assert activations.peak_activations(MODELS["revnet38"], 100) == 108_140_056
 
@@ -170,3 +173,53 @@ def test_the_command_predicts_and_measures_its_error(tmp_path, capsys):
     assert "error +0.000%" in out and f"largest batch: {result['largest_batch']['largest']:,}, " in out
     if not torch.cuda.is_available():
         assert "on CUDA: not measured, there is no CUDA device" in out
+
+
+def test_the_bytes_that_are_measured_are_those_that_are_predicted(tmp_path, capsys):
+    arguments = ["--networks", "revnet38", "--batch", "2", "--device", "cpu", "--out", str(tmp_path)]
+    assert measured_memory.main(arguments) == 0
+    table = pd.read_csv(tmp_path / "memory.csv").set_index(["precision", "engine"])
+    for engine in (True, False):
+        make = partial(MODELS["revnet38"], disable=not engine)
+        row = table.loc["float32", engine]
+        assert row.activation_bytes == pytest.approx(activations.peak_activations(make, 2), rel=0.02)
+        assert row.held_bytes == pytest.approx(activations.held_after_forward(make, 2)["tensors"], rel=0.02)
+        assert row.peak_bytes > row.activation_bytes + 2 * row.parameter_bytes == row.activation_bytes + 8 * 573_994
+    assert set(table.device_type) == {"cpu"} and set(table.meter) == {"tensors"} and table.commit.notna().all()
+
+
+def test_on_a_gpu_what_is_held_is_the_rise_of_the_allocators_count_with_the_batch(monkeypatch):
+    held = []
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000 + sum(len(h()) for h in held if h()))
+
+    class Bytes(bytearray):
+        pass
+
+    def make_batch():
+        made = Bytes(100), Bytes(20)
+        held.extend(map(weakref.ref, made))
+        return made
+
+    def loss_of(images, labels):
+        loss = Bytes(len(images) + 7)
+        held.append(weakref.ref(loss))
+        return loss
+
+    assert measured_memory.held_after_forward(make_batch, loss_of, torch.device("cuda")) == 100 + 20 + 107
+    assert torch.cuda.memory_allocated(None) == 1000, "nothing of it stays"
+
+
+def test_the_page_of_activations_has_a_dash_where_nobody_measured_on_a_gpu(tmp_path):
+    values = published().dropna(subset="activations_mib").set_index("model")
+    none = activations.on_gpu(values, tmp_path / "none", tmp_path / "none")
+    assert none.count("—") == 6 * 5
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "memory.csv").write_text(
+        "model,precision,activation_bytes,held_bytes,device,device_type,batch,engine\n"
+        f"resnet32,float32,{240 * MIB},{238 * MIB},NVIDIA H100,cuda,100,True\n"
+        f"revnet38,float32,{300 * MIB},{290 * MIB},NVIDIA H100,cuda,100,False\n"
+    )
+    lines = activations.on_gpu(values, tmp_path, tmp_path / "none").splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
+        "resnet32", "238.6", "238.0", "240.0", "—", "—", "NVIDIA H100"]  # fmt: skip
+    assert "\n".join(lines).count("—") == 5 * 5 + 2

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import measure, summary
+from bench import folders, measure, summary
 from bench.cases import SUBJECTS, THREE, Chain, branches, chains
 from bench.conftest import in_turn
 from bench.modes import MODES, captured, modes, prepared, why_not
@@ -94,7 +94,7 @@ def test_a_graph_is_captured_of_a_warm_step_and_keeps_its_tensors(monkeypatch):
 
     stream = SimpleNamespace(wait_stream=lambda other: calls.append("wait"))
     fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": Graph,
-             "stream": nullcontext, "graph": nullcontext}
+             "stream": nullcontext, "graph": lambda graph, stream: nullcontext()}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
 
@@ -196,8 +196,53 @@ def test_a_step_is_warm_and_long_enough_before_it_is_timed(monkeypatch):
     monkeypatch.setattr(measure, "clock", lambda: 0.03 * len(calls))
     step = dataclasses.replace(prepared(small("plain", 1), CPU)[1], run=lambda: calls.append(None))
     monkeypatch.setattr(measure, "prepared", lambda case, device: (None, step))
-    _, rounds = measure.warmed_up.__wrapped__(small("plain", 1), CPU)
-    assert rounds == round(0.1 / 0.03) and len(calls) * 0.03 >= measure.WARM_SECONDS
+    _, rounds, steps = measure.warmed_up.__wrapped__(small("plain", 1), CPU)
+    assert (rounds, steps) == (round(0.1 / 0.03), 1) and len(calls) * 0.03 >= measure.WARM_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rounds", "steps"), [(0.002, 5, 10), (0.0031, 5, 7), (0.05, 2, 1), (0.5, 1, 1), (1e-5, 5, 2000)]
+)
+def test_on_a_gpu_a_round_queues_several_steps_and_a_repeat_is_as_long_as_on_a_cpu(seconds, rounds, steps):
+    assert measure.repetitions(seconds, torch.device("cuda")) == (rounds, steps)
+    assert measure.repetitions(seconds, CPU) == (min(50, max(1, round(0.1 / seconds))), 1)
+
+
+def test_the_clock_waits_for_the_gpu_before_it_is_read(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    monkeypatch.setattr(measure, "source", lambda: calls.append("read") or 0.0)
+    measure.clock()
+    assert calls == ["wait", "read"]
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Stand-ins for two GPUs; the numbers of those that became the current one."""
+    current = []
+    for name, fake in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "set_device": lambda device: current.append(device.index),
+        "get_device_name": lambda device: ["NVIDIA H100 80GB HBM3", "NVIDIA H200"][device.index],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return current
+
+
+def test_the_chosen_gpu_becomes_the_current_one_and_names_its_folder(gpus):
+    found = [folders.folder_of(folders.chosen(name)) for name in (None, "cuda", "cuda:1", "cpu")]
+    assert [folder.name for folder in found] == ["nvidia-h100-80gb-hbm3"] * 2 + ["nvidia-h200", "cpu"]
+    assert {folder.parent for folder in found} == {ROOT / "reports" / "bench"} and gpus == [0, 0, 1]
+    with pytest.raises(ValueError, match="got 'cuda:2', but this PyTorch sees only cpu, cuda:0, cuda:1"):
+        folders.chosen("cuda:2")
+
+
+def test_the_environment_of_a_gpu_names_its_libraries_clock_and_commit(gpus):
+    found = folders.environment(torch.device("cuda", 1), "wall")
+    assert found["device"].items() >= {"type": "cuda", "name": "NVIDIA H200", "clock": "wall"}.items()
+    assert {"torch", "cuda", "cudnn", "python"} <= set(found["software"]) and {"commit", "clean"} <= set(found)
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -235,6 +280,31 @@ def test_on_cuda_the_command_line_measures_time_and_memory(tmp_path):
     assert list(memory.subject) == ["plain", "reversible"] and set(times.subject) == {"plain", "reversible"}
     assert memory.activation_bytes.iloc[1] < memory.activation_bytes.iloc[0] / 2
     assert (memory.peak_bytes <= memory.allocated_bytes).all()
+
+
+def test_no_case_is_begun_after_the_budget(tmp_path):
+    command = [sys.executable, "-m", "bench", "--quick", "--device=cpu", "--out", tmp_path, "--budget", "0",
+               "-k", "gate-depth4", "--report", tmp_path / "report"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(1))
+    assert "the budget is used up" in done.stdout and "7 skipped" in done.stdout, done.stderr
+    assert done.returncode == 0 and not (tmp_path / "report").exists()
+
+
+def test_a_report_can_be_asked_for_of_a_narrowed_run(tmp_path):
+    command = [sys.executable, "-m", "bench", "--quick", "--device=cpu", "--out", tmp_path, "--budget", "9m",
+               "-k", "gate-depth4", "--report", tmp_path / "report"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(1))
+    assert done.returncode == 0, done.stderr
+    found = folders.read_environment(tmp_path / "report")
+    assert found["device"]["type"] == "cpu" and found["device"]["clock"] == "wall" and found["commit"]
+    assert len((tmp_path / "report" / "measurements.csv").read_text().splitlines()) == 1 + 7
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_measured(tmp_path):
+    command = [sys.executable, "-m", "bench", "--device=cuda:7", "--out", tmp_path / "out"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(1))
+    assert done.returncode == 2 and "--device: got 'cuda:7', but this PyTorch sees only" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_keeps_what_has_been_measured(tmp_path):

@@ -1,12 +1,18 @@
-"""The floor of a training step is counted right, and the table says what was measured."""
+"""The floor of a training step is counted right, and the table holds what was measured."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pandas as pd
 import pytest
 import torch
 
-from bench import measure, speed
+from bench import measure, speed, speed_text
 from bench.speed import UPDATE_BYTES, Work, work
-from memcnn.models.resnet import MODELS, resnet32
+from memcnn.models.resnet import MODELS, ResNet, basic_branch, resnet32
 from memcnn.testing.prediction import step_flops
+from memcnn.training.execution import Execution
+from properties.training.capture import stand_in
 
 BATCH = 2
 
@@ -42,17 +48,142 @@ def test_the_report_has_a_row_for_each_execution_with_its_distance(tmp_path, mon
     monkeypatch.setattr(measure, "clock", lambda: next(ticks))  # between two looks at it one second passes
     monkeypatch.setattr(measure, "source", measure.source)
     monkeypatch.setattr(speed, "ceilings", lambda device, execution: (1e9, 1e12))
-    file = tmp_path / "speed.md"
-    arguments = ["--networks", "resnet32", "--batch", str(BATCH), "--device", "cpu", "--out", str(file)]
+    arguments = ["--networks", "resnet32", "--batch", str(BATCH), "--device", "cpu", "--out", str(tmp_path)]
     assert speed.main(arguments) == 0
-    text = file.read_text()
+    text = (tmp_path / "speed.md").read_text()
     assert text in capsys.readouterr().out
     assert f"python -m bench.speed {' '.join(arguments)}" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| resnet32")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     floor = work("resnet32", batch=BATCH, precision="float32").floor_seconds(1e9, 1e12)
-    assert cells[:3] == ["resnet32", "float32", "1,000 (1,000 to 1,000)"]
+    assert cells[:5] == ["resnet32", "float32", "1", str(BATCH), "1,000 (1,000 to 1,000)"]
     assert cells[-1] == f"{1 / floor:.1f}"
+    row = speed_text.read(tmp_path).iloc[0]
+    assert (row.ms, row.to_plain, str(row.rounds), row.steps, row.device_type) == (1000, 1, cells[5], 1, "cpu")
+    assert row.floor_ms == pytest.approx(1e3 * floor, rel=1e-5) and row.clock == "wall" and row.torch in text
+
+
+def measured(network: str, ms: float, **more) -> pd.DataFrame:
+    """Return a made-up row of speed.csv."""
+    row = dict.fromkeys(speed_text.COLUMNS, 1.0)
+    words = {"execution": "float32", "device_type": "cpu", "device": "a processor", "clock": "cpu", "torch": "2.13.0",
+             "cuda": None, "cudnn": None, "python": "3.11.7", "commit": "0" * 40, "clean": True, "date": "2026-11-27"}
+    return pd.DataFrame([{**row, **words, "network": network, "group": 1, "batch": 100, "rounds": 3, "steps": 1,
+                          "ms": ms, **more}])
+
+
+def test_rows_are_added_to_those_of_earlier_runs_and_take_the_place_of_the_same_ones(tmp_path):
+    speed_text.add(tmp_path, measured("revnet38", 5.0))
+    speed_text.add(tmp_path, measured("revnet38", 6.0, group=4))
+    speed_text.add(tmp_path, measured("resnet32", 2.0, date="2026-11-28"))
+    table = speed_text.add(tmp_path, measured("revnet38", 4.0))
+    assert list(zip(table.network, table.group, table.ms, strict=True)) == [
+        ("resnet32", 1, 2.0), ("revnet38", 4, 6.0), ("revnet38", 1, 4.0)]
+    lines = speed_text.origins(table)
+    assert [line[:30] for line in lines] == ["resnet32: 2026-11-28, a proces", "revnet38: 2026-11-27, a proces"]
+    assert "process's own CPU time" in lines[0] and "commit 000000000000" in lines[0]
+    table = pd.concat([table, measured("resnet110", 9.0, execution="bf16, graph", gflop_per_second=700_000.4)])
+    assert [line.partition(" in a matrix")[0] for line in speed_text.ceilings(table)] == [
+        "Ceilings in float32 (resnet32, revnet38): 1 GFLOP/s", "Ceilings in bf16 (resnet110): 700,000 GFLOP/s"]
+
+
+def test_a_file_of_other_columns_is_refused_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "speed.csv").write_text("network,ms\nresnet32,3\n")
+    with pytest.raises(SystemExit):
+        speed.main(["--device", "cpu", "--out", str(tmp_path)])
+    assert "missing columns batch" in capsys.readouterr().err
+
+
+@pytest.fixture
+def gpu_in_effect(monkeypatch):
+    """Graphs can be captured on the CPU; the graphs that were, and the streams that work was queued on, in order."""
+    queued = []
+    with stand_in(monkeypatch) as graphs:
+        made = []
+
+        def new_stream():
+            made.append(SimpleNamespace(wait_stream=lambda other: None, number=len(made)))
+            return made[-1]
+
+        @contextmanager
+        def on(stream):
+            queued.append(stream.number)
+            yield
+
+        monkeypatch.setattr(torch.cuda, "Stream", new_stream)
+        monkeypatch.setattr(torch.cuda, "stream", on)
+        yield graphs, queued
+
+
+def test_a_group_interleaves_captured_steps_of_separate_runs_on_separate_streams(gpu_in_effect, monkeypatch):
+    graphs, queued = gpu_in_effect
+    models = []
+    monkeypatch.setitem(MODELS, "resnet32", lambda: models.append(small_resnet()) or models[-1])
+    torch.manual_seed(0)
+    run = speed.step_of("resnet32", speed.Way(Execution(graph=True), 3), batch=BATCH, device=torch.device("cpu"))
+    run(1)
+    assert len(graphs) == len(models) == 3 and not queued_twice_in_a_row(queued)
+    first = [model.stem[0].weight.detach().clone() for model in models]
+    assert not torch.equal(first[0], first[1])
+    queued.clear()
+    run(2)
+    assert queued == [0, 1, 2] * 2 and len(graphs) == 3
+    assert all(not torch.equal(model.stem[0].weight, before) for model, before in zip(models, first, strict=True))
+
+
+def queued_twice_in_a_row(queued: list[int]) -> bool:
+    members = [number for number in queued if number < 3]  # the others are those of the captures
+    return members != [0, 1, 2]
+
+
+def small_resnet() -> ResNet:
+    """Not narrower: oneDNN's strided 1x1 convolutions with fewer than 8 channels write out of their bounds."""
+    return ResNet(basic_branch, units=(1, 1), channels=(8, 8, 16), num_classes=10)
+
+
+def test_the_time_of_a_group_is_that_of_one_of_its_steps(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "step_of", lambda network, way, **options: lambda count: None)
+    monkeypatch.setattr(speed, "timed", lambda steps, device: (
+        pd.DataFrame({way: [0.004 * (2 if way.group > 1 else 1)] * 3 for way in steps}), dict.fromkeys(steps, 7)))
+    ways = [speed.PLAIN, speed.Way(Execution(graph=True)), speed.Way(Execution(graph=True), 4)]
+    where = speed.where_and_with_what(torch.device("cpu"), "wall")
+    rates = {"float32": (1e12, 1e12)}
+    table = speed.rows("resnet32", ways, rates, batch=BATCH, device=torch.device("cpu"), where=where)
+    assert list(table.group) == [1, 1, 4] and list(table.ms) == [4.0, 4.0, 2.0] and set(table.steps) == {7}
+    assert list(table.to_plain) == [1, 1, 0.5]
+
+
+def test_on_a_gpu_a_round_queues_as_many_steps_as_fill_its_time(monkeypatch):
+    now, calls = [0.0], []
+
+    def run(count: int) -> None:
+        calls.append(count)
+        now[0] += 0.004 * count
+
+    monkeypatch.setattr(measure, "clock", lambda: now[0])
+    times, counts = speed.timed({"way": run}, torch.device("cuda"))
+    assert counts == {"way": round(speed.ROUND_SECONDS / 0.004)} == {"way": calls[-1]}
+    assert times["way"].tolist() == pytest.approx([0.004] * speed.MOST_ROUNDS)
+
+
+@pytest.mark.parametrize(("options", "on", "wanted"), [
+    ("--fast", "cuda", ["bf16, graph, compile", "bf16, graph, compile, deterministic"]),
+    ("--fast", "cpu", ["float32"]),
+    ("--fast --group 4", "cuda", ["bf16, graph, compile", "bf16, graph, compile, deterministic"] * 2),
+    ("--group 2", "cuda", ["float32", "tf32", "bf16", "float32, graph", "tf32, graph", "bf16, graph",
+                           "float32, graph", "tf32, graph", "bf16, graph"]),
+    ("--compile", "cpu", ["float32", "float32, compile"]),
+])
+def test_the_options_choose_the_ways_that_are_measured(options, on, wanted):
+    ways = speed.ways_of(speed.build_parser().parse_args(options.split()), torch.device(on))
+    assert [str(way.execution) for way in ways] == wanted
+    assert all(way.execution.graph for way in ways if way.group > 1)
+
+
+def test_a_group_on_a_cpu_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        speed.main(["--device", "cpu", "--group", "4", "--out", str(tmp_path)])
+    assert "--group: got 4 on cpu, wanted a GPU" in capsys.readouterr().err
 
 
 def test_an_unknown_network_is_refused(capsys):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import reports
 from memcnn.training.recipe import SMOKE
 from memcnn.training.text import clean
-from reports import cells, text
+from reports import cells, readme, text
 from reports.render import markdown
 
 HOSTILE = (
@@ -234,3 +234,43 @@ def test_numbers_are_missing_or_signed_with_a_true_minus():
     assert cells.number(float("nan"), 2) == "—"
     assert cells.number(-0.156, 2, sign=True) == "−0.16"
     assert cells.number(2452.8, 1) == "2,452.8"
+
+
+def test_both_tables_of_a_terminal_have_the_same_column_names(full, tmp_path, put):
+    put(tmp_path, full(test_accuracy=92.85, train_seconds=242.8))
+    shown = reports.terminal(reports.build(tmp_path, tmp_path / "none"), width=120)
+    heads = [line.split() for line in shown.splitlines() if line.startswith("model") and "verdict" in line]
+    assert len(heads) == 2 and heads[0] == heads[1]
+    assert "92.85     1  4 min 03 s" in shown
+
+
+def test_how_full_runs_were_computed_is_said_in_every_format(full, tmp_path, put):
+    device = {"type": "cuda", "name": "NVIDIA H200", "count": 1, "threads": 16}
+    put(tmp_path, full(device=device, software={**full().software, "execution": "bf16, graph, compile"}))
+    report = reports.build(tmp_path, tmp_path / "none")
+    sentence = "ResNet-32 on CIFAR-10: 1 full run on NVIDIA H200 (execution: bf16, graph, compile)."
+    assert sentence in " ".join(reports.terminal(report).split())
+    for path in reports.write(report, tmp_path / "out"):
+        if path.name in ("table.md", "table.html", "table.tex"):
+            assert sentence in path.read_text()
+
+
+def test_the_readme_shows_the_table_of_the_committed_records():
+    report = reports.build(reports.RECORDS, reports.RECORDS)
+    content = readme.README.read_text("utf-8")
+    assert readme.inserted(content, readme.block(report)) == content, "run: python -m reports.readme"
+
+
+def test_the_readme_names_runs_and_a_verdict_only_where_there_is_one(full, tmp_path, put):
+    for seed, accuracy in enumerate((92.8, 92.9, 93.0)):
+        put(tmp_path, full(seed=seed, test_accuracy=accuracy))
+    put(tmp_path, full(model="revnet38", train_seconds=300.0))
+    rows = table_blocks(readme.block(reports.build(tmp_path, tmp_path / "none")) + "\n")[0].splitlines()
+    found = [[cell.strip() for cell in row.strip("|").split("|")][3] for row in rows[2:]]
+    assert found == ["92.90 ± 0.10, 1:51, n = 3: reproduced", "—", "—", "92.70, 5 min 00 s, n = 1", "—", "—"]
+
+
+@pytest.mark.parametrize("content", ["", readme.BEGIN, f"{readme.END}{readme.BEGIN}", 2 * (readme.BEGIN + readme.END)])
+def test_a_readme_without_one_place_for_the_table_is_refused(content):
+    with pytest.raises(readme.NoPlace, match="once each and in this order"):
+        readme.inserted(content, "table")

@@ -5,11 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reports
 from memcnn.models.resnet import MODELS
 from memcnn.training.recipe import PUBLISHED, SMOKE, override
 from memcnn.training.record import DATASETS, run_name
 from reports import cells
-from reports.tables import memory_table, published, results_table, runs_table, why_not_full
+from reports.tables import gpu_measurements, memory_table, published, results_table, runs_table, why_not_full
 
 DESIGN = """
 resnet-32  | 92.74, 2:04  | 69.10, 1:58  | 92.86, 1:51 | 69.81, 1:51 | 1.9 238.6
@@ -194,9 +195,19 @@ def test_runs_on_different_devices_show_their_range_of_times(full):
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0.2, "0 s"), (59.4, "59 s"), (59.6, "0:01"), (90, "0:02"), (3599, "1:00"), (6660, "1:51"), (47340, "13:09")],
+    [
+        (0.2, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (242.8, "4 min 03 s"),
+        (599.4, "9 min 59 s"),
+        (599.6, "0:10"),
+        (3599, "1:00"),
+        (6660, "1:51"),
+        (47340, "13:09"),
+    ],
 )
-def test_a_duration_reads_as_hours_and_minutes(seconds, shown):
+def test_a_duration_reads_as_hours_and_minutes_and_a_short_one_has_its_units(seconds, shown):
     assert cells.duration(seconds) == shown
 
 
@@ -208,7 +219,84 @@ def test_memory_is_that_of_a_step_at_batch_100_in_mebibytes(full):
     table = memory_table(tables(smoke, partial, plain, full(activation_bytes=big))[0])
     assert list(table.loc["resnet32", ["least_mib", "most_mib", "records"]]) == [240, 241, 2]
     assert table.loc["resnet32", "parameters_mib"] == pytest.approx(1.7811, abs=1e-4)
-    assert table.loc["revnet38", ["least_mib", "most_mib", "devices"]].isna().all()
-    shown = cells.memory(table)["this project"]
-    assert list(shown.iloc[0])[:4] == ["1.8", "240.0–241.0", "101 %", "2"]
-    assert list(shown.iloc[3]) == ["—", "—", "—", "0", "—"]
+    assert table.loc["revnet38", ["least_mib", "most_mib", "gpu_devices"]].isna().all()
+    shown = cells.memory(table)
+    assert list(shown.iloc[0][cells.TENSORS]) == ["1.8", "240.0–241.0", "101 %", "2"]
+    assert list(shown.iloc[3][cells.TENSORS]) == ["—", "—", "—", "0"]
+    assert list(shown.iloc[0][cells.ON_GPU]) == ["—", "—", "—"]
+
+
+def on_gpu(execution, name="NVIDIA H200"):
+    software = {**FULL_SOFTWARE, "execution": execution}
+    return {"device": {"type": "cuda", "name": name, "count": 1, "threads": 16}, "software": software}
+
+
+FULL_SOFTWARE = {"memcnn": "2.0.0", "python": "3", "torch": "2", "torchvision": "0", "platform": "Linux"}
+
+
+def measurement_file(folder, *rows, device_type="cuda"):
+    """Write a memory.csv of (model, precision, MiB, engine, batch) rows, as a measurement on a GPU does."""
+    columns = ["model", "precision", "activation_bytes", "engine", "batch"]
+    frame = pd.DataFrame([(m, p, mib * 2**20, e, b) for m, p, mib, e, b in rows], columns=columns)
+    folder.mkdir(parents=True)
+    frame = frame.assign(device="NVIDIA H100", device_type=device_type, held_bytes=frame["activation_bytes"] - 2**20)
+    frame.to_csv(folder / "memory.csv", index=False)
+
+
+def test_bytes_of_a_gpu_stand_in_columns_of_their_precision_and_never_among_those_of_tensors(full):
+    runs, _ = tables(
+        full(activation_bytes=2**20 * 240),
+        full(seed=1, activation_bytes=2**20 * 121, **on_gpu("bf16, graph, compile")),
+        full(seed=2, activation_bytes=2**20 * 244, **on_gpu("tf32")),
+        full(seed=3, activation_bytes=2**20 * 130, device=full().device, software=on_gpu("bf16")["software"]),
+    )
+    table = memory_table(runs)
+    assert list(table.loc["resnet32", ["least_mib", "most_mib", "records"]]) == [240, 240, 1]
+    shown = cells.memory(table)
+    assert list(shown.iloc[0][cells.ON_GPU]) == ["244.0", "121.0", "NVIDIA H200"]
+    assert list(shown.iloc[1][cells.ON_GPU]) == ["—", "—", "—"]
+
+
+def test_a_measurement_file_of_a_gpu_fills_the_columns_and_that_of_a_cpu_does_not(full, tmp_path):
+    rows = [("resnet32", "bf16", 122, True, 100), ("revnet38", "float32", 104, True, 100)]
+    left_out = [("revnet38", "bf16", 300, False, 100), ("resnet110", "bf16", 5, True, 8)]
+    measurement_file(tmp_path / "nvidia-h100", *rows, *left_out)
+    measurement_file(tmp_path / "cpu", ("resnet164", "float32", 7, True, 100), device_type="cpu")
+    measured, problems = gpu_measurements(tmp_path)
+    assert problems == []
+    runs, _ = tables(full(activation_bytes=2**20 * 121, **on_gpu("bf16")))
+    shown = cells.memory(memory_table(runs, measured))[cells.ON_GPU]
+    assert list(shown.iloc[0]) == ["—", "121.0–122.0", "NVIDIA H100; NVIDIA H200"]
+    assert list(shown.iloc[3]) == ["104.0", "—", "NVIDIA H100"]
+    assert all(list(shown.iloc[place]) == ["—", "—", "—"] for place in (1, 2, 4, 5))
+    assert list(cells.memory(memory_table(tables()[0], measured))[cells.ON_GPU].iloc[0])[1] == "122.0"
+
+
+HEAD = "model,precision,activation_bytes,held_bytes,device,device_type,batch,engine\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "No columns"),
+        ("model\nresnet32\n", "missing columns activation_bytes"),
+        (HEAD + "vgg,bf16,1,1,x,cuda,100,True\n", "vgg"),
+        (HEAD + "resnet32,bf16,0,1,x,cuda,100,True\n", "above 0"),
+        (HEAD + "resnet32,bf16,1,a,x,cuda,100,True\n", "above 0"),
+    ],
+)
+def test_a_bad_measurement_file_is_named_with_its_reason(tmp_path, content, reason):
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "memory.csv").write_text(content)
+    measured, [problem] = gpu_measurements(tmp_path)
+    assert measured.empty and problem.startswith(str(tmp_path / "gpu" / "memory.csv")) and reason in problem
+
+
+def test_the_committed_full_run_of_resnet32_is_one_run_without_a_verdict():
+    report = reports.build(reports.RECORDS, reports.RECORDS)
+    row = report.results.loc["cifar10", "resnet32"]
+    assert (row["n"], row["mean_percent"], row["verdict"]) == (1, 92.85, "not enough runs")
+    assert (report.results["verdict"] != "reproduced").all()
+    curve = pd.read_csv(reports.RECORDS / "resnet32-cifar10-published-s0" / "curve.csv").iloc[-1]
+    assert (curve["iteration"], curve["test_accuracy"]) == (80_000, row["mean_percent"])
+    assert curve["train_seconds"] == pytest.approx(row["seconds_mean"], abs=1e-9)

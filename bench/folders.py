@@ -1,0 +1,68 @@
+"""Where the measurements of a device lie: reports/bench/<device>/, committed, one folder for each device."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from memcnn.training.environment import device_info, git_state, software_versions
+
+MEASUREMENTS = Path(__file__).resolve().parents[1] / "reports" / "bench"
+ENVIRONMENT = "environment.json"
+
+
+def slug(device: torch.device) -> str:
+    """Return the name of a device's folder: "cpu", or the GPU's name as in "nvidia-h200"."""
+    if device.type != "cuda":
+        return device.type
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def folder_of(device: torch.device, root: Path = MEASUREMENTS) -> Path:
+    """Return the folder of a device's measurements, which may not exist yet."""
+    return root / slug(device)
+
+
+def chosen(name: str | None) -> torch.device:
+    """Return the device of that name, by default the first GPU or else the CPU, and make it PyTorch's current one.
+
+    Streams, memory counters and ``torch.cuda.synchronize`` are those of the current device unless told otherwise.
+
+    Raises:
+        ValueError: when PyTorch does not see such a device.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device(name or ("cuda" if count else "cpu"))
+    if device.type == "cuda":
+        if (device.index or 0) >= count:
+            there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
+            raise ValueError(f"device: got {name!r}, but this PyTorch sees only {there}")
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    return device
+
+
+def environment(device: torch.device, clock: str) -> dict:
+    """Return what identifies a measurement: device, versions, commit and clock."""
+    software = software_versions()
+    if device.type == "cuda":
+        software["cudnn"] = str(torch.backends.cudnn.version())
+    about = device_info(device) | {"cores": os.cpu_count(), "clock": clock}
+    return {"device": about, "software": software, **git_state()}
+
+
+def read_environment(folder: Path) -> dict | None:
+    """Return what ``environment.json`` in the folder holds; None without the file.
+
+    Raises:
+        ValueError: when the file is not what ``python -m bench.report`` writes.
+    """
+    path = folder / ENVIRONMENT
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text("utf-8"))
+    if not isinstance(values, dict) or not {"device", "software", "commit", "clean"} <= set(values):
+        raise ValueError(f"{path}: wanted an object with device, software, commit and clean; remake it: bench.report")
+    return values

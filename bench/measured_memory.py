@@ -1,0 +1,139 @@
+"""Measure the memory of a training step of the six networks on this device: memory.csv in reports/bench/<device>.
+
+    python -m bench.measured_memory                                   all six, batch 100, float32 and bf16
+    python -m bench.measured_memory --networks resnet32 --batch 10    fewer, smaller
+
+On a GPU the bytes are those of CUDA's allocator, after a step that warms up libraries and lets cuDNN choose; on a CPU
+those of all tensors. The table of results and reports/activations.md show what was measured at batch 100 on a GPU.
+"""
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench import folders
+from memcnn.models.resnet import MODELS
+from memcnn.testing.memory import StepMemory, TensorMeter, measure_step_memory
+from memcnn.training.execution import Execution
+from memcnn.training.files import write_by_rename
+from memcnn.training.options import count
+from memcnn.training.recipe import PUBLISHED
+from reports.tables import GPU_PRECISIONS, MEMORY_FILE
+
+
+def row(network: str, precision: str, *, engine: bool, batch: int, device: torch.device) -> dict:
+    """Measure one network, in bytes.
+
+    Args:
+        network: one of the six.
+        precision: "float32" or "bf16", which is under autocast.
+        engine: False runs the reversible units as plain autograd.
+        batch: images of a step.
+        device: where the step runs.
+
+    Returns:
+        ``activation_bytes`` is the highest total during forward and backward beyond model, gradients and batch, as in
+        the record of a run; ``peak_bytes`` adds parameters, buffers and gradients. ``held_bytes`` is what is held when
+        the forward pass has ended, beyond the model and with the batch: the published quantity.
+    """
+    execution = Execution(precision=precision)
+    model = MODELS[network](disable=not engine).to(device, memory_format=torch.channels_last).train()
+
+    def make_batch() -> tuple[Tensor, Tensor]:
+        images = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+        return images, torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+        with execution.autocast(device):
+            return F.cross_entropy(model(images), labels)
+
+    with execution.settings(device):
+        found = _step_memory(model, make_batch(), loss_of)
+        held_bytes = held_after_forward(make_batch, loss_of, device)
+    return {
+        "model": network, "precision": precision, "engine": engine, "batch": batch,
+        "activation_bytes": found.activation_bytes, "held_bytes": held_bytes, "peak_bytes": found.peak_bytes,
+        "parameter_bytes": found.parameter_bytes,
+    }  # fmt: skip
+
+
+def _step_memory(model: nn.Module, inputs: tuple[Tensor, Tensor], loss_of: Callable[..., Tensor]) -> StepMemory:
+    return measure_step_memory(model, lambda: loss_of(*inputs).backward())
+
+
+def held_after_forward(
+    make_batch: Callable[[], tuple[Tensor, Tensor]], loss_of: Callable[..., Tensor], device: torch.device
+) -> int:
+    """Return the bytes of batch, output, loss and of what backward will need, once the loss is there."""
+    if device.type != "cuda":
+        with TensorMeter() as meter:
+            inputs = make_batch()
+            loss = loss_of(*inputs)
+            held_bytes = meter.current_bytes
+    else:
+        before = torch.cuda.memory_allocated(device)
+        inputs = make_batch()
+        loss = loss_of(*inputs)
+        held_bytes = torch.cuda.memory_allocated(device) - before
+    del loss, inputs  # until here they hold what was counted
+    return held_bytes
+
+
+def measure(networks: Sequence[str], *, batch: int, device: torch.device) -> pd.DataFrame:
+    """Measure each network in both precisions, RevNets with the engine on and off; a row each."""
+    found = folders.environment(device, "none")
+    where = {
+        "device_type": device.type, "device": found["device"]["name"],
+        "meter": "allocator" if device.type == "cuda" else "tensors",
+        **{name: found["software"].get(name) for name in ("torch", "cuda", "cudnn", "python")},
+        "commit": found["commit"], "clean": found["clean"], "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
+    }  # fmt: skip
+    rows = []
+    for network in networks:
+        for engine in (True, False) if network.startswith("revnet") else (True,):
+            for precision in GPU_PRECISIONS:
+                print(f"{network}, {precision}{'' if engine else ', engine off'} ...", file=sys.stderr, flush=True)
+                rows.append({**row(network, precision, engine=engine, batch=batch, device=device), **where})
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()  # what this one had reserved
+    return pd.DataFrame(rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="bench.measured_memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--networks", default=",".join(MODELS), metavar="A,B,...", help="of %(default)s")
+    add("--batch", type=count, default=PUBLISHED.batch_size, metavar="N", help="images a step (%(default)s)")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    add("--out", type=Path, metavar="FOLDER", help="of memory.csv (default: reports/bench/<device>)")
+    given = parser.parse_args(arguments)
+    networks = given.networks.split(",")
+    if unknown := sorted(set(networks) - set(MODELS)):
+        parser.error(f"--networks: got {', '.join(unknown)}, wanted some of {', '.join(MODELS)}")
+    try:
+        device = folders.chosen(given.device)
+    except ValueError as error:
+        parser.error(f"--{error}")
+    table = measure(networks, batch=given.batch, device=device)
+    folder = given.out or folders.folder_of(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_by_rename(folder / MEMORY_FILE, table.to_csv(index=False, lineterminator="\n").encode())
+    mib = table.assign(**{f"{name} MiB": table[f"{name}_bytes"] / 2**20 for name in ("activation", "held", "peak")})
+    columns = ["model", "precision", "engine", "activation MiB", "held MiB", "peak MiB"]
+    print(mib[columns].to_markdown(index=False, floatfmt=".1f"), f"\nWritten {folder / MEMORY_FILE}", sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""The measurements of all devices in one page, with a group of columns for each device.
+
+    python -m bench.side_by_side      reads reports/bench/*/, writes README.md and page.html into reports/bench
+
+A device has the columns of what was measured on it; a dash stands for a case that was not measured.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from bench import folders, speed_text, summary
+from bench.peer_tables import spread
+from bench.report import page as rendered_page
+from memcnn.training.files import write_by_rename
+from memcnn.training.text import clean
+from reports.tables import MEMORY_FILE
+
+TITLE = "What reversibility costs and saves, by device"
+COMMAND = "python -m bench.side_by_side"
+MEASUREMENTS = "measurements.csv"
+DASH = "\N{EM DASH}"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What lies in one device's folder; an empty table where a kind of measurement is missing."""
+
+    name: str
+    origin: str
+    suites: pd.DataFrame
+    speed: pd.DataFrame
+    memory: pd.DataFrame
+
+
+def load(folder: Path) -> Device | None:
+    """Read a device's folder; None when it holds no measurement.
+
+    Raises:
+        ValueError: when a file in it cannot be used.
+    """
+    suites, speed, memory, origin = pd.DataFrame(), speed_text.read(folder), pd.DataFrame(), ""
+    environment = folders.read_environment(folder)
+    if environment is not None and (folder / MEASUREMENTS).is_file():
+        suites = pd.read_csv(folder / MEASUREMENTS)
+        count = len(suites)
+        suites = suites.assign(device=[environment["device"]] * count, software=[environment["software"]] * count)
+        suites = suites.reindex(columns=list(dict.fromkeys([*suites, *summary.OPTIONAL])))
+        origin = f"chains and networks: {summary.origin(suites)}"
+    if (folder / MEMORY_FILE).is_file():
+        memory = pd.read_csv(folder / MEMORY_FILE)
+    if suites.empty and speed.empty and memory.empty:
+        return None
+    names = [environment["device"]["name"]] if environment else [*speed.get("device", []), *memory.get("device", [])]
+    origins = [origin, *(f"speed of {line}" for line in speed_text.origins(speed))] if len(speed) else [origin]
+    return Device(clean(str(names[0])), "; ".join(filter(None, origins)).rstrip("."), suites, speed, memory)
+
+
+def sections(devices: Sequence[Device]) -> list[summary.Section]:
+    """Return the tables in which at least one device has a column."""
+    found = []
+    for title, note, columns_of in (
+        ("Chains of 16 blocks", CHAINS, chains),
+        ("A training step of the networks, eager, float32", NETWORKS, networks),
+        ("A training step as training executes it", SPEED, training),
+        ("Memory of a training step, MiB", MEMORY, memory),
+    ):
+        tables = {device.name: columns_of(device) for device in devices}
+        tables = {f"{name}: ": table for name, table in tables.items() if not table.empty}
+        if tables:
+            rows = list(dict.fromkeys(row for table in tables.values() for row in table.index))
+            joined = pd.concat([table.reindex(rows).add_prefix(name) for name, table in tables.items()], axis=1)
+            found.append((title, note, joined.fillna(DASH).reset_index(names="")))
+    return found
+
+
+CHAINS = (
+    "Time of a step and peak activations, both relative to plain autograd on the same device; median [quartiles]. The "
+    "batch is 4 on a CPU and 64 on a GPU, so that kernels are long on both."
+)
+NETWORKS = "Images a second, forward, backward and SGD; the batch is 8 on a CPU and 100 on a GPU."
+SPEED = (
+    "Batch 100, augmentation included; median. Executions as bench.speed names them; “of 4” is the time of "
+    "a step where the steps of 4 runs are interleaved on 4 streams."
+)
+MEMORY = "Batch 100. Peak: the worst instant beyond model, gradients and batch. Held: when the forward pass has ended."
+
+
+def chains(device: Device) -> pd.DataFrame:
+    if device.suites.empty:
+        return pd.DataFrame()
+    times = summary.series_of(summary.ratios(device.suites), "time", "depth")
+    peaks = summary.series_of(device.suites, "memory", "depth")
+    times, peaks = times[times.depth == 16], peaks[peaks.depth == 16].set_index("subject").activation_bytes
+    columns = {"time": times.groupby("subject").ratio.agg(spread)}
+    if "plain" in peaks:
+        columns["activations"] = (peaks / peaks["plain"]).map(lambda share: f"{100 * share:.1f} %")
+    table = pd.DataFrame(columns)
+    return table.reindex([name for name in summary.NAMES if name in table.index]).rename(index=summary.NAMES)
+
+
+def networks(device: Device) -> pd.DataFrame:
+    if device.suites.empty:
+        return pd.DataFrame()
+    suites = device.suites
+    table = summary.network_table(suites[suites.group == "memory"], summary.ratios(suites))
+    if table.empty or "images/s" not in table:
+        return pd.DataFrame()
+    return pd.DataFrame({"images/s": table["images/s"].map("{:,.1f}".format), "time, on / off": table["ratio"]})
+
+
+def training(device: Device) -> pd.DataFrame:
+    rows = device.speed[device.speed["batch"] == 100]
+    if rows.empty:
+        return pd.DataFrame()
+    together = [f" of {group}" if group > 1 else "" for group in rows["group"]]
+    digits = 0 if rows["device_type"].iloc[0] == "cpu" else 2
+    index = [f"{a}, {b}{c}" for a, b, c in zip(rows["network"], rows["execution"], together, strict=True)]
+    columns = {
+        "ms": [f"{value:,.{digits}f}" for value in rows["ms"]],
+        "times the floor": [f"{value:.1f}" for value in rows["ms"] / rows["floor_ms"]],
+    }
+    return pd.DataFrame(columns, index=index)
+
+
+def memory(device: Device) -> pd.DataFrame:
+    if device.memory.empty:
+        return pd.DataFrame()
+    rows = device.memory[device.memory["batch"] == 100]
+    engines = ["" if name.startswith("resnet") else f", engine {'on' if on else 'off'}"
+               for name, on in zip(rows["model"], rows["engine"], strict=True)]  # fmt: skip
+    index = [f"{a}{b}, {c}" for a, b, c in zip(rows["model"], engines, rows["precision"], strict=True)]
+    to_text: Callable[[float], str] = "{:,.1f}".format
+    columns = {"peak": rows["activation_bytes"] / 2**20, "held": rows["held_bytes"] / 2**20}
+    return pd.DataFrame({name: list(values.map(to_text)) for name, values in columns.items()}, index=index)
+
+
+def markdown(devices: Sequence[Device]) -> str:
+    """Return the page as Markdown."""
+    origins = "\n".join(f"* {device.name}: {device.origin}" for device in devices)
+    parts = [f"# {TITLE}", f"Made by `{COMMAND}`.", origins]
+    for title, note, table in sections(devices):
+        columns = ("left", *["right"] * (len(table.columns) - 1))
+        parts += [f"## {title}", note, table.to_markdown(index=False, disable_numparse=True, colalign=columns)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="bench.side_by_side", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=folders.MEASUREMENTS, help="of the devices' folders")
+    root = parser.parse_args(arguments).folder
+    devices, status = [], 0
+    for folder in sorted(path for path in root.glob("*") if path.is_dir()):
+        try:
+            if (device := load(folder)) is not None:
+                devices.append(device)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"bench.side_by_side: {folder} is left out: {error}", file=sys.stderr)
+            status = 1
+    if not devices:
+        print(f"bench.side_by_side: no measurements in {root}; make some: python -m bench", file=sys.stderr)
+        return 2
+    html = rendered_page(
+        title=TITLE, origin="; ".join(f"{device.name}: {device.origin}" for device in devices), headline=[],
+        sections=sections(devices), pictures=[], command=COMMAND,
+    )  # fmt: skip
+    for name, text in (("README.md", markdown(devices)), ("page.html", html)):
+        write_by_rename(root / name, text.encode())
+        print(root / name)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""The results of ``python -m bench.speed``: rows of speed.csv, and the page that is made of them."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from memcnn.models.resnet import MODELS
+from memcnn.training.files import write_by_rename
+
+ROWS, TRIES, PAGE = "speed.csv", "tries.csv", "speed.md"
+KEYS = ["network", "execution", "group", "batch"]
+COLUMNS = (
+    *KEYS, "ms", "ms_low", "ms_high", "rounds", "steps", "to_plain", "to_plain_low", "to_plain_high", "gflop", "gb",
+    "floor_ms", "gflop_per_second", "gb_per_second", "device_type", "device", "threads", "clock", "torch", "cuda",
+    "cudnn", "python", "commit", "clean", "date",
+)  # fmt: skip
+DASH = "\N{EM DASH}"
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """Read speed.csv of a device's folder; without the file, a table of no rows.
+
+    Raises:
+        ValueError: when the file lacks a column.
+    """
+    path = folder / ROWS
+    if not path.is_file():
+        return pd.DataFrame(columns=list(COLUMNS))
+    table = pd.read_csv(path, dtype={name: "string" for name in ("torch", "cuda", "cudnn", "python", "commit")})
+    if missing := set(COLUMNS) - set(table):
+        raise ValueError(f"{path}: missing columns {', '.join(sorted(missing))}; move the file away and measure anew")
+    return table
+
+
+def add(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
+    """Add measured rows to speed.csv, in the place of earlier ones of the same network, execution, group and batch.
+
+    Returns:
+        All rows that the file then holds, in the order of the networks.
+    """
+    there = read(folder)
+    new = set(map(tuple, rows[KEYS].to_numpy().tolist()))
+    kept = there[[tuple(key) not in new for key in there[KEYS].to_numpy().tolist()]]
+    table = pd.concat([frame for frame in (kept, rows[list(COLUMNS)]) if not frame.empty], ignore_index=True)
+    table = table.sort_values("network", key=lambda names: names.map(list(MODELS).index), kind="stable")
+    folder.mkdir(parents=True, exist_ok=True)
+    content = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    write_by_rename(folder / ROWS, content.encode())
+    return read(folder)
+
+
+def page(table: pd.DataFrame, command: str, floor: str, tries: pd.DataFrame | None) -> str:
+    """Return all rows as a Markdown page.
+
+    Args:
+        table: the rows of speed.csv.
+        command: the command that measured last.
+        floor: what the floor is.
+        tries: the table of choices that were tried; None for none.
+    """
+    parts = [
+        "# Training at the speed of the hardware",
+        f"Last measured with `{command}`",
+        "\n".join(f"* {line}" for line in [*origins(table), *ceilings(table)]),
+        "A training step, augmentation and update included; median and quartiles of n rounds, in which executions take "
+        "turns. *Together* is the number of runs in one process, each with a stream of its own, whose steps are "
+        "interleaved; *ms a step* is then the time of a round divided by the number of all its steps.",
+        markdown(shown(table)),
+        floor,
+    ]
+    if tries is not None:
+        parts += ["## Tried on this CPU, resnet32", markdown(tries)]
+    return "\n\n".join(parts) + "\n"
+
+
+def origins(table: pd.DataFrame) -> list[str]:
+    """Describe where and with what the rows were measured, one line for each difference."""
+    names = ["date", "device", "device_type", "threads", "torch", "cuda", "cudnn", "python", "commit", "clean", "clock"]
+    lines = []
+    for key, rows in table.astype(object).groupby(names, dropna=False, sort=False):
+        row = dict(zip(names, key, strict=True))
+        threads = "" if row["device_type"] == "cuda" else f", {row['threads']:.0f} thread{'s' * (row['threads'] > 1)}"
+        cuda = f", CUDA {row['cuda']}, cuDNN {row['cudnn']}" if row["device_type"] == "cuda" else ""
+        changes = " with local changes" if row["clean"] is False else ""
+        clock = "the process's own CPU time, since others use the CPU too" if row["clock"] == "cpu" else "wall"
+        commit = "none" if pd.isna(row["commit"]) else row["commit"][:12]
+        lines.append(
+            f"{', '.join(dict.fromkeys(rows['network']))}: {row['date']}, {row['device']}{threads}; torch "
+            f"{row['torch']}{cuda}, Python {row['python']}, commit {commit}{changes}. Clock: {clock}."
+        )
+    return lines
+
+
+def ceilings(table: pd.DataFrame) -> list[str]:
+    """Describe the rates that the floors are made of, one line for each precision and measurement."""
+    rates = table.assign(precision=table["execution"].str.split(",").str[0])
+    lines = []
+    for (precision, flops, size), rows in rates.groupby(["precision", "gflop_per_second", "gb_per_second"], sort=False):
+        lines.append(
+            f"Ceilings in {precision} ({', '.join(dict.fromkeys(rows['network']))}): {flops:,.0f} GFLOP/s in a matrix "
+            f"product, {size:,.1f} GB/s in a copy, the best of a few."
+        )
+    return lines
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows as finished text."""
+    digits = [0 if kind == "cpu" else 2 for kind in table["device_type"]]
+
+    def spread(name: str, places: list[int]) -> list[str]:
+        columns = [table[f"{name}{end}"] for end in ("", "_low", "_high")]
+        values = zip(*columns, places, strict=True)
+        return [DASH if pd.isna(a) else f"{a:,.{d}f} ({b:,.{d}f} to {c:,.{d}f})" for a, b, c, d in values]
+
+    return pd.DataFrame(
+        {
+            "network": table["network"],
+            "execution": table["execution"],
+            "together": table["group"].map(str),
+            "batch": table["batch"].map(str),
+            "ms a step": spread("ms", digits),
+            "n": table["rounds"].map(str),
+            "to float32": spread("to_plain", [2] * len(table)),
+            "GFLOP": table["gflop"].map(lambda value: f"{value:,.0f}"),
+            "GB": table["gb"].map(lambda value: f"{value:.2f}"),
+            "floor, ms": [f"{value:,.{d}f}" for value, d in zip(table["floor_ms"], digits, strict=True)],
+            "times the floor": (table["ms"] / table["floor_ms"]).map(lambda value: f"{value:.1f}"),
+        }
+    )
+
+
+def markdown(table: pd.DataFrame) -> str:
+    return table.to_markdown(index=False, disable_numparse=True)

@@ -1,0 +1,87 @@
+"""The table of results at the top of the README, made from the committed records.
+
+    python -m reports.readme    write it into README.md, between the two comments that mark its place
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from memcnn.models.resnet import MODELS
+from memcnn.training.files import write_by_rename
+from memcnn.training.record import DATASETS
+from reports import cells, notes, text
+from reports.report import RECORDS, Report, build
+from reports.verdict import NOT_ENOUGH
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- results: python -m reports.readme -->", "<!-- end of results -->"
+
+
+class NoPlace(ValueError):
+    """The file has no pair of comments between which the table belongs."""
+
+
+def block(report: Report) -> str:
+    """Return both data sets as one Markdown table, and the sentences that say what it shows.
+
+    Only committed records may be shown: a reader of the README has no others.
+    """
+    columns = {("", "model"): [cells.LABELS[model] for model in MODELS]}
+    for dataset in DATASETS:
+        table = cells.results(report.results, dataset)
+        label = cells.LABELS[dataset]
+        for group, name in ((cells.TENSORFLOW, "TensorFlow"), (cells.PYTORCH, "PyTorch")):
+            pairs = zip(table[group, "accuracy %"], table[group, "time"], strict=True)
+            columns["", f"{label} {name}"] = [f"{accuracy}, {time}" for accuracy, time in pairs]
+        columns["", f"{label} this project"] = [_ours(row) for _, row in table[cells.OURS].iterrows()]
+    lines = [text.markdown(pd.DataFrame(columns))]
+    lines += [" ".join(text.escape_markdown(line) for line in [*notes.executions(report.runs), *_state(report)])]
+    return "\n\n".join(lines)
+
+
+def _ours(row: pd.Series) -> str:
+    """Return accuracy, time, number of runs and, if there is one, the verdict; a dash without a full run."""
+    if row["runs"] == "0":
+        return cells.DASH
+    words = [f"{row['accuracy %']}, {row['time']}, n = {row['runs']}"]
+    if row["verdict"] != NOT_ENOUGH:
+        words.append(row["verdict"])
+    return ": ".join(words)
+
+
+def _state(report: Report) -> list[str]:
+    empty = int((report.results["n"] == 0).sum())
+    sentences = [notes.summary(report.results)]
+    if empty:
+        sentences.append(f"A dash is a cell without a full run ({empty} of {len(report.results)}).")
+    return sentences
+
+
+def inserted(readme: str, content: str) -> str:
+    """Return the README with ``content`` between its two comments.
+
+    Raises:
+        NoPlace: when the comments are missing, doubled or in the wrong order.
+    """
+    parts = [readme.partition(BEGIN)[0], readme.partition(BEGIN)[2].partition(END)[2]]
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise NoPlace(f"wanted {BEGIN} and {END} in the file, once each and in this order")
+    return f"{parts[0]}{BEGIN}\n\n{content}\n\n{END}{parts[1]}"
+
+
+def main() -> int:
+    report = build(runs=RECORDS, records=RECORDS)
+    try:
+        content = inserted(README.read_text("utf-8"), block(report))
+    except NoPlace as error:
+        print(f"{README}: {error}", file=sys.stderr)
+        return 2
+    write_by_rename(README, content.encode())
+    print(f"Written {README}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
