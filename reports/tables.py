@@ -22,7 +22,7 @@ MEASURED_COLUMNS = (*GPU_COLUMNS, "held_bytes")
 RUN_COLUMNS = (
     "folder", "model", "dataset", "seed", "recipe", "batch_size", "iterations", "planned", "accuracy_percent",
     "accuracy_iteration", "train_seconds", "interruptions", "parameter_bytes", "peak_bytes", "activation_bytes",
-    "engine", "data", "device_type", "device", "execution", "torch", "commit", "full", "why",
+    "engine", "data", "device_type", "device", "execution", "mixed", "shared_by", "torch", "commit", "full", "why",
 )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def runs_table(records: list[tuple[Path, RunRecord]]) -> pd.DataFrame:
             if counts != folder:
                 reasons = [f"seed {record.seed} counts already, from {counts}"]
         rows.append(_row(folder, record, reasons))
-    types = {"accuracy_iteration": "Int64", "full": bool, "engine": bool}
+    types = {"accuracy_iteration": "Int64", "full": bool, "engine": bool, "mixed": bool, "shared_by": int}
     table = pd.DataFrame(rows, columns=RUN_COLUMNS).astype(types)
     rank = {name: place for place, name in enumerate((*DATASETS, *MODELS))}
     return table.sort_values(
@@ -92,7 +92,8 @@ def results_table(runs: pd.DataFrame) -> pd.DataFrame:
     One row for each (dataset, model). Columns: ``tensorflow_accuracy_percent``, ``tensorflow_minutes``, the same two
     for ``pytorch``, ``n``, ``mean_percent``, ``sd_percent`` (of the sample; missing below two runs), ``low_percent``,
     ``high_percent`` (95 % prediction interval; missing below three runs), ``seconds_mean``, ``seconds_least``,
-    ``seconds_most``, ``devices``, ``difference_points`` (mean less the published PyTorch value), ``verdict``.
+    ``seconds_most``, ``devices``, ``shared_by`` (largest number of runs that trained on a run's device at the same
+    time), ``difference_points`` (mean less the published PyTorch value), ``verdict``.
     """
     values = published().dropna(subset="accuracy_percent").set_index(["dataset", "model", "implementation"])
     table = values[["accuracy_percent", "minutes"]].unstack()
@@ -108,6 +109,7 @@ def results_table(runs: pd.DataFrame) -> pd.DataFrame:
             seconds_least=("train_seconds", "min"),
             seconds_most=("train_seconds", "max"),
             devices=("device", lambda names: "; ".join(sorted(set(names)))),
+            shared_by=("shared_by", "max"),
         )
     )
     table["n"] = table["n"].fillna(0).astype(int)
@@ -203,13 +205,12 @@ def _row(folder: Path, record: RunRecord, reasons: list[str]) -> tuple:
         threads = f" ({device['threads']} thread{'' if device['threads'] == 1 else 's'})"
     commit = "" if record.commit is None else record.commit[:10] + ("" if record.clean else " with local changes")
     name = f"{unit}{device['name']}{threads}"
-    execution = software.get("execution") or ""
     return (
         str(folder), record.model, record.dataset, record.seed, record.recipe.name, record.recipe.batch_size,
         record.iterations, record.recipe.iterations, record.test_accuracy, record.test_iteration, record.train_seconds,
         record.interruptions, record.parameter_bytes, record.peak_bytes, record.activation_bytes, record.engine,
-        record.data_kind, clean(device["type"]), clean(name), clean(execution), clean(software["torch"]), clean(commit),
-        not reasons, clean("; ".join(reasons)),
+        record.data_kind, clean(device["type"]), clean(name), clean(_executions(record)), record.mixed,
+        record.shared_by, clean(software["torch"]), clean(commit), not reasons, clean("; ".join(reasons)),
     )  # fmt: skip
 
 
@@ -223,6 +224,11 @@ def _parts(record: RunRecord) -> str:
         if segment.iterations:
             parts.append((how, segment.last))
     return "; ".join(f"{how} to iteration {last:,}" for how, last in parts)
+
+
+def _executions(record: RunRecord) -> str:
+    """List the executions of a run's parts, each once, in the order of their first use."""
+    return "; ".join(dict.fromkeys(part.execution for part in record.segments if part.iterations))
 
 
 def _recipe(recipe: Recipe) -> str:
