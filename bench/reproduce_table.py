@@ -108,6 +108,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"got --{' and --'.join(places)}: wanted one of them")
     if given.jobs_per_device and not (given.devices or given.cluster):
         parser.error("--jobs-per-device: wanted with --devices or --cluster, which run several cells at once")
+    try:
+        execution_of(given)
+    except ValueError as error:
+        parser.error(str(error))
     status = 0
     if given.train:
         seconds = None if given.budget is None else given.budget - RESERVED_SECONDS - (time.monotonic() - started)

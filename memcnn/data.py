@@ -38,6 +38,13 @@ class Data:
     official: bool
     checksums: dict[str, str]
 
+    @property
+    def kind(self) -> str:
+        """Return "official", "generated" or "unofficial", as ``record.run_name`` takes it."""
+        if self.official:
+            return "official"
+        return GENERATED if GENERATED in self.checksums else "unofficial"
+
     def to(self, device: torch.device | str) -> "Data":
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)

@@ -143,7 +143,7 @@ def run(arguments: list[str] | None) -> int:
     if given.dataset is None:
         parser.error("the following arguments are required: MODEL, DATASET")
     try:
-        recipe = recipe_of(given)
+        recipe, execution = recipe_of(given), execution_of(given)
     except ValueError as error:
         parser.error(str(error))
     if given.threads is not None:
@@ -173,7 +173,7 @@ def run(arguments: list[str] | None) -> int:
             budget_seconds=budget,
             disable=given.disable,
             unofficial_data=given.unofficial_data,
-            execution=execution_of(given),
+            execution=execution,
         )
     except (BadArgument, BadCheckpoint) as error:
         parser.error(str(error))

@@ -39,6 +39,8 @@ def why_not_full(record: RunRecord) -> list[str]:
         reasons.append("reversible engine off")
     if record.recipe != PUBLISHED:
         reasons.append(_recipe(record.recipe))
+    if record.mixed:
+        reasons.append(f"mixed execution: {_parts(record)}")
     if record.splits_batch_norm:
         reasons.append(f"BatchNorm over {record.recipe.batch_size // record.device['count']} images")
     return reasons
@@ -145,6 +147,18 @@ def _row(folder: Path, record: RunRecord, reasons: list[str]) -> tuple:
         record.data_kind, clean(device), clean(software["torch"]), clean(commit), not reasons,
         clean("; ".join(reasons)),
     )  # fmt: skip
+
+
+def _parts(record: RunRecord) -> str:
+    """List how the parts of a mixed run were executed, as "bf16 on cuda to iteration 400, float32 on cpu to 1000"."""
+    parts: list[tuple[str, int]] = []
+    for segment in record.segments:
+        how = f"{segment.execution} on {segment.device['type']}"
+        if parts and parts[-1][0] == how:
+            parts.pop()
+        if segment.iterations:
+            parts.append((how, segment.last))
+    return "; ".join(f"{how} to iteration {last:,}" for how, last in parts)
 
 
 def _recipe(recipe: Recipe) -> str:

@@ -1,6 +1,11 @@
-"""How the steps of a recipe are executed: number formats, graphs, compilation, processes.
+"""How the steps of a recipe are executed: number formats, CUDA graphs, compilation, processes.
 
-It is no part of the recipe, since but for rounding it changes nothing that the recipe computes; the record names it.
+The execution is not part of the recipe, because only rounding separates the results of two executions. The record names
+it.
+
+What is reproducible: on a CPU, with the same number of threads, a run ends with the same bits however often it was
+stopped. On a GPU that holds only with ``deterministic``; without it cuDNN chooses the fastest algorithms, which may be
+other ones each time and may add in any order.
 """
 
 from collections.abc import Iterator
@@ -14,33 +19,52 @@ PRECISIONS = ("float32", "tf32", "bf16")
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """By default the plain step.
+    """How a step is executed; by default plainly, in float32.
 
-    precision: of convolutions and matrix products. "float32"; "tf32", inputs rounded to ten bits of mantissa; "bf16",
-    under autocast. Weights, their updates, BatchNorm statistics, the loss and a RevNet's residual stream stay float32.
-    graph: the whole step is captured once as a CUDA graph and then replayed, with one launch a step.
-    compile: the model's training pass through torch.compile.
-    sync_batch_norm: of several processes, normalise by the statistics of the whole batch, not of each one's share.
+    Attributes:
+        precision: of convolutions and matrix products. "float32"; "tf32", with inputs rounded to ten bits of mantissa;
+            "bf16", under autocast. Weights, their updates, BatchNorm statistics, the loss and a RevNet's residual
+            stream stay in float32.
+        graph: capture the whole step once as a CUDA graph, and replay it with one launch a step.
+        compile: run the model's training pass through ``torch.compile``.
+        sync_batch_norm: with several processes, normalise by the statistics of the whole batch instead of those of each
+            process's share.
+        deterministic: on a GPU, use only cuDNN's deterministic algorithms. By default cuDNN times its algorithms and
+            takes the fastest, which may add in any order.
     """
 
     precision: str = "float32"
     graph: bool = False
     compile: bool = False
     sync_batch_norm: bool = False
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: got {self.precision!r}, wanted one of {', '.join(PRECISIONS)}")
 
     def __str__(self) -> str:
-        """What the record says: "bf16, graph"."""
-        words = [name.replace("_", "-") for name in ("graph", "compile", "sync_batch_norm") if getattr(self, name)]
-        return ", ".join([self.precision, *words])
+        """The words of the record: "bf16, graph"."""
+        names = ("graph", "compile", "sync_batch_norm", "deterministic")
+        return ", ".join([self.precision, *(name.replace("_", "-") for name in names if getattr(self, name))])
+
+    @classmethod
+    def fastest(cls, device: torch.device, *, processes: int = 1) -> "Execution":
+        """Return the fastest execution that was measured on this type of device.
+
+        Args:
+            device: the device that trains; only its type counts.
+            processes: how many processes share each batch; a step is captured for one only.
+        """
+        if device.type == "cuda":
+            return cls(precision="bf16", graph=processes == 1, compile=True)
+        return cls()
 
     def on(self, device: torch.device, *, processes: int = 1) -> tuple["Execution", list[str]]:
-        """What has an effect on `device`, and a sentence for each option that has none.
+        """Return what has an effect on ``device``, and a sentence for each option that has none.
 
-        What would only be slower is left out; what would compute something else than was asked for is a ValueError.
+        Raises:
+            ValueError: when an option that cannot be had here would change what is computed.
         """
         effective, without_effect = self, []
         if device.type != "cuda" and self.graph:
@@ -49,9 +73,12 @@ class Execution:
         if device.type != "cuda" and self.precision == "tf32":
             effective = replace(effective, precision="float32")
             without_effect.append(f"tf32 has no effect on {device.type}: float32 is used")
+        if device.type != "cuda" and self.deterministic:
+            effective = replace(effective, deterministic=False)
+            without_effect.append(f"deterministic has no effect on {device.type}: its kernels are deterministic anyway")
         if processes == 1 and self.sync_batch_norm:
             effective = replace(effective, sync_batch_norm=False)
-            without_effect.append("sync-batch-norm has no effect with one process, which has the whole batch")
+            without_effect.append("sync-batch-norm has no effect with one process: it has the whole batch")
         if effective.sync_batch_norm and device.type != "cuda":
             raise ValueError(
                 f"sync-batch-norm: PyTorch synchronises BatchNorm on GPUs only, not on {device.type}; leave it out, "
@@ -62,19 +89,21 @@ class Execution:
         return effective, without_effect
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
+        """Return the context in which a forward pass runs at this precision."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     @contextmanager
     def settings(self, device: torch.device) -> Iterator[None]:
-        """PyTorch's settings for this execution, put back at the end; kernels on a GPU are deterministic ones."""
+        """Apply PyTorch's settings for this execution; on leaving, restore what was set before."""
         with ExitStack() as stack:
             if device.type == "cuda":
-                cudnn, tf32 = torch.backends.cudnn, self.precision == "tf32"
+                cudnn = torch.backends.cudnn
                 stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-                stack.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
-                stack.callback(setattr, cudnn, "deterministic", cudnn.deterministic)
-                torch.set_float32_matmul_precision("high" if tf32 else "highest")
-                cudnn.allow_tf32, cudnn.deterministic = tf32, True
+                for name in ("allow_tf32", "deterministic", "benchmark"):
+                    stack.callback(setattr, cudnn, name, getattr(cudnn, name))
+                torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
+                cudnn.allow_tf32 = self.precision == "tf32"
+                cudnn.deterministic, cudnn.benchmark = self.deterministic, not self.deterministic
             if self.compile:  # a model has more kinds of branches than the default allows
                 stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
             yield

@@ -1,15 +1,18 @@
 """Options of command lines that train: their types, the hyper-parameters of a recipe, and how steps are executed."""
 
 import argparse
+import os
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
+
+import torch
 
 from memcnn.training.execution import PRECISIONS, Execution
 from memcnn.training.recipe import RECIPES, Recipe, override
 
 
 def duration(text: str) -> float:
-    """Seconds from "90", "90s", "9m", "1h30m"."""
+    """Return the seconds in "90", "90s", "9m", "1h30m"."""
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
     if not match or not any(match.groups()):
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a time like 90s, 9m or 1h30m")
@@ -18,16 +21,19 @@ def duration(text: str) -> float:
 
 
 def iterations_list(text: str) -> tuple[int, ...]:
+    """Return the numbers in "40000,60000"."""
     return tuple(int(word) for word in text.split(",") if word)
 
 
 def count(text: str) -> int:
+    """Return the number in ``text``, which must be at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number of at least 1")
     return int(text)
 
 
 def count_or_all(text: str) -> int | None:
+    """Return the number in ``text``, or None for "all"."""
     return None if text == "all" else count(text)
 
 
@@ -47,6 +53,7 @@ HYPERPARAMETERS = {
 
 
 def add_hyper_parameters(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each field of a recipe but its name."""
     group = parser.add_argument_group("hyper-parameters", "in place of the recipe's; the run's name says so")
     for name, (kind, text) in HYPERPARAMETERS.items():
         defaults = ", ".join(f"{recipe.name} {_spell(getattr(recipe, name))}" for recipe in RECIPES.values())
@@ -55,23 +62,59 @@ def add_hyper_parameters(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_of(given: argparse.Namespace) -> Recipe:
-    """The recipe that is asked for; ValueError when a value is out of range."""
+    """Return the recipe that the options ask for; ValueError when a value is out of range."""
     changes = {name: value for name, value in vars(given).items() if name in HYPERPARAMETERS}
     return override(RECIPES[given.recipe], **changes)
 
 
+CHOSEN_BY_FAST = ("precision", "graph", "compile")
+
+
 def add_execution_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `execution_of` reads."""
     group = parser.add_argument_group("execution", "how steps are run: no part of the recipe, but recorded")
     option = group.add_argument
-    option("--precision", choices=PRECISIONS, default="float32", help="of F, G and all layers (default: %(default)s)")
+    fast = "the fastest measured execution of the device, in place of --precision, --graph and --compile"
+    option("--fast", action=argparse.BooleanOptionalAction, help=fast)
+    option("--precision", choices=PRECISIONS, help=f"of F, G and all layers (default: {Execution().precision})")
     option("--graph", action="store_true", help="capture the whole step as a CUDA graph; no effect on a CPU")
     option("--compile", action="store_true", help="through torch.compile; the first steps take minutes")
     option("--sync-batch-norm", action="store_true", help="under torchrun: statistics of the whole batch (GPUs only)")
+    option("--deterministic", action="store_true", help="deterministic kernels, slower on a GPU; CPUs always have them")
 
 
-def execution_of(given: argparse.Namespace) -> Execution:
-    """What the options of `add_execution_options` ask for."""
-    return Execution(**{field.name: getattr(given, field.name) for field in fields(Execution)})
+def explicit_execution(given: argparse.Namespace) -> list[str]:
+    """Return the options on the command line that ask for what ``--fast`` chooses, as "--graph"."""
+    return [f"--{name}" for name in CHOSEN_BY_FAST if getattr(given, name)]
+
+
+def execution_of(
+    given: argparse.Namespace, device: str | torch.device | None = None, *, processes: int | None = None
+) -> Execution:
+    """Return the execution that the options of `add_execution_options` ask for.
+
+    Args:
+        given: the options.
+        device: the device that trains, which ``--fast`` needs to know. By default that of ``--device``, and without
+            one a GPU where there is one, else the CPU.
+        processes: how many processes share each batch. By default as many as torchrun started.
+    Raises:
+        ValueError: when ``--fast`` is given together with what it chooses.
+    """
+    explicit = explicit_execution(given)
+    if given.fast and explicit:
+        raise ValueError(
+            f"got --fast and {' and '.join(explicit)}: --fast chooses precision, graph and compile for the device; "
+            "leave out the one or the other"
+        )
+    names = [field.name for field in fields(Execution) if field.name not in CHOSEN_BY_FAST]
+    rest = {name: getattr(given, name) for name in names}
+    if not given.fast:
+        precision = given.precision or Execution().precision
+        return Execution(precision=precision, graph=given.graph, compile=given.compile, **rest)
+    chosen = str(device or getattr(given, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = torch.device("cuda" if chosen.startswith("cuda") else "cpu")  # a wrong name is reported by who uses it
+    return replace(Execution.fastest(kind, processes=processes or int(os.environ.get("WORLD_SIZE", 1))), **rest)
 
 
 def _spell(value: object) -> str:

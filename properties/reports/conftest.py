@@ -33,8 +33,8 @@ FULL = RunRecord(
 
 @pytest.fixture(scope="session")
 def full():
-    """A full run of ResNet-32 on CIFAR-10 with the named fields changed."""
-    return lambda **changes: dataclasses.replace(FULL, **changes)
+    """A full run of ResNet-32 on CIFAR-10 with the named fields changed, in one segment unless segments are given."""
+    return lambda **changes: dataclasses.replace(FULL, **{"segments": (), **changes})
 
 
 @pytest.fixture(scope="session")

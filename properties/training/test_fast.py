@@ -1,5 +1,6 @@
 """However steps are executed, they compute what the plain step computes, and a resumed run ends with the same bits."""
 
+import argparse
 import functools
 
 import pytest
@@ -11,6 +12,7 @@ from memcnn import data as cifar
 from memcnn.models.resnet import MODELS, ResNet, basic_branch
 from memcnn.testing.tolerances import relative_error, tolerance
 from memcnn.training.execution import Execution
+from memcnn.training.options import add_execution_options, execution_of, explicit_execution
 from memcnn.training.recipe import override
 from memcnn.training.record import run_name
 from memcnn.training.step import TrainingStep
@@ -188,12 +190,59 @@ def test_the_record_says_how_steps_were_executed(tmp_path, executable):
     assert run(tmp_path, execution=execution).software["execution"] == "bf16, graph"
 
 
+def test_the_record_names_deterministic_kernels(tmp_path, executable):
+    assert run(tmp_path, execution=Execution(deterministic=True)).segments[0].execution == "float32, deterministic"
+
+
+def parsed(words: str):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device")
+    add_execution_options(parser)
+    return parser.parse_args(words.split())
+
+
+def test_fast_is_the_fastest_execution_of_the_device(monkeypatch):
+    on_gpu = Execution(precision="bf16", graph=True, compile=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert execution_of(parsed("--fast")) == Execution.fastest(CPU)
+    assert execution_of(parsed("--fast --device cuda:1")) == on_gpu
+    assert execution_of(parsed("--fast --device cuda"), "cpu") == Execution.fastest(CPU)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert execution_of(parsed("--fast")) == on_gpu
+    assert execution_of(parsed("--fast --deterministic --sync-batch-norm"), processes=2) == Execution(
+        precision="bf16", compile=True, deterministic=True, sync_batch_norm=True
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert execution_of(parsed("--fast")) == Execution.fastest(torch.device("cuda"), processes=2)
+    assert not execution_of(parsed("--fast")).graph
+    assert execution_of(parsed("--no-fast")) == execution_of(parsed("")) == Execution()
+
+
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda")], ids=str)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_fastest_execution_can_be_had(device, processes):
+    fastest = Execution.fastest(device, processes=processes)
+    assert fastest.on(device, processes=processes) == (fastest, [])
+
+
+def test_fast_is_refused_beside_what_it_chooses():
+    for words, named in (
+        ("--graph", "--graph"),
+        ("--precision float32", "--precision"),
+        ("--compile --graph", "--graph and --compile"),
+    ):
+        with pytest.raises(ValueError, match=f"got --fast and {named}: --fast chooses precision"):
+            execution_of(parsed(f"--fast {words}"))
+    assert explicit_execution(parsed("--deterministic")) == []
+
+
 def test_what_has_no_effect_on_a_cpu_is_said_and_left_out(tmp_path, capsys):
-    record = run(tmp_path, execution=Execution(precision="tf32", graph=True, sync_batch_norm=True), progress=True)
+    nothing = Execution(precision="tf32", graph=True, sync_batch_norm=True, deterministic=True)
+    record = run(tmp_path, execution=nothing, progress=True)
     assert record.software["execution"] == "float32"
     said = capsys.readouterr().err
-    for words in ("graph has no effect on cpu", "tf32 has no effect on cpu", "sync-batch-norm has no effect"):
-        assert words in said
+    for name in ("graph", "tf32", "deterministic", "sync-batch-norm"):
+        assert f"{name} has no effect" in said
 
 
 def test_what_cannot_be_had_is_refused():
@@ -210,14 +259,18 @@ def test_settings_of_an_execution_end_with_it():
 
     def found() -> tuple:
         cudnn = torch.backends.cudnn
-        return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic
+        return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
 
     before = found()
     with Execution(precision="tf32").settings(torch.device("cuda")):
-        assert found() == ("high", True, True)
+        assert found() == ("high", True, False, True)
     assert found() == before
-    with Execution().settings(torch.device("cuda")):
-        assert found() == ("highest", False, True)
+    with Execution(deterministic=True).settings(torch.device("cuda")):
+        assert found() == ("highest", False, True, False)
+    assert found() == before
+    with pytest.raises(ZeroDivisionError), Execution().settings(torch.device("cuda")):
+        assert found() == ("highest", False, False, True)
+        raise ZeroDivisionError
     assert found() == before
 
 

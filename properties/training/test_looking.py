@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from memcnn.training.listing import list_runs
 from memcnn.training.recipe import SMOKE, Recipe, override
 from properties.training.runs import DATA, NAME, run
 from properties.training.test_command_line import tiny_command
-from properties.training.test_record import FAILED, FULL, PARTIAL, STARTED
+from properties.training.test_record import FAILED, FULL, PARTIAL, STARTED, changed
 
 HOST = socket.gethostname()
 
@@ -48,7 +47,7 @@ def test_the_list_tells_of_every_run_how_far_it_is(tmp_path, capsys):
     put(tmp_path, "f", STARTED, holder=(1, "elsewhere"))
     put(tmp_path, "g", STARTED)
     put(tmp_path, "h", None, holder=(os.getpid(), HOST))
-    put(tmp_path, "i", replace(FULL, data={"official": False, "checksums": {"test_batch": "00"}}))
+    put(tmp_path, "i", changed(FULL, data={"official": False, "checksums": {"test_batch": "00"}}))
     put(tmp_path, "j", PARTIAL, holder=(os.getpid(), HOST))
     put(tmp_path, "k", "{}")
     put(tmp_path, "l.old-1", FULL)
@@ -75,7 +74,7 @@ def test_the_list_of_nothing_says_so(tmp_path):
 
 
 def test_hostile_text_cannot_steer_the_terminal(tmp_path):
-    put(tmp_path, "a", replace(FAILED, reason="\x1b[2J\x1b]0;title\x07\r\nrun  complete"))
+    put(tmp_path, "a", changed(FAILED, reason="\x1b[2J\x1b]0;title\x07\r\nrun  complete"))
     put(tmp_path, "b", STARTED, holder=(1, "\x1b[31mhost\n"))
     text = list_runs(tmp_path)
     assert len(text.splitlines()) == 3

@@ -3,16 +3,20 @@
 import errno
 import json
 import os
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
+from itertools import product
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reports
+from memcnn import data as cifar
 from memcnn.models.resnet import MODELS
 from memcnn.training import files, record
 from memcnn.training.recipe import PUBLISHED, SMOKE, override
-from memcnn.training.record import BadRecord, RunRecord, load, load_all, run_name
+from memcnn.training.record import BadRecord, RunRecord, Segment, load, load_all, run_name
 
 FULL = RunRecord(
     model="revnet38", dataset="cifar10", seed=0, recipe=PUBLISHED, status="complete", reason=None, iterations=80_000,
@@ -22,29 +26,156 @@ FULL = RunRecord(
     software={"memcnn": "2", "python": "3.11", "torch": "2", "torchvision": "0", "cuda": None, "platform": "Linux"},
     commit="c0ffee", clean=True, data={"official": True, "checksums": {"data_batch_1": "c99cafc1"}}, engine=True,
 )  # fmt: skip
-PARTIAL = replace(FULL, status="partial", reason="interrupted", iterations=700, test_iteration=500)
-FAILED = replace(FULL, status="failed", reason="loss is nan at iteration 812", iterations=811, test_iteration=500)
-STARTED = replace(PARTIAL, reason=None, iterations=3, test_accuracy=None, test_loss=None, test_iteration=None)
+GENERATED = {"official": False, "checksums": {"generated": "00"}}
 
 
-@pytest.mark.parametrize("written", [FULL, PARTIAL, FAILED, STARTED], ids=["full", "partial", "failed", "started"])
+def changed(written: RunRecord, **changes) -> RunRecord:
+    """The record with other fields, and unless they are given, one segment that agrees with them."""
+    return replace(written, **{"segments": (), **changes})
+
+
+PARTIAL = changed(FULL, status="partial", reason="interrupted", iterations=700, test_iteration=500)
+FAILED = changed(FULL, status="failed", reason="loss is nan at iteration 812", iterations=811, test_iteration=500)
+STARTED = changed(PARTIAL, reason=None, iterations=3, test_accuracy=None, test_loss=None, test_iteration=None)
+
+
+VERSIONS = FULL.software
+GPU = {"type": "cuda", "name": "a GPU", "count": 1, "threads": 16}
+ONE = Segment(
+    first=0, last=30_000, execution="bf16, graph", device=GPU, software=VERSIONS, commit=None, clean=None, shared_by=4,
+    train_seconds=1000.5,
+)  # fmt: skip
+TWO = replace(ONE, first=30_000, last=80_000, commit="c0ffee", clean=True, shared_by=2, train_seconds=2000.25)
+OTHER = replace(TWO, execution="float32")
+
+
+def in_segments(*segments: Segment) -> RunRecord:
+    """The full record, computed in these segments."""
+    last = segments[-1]
+    origin = {name: getattr(last, name) for name in ("device", "commit", "clean")}
+    software = {**last.software, "execution": last.execution}
+    seconds = sum(part.train_seconds for part in segments)
+    return replace(FULL, **origin, software=software, train_seconds=seconds, segments=segments)
+
+
+PURE, MIXED = in_segments(ONE, TWO), in_segments(ONE, OTHER)
+KINDS = {"full": FULL, "partial": PARTIAL, "failed": FAILED, "started": STARTED, "pure": PURE, "mixed": MIXED}
+
+
+@pytest.mark.parametrize("written", KINDS.values(), ids=KINDS)
 def test_a_record_comes_back_as_it_was_written(tmp_path, written):
     path = written.write(tmp_path)
     assert path == tmp_path / "record.json"
     assert load(tmp_path) == load(path) == written
 
 
+def test_a_run_in_one_segment_says_so():
+    (part,) = changed(FULL, software={**FULL.software, "execution": "bf16, compile"}).segments
+    assert (part.first, part.last, part.train_seconds, part.shared_by) == (0, 80_000, 6660.0, 1)
+    assert (part.device, part.software, part.commit, part.clean) == (FULL.device, VERSIONS, "c0ffee", True)
+    assert part.execution == "bf16, compile"
+    assert FULL.segments[0].execution == "float32", "the execution of records that name none"
+
+
+def test_a_run_is_mixed_when_its_parts_were_executed_differently_and_then_it_is_not_full():
+    on_cpu = replace(TWO, device=FULL.device)
+    elsewhere = replace(TWO, device={**GPU, "name": "another GPU"}, software={**VERSIONS, "torch": "3"})
+    unused = replace(OTHER, last=30_000, train_seconds=0.0)
+    for segments, mixed in (
+        ([replace(ONE, last=80_000)], False),
+        ([ONE, TWO], False),
+        ([ONE, OTHER], True),
+        ([ONE, on_cpu], True),
+        ([ONE, elsewhere], False),
+        ([ONE, unused, TWO], False),
+    ):
+        found = in_segments(*segments)
+        assert found.mixed == mixed
+        assert found.is_full == (not mixed)
+        assert found.mark == (" (mixed execution)" if mixed else "")
+    assert changed(FULL, data=GENERATED).mark == " (generated data)"
+    assert replace(MIXED, data=GENERATED).mark == " (generated data) (mixed execution)"
+
+
+def test_a_run_was_shared_by_as_many_as_trained_at_once_in_any_of_its_parts():
+    assert FULL.shared_by == 1
+    assert in_segments(ONE, TWO).shared_by == 4
+    assert in_segments(replace(ONE, shared_by=1), TWO).shared_by == 2
+
+
+def test_a_record_of_schema_1_has_one_segment(tmp_path):
+    values = json.loads(PARTIAL.write(tmp_path).read_text())
+    del values["segments"]
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({**values, "schema": 1}))
+    assert load(path) == PARTIAL
+    assert load(path).segments[0].last == 700
+    path.write_text(json.dumps(values))
+    with pytest.raises(BadRecord, match="missing fields \\['segments'\\]"):
+        load(path)
+
+
+@pytest.mark.parametrize("folder", sorted((Path(reports.__file__).parent / "records").glob("*/record.json")), ids=str)
+def test_the_committed_records_are_read_and_lie_where_their_name_says(folder):
+    assert load(folder).name == folder.parent.name
+
+
+BAD_SEGMENTS = [
+    ("a list of at least one", lambda one, two: []),
+    ("a list of at least one", lambda one, two: {"first": one}),
+    ("number 1: segment: got 3, wanted an object", lambda one, two: [3, two]),
+    ("number 2: missing fields .*'shared_by'", lambda one, two: [one, _without(two, "shared_by")]),
+    ("number 2: .*unknown .*'speed'", lambda one, two: [one, {**two, "speed": 1}]),
+    ("first of number 1: got 1, wanted 0", lambda one, two: [{**one, "first": 1}, two]),
+    ("first of number 2: got 29999, wanted 30000", lambda one, two: [one, {**two, "first": 29_999}]),
+    ("first of number 2: got 30001, wanted 30000", lambda one, two: [one, {**two, "first": 30_001}]),
+    ("first of number 1: got 30000, wanted 0", lambda one, two: [two]),
+    ("last of the last: got 30000, wanted 80000", lambda one, two: [one]),
+    ("number 1: last: got 30000, wanted at least 30001", lambda one, two: [{**one, "first": 30_001}, two]),
+    ("number 1: first: got -1", lambda one, two: [{**one, "first": -1}, two]),
+    ("number 1: first: got 0.5", lambda one, two: [{**one, "first": 0.5}, two]),
+    ("number 1: execution: got None", lambda one, two: [{**one, "execution": None}, two]),
+    ("number 1: shared_by: got 0", lambda one, two: [{**one, "shared_by": 0}, two]),
+    ("number 1: train_seconds: got -1", lambda one, two: [{**one, "train_seconds": -1}, two]),
+    ("sum of train_seconds: got 3000.25, wanted 3000.75", lambda one, two: [{**one, "train_seconds": 1000}, two]),
+    ("number 1: device: got", lambda one, two: [{**one, "device": {"type": "cpu"}}, two]),
+    ("number 1: device.count: got 0", lambda one, two: [{**one, "device": {**GPU, "count": 0}}, two]),
+    ("number 2: software: got", lambda one, two: [one, {**two, "software": {}}]),
+    ("device of the last: got", lambda one, two: [one, {**two, "device": FULL.device}]),
+    ("commit of the last: got", lambda one, two: [one, {**two, "commit": "beef"}]),
+    ("clean of the last: got", lambda one, two: [one, {**two, "clean": None}]),
+    ("software and execution of the last: got", lambda one, two: [one, {**two, "execution": "tf32"}]),
+]
+
+
+def _without(values: dict, name: str) -> dict:
+    return {key: value for key, value in values.items() if key != name}
+
+
+@pytest.mark.parametrize(("message", "spoil"), BAD_SEGMENTS, ids=[message for message, _ in BAD_SEGMENTS])
+def test_segments_that_cannot_be_are_refused_with_the_reason(tmp_path, message, spoil):
+    values = json.loads(PURE.write(tmp_path).read_text())
+    values["segments"] = spoil(*values["segments"])
+    (tmp_path / "record.json").write_text(json.dumps(values))
+    with pytest.raises(BadRecord, match=f"record.json: segments: .*{message}"):
+        load(tmp_path)
+
+
+def test_a_segment_comes_back_from_its_dictionary():
+    assert Segment.from_dict(json.loads(json.dumps(asdict(ONE)))) == ONE
+
+
 def test_only_a_complete_published_run_on_official_data_with_the_engine_is_full():
     assert FULL.is_full
     assert not PARTIAL.is_full and not FAILED.is_full
-    assert not replace(FULL, data={**FULL.data, "official": False}).is_full
-    assert not replace(FULL, engine=False).is_full
+    assert not changed(FULL, data={**FULL.data, "official": False}).is_full
+    assert not changed(FULL, engine=False).is_full
     two = {**FULL.device, "count": 2}
-    assert not replace(FULL, device=two).is_full, "each process normalises by its own half of a batch"
-    assert replace(FULL, device=two, software={**FULL.software, "execution": "bf16, sync-batch-norm"}).is_full
+    assert not changed(FULL, device=two).is_full, "each process normalises by its own half of a batch"
+    assert changed(FULL, device=two, software={**FULL.software, "execution": "bf16, sync-batch-norm"}).is_full
     for change in ({"pad": 3}, {"test_images": 100}, {"evaluate_every": 100}, {"learning_rate": 0.2}):
         recipe = replace(PUBLISHED, **change)  # the same name: it is the values that count
-        assert not replace(FULL, recipe=recipe).is_full
+        assert not changed(FULL, recipe=recipe).is_full
 
 
 INCONSISTENT = [
@@ -78,7 +209,7 @@ INCONSISTENT = [
 @pytest.mark.parametrize(("name", "change"), INCONSISTENT)
 def test_an_inconsistent_record_is_refused_by_field(tmp_path, name, change):
     with pytest.raises(ValueError, match=f"^{name}: got "):
-        replace(FULL, **change)
+        changed(FULL, **change)
     values = json.loads(FULL.write(tmp_path).read_text())
     (tmp_path / "record.json").write_text(json.dumps({**values, **change}))
     with pytest.raises(BadRecord, match=f"record.json: {name}: got "):
@@ -102,6 +233,8 @@ json_values = st.recursive(
 )
 paths = st.sampled_from(
     [(field.name,) for field in fields(RunRecord)]
+    + [("segments", 0)]
+    + [("segments", 0, field.name) for field in fields(Segment)]
     + [("recipe", name) for name in PUBLISHED.to_dict()]
     + [(name, key) for name in ("device", "software", "data") for key in getattr(FULL, name)]
 )
@@ -111,7 +244,9 @@ paths = st.sampled_from(
 def test_whatever_a_field_holds_the_record_is_valid_or_refused(tmp_path_factory, path, value, remove):
     folder = tmp_path_factory.mktemp("run")
     values = json.loads(FULL.write(folder).read_text())
-    parent = values if len(path) == 1 else values[path[0]]
+    parent = values
+    for key in path[:-1]:
+        parent = parent[key]
     if remove:
         del parent[path[-1]]
     else:
@@ -136,7 +271,7 @@ def test_whatever_a_file_holds_nothing_but_bad_record_is_raised(tmp_path_factory
 
 def test_all_records_are_found_and_bad_ones_reported(tmp_path):
     runs, committed = tmp_path / "runs", tmp_path / "records"
-    names = {"b": FULL, "a": PARTIAL, "a.old-1": FULL, "d": replace(FULL, seed=1)}
+    names = {"b": FULL, "a": PARTIAL, "a.old-1": FULL, "d": changed(FULL, seed=1)}
     for name, some in names.items():
         folder = (committed if name == "d" else runs) / name
         folder.mkdir(parents=True)
@@ -163,6 +298,36 @@ def test_different_runs_have_different_folders(one, two):
 
     assert (name(*one) == name(*two)) == (one == two)
     assert run_name("revnet38", "cifar10", PUBLISHED, 0) == "revnet38-cifar10-published-s0"
+
+
+def test_what_is_computed_otherwise_has_a_folder_of_its_own():
+    ways = list(product(record.DATA_SUFFIXES, (True, False), (1, 2, 12)))
+    names = [
+        run_name("revnet38", "cifar10", PUBLISHED, 0, data=data, engine=engine, processes=processes)
+        for data, engine, processes in ways
+    ]
+    assert len(set(names)) == len(ways) == 18
+    assert names[ways.index(("generated", True, 1))] == "revnet38-cifar10-published-s0-generated"
+    assert names[ways.index(("unofficial", False, 2))] == "revnet38-cifar10-published-s0-unofficial-plain-p2"
+    with pytest.raises(ValueError, match="data: got 'own', wanted one of official, generated, unofficial"):
+        run_name("revnet38", "cifar10", PUBLISHED, 0, data="own")
+    with pytest.raises(ValueError, match="processes: got 0"):
+        run_name("revnet38", "cifar10", PUBLISHED, 0, processes=0)
+
+
+def test_a_record_knows_the_name_of_its_folder():
+    assert FULL.name == "revnet38-cifar10-published-s0"
+    assert changed(FULL, data=GENERATED, engine=False).name == FULL.name + "-generated-plain"
+    unofficial = {"official": False, "checksums": {"test_batch": "00"}}
+    assert changed(FULL, data=unofficial, device={**GPU, "count": 4}).name == FULL.name + "-unofficial-p4"
+
+
+@pytest.mark.parametrize(("official", "checksums", "kind"), [
+    (True, {"test_batch": "00"}, "official"), (False, {"test_batch": "00"}, "unofficial"),
+    (False, {"generated": "00"}, "generated"),
+])  # fmt: skip
+def test_data_sets_know_their_kind(official, checksums, kind):
+    assert replace(cifar.generate(10, train=1, test=1), official=official, checksums=checksums).kind == kind
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
