@@ -118,7 +118,7 @@ class Run:
             started = time.perf_counter()
             self.state = State(memory=self._measure_memory(), step_seconds=time.perf_counter() - started)
             self.state.begin(here, allow_mixed=False)
-        self.step = TrainingStep(
+        self.training_step = TrainingStep(
             self.model, recipe, data, setting.execution, forward=self.world.spread(self.model, setting.execution)
         )
         if saved is not None:
@@ -135,12 +135,13 @@ class Run:
             self.writer = TensorBoard(folder / "tensorboard", first=self.state.last_evaluation + 1)
 
     def _segment_from(self, iteration: int) -> Segment:
+        versions = software_versions().items()
         return Segment(
             first=iteration,
             last=iteration,
             execution=str(self.setting.execution),
             device={**device_info(self.device), "count": self.world.size},
-            software=software_versions(),
+            software={name: value and str(value) for name, value in versions},  # torch's own type cannot be saved
             **git_state(),
             shared_by=self.setting.shared_by,
             train_seconds=0.0,
@@ -166,9 +167,9 @@ class Run:
 
     def _load(self, saved: dict) -> None:
         self.model.load_state_dict(saved["model"])
-        self.step.load_state_dict(saved["optimizer"], iteration=self.state.iteration)
+        self.training_step.load_state_dict(saved["optimizer"], iteration=self.state.iteration)
         if self.world.is_first:  # it is the sum over all processes
-            self.step.totals.copy_(saved["window"])
+            self.training_step.totals.copy_(saved["window"])
 
     def turns(self) -> Turns[RunRecord]:
         """Train from where the run is to its end or its stop."""
@@ -216,11 +217,11 @@ class Run:
                 if reason := self._interruption(1.5 * state.step_seconds):
                     break
                 started = clock.now()
-                looked = self._step()
+                looked = self.step()
                 shared_by = max(shared_by, len(self.setting.running))
                 if looked and self.device.type != "cpu" and self.world.size == 1:
                     yield self.lane.mark()
-                    self._check_losses()
+                    self.check_losses()
                 if looked:
                     self.progress.show(state.iteration, **self._shown_values())
                 yield self.lane.launched()
@@ -241,26 +242,27 @@ class Run:
         first, share = index * recipe.batch_size, self.world.share(recipe.batch_size)
         return self.plan.part(first + share.start, first + share.stop)
 
-    def _step(self) -> bool:
+    def step(self) -> bool:
         """Launch one step; return whether it is time to look at the losses."""
         iteration = self.state.iteration
-        self.step(self._batch_plan(iteration), self.recipe.learning_rate_after(iteration))
+        self.training_step(self._batch_plan(iteration), self.recipe.learning_rate_after(iteration))
         self.state.iteration += 1
         if self.device.type == "cpu":
-            self._check_losses()
+            self.check_losses()
         self.progress.step()
         return self.progress.due()
 
     def _shown_values(self) -> dict[str, str]:
         """Return loss and accuracy since the last evaluation, on this process's shares of the batches."""
         count = self.state.iteration - self.state.last_evaluation
-        loss, correct = self.step.totals.tolist()
+        loss, correct = self.training_step.totals.tolist()
         images = count * self.recipe.batch_size / self.world.size
         values = {"loss": f"{loss / count:.3f}", "train": f"{100 * correct / images:.1f}%"}
         return values | ({"test": f"{self.state.rows[-1]['test_accuracy']:.2f}%"} if self.state.rows else {})
 
-    def _check_losses(self) -> None:
-        found = [bad for bad in self.world.gathered(self.step.bad.tolist()) if bad[0]]
+    def check_losses(self) -> None:
+        """Raise where a loss has not been finite since the last look; the GPU must be done with all steps (rule 3)."""
+        found = [bad for bad in self.world.gathered(self.training_step.bad.tolist()) if bad[0]]
         if found:
             iteration, loss = min(found)
             self.state.iteration = int(iteration) - 1
@@ -281,7 +283,7 @@ class Run:
 
     def _evaluate(self) -> Turns[str | None]:
         """Add a row to the curve; return why the run had to stop before that, None if it did not."""
-        self._check_losses()
+        self.check_losses()
         self.world.take_from_first(self.model.buffers())
         count = len(self.data.test_images[: self.recipe.test_images])
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -310,7 +312,7 @@ class Run:
 
     def _add_row(self, test_loss: float, test_accuracy: float) -> None:
         state = self.state
-        batch_losses = self.world.summed(self.step.totals)[0].item() / self.world.size
+        batch_losses = self.world.summed(self.training_step.totals)[0].item() / self.world.size
         row = {
             "iteration": state.iteration,
             "epoch": state.iteration / self.batches,
@@ -324,18 +326,18 @@ class Run:
             self.writer.add({name: row[name] for name in COLUMNS[2:-1]}, state.iteration)
         self.progress.show(state.iteration, **(self._shown_values() | {"test": f"{test_accuracy:.2f}%"}))
         state.rows.append(row)
-        self.step.totals.zero_()
+        self.training_step.totals.zero_()
 
     def _save(self) -> Turns[None]:
         """Write the checkpoint, unless a weight in it is not finite."""
         yield self.lane.mark()
         started = time.perf_counter()
-        self._check_losses()
+        self.check_losses()
         self.world.take_from_first(self.model.buffers())
         self._check_weights()
         saved = {**vars(self.state), "train_seconds": self.state.train_seconds}
-        saved["window"] = self.world.summed(self.step.totals)
-        saved |= {"model": self.model.state_dict(), "optimizer": self.step.state_dict()}
+        saved["window"] = self.world.summed(self.training_step.totals)
+        saved |= {"model": self.model.state_dict(), "optimizer": self.training_step.state_dict()}
         if self.world.is_first:
             checkpoint.save(self.folder, self.identity, saved)
         self.checkpoint_seconds = time.perf_counter() - started

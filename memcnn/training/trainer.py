@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from memcnn import archives
 from memcnn import data as cifar
 from memcnn.models.resnet import MODELS
 from memcnn.training import checkpoint, record
@@ -73,11 +74,21 @@ class Job:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise BadArgument(f"seed: got {self.seed!r}, wanted a whole number from 0 up to 2**63")
 
-    def folder(self, *, data_kind: str, processes: int) -> Path:
-        """Return the run's folder."""
+    @property
+    def data_kind(self) -> str:
+        """What the images are, as ``record.run_name`` takes it; the files decide where others will do as well."""
+        where = cifar.whereabouts(self.data)
+        if where == cifar.GENERATED:
+            return cifar.GENERATED
+        if not self.unofficial_data:
+            return "official"
+        return "official" if archives.find(self.dataset, Path(where), download=False, unofficial=True)[1] else "unofficial"
+
+    def folder(self, *, data_kind: str | None = None, processes: int = 1) -> Path:
+        """Return the run's folder; without ``data_kind`` after a look at the files."""
         name = run_name(
             self.model, self.dataset, self.recipe, self.seed,
-            data=data_kind, engine=not self.disable, processes=processes,
+            data=data_kind or self.data_kind, engine=not self.disable, processes=processes,
         )  # fmt: skip
         return Path(self.runs) / name
 
@@ -168,10 +179,10 @@ def setting_of(
 def begin(job: Job, setting: Setting) -> Start | RunRecord:
     """Check a job and load its images; return the record instead where the run is complete. Writes nothing."""
     world = setting.world
-    images, kind = None, "generated" if cifar.whereabouts(job.data) == cifar.GENERATED else "official"
+    images = None
     if job.unofficial_data:  # the files alone decide what they are
         images = world.in_turn(lambda: cifar.load(job.dataset, job.data, unofficial=True))
-        kind = images.kind
+    kind = job.data_kind if images is None else images.kind
     folder = job.folder(data_kind=kind, processes=world.size)
     identity = {
         "model": job.model,

@@ -35,7 +35,7 @@ def results(outcomes: dict) -> dict:
 
 
 def folder_of(runs: Path, cell: Cell) -> Path:
-    return runs / run_name(cell.model, cell.dataset, RECIPE, cell.seed)
+    return runs / run_name(cell.model, cell.dataset, RECIPE, cell.seed, data="generated")
 
 
 def when_under_way(runs: Path, cell: Cell, act) -> threading.Thread:

@@ -22,7 +22,7 @@ from memcnn.training.trainer import train
 DATA = cifar_data.generate(10, train=40, test=50)
 # five iterations an epoch; evaluations after 5, 10 and 12 iterations, in three parts; a milestone inside an epoch
 RECIPE = override(SMOKE, batch_size=8, iterations=12, milestones=(7, 11), evaluate_every=5, test_images=45)
-NAME = run_name("resnet32", "cifar10", RECIPE, 0)
+NAME = run_name("resnet32", "cifar10", RECIPE, 0, data="generated")
 
 
 def tiny(num_classes: int = 10, *, disable: bool = False) -> nn.Module:

@@ -173,13 +173,13 @@ def test_resuming_gives_the_same_bits_however_steps_are_executed(tmp_path, execu
 
 def test_a_run_may_go_on_with_another_execution(tmp_path, executable):
     recipe = override(RECIPE, learning_rate=0.01)
-    name = run_name("resnet32", "cifar10", recipe, 0)
+    name = run_name("resnet32", "cifar10", recipe, 0, data="generated")
     run(tmp_path / "plain", recipe=recipe)
     with pytest.MonkeyPatch.context() as patch:
         answers = iter([None] * 3)
         patch.setattr(Stop, "reason", lambda self, needed_seconds: next(answers, "interrupted"))
         run(tmp_path / "mixed", recipe=recipe, execution=GRAPH)
-    run(tmp_path / "mixed", recipe=recipe)
+    run(tmp_path / "mixed", recipe=recipe, allow_mixed=True)
     state, expected = (checkpoint_of(tmp_path / folder / name) for folder in ("mixed", "plain"))
     for got, wanted in zip(state["model"].values(), expected["model"].values(), strict=True):
         assert relative_error(got, wanted) <= tolerance(torch.float32, depth=recipe.iterations)

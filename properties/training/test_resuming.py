@@ -84,7 +84,7 @@ def test_resuming_gives_the_same_bits(tmp_path_factory, uninterrupted, parts):
     rows, expected_rows = curve_of(runs / NAME), curve_of(expected_runs / NAME)
     assert [without(row, "train_seconds") for row in rows] == [without(row, "train_seconds") for row in expected_rows]
     assert [int(row["iteration"]) for row in rows] == [5, 10, 12]
-    of_the_session = ("train_seconds", "interruptions", "commit", "clean")
+    of_the_session = ("train_seconds", "interruptions", "commit", "clean", "segments")
     assert without(vars(record), *of_the_session) == without(vars(expected_record), *of_the_session)
     assert scalars(runs / NAME) == scalars(expected_runs / NAME)
     assert len(scalars(runs / NAME)) == 3 * 4
