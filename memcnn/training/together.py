@@ -33,6 +33,7 @@ def train_together(
     stop: Stop,
     device: str | None = None,
     execution: Execution = PLAIN,
+    shared_by: int = 1,
     progress: bool = True,
 ) -> Iterator[Outcome]:
     """Train the jobs, `at_once` of them at a time; yield each with its record, or with its error, as it ends.
@@ -46,12 +47,13 @@ def train_together(
         stop: stops all runs; entered here, and left at the end.
         device: by default "cuda" where there is one, else "cpu".
         execution: how the steps are run.
+        shared_by: how many processes share the device, each with as many runs as this one.
         progress: show progress on standard error.
     Raises:
         BadArgument: when there is no such device, or when the execution cannot be had on it.
         DeviceLost: when a run has left the GPU unusable. The runs can be resumed in another process.
     """
-    setting = setting_of(device, execution, World(), stop, shown=progress)
+    setting = setting_of(device, execution, World(), stop, shown=progress, shared_by=shared_by)
     with stop, setting.execution.settings(setting.device):
         group = _Group(iter(jobs), at_once, setting)
         try:

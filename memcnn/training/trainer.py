@@ -82,7 +82,8 @@ class Job:
             return cifar.GENERATED
         if not self.unofficial_data:
             return "official"
-        return "official" if archives.find(self.dataset, Path(where), download=False, unofficial=True)[1] else "unofficial"
+        official = archives.find(self.dataset, Path(where), download=False, unofficial=True)[1]
+        return "official" if official else "unofficial"
 
     def folder(self, *, data_kind: str | None = None, processes: int = 1) -> Path:
         """Return the run's folder; without ``data_kind`` after a look at the files."""

@@ -1,8 +1,8 @@
 """A run as a generator of turns, so that one process can advance several runs on one device.
 
-1. A turn launches a little work (one training step, one batch of an evaluation, one checkpoint) and ends at a ``yield``.
-2. A turn never waits for the GPU. Where a run has to wait, it yields an `Event`: its next turn may begin once everything
-   that was launched before the event is done. On a CPU all work is done when it returns, and runs yield None.
+1. A turn launches a little work (one training step, one batch of an evaluation, a checkpoint) and ends at a ``yield``.
+2. A turn never waits for the GPU. Where a run has to wait, it yields an `Event`: its next turn may begin once all that
+   was launched before the event is done. On a CPU all work is done when a call returns, and runs yield None.
 3. A turn reads a value from the GPU only after such an event, so that reading takes no time. It never synchronises the
    device, which would also wait for all other runs.
 4. A run launches at most ``2 * STEPS_BETWEEN_EVENTS`` steps ahead of the GPU. A stop therefore waits for a few steps
@@ -82,7 +82,7 @@ class Lane:
         return event
 
     def launched(self) -> Event | None:
-        """Count a step that was launched; return the event to wait for before the next one, if there is one (rule 4)."""
+        """Count a step that was launched; return the event to wait for before the next one, if any (rule 4)."""
         self._launched += 1
         if self.device.type != "cuda" or self._launched % STEPS_BETWEEN_EVENTS:
             return None
@@ -100,7 +100,7 @@ class Lane:
 class Clock:
     """A clock of training time, which stands still while the process starts a run.
 
-    Starting a run (reading data, compiling, capturing) takes up to a minute, in which no run of the process gets a turn.
+    Starting a run (reading data, compiling, capturing) takes up to a minute, and no other run gets a turn meanwhile.
     """
 
     def __init__(self) -> None:
