@@ -8,6 +8,7 @@ at a time has a process of its own, since processes use several cores.
 """
 
 import multiprocessing
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -270,12 +271,12 @@ class _Place:
         self.connection.close()
         self.process, self.connection, self.running, self.asks = None, None, [], False
         for cell in left:
-            if not self.interrupted and status != INTERRUPTED:
+            if not self.interrupted and status not in INTERRUPTED:
                 how = f"was killed by signal {-status}" if status < 0 else "failed, see the message above"
                 yield cell, Lost(f"its process {how}")
 
 
-INTERRUPTED = 3  # exit status of a process that was interrupted before it trained
+INTERRUPTED = (3, -signal.SIGTERM)  # exit statuses of a process that was interrupted before it trained
 
 
 def _train_cells(
@@ -294,7 +295,7 @@ def _train_cells(
         for outcome in in_turns(cells(), settings, device, at_once, shared_by=shared_by):
             connection.send(outcome)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        sys.exit(INTERRUPTED[0])
     except Exception as error:
         sys.exit(f"{first}: {type(error).__name__}: {error}")  # status 1, and the message on standard error
 

@@ -165,7 +165,11 @@ def check_places(given: argparse.Namespace) -> None:
         raise ValueError(f"got --{' and --'.join(places)}: wanted one of them")
     if given.plan and (given.train or given.cluster):
         raise ValueError(f"got --plan and --{'train' if given.train else 'cluster'}: --plan only looks at this machine")
-    named = [str(_indexed(pick_device(name, World()))) for name in given.devices or [given.device] if name]
+    option, names = ("devices", given.devices) if given.devices else ("device", [given.device])
+    try:
+        named = [str(_indexed(pick_device(name, World()))) for name in names if name]
+    except ValueError as error:
+        raise ValueError(f"--{option}{str(error).removeprefix('device')}") from None
     if twice := sorted({name for name in named if named.count(name) > 1}):
         raise ValueError(
             f"--devices: {', '.join(twice)} is named twice; --jobs-per-device N trains several cells on one device"
