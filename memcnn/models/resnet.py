@@ -14,13 +14,21 @@ from torch import Tensor, nn
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.revop import InvertibleModuleWrapper
 
-__all__ = ["MODELS", "ResNet", "basic_branch", "bottleneck_branch",
+__all__ = ["MODELS", "Branch", "ResNet", "basic_branch", "bottleneck_branch",
            "resnet32", "resnet110", "resnet164", "revnet38", "revnet110", "revnet164"]
 
 
-def basic_branch(in_channels: int, out_channels: int, stride: int = 1, *, activate: bool = True) -> nn.Sequential:
+class Branch(nn.Sequential):
+    """Layers in sequence; unlike ``nn.Sequential`` itself, ``torch.compile`` compiles it as a unit of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layers' output for x."""
+        return super().forward(x)
+
+
+def basic_branch(in_channels: int, out_channels: int, stride: int = 1, *, activate: bool = True) -> Branch:
     """[BN, ReLU,] conv3x3(stride), BN, ReLU, conv3x3; the bracket only with ``activate``."""
-    return nn.Sequential(
+    return Branch(
         *_activation(in_channels, activate),
         _conv3x3(in_channels, out_channels, stride),
         *_activation(out_channels),
@@ -28,10 +36,10 @@ def basic_branch(in_channels: int, out_channels: int, stride: int = 1, *, activa
     )
 
 
-def bottleneck_branch(in_channels: int, out_channels: int, stride: int = 1, *, activate: bool = True) -> nn.Sequential:
+def bottleneck_branch(in_channels: int, out_channels: int, stride: int = 1, *, activate: bool = True) -> Branch:
     """[BN, ReLU,] conv1x1, BN, ReLU, conv3x3(stride), BN, ReLU, conv1x1; inner width a quarter of ``out_channels``."""
     width = out_channels // bottleneck_branch.expansion
-    return nn.Sequential(
+    return Branch(
         *_activation(in_channels, activate),
         nn.Conv2d(in_channels, width, 1, bias=False),
         *_activation(width),
@@ -101,12 +109,25 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of images x (N, 3, H, W)."""
-        x = self.stem(x)
-        if self.reversible:
-            x = _full_precision(x)
+        return self.head[-1](self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the linear layer maps to logits: (N, C) from images x (N, 3, H, W), the same for any ``num_classes``."""
+        x = self.begin(x)
         for stage in self.stages:
             x = stage(x)
-        return self.head(x)
+        return self.end(x)
+
+    def begin(self, x: Tensor) -> Tensor:
+        """The stem: what the first stage is given for images x (N, 3, H, W)."""
+        x = self.stem(x)
+        return _full_precision(x) if self.reversible else x
+
+    def end(self, x: Tensor) -> Tensor:
+        """BN, ReLU and global average of the last stage's output x (N, C, H, W), (N, C)."""
+        for layer in list(self.head)[:-1]:
+            x = layer(x)
+        return x
 
 
 def resnet32(num_classes: int = 10, *, disable: bool = False) -> ResNet:

@@ -6,7 +6,6 @@ what it was then, and a tensor that came later is not seen.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +21,13 @@ class Recorded(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple] = []
 
+    def capture_begin(self, *, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local", "other threads may call CUDA during a capture"
+        self.__enter__()
+
+    def capture_end(self) -> None:
+        self.__exit__(None, None, None)
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
@@ -36,25 +42,59 @@ class Recorded(TorchDispatchMode):
                     old.copy_(new)
 
 
-@contextmanager
-def stand_in(patch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]:
-    """Within it graphs can be captured on the CPU; the graphs that were."""
-    graphs: list[Recorded] = []
+class Stream:
+    """In the place of torch.cuda.Stream; it notes the streams that it waited for."""
+
+    def __init__(self) -> None:
+        self.waited: list[Stream] = []
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.waited.append(other)
+
+
+class Streams:
+    """The current stream, and every other one, of the only device."""
+
+    def __init__(self) -> None:
+        self.default = self.current = Stream()
 
     @contextmanager
-    def capturing(graph: Recorded, stream: object) -> Iterator[None]:
-        graphs.append(graph)
-        with graph:
+    def use(self, stream: Stream) -> Iterator[None]:
+        previous, self.current = self.current, stream
+        try:
             yield
+        finally:
+            self.current = previous
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+
+@contextmanager
+def stand_in(patch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]:
+    """Within it graphs can be captured on the CPU; the graphs that were, each with the stream of its capture.
+
+    To wait for the whole device is an error: other runs may be using it.
+    """
+    graphs: list[Recorded] = []
+    streams = Streams()
+
+    class Graph(Recorded):
+        def capture_begin(self, **options) -> None:
+            assert streams.current is not streams.default, "CUDA cannot capture the default stream"
+            self.stream = streams.current
+            graphs.append(self)
+            super().capture_begin(**options)
+
+    def refuse(*arguments) -> None:
+        raise AssertionError("it waits for the whole device")
+
     for name, value in (
         ("device", nullcontext),
-        ("Stream", lambda: stream),
-        ("current_stream", lambda: stream),
-        ("stream", lambda stream: nullcontext()),
-        ("CUDAGraph", Recorded),
-        ("graph", capturing),
+        ("Stream", Stream),
+        ("current_stream", lambda *device: streams.current),
+        ("default_stream", lambda *device: streams.default),
+        ("stream", streams.use),
+        ("CUDAGraph", Graph),
+        ("synchronize", refuse),
+        ("empty_cache", refuse),
     ):
         patch.setattr(torch.cuda, name, value)
     yield graphs

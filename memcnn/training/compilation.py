@@ -1,0 +1,81 @@
+"""A network's training pass through ``torch.compile``, so that networks of one architecture share compiled code.
+
+What is compiled does not depend on the number of classes: the last linear layer stays outside. A residual network is
+compiled as a whole. Reversible blocks run uncompiled, but their branches F and G are compiled, and so is all that lies
+between blocks; branches of the same shape share their code as well.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from memcnn.models.coupling import Coupling
+from memcnn.models.resnet import ResidualUnit, ResNet
+from memcnn.models.revop import InvertibleModuleWrapper
+
+THIRD_PARTY_WARNINGS = (
+    # The compiler asks every tensor that it is given for its gradient, also those that cannot have one.
+    ("The .grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning),
+    # Float32 is what was asked for; --precision tf32 is the other choice.
+    ("TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled", UserWarning),
+)
+
+
+def compiled(model: nn.Module, forward: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+    """Return what computes the model's training pass with compiled code; it is compiled when it is first called.
+
+    Modules within a reversible network are compiled in place, by ``nn.Module.compile``, which leaves the state dict as
+    it is; ``torch.compiler.set_stance("force_eager")`` switches that off for a while.
+
+    Args:
+        model: any module. All ResNets of one architecture share their code.
+        forward: what to call instead of the model, with the same weights, such as a wrapper around it.
+    """
+    in_parts = isinstance(model, ResNet) and _rebuilds(model)
+    if in_parts:
+        _compile_parts(model)
+    if forward is not None and forward is not model:
+        return forward if in_parts else torch.compile(forward, dynamic=False)
+    if not isinstance(model, ResNet):
+        return torch.compile(model, dynamic=False)
+    features = _features_in_parts(model) if in_parts else torch.compile(model.features, dynamic=False)
+    return lambda images: model.head[-1](features(images))
+
+
+def _rebuilds(model: ResNet) -> bool:
+    """Whether a reversible block of the model rebuilds its activations."""
+    return any(isinstance(part, InvertibleModuleWrapper) and not part.disable for part in model.modules())
+
+
+def _compile_parts(model: ResNet) -> None:
+    """Compile the units that are no reversible blocks, and the branches of those that are."""
+    for part in model.modules():
+        if isinstance(part, ResidualUnit):
+            part.compile(dynamic=False)
+        elif isinstance(part, Coupling):
+            for branch in part.children():
+                branch.compile(dynamic=False)
+
+
+def _features_in_parts(model: ResNet) -> Callable[[Tensor], Tensor]:
+    begin, end = (torch.compile(part, dynamic=False) for part in (model.begin, model.end))
+
+    def features(images: Tensor) -> Tensor:
+        x = begin(images)
+        for stage in model.stages:
+            x = stage(x)
+        return end(x)
+
+    return features
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence warnings of the compiler that nobody who trains can act on."""
+    with warnings.catch_warnings():
+        for message, category in THIRD_PARTY_WARNINGS:
+            warnings.filterwarnings("ignore", message=message, category=category)
+        yield

@@ -1,0 +1,167 @@
+"""Compiling happens once for an architecture, before training, silently, and captures wait for no other stream."""
+
+import functools
+import shutil
+import warnings
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from memcnn import data as cifar
+from memcnn.models.resnet import ResNet, basic_branch
+from memcnn.training.compilation import compiled
+from memcnn.training.execution import Execution
+from memcnn.training.graph import captured
+from memcnn.training.step import Evaluation, TrainingStep
+from properties.training.capture import stand_in
+from properties.training.runs import DATA
+from properties.training.test_fast import COMPILED, CPU, GRAPH, PLAIN, SMALL, small_resnet, small_revnet
+
+PLAN = cifar.epoch_plan(0, 0, 40, pad=2, flip=True)
+PART = PLAN.part(0, 8)
+BOTH = Execution(graph=True, compile=True)
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler: g++"
+)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """A compiler that takes no minutes, with nothing compiled yet, and CUDA graphs by a stand-in."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    with stand_in(monkeypatch) as captures:
+        yield captures
+    torch._dynamo.reset()
+
+
+def cell(make, execution: Execution, *, seed: int = 0, num_classes: int = 10, steps: int = 2) -> TrainingStep:
+    """Some steps and an evaluation of a cell of the table."""
+    torch.manual_seed(seed)
+    model = make(num_classes).to(memory_format=torch.channels_last).train()
+    step = TrainingStep(model, SMALL, DATA, execution)
+    with execution.settings(CPU):
+        for i in range(steps):
+            step(PLAN.part(8 * i, 8 * i + 8), 0.02)
+            Evaluation(model, DATA, execution, images=45, batch=20).result()
+    return step
+
+
+@pytest.mark.parametrize("execution", [COMPILED, BOTH, Execution(compile=True, precision="bf16")], ids=str)
+@pytest.mark.parametrize(
+    ("make", "graphs_of_it"),
+    # the branches of a RevNet at two widths, and without the first activation; a unit that strides; begin and end
+    [(small_resnet, 1), (small_revnet, 6), (functools.partial(small_revnet, disable=True), 1)],
+    ids=["ResNet", "RevNet", "RevNet with the engine off"],
+)
+def test_a_second_cell_of_a_model_compiles_nothing_new(graphs, make, graphs_of_it, execution):
+    cell(make, execution)
+    assert counters["stats"]["unique_graphs"] == graphs_of_it
+    before = {name: dict(counters[name]) for name in ("stats", "frames")}
+    cell(make, execution, seed=1)
+    cell(make, execution, num_classes=100)
+    assert {name: dict(counters[name]) for name in before} == before
+    assert not counters["graph_break"], "a graph that breaks leaves operations uncompiled"
+
+
+@pytest.mark.parametrize("make", [small_resnet, small_revnet])
+@pytest.mark.parametrize("execution", [PLAIN, GRAPH, COMPILED, BOTH], ids=str)
+def test_preparing_a_step_has_no_effect_on_training(graphs, make, execution):
+    def prepared(ahead: bool) -> TrainingStep:
+        torch.manual_seed(0)
+        step = TrainingStep(make().to(memory_format=torch.channels_last), SMALL, DATA, execution)
+        with execution.settings(CPU):
+            if ahead:
+                state = {name: value.clone() for name, value in step.model.state_dict().items()}
+                step.prepare(PART, 0.3)
+                torch.testing.assert_close(dict(step.model.state_dict()), state, rtol=0, atol=0)
+                assert step.totals.tolist() == [0, 0] and step.iteration == 0 and step.preparation == ""
+                compilations = dict(counters["frames"])
+            for i in range(3):
+                step(PLAN.part(8 * i, 8 * i + 8), 0.02)
+        assert not ahead or dict(counters["frames"]) == compilations, "nothing is left to compile"
+        return step
+
+    ahead, not_ahead = prepared(True), prepared(False)
+    torch.testing.assert_close(dict(ahead.model.state_dict()), dict(not_ahead.model.state_dict()), rtol=0, atol=0)
+    assert ahead.totals.tolist() == not_ahead.totals.tolist()
+    assert len(graphs) == 2 * execution.graph
+
+
+def test_a_step_says_what_it_has_to_prepare():
+    def words(execution: Execution) -> str:
+        return TrainingStep(small_resnet(), SMALL, DATA, execution).preparation
+
+    assert words(PLAIN) == ""
+    assert [words(some) for some in (COMPILED, GRAPH, BOTH)] == ["compiling", "capturing", "compiling and capturing"]
+
+
+def test_a_step_that_loads_a_state_is_captured_again(graphs):
+    """The graph would go on with the momenta that it was captured with."""
+    source = cell(small_resnet, PLAIN)
+    steps = [cell(small_resnet, execution, steps=1) for execution in (GRAPH, PLAIN)]
+    for step in steps:
+        step.model.load_state_dict(source.model.state_dict())
+        step.load_state_dict(source.state_dict(), iteration=2)
+        step(PART, 0.02)
+    for got, wanted in zip(*(step.model.state_dict().values() for step in steps), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@needs_compiler
+@pytest.mark.parametrize("reversible", [True, False], ids=["RevNet", "ResNet"])
+def test_nothing_is_said_while_compiling(reversible):
+    """With the compiler that training uses."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = ResNet(basic_branch, (1, 1), (8, 8, 16), reversible=reversible).to(memory_format=torch.channels_last)
+    step = TrainingStep(model, SMALL, DATA, COMPILED)
+    with warnings.catch_warnings(record=True) as said, COMPILED.settings(CPU):
+        warnings.simplefilter("always")
+        step.prepare(PART, 0.1)
+        step(PART, 0.1)
+    torch._dynamo.reset()
+    assert [str(warning.message) for warning in said] == []
+
+
+def test_what_is_no_resnet_is_compiled_as_a_whole(graphs):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(compiled(model)(x), model(x))
+    torch.testing.assert_close(compiled(model, lambda x: 2 * model(x))(x), 2 * model(x))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_graph_is_captured_on_the_callers_stream_or_beside_the_default_one(graphs):
+    total = torch.zeros(())
+
+    def update() -> None:
+        total.add_(1)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        replay = captured(update, [total])
+    assert graphs[0].stream is stream
+    captured(update, [total])
+    assert graphs[1].stream not in (stream, torch.cuda.default_stream())
+    assert graphs[1].stream in torch.cuda.default_stream().waited
+    assert total == 0, "the state is restored"
+    replay()
+    assert total == 1
+
+
+def test_a_failure_in_a_capture_is_shown_and_the_capture_is_over(graphs):
+    calls = []
+
+    def update() -> None:
+        calls.append(1)
+        if len(calls) > 3:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        captured(update, [torch.zeros(())])
+    before = len(graphs[0].calls)
+    torch.zeros(()).add_(1)
+    assert len(graphs[0].calls) == before, "operations are captured no more"
