@@ -15,29 +15,22 @@ from torch import nn
 
 from memcnn import data as cifar
 from memcnn.archives import BadData, DataNotFound
-from memcnn.training import loop
 from memcnn.training.checkpoint import BadCheckpoint
 from memcnn.training.execution import Execution
 from memcnn.training.record import BadRecord, RunRecord
+from memcnn.training.step import Evaluation
 from memcnn.weights import load_run
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, data: cifar.Data, *, images: int | None = None, execution: Execution | None = None
 ) -> tuple[float, float]:
-    """Mean loss (nats) and accuracy (percent) on the test images, or the first `images` of them, as training evaluates.
+    """Return mean loss (nats) and accuracy (percent) on the test images, or the first `images`, as training evaluates.
 
     Model and data are on one device; the model is left in evaluation mode.
     """
     model.eval().to(memory_format=torch.channels_last)
-    count = len(data.test_images[:images])
-    totals = torch.zeros(2, dtype=torch.float64, device=data.mean.device)
-    for first in range(0, count, loop.EVALUATION_BATCH):
-        part = slice(first, min(first + loop.EVALUATION_BATCH, count))
-        totals += loop.evaluated(model, data, part, execution or Execution())
-    loss, correct = totals.tolist()
-    return loss / count, 100 * correct / count
+    return Evaluation(model, data, execution or Execution(), images=images).result()
 
 
 def execution_of(record: RunRecord) -> Execution:

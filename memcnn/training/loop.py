@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 from memcnn import data as cifar
 from memcnn.models.resnet import MODELS
@@ -30,13 +29,12 @@ from memcnn.training.progress import Progress
 from memcnn.training.recipe import Recipe
 from memcnn.training.record import RunRecord, Segment
 from memcnn.training.state import State
-from memcnn.training.step import TrainingStep
+from memcnn.training.step import Evaluation, TrainingStep
 from memcnn.training.stopping import Stop
 from memcnn.training.tensorboard import TensorBoard
 from memcnn.training.turns import Clock, Lane, Turns
 
 COLUMNS = ("iteration", "epoch", "learning_rate", "train_loss", "test_loss", "test_accuracy", "train_seconds")
-EVALUATION_BATCH = 200
 CHECKPOINT_SECONDS = 20.0
 """Time between two checkpoints of a run in training, apart from those after evaluations."""
 CHECKPOINT_SHARE = 0.03
@@ -123,6 +121,9 @@ class Run:
         )
         if saved is not None:
             self._load(saved)
+        self.evaluation = Evaluation(
+            self.model, data, setting.execution, images=recipe.test_images, share=self.world.share
+        )
         self.progress = Progress(
             folder.name,
             iterations=recipe.iterations,
@@ -177,6 +178,8 @@ class Run:
             with self._under_way():
                 if self.state.interruptions:
                     self.progress.say(f"Going on from iteration {self.state.iteration} in {self.folder}")
+                if self.state.last_evaluation < self.recipe.iterations and (reason := (yield from self._prepare())):
+                    return self._write_record("partial", reason)
                 while self.state.last_evaluation < self.recipe.iterations:
                     reason = (yield from self._train_to_next_evaluation()) or (yield from self._evaluate())
                     yield from self._save()
@@ -198,6 +201,33 @@ class Run:
             if self.writer is not None:
                 self.writer.close()
             self.progress.close()
+
+    def _prepare(self) -> Turns[str | None]:
+        """Compile and capture where the execution asks for it; return why the run had to stop instead, if it had to.
+
+        Nothing has been trained yet, so that a stop in between loses nothing. Ctrl-C may reach the compiler's processes
+        as well, and make it fail.
+        """
+        words = self.training_step.preparation or self.evaluation.preparation
+        if not words:
+            return None
+        if reason := self.world.agreed(self._stop_reason(0.0)):
+            return reason
+        what, started = f"{words.capitalize()} {self.identity['model']}", time.perf_counter()
+        self.progress.say(f"{what} ...")
+        iteration = self.state.iteration
+        try:
+            with self.setting.clock.held():
+                rate = self.recipe.learning_rate_after(iteration)
+                self.training_step.prepare(self._batch_plan(iteration), rate)
+                self.evaluation.prepare()
+        except Exception:
+            if self.world.size == 1 and (reason := self._stop_reason(0.0)):
+                return reason
+            raise
+        yield self.lane.mark()
+        self.progress.say(f"{what}: {time.perf_counter() - started:.0f} s")
+        return None
 
     def _train_to_next_evaluation(self) -> Turns[str | None]:
         """Train, and write a checkpoint now and then; return why the run had to stop before, None if it did not."""
@@ -285,25 +315,21 @@ class Run:
         """Add a row to the curve; return why the run had to stop before that, None if it did not."""
         self.check_losses()
         self.world.take_from_first(self.model.buffers())
-        count = len(self.data.test_images[: self.recipe.test_images])
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        batch_seconds = self.state.step_seconds * EVALUATION_BATCH / self.recipe.batch_size / 2
-        self.model.eval()
+        count, batch = self.evaluation.count, self.evaluation.batch
+        batch_seconds = self.state.step_seconds * batch / self.recipe.batch_size / 2
+        batches = self.evaluation.turns()
         try:
-            for first in range(0, count, EVALUATION_BATCH):
+            for _ in range(0, count, batch):
                 started = self.setting.clock.now()
                 if reason := self.world.agreed(self._stop_reason(batch_seconds)):
                     return reason
-                part = self.world.share(min(EVALUATION_BATCH, count - first))
-                if part.start < part.stop:
-                    there = slice(first + part.start, first + part.stop)
-                    totals += evaluated(self.model, self.data, there, self.setting.execution)
+                next(batches)
                 yield self.lane.launched()
                 batch_seconds = self.setting.clock.now() - started
         finally:
-            self.model.train()
+            batches.close()  # which puts the model back into training mode
         yield self.lane.mark()
-        loss, correct = self.world.summed(totals).tolist()
+        loss, correct = self.world.summed(self.evaluation.totals).tolist()
         test_loss, test_accuracy = loss / count, 100 * correct / count
         if not math.isfinite(test_loss):
             raise _NotFinite(f"test loss is {test_loss} at iteration {self.state.iteration}")
@@ -384,16 +410,6 @@ class Run:
         curve.writeheader()
         curve.writerows(self.state.rows)
         write_by_rename(self.folder / "curve.csv", text.getvalue().encode())
-
-
-@torch.no_grad()
-def evaluated(model: nn.Module, data: cifar.Data, part: slice, execution: Execution) -> Tensor:
-    """Return the summed loss and the number of right answers on a part of the test images, shape (2,)."""
-    images, labels = cifar.normalise(data.test_images[part], data.mean), data.test_labels[part]
-    with execution.autocast(images.device):
-        logits = model(images.contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack([loss, (logits.argmax(1) == labels).sum()])
 
 
 class _NotFinite(Exception):
