@@ -2,6 +2,10 @@
 
 import argparse
 import functools
+import os
+import re
+import signal
+import time
 
 import pytest
 import torch
@@ -169,6 +173,37 @@ def test_resuming_gives_the_same_bits_however_steps_are_executed(tmp_path, execu
     torch.testing.assert_close(state["optimizer"], expected["optimizer"], rtol=0, atol=0)
     rows, expected_rows = (curve_of(tmp_path / name / NAME) for name in ("parts", "whole"))
     assert [without(row, "train_seconds") for row in rows] == [without(row, "train_seconds") for row in expected_rows]
+
+
+def test_compiling_and_capturing_are_announced_and_are_no_training_time(tmp_path, executable, capsys, monkeypatch):
+    prepare = TrainingStep.prepare
+
+    def slow(self, *arguments):
+        time.sleep(0.5 if self.preparation else 0)
+        prepare(self, *arguments)
+
+    monkeypatch.setattr(TrainingStep, "prepare", slow)
+    record = run(tmp_path, execution=GRAPH, progress=True)
+    assert record.status == "complete" and record.train_seconds < 0.4
+    said = capsys.readouterr().err
+    assert "Capturing resnet32 ..." in said and re.search(r"Capturing resnet32: \d s", said)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["compiler goes on", "compiler fails of the signal as well"])
+def test_a_signal_while_compiling_stops_the_run_and_loses_nothing(tmp_path, executable, fails):
+    prepare = TrainingStep.prepare
+
+    def interrupted(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        if fails:
+            raise RuntimeError("a process of the compiler was killed")
+        prepare(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingStep, "prepare", interrupted)
+        record = run(tmp_path, execution=GRAPH)
+    assert (record.status, record.reason, record.iterations) == ("partial", "interrupted", 0)
+    assert run(tmp_path, execution=GRAPH).status == "complete"
 
 
 def test_a_run_may_go_on_with_another_execution(tmp_path, executable):
