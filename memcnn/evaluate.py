@@ -15,6 +15,7 @@ from torch import nn
 
 from memcnn import data as cifar
 from memcnn.archives import BadData, DataNotFound
+from memcnn.training import loop
 from memcnn.training.checkpoint import BadCheckpoint
 from memcnn.training.execution import Execution
 from memcnn.training.record import BadRecord, RunRecord
@@ -25,17 +26,23 @@ from memcnn.weights import load_run
 def evaluate(
     model: nn.Module, data: cifar.Data, *, images: int | None = None, execution: Execution | None = None
 ) -> tuple[float, float]:
-    """Return mean loss (nats) and accuracy (percent) on the test images, or the first `images`, as training evaluates.
+    """Return mean loss (nats) and accuracy (percent) on the test images, evaluated as in training.
 
-    Model and data are on one device; the model is left in evaluation mode.
+    Args:
+        model: on the device of ``data``; it is left in evaluation mode.
+        data: the images.
+        images: how many test images to evaluate, from the first; None for all.
+        execution: how to execute it; by default in float32.
     """
     model.eval().to(memory_format=torch.channels_last)
-    return Evaluation(model, data, execution or Execution(), images=images).result()
+    how = execution or Execution()
+    with how.settings(data.mean.device):
+        return Evaluation(model, data, how, images=images, batch=loop.EVALUATION_BATCH).result()
 
 
 def execution_of(record: RunRecord) -> Execution:
-    """How the run's evaluations were executed: at its precision."""
-    return Execution(precision=record.software.get("execution", "float32").partition(",")[0])
+    """Return how to evaluate a run: at the precision of its last segment, and without what only saves time."""
+    return Execution(precision=record.segments[-1].execution.partition(",")[0])
 
 
 def build_parser() -> argparse.ArgumentParser:

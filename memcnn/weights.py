@@ -13,11 +13,18 @@ from memcnn.training.record import NUM_CLASSES, RunRecord
 def load_trained(
     name: str, *, runs: str | Path = "runs", device: torch.device | str = "cpu", partial: bool = False
 ) -> nn.Module:
-    """The network of the run RUNS/<name>, "revnet38-cifar10-published-s0" for one, with its trained weights.
+    """Return the network of a run, with its trained weights, in evaluation mode.
 
-    In evaluation mode; it takes images as `memcnn.data.normalise` makes them. Nothing in the files can run code.
-    partial: a run that is not complete will do, with the weights of its last checkpoint.
-    Raises ValueError for a name that is none, a run that is not complete, and its kinds BadRecord and BadCheckpoint.
+    It takes images as ``memcnn.data.normalise`` makes them. Nothing in the files can run code.
+
+    Args:
+        name: the run's folder in ``runs``, such as "revnet38-cifar10-published-s0".
+        runs: the folder of all runs.
+        device: where to put the network.
+        partial: also accept a run that is not complete, with the weights of its last checkpoint.
+    Raises:
+        ValueError: for a name that is not a folder's, for a run that is not complete, and in the forms of BadRecord and
+            BadCheckpoint.
     """
     if Path(name).name != name or name in ("", ".", ".."):
         raise ValueError(f"name of a run: got {name!r}, wanted a folder's name, like revnet38-cifar10-published-s0")
@@ -30,7 +37,7 @@ def load_trained(
 
 
 def load_run(folder: Path, *, device: torch.device | str = "cpu") -> tuple[nn.Module, RunRecord, int]:
-    """The network in a run's folder, in evaluation mode, the run's record, and the iterations it was trained for."""
+    """Return the network in a run's folder, in evaluation mode, the run's record, and the iterations it trained for."""
     found = record.load(folder)
     path = folder / checkpoint.FILE_NAME
     identity, state = checkpoint.read(path, device=device)

@@ -45,10 +45,26 @@ def accuracy(row: pd.Series) -> str:
 
 
 def time(row: pd.Series) -> str:
-    """The mean training time where all runs had one kind of device, else the shortest and the longest."""
+    """Return the mean training time if all runs had one kind of device, else the shortest and the longest.
+
+    If a run shared its device with others, the cell says with how many runs at most.
+    """
     if not pd.isna(row["devices"]) and ";" in row["devices"]:
-        return spread(duration(row["seconds_least"]), duration(row["seconds_most"]))
-    return duration(row["seconds_mean"])
+        text = spread(duration(row["seconds_least"]), duration(row["seconds_most"]))
+    else:
+        text = duration(row["seconds_mean"])
+    return text + sharing(row["shared_by"])
+
+
+def sharing(runs: float) -> str:
+    """Return what is added to a training time that was measured while ``runs`` runs trained on the device."""
+    return f" (shared by {runs:.0f})" if runs > 1 else ""
+
+
+def run_time(rows: pd.DataFrame) -> list[str]:
+    """Return the training time of each run, and how many runs shared its device, unless it was alone."""
+    pairs = zip(rows["train_seconds"], rows["shared_by"], strict=True)
+    return [duration(seconds) + sharing(runs) for seconds, runs in pairs]
 
 
 def results(table: pd.DataFrame, dataset: str) -> pd.DataFrame:
@@ -117,10 +133,11 @@ def full_runs(runs: pd.DataFrame) -> pd.DataFrame:
         {
             **_who(rows),
             "accuracy %": rows["accuracy_percent"].map(lambda value: number(value, 2)),
-            "time": rows["train_seconds"].map(duration),
+            "time": run_time(rows),
             "interruptions": rows["interruptions"].map(str),
             "activations MiB": (rows["activation_bytes"] / 2**20).map(lambda value: number(value, 1)),
             "device": rows["device"],
+            "execution": rows["execution"],
             "torch": rows["torch"],
             "commit": rows["commit"].replace("", DASH),
         }
@@ -135,8 +152,11 @@ def other_runs(runs: pd.DataFrame) -> pd.DataFrame:
         {
             **_who(rows),
             "iterations": done,
-            "accuracy %": rows["accuracy_percent"].map(lambda value: number(value, 2)),
-            "time": rows["train_seconds"].map(duration),
+            "accuracy %": [
+                number(value, 2) + (" (mixed execution)" if mixed else "")
+                for value, mixed in zip(rows["accuracy_percent"], rows["mixed"], strict=True)
+            ],
+            "time": run_time(rows),
             "activations MiB": (rows["activation_bytes"] / 2**20).map(lambda value: number(value, 1)),
             "batch": rows["batch_size"].map(str),
             "data": rows["data"],

@@ -10,9 +10,13 @@ RESULTS = (
     "iterate, never of the best: mean ± sample standard deviation over full runs with different seeds; “runs” "
     "says how many.",
     "A full run completed the published recipe (SGD, batch 100, 80,000 iterations, no hyper-parameter changed) on the "
-    "official CIFAR files with the reversible engine on. Nothing else enters this table.",
+    "official CIFAR files with the reversible engine on, executed in one way from start to end. Nothing else enters "
+    "this table. A run that went on in another precision, or on another type of device, is marked “mixed execution” "
+    "and listed under the other runs.",
     "Time is h:mm. Published times are from one GeForce GTX 1080; this project's are training alone, without start-up "
-    "and evaluation, as the mean over the runs, or the shortest and the longest where they ran on different devices.",
+    "and evaluation, as the mean over the runs, or the shortest and the longest where they ran on different devices. "
+    "“Shared by N” marks a time in which up to N runs trained on the device at once: such a run takes longer than it "
+    "would alone.",
     "Difference is this project's mean less the published PyTorch value, in percentage points. One cause is known: the "
     "published PyTorch evaluation shifted and mirrored the test images at random, this project's leaves them alone.",
     "Verdict: published values are taken for single runs, so the published PyTorch accuracy is held against the 95 % "

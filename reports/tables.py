@@ -15,7 +15,7 @@ MIB = 2**20
 RUN_COLUMNS = (
     "folder", "model", "dataset", "seed", "recipe", "batch_size", "iterations", "planned", "accuracy_percent",
     "accuracy_iteration", "train_seconds", "interruptions", "parameter_bytes", "peak_bytes", "activation_bytes",
-    "engine", "data", "device", "torch", "commit", "full", "why",
+    "engine", "data", "device", "execution", "mixed", "shared_by", "torch", "commit", "full", "why",
 )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def runs_table(records: list[tuple[Path, RunRecord]]) -> pd.DataFrame:
             if counts != folder:
                 reasons = [f"seed {record.seed} counts already, from {counts}"]
         rows.append(_row(folder, record, reasons))
-    types = {"accuracy_iteration": "Int64", "full": bool, "engine": bool}
+    types = {"accuracy_iteration": "Int64", "full": bool, "engine": bool, "mixed": bool, "shared_by": int}
     table = pd.DataFrame(rows, columns=RUN_COLUMNS).astype(types)
     rank = {name: place for place, name in enumerate((*DATASETS, *MODELS))}
     return table.sort_values(
@@ -79,8 +79,8 @@ def results_table(runs: pd.DataFrame) -> pd.DataFrame:
 
     Columns: `tensorflow_accuracy_percent`, `tensorflow_minutes`, `pytorch_...` likewise, `n`, `mean_percent`,
     `sd_percent` (of the sample; missing below two runs), `low_percent` and `high_percent` (95 % prediction interval;
-    missing below three), `seconds_mean`, `seconds_least`, `seconds_most`, `devices`, `difference_points` (mean less
-    published PyTorch), `verdict`.
+    missing below three), `seconds_mean`, `seconds_least`, `seconds_most`, `devices`, `shared_by` (largest number of
+    runs that trained on a run's device at the same time), `difference_points` (mean less published PyTorch), `verdict`.
     """
     values = published().dropna(subset="accuracy_percent").set_index(["dataset", "model", "implementation"])
     table = values[["accuracy_percent", "minutes"]].unstack()
@@ -96,6 +96,7 @@ def results_table(runs: pd.DataFrame) -> pd.DataFrame:
             seconds_least=("train_seconds", "min"),
             seconds_most=("train_seconds", "max"),
             devices=("device", lambda names: "; ".join(sorted(set(names)))),
+            shared_by=("shared_by", "max"),
         )
     )
     table["n"] = table["n"].fillna(0).astype(int)
@@ -144,8 +145,8 @@ def _row(folder: Path, record: RunRecord, reasons: list[str]) -> tuple:
         str(folder), record.model, record.dataset, record.seed, record.recipe.name, record.recipe.batch_size,
         record.iterations, record.recipe.iterations, record.test_accuracy, record.test_iteration, record.train_seconds,
         record.interruptions, record.parameter_bytes, record.peak_bytes, record.activation_bytes, record.engine,
-        record.data_kind, clean(device), clean(software["torch"]), clean(commit), not reasons,
-        clean("; ".join(reasons)),
+        record.data_kind, clean(device), clean(_executions(record)), record.mixed, record.shared_by,
+        clean(software["torch"]), clean(commit), not reasons, clean("; ".join(reasons)),
     )  # fmt: skip
 
 
@@ -159,6 +160,11 @@ def _parts(record: RunRecord) -> str:
         if segment.iterations:
             parts.append((how, segment.last))
     return "; ".join(f"{how} to iteration {last:,}" for how, last in parts)
+
+
+def _executions(record: RunRecord) -> str:
+    """List the executions of a run's parts, each once, in the order of their first use."""
+    return "; ".join(dict.fromkeys(part.execution for part in record.segments if part.iterations))
 
 
 def _recipe(recipe: Recipe) -> str:

@@ -17,6 +17,8 @@ from memcnn.models.resnet import ResidualUnit, ResNet
 from memcnn.models.revop import InvertibleModuleWrapper
 
 THIRD_PARTY_WARNINGS = (
+    # PyTorch's compiler, when it is imported, itself uses what PyTorch has deprecated.
+    ("`torch.jit.script_method` is deprecated", DeprecationWarning),
     # The compiler asks every tensor that it is given for its gradient, also those that cannot have one.
     ("The .grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning),
     # Float32 is what was asked for; --precision tf32 is the other choice.
@@ -24,6 +26,16 @@ THIRD_PARTY_WARNINGS = (
 )
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence warnings of the compiler that nobody who trains can act on."""
+    with warnings.catch_warnings():
+        for message, category in THIRD_PARTY_WARNINGS:
+            warnings.filterwarnings("ignore", message=message, category=category)
+        yield
+
+
+@quiet()
 def compiled(model: nn.Module, forward: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
     """Return what computes the model's training pass with compiled code; it is compiled when it is first called.
 
@@ -70,12 +82,3 @@ def _features_in_parts(model: ResNet) -> Callable[[Tensor], Tensor]:
         return end(x)
 
     return features
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence warnings of the compiler that nobody who trains can act on."""
-    with warnings.catch_warnings():
-        for message, category in THIRD_PARTY_WARNINGS:
-            warnings.filterwarnings("ignore", message=message, category=category)
-        yield

@@ -13,7 +13,7 @@ _PACKAGE = Path(memcnn.__file__).resolve().parent
 
 
 def device_info(device: torch.device) -> dict:
-    """Type, name, count and CPU threads of the device that trains."""
+    """Return type, name, count and CPU threads of the device that trains."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
     return {"type": device.type, "name": name, "count": 1, "threads": torch.get_num_threads()}
 
@@ -28,10 +28,11 @@ def _processor_name() -> str:
 
 
 def software_versions() -> dict:
+    """Return the versions of the software, as plain text, which a checkpoint can hold; None for CUDA without it."""
     return {
         "memcnn": memcnn.__version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "torchvision": torchvision.__version__,
         "cuda": torch.version.cuda,
         "platform": platform.platform(),
@@ -39,7 +40,7 @@ def software_versions() -> dict:
 
 
 def git_state() -> dict:
-    """The commit the package is at, and whether its folder is as committed; both None outside a git checkout of it."""
+    """Return the package's commit, and whether its folder is as committed; both None outside a git checkout of it."""
     if _git("ls-files", "--error-unmatch", "__init__.py") is None:
         return {"commit": None, "clean": None}
     changes = _git("status", "--porcelain", "--", ".")

@@ -11,7 +11,7 @@ HEAD = ("run", "iterations", "test acc. %", "train s", "status")
 
 
 def list_runs(folder: Path) -> str:
-    """A table of the runs that lie directly in `folder`, and what is wrong with the records that cannot be read."""
+    """Return a table of the runs that lie directly in ``folder``, and why some records cannot be read."""
     records, problems = load_all(folder)
     rows = {path.name: (path, record) for path, record in records}
     bad = {Path(problem.partition(": ")[0]).parent.name for problem in problems}
@@ -38,7 +38,7 @@ def _row(folder: Path, record: RunRecord | None) -> tuple[str, ...]:
 
 
 def _status(folder: Path, record: RunRecord | None) -> str:
-    """What the record says, and of a run that has not ended, what its lock says."""
+    """Return what the record says and, for a run that has not ended, what its lock says."""
     if record is not None and record.status == "complete":
         return "complete"
     by = holder(folder)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from memcnn.models.resnet import MODELS
 from memcnn.training.recipe import PUBLISHED, SMOKE, override
-from memcnn.training.record import DATASETS, run_name
+from memcnn.training.record import DATASETS, Segment, run_name
 from reports import cells
 from reports.tables import memory_table, published, results_table, runs_table, why_not_full
 
@@ -198,6 +198,49 @@ def test_runs_on_different_devices_show_their_range_of_times(full):
 )
 def test_a_duration_reads_as_hours_and_minutes(seconds, shown):
     assert cells.duration(seconds) == shown
+
+
+def in_parts(full, *parts, **changes):
+    """A full run whose parts were executed as given: (iterations done by then, execution, runs that shared)."""
+    gpu, first, segments = {"type": "cuda", "name": "GPU", "count": 1, "threads": 1}, 0, []
+    for last, execution, shared_by in parts:
+        origin = {"device": gpu, "software": full().software, "commit": None, "clean": None}
+        segments.append(
+            Segment(first=first, last=last, execution=execution, shared_by=shared_by, train_seconds=1800.0, **origin)
+        )
+        first = last
+    software = {**full().software, "execution": parts[-1][1]}
+    seconds = 1800.0 * len(parts)
+    return full(
+        **{"segments": tuple(segments), "train_seconds": seconds, "device": gpu, "software": software},
+        **{"commit": None, "clean": None, **changes},
+    )
+
+
+def test_a_mixed_run_is_marked_and_stands_beside_no_pure_one(full):
+    pure = in_parts(full, (80_000, "bf16, graph", 1), seed=1)
+    mixed = in_parts(full, (400, "bf16", 1), (600, "bf16", 1), (80_000, "float32", 1), test_accuracy=99.0)
+    runs, results = tables(pure, mixed)
+    assert (results.loc[("cifar10", "resnet32"), "n"], mixed.is_full) == (1, False)
+    (other,) = cells.other_runs(runs).to_dict("records")
+    assert other["", "accuracy %"] == "99.00 (mixed execution)"
+    why = "mixed execution: bf16 on cuda to iteration 600; float32 on cuda to iteration 80,000"
+    assert other["", "why it does not count"] == why
+    assert why_not_full(mixed) == [why]
+    (counts,) = cells.full_runs(runs).to_dict("records")
+    assert (counts["", "accuracy %"], counts["", "execution"]) == ("92.70", "bf16, graph")
+    assert list(runs["execution"]) == ["bf16; float32", "bf16, graph"]
+
+
+def test_the_time_of_a_run_that_shared_its_device_says_so(full):
+    alone = in_parts(full, (80_000, "bf16", 1))
+    shared = in_parts(full, (500, "bf16", 4), (80_000, "bf16", 2), seed=1)
+    partial = in_parts(full, (900, "bf16", 3), seed=2, status="partial", **BROKEN_OFF)
+    runs, results = tables(alone, shared, partial)
+    assert list(cells.full_runs(runs)["", "time"]) == ["0:30", "1:00 (shared by 4)"]
+    assert list(cells.other_runs(runs)["", "time"]) == ["0:30 (shared by 3)"]
+    assert cells.results(results, "cifar10").iloc[0]["this project", "time"] == "0:45 (shared by 4)"
+    assert cells.results(tables(alone)[1], "cifar10").iloc[0]["this project", "time"] == "0:30"
 
 
 def test_memory_is_that_of_a_step_at_batch_100_in_mebibytes(full):

@@ -54,7 +54,8 @@ def test_an_evaluation_is_that_of_one_pass_over_the_images(graphs, make, executi
         assert list(evaluation.turns()) == sorted({*range(batch, count, batch), count})
         assert evaluation.totals[0].item() == pytest.approx(loss, rel=tolerance)
         assert abs(evaluation.totals[1].item() - correct) <= (2 if execution == BF16 else 0)
-    assert evaluation.result() == pytest.approx((evaluation.totals[0] / count, 100 * evaluation.totals[1] / count))
+    loss, correct = evaluation.totals.tolist()
+    assert evaluation.result() == pytest.approx((loss / count, 100 * correct / count))
     assert model.training
     assert len(graphs) == execution.graph
 
