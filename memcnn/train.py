@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a ResNet or RevNet on CIFAR; stop it at any time, and the same command goes on from there.
+"""Train a ResNet or RevNet on CIFAR. Stop it at any time: the same command resumes it.
 
     ./train.py MODEL DATASET            in this folder, or
     python -m memcnn.train MODEL DATASET
@@ -16,11 +16,12 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-STARTED = time.monotonic()  # of the budget, before the imports that take seconds
+STARTED = time.monotonic()  # the budget counts from here, since the imports below take seconds
 if __package__ in (None, ""):  # run as a script: this folder's names (data, models ...) must not hide other packages
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
@@ -46,11 +47,13 @@ from memcnn.training.options import (  # noqa: E402
 )
 from memcnn.training.preview import preview  # noqa: E402
 from memcnn.training.recipe import RECIPES, Recipe  # noqa: E402
-from memcnn.training.record import RunRecord, run_name  # noqa: E402
-from memcnn.training.trainer import BadArgument, CannotWrite, pick_device, train  # noqa: E402
+from memcnn.training.record import RunRecord  # noqa: E402
+from memcnn.training.state import MixedExecution  # noqa: E402
+from memcnn.training.trainer import BadArgument, CannotWrite, Job, pick_device, train  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="memcnn.train",
         description=__doc__.split("\n\n")[0],
@@ -61,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("dataset", nargs="?", choices=DATASETS, metavar="DATASET", help=", ".join(DATASETS))
     option = parser.add_argument
     option("--recipe", choices=RECIPES, default="published", help="set of hyper-parameters (default: %(default)s)")
-    option("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
+    option("--seed", type=int, default=0, help="seed of weights, order and augmentation (default: %(default)s)")
     data = 'folder of the CIFAR files, or the word "generated" for made-up images'
     option("--data", metavar="FOLDER", help=f"{data} (default: $MEMCNN_DATA, else ./data; downloaded when missing)")
     option("--unofficial-data", action="store_true", help="train on files with wrong checksums too; the record says so")
@@ -69,8 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     option("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
     option("--threads", type=count, help=f"CPU threads (default: {torch.get_num_threads()}, PyTorch's choice here)")
     option("--budget", metavar="TIME", type=duration, help="stop cleanly before this is over: 90s, 9m, 1h30m")
-    option("--fresh", action="store_true", help="begin anew; a run that is there already is moved aside")
+    option("--fresh", action="store_true", help="begin anew, and move a run that is there already aside")
     option("--disable", action="store_true", help="train RevNets by plain autograd, with all activations stored")
+    add_allow_mixed(option)
     group = parser.add_argument_group("instead of training", "each writes nothing")
     group.add_argument("--list", action="store_true", help="show the runs in the folder of runs, and how far they are")
     group.add_argument("--dry-run", action="store_true", help="show what would run, its memory, arithmetic and time")
@@ -80,10 +84,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_allow_mixed(option: Callable) -> None:
+    """Add the option ``--allow-mixed``."""
+    option("--allow-mixed", action="store_true", help="resume a run in another execution or on another type of device; "
+           "the record lists both, and the table marks the run")  # fmt: skip
+
+
+def job_of(given: argparse.Namespace, recipe: Recipe) -> Job:
+    """Return the run that the options ask for."""
+    names = ("model", "dataset", "seed", "data", "runs", "fresh", "disable", "unofficial_data", "allow_mixed")
+    return Job(recipe=recipe, **{name: getattr(given, name) for name in names})
+
+
 def config(given: argparse.Namespace, recipe: Recipe) -> str:
-    """All that decides what the run computes, as JSON."""
+    """Return all that decides what the run computes, as JSON."""
     values = {
-        "run": run_name(given.model, given.dataset, recipe, given.seed),
+        "run": job_of(given, recipe).folder(processes=processes()).name,
         "model": given.model,
         "dataset": given.dataset,
         "seed": given.seed,
@@ -95,21 +111,18 @@ def config(given: argparse.Namespace, recipe: Recipe) -> str:
 
 
 def dry_run(given: argparse.Namespace, recipe: Recipe) -> str:
+    """Return what would run, its memory, arithmetic and time."""
     device = pick_device(given.device, World())
-    return preview(
-        given.model,
-        given.dataset,
-        recipe=recipe,
-        seed=given.seed,
-        runs=Path(given.runs),
-        device=device,
-        execution=execution_of(given).on(device)[0],
-        disable=given.disable,
-    )
+    return preview(job_of(given, recipe), device, execution_of(given).on(device)[0])
+
+
+def processes() -> int:
+    """Return how many processes torchrun has started for this run."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
 def summary(record: RunRecord, folder: Path) -> str:
-    """One line for the end of a run."""
+    """Return one line for the end of a run."""
     if record.test_accuracy is None:
         accuracy = "not evaluated yet"
     else:
@@ -122,7 +135,7 @@ def summary(record: RunRecord, folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status. Of several processes one tells what all of them know, and gives the status of the run."""
+    """Return the exit status. Of several processes only rank 0 prints, and only its status is that of the run."""
     try:
         if speaks():
             return run(arguments)
@@ -136,6 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(arguments: list[str] | None) -> int:
+    """Do what the command line asks for; return the exit status."""
     parser = build_parser()
     given = parser.parse_args(arguments)
     if given.list:
@@ -156,7 +170,6 @@ def run(arguments: list[str] | None) -> int:
             parser.error(str(error))
         return 0
     budget = None if given.budget is None else given.budget - (time.monotonic() - STARTED)
-    folder = Path(given.runs) / run_name(given.model, given.dataset, recipe, given.seed)
     command = sys.orig_argv if arguments is None else [sys.executable, "-m", "memcnn.train", *arguments]
     again = shlex.join(word for word in command if word != "--fresh")
     if launched():
@@ -174,9 +187,10 @@ def run(arguments: list[str] | None) -> int:
             budget_seconds=budget,
             disable=given.disable,
             unofficial_data=given.unofficial_data,
+            allow_mixed=given.allow_mixed,
             execution=execution,
         )
-    except (BadArgument, BadCheckpoint) as error:
+    except (BadArgument, BadCheckpoint, MixedExecution) as error:
         parser.error(str(error))
     except (BadData, DataNotFound, FolderBusy, CannotWrite, OSError) as error:
         print(error, file=sys.stderr)
@@ -184,7 +198,7 @@ def run(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         print(f"Interrupted before training began. Start it with: {again}", file=sys.stderr)
         return 3
-    print(summary(record, folder), end="" if record.reason else "\n")
+    print(summary(record, Path(given.runs) / record.name), end="" if record.reason else "\n")
     if record.reason:
         verb = "try again from the last good checkpoint" if record.status == "failed" else "go on"
         print(f" ({record.reason}); {verb} with: {again}")

@@ -1,4 +1,4 @@
-"""What a run would be, and would need, before anything of it is written."""
+"""What a run would be and need, before anything of it is written."""
 
 import time
 from datetime import timedelta
@@ -16,28 +16,31 @@ from memcnn.training.environment import device_info
 from memcnn.training.execution import Execution
 from memcnn.training.files import holder
 from memcnn.training.recipe import Recipe
-from memcnn.training.record import NUM_CLASSES, load_all, run_name
+from memcnn.training.record import NUM_CLASSES, load_all
 from memcnn.training.step import FUSED_DEVICES, TrainingStep
+from memcnn.training.trainer import Job
 
-TIMED_STEPS, TIMED_SECONDS = 5, 10.0  # as many, unless that takes longer
-LEAST_ITERATIONS = 100  # of a run whose time tells something
+TIMED_STEPS, TIMED_SECONDS = 5, 10.0  # so many steps, unless they take longer
+LEAST_ITERATIONS = 100  # of a segment whose time is representative
 MIB = 2**20
 
 
-def preview(
-    model: str, dataset: str, *, recipe: Recipe, seed: int, runs: Path, device: torch.device, execution: Execution,
-    disable: bool = False,
-) -> str:
-    """Lines on the run: where it would go on, parameters, peak memory, arithmetic and time. Writes nothing.
+def preview(job: Job, device: torch.device, execution: Execution) -> str:
+    """Return lines on a run: where it would go on, parameters, peak memory, arithmetic and time. Writes nothing.
 
-    Memory and arithmetic are predicted on fake tensors. Time is that of an equal run's record, with the same model,
-    batch and device, if `runs` holds one; else a few steps on made-up images are timed.
-    """  # fmt: skip
-    folder = runs / run_name(model, dataset, recipe, seed)
+    Memory and arithmetic are predicted on fake tensors. The time is that of an equal run, with the same model, batch,
+    device and execution, if the folder of runs holds one; otherwise a few steps on made-up images are timed.
+
+    Args:
+        job: the run.
+        device: the device that would train it.
+        execution: how steps would be executed there.
+    """
+    folder, recipe = job.folder(), job.recipe
     left, state = _state(folder, recipe)
 
     def make_model() -> nn.Module:
-        return MODELS[model](NUM_CLASSES[dataset], disable=disable)
+        return MODELS[job.model](NUM_CLASSES[job.dataset], disable=job.disable)
 
     def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
         images = torch.zeros(recipe.batch_size, 3, 32, 32)
@@ -47,8 +50,8 @@ def preview(
     autocast = torch.bfloat16 if execution.precision == "bf16" else None
     memory = predict_step_memory(make_model, make_batch, optimizer=sgd, autocast=autocast, device=device.type)
     flops = step_flops(make_model, make_batch, autocast=autocast)
-    timed = _of_records(runs, model, recipe, device, execution, engine=not disable)
-    seconds, source = timed or _measured(make_model(), NUM_CLASSES[dataset], recipe, device, execution)
+    timed = step_seconds_of_records(job, device, execution)
+    seconds, source = timed or _measured(make_model(), NUM_CLASSES[job.dataset], recipe, device, execution)
     parameters = sum(parameter.numel() for parameter in make_model().parameters())
     mib, activation_mib = memory.peak_bytes / MIB, memory.activation_bytes / MIB
     lines = {
@@ -66,7 +69,7 @@ def preview(
 
 
 def _state(folder: Path, recipe: Recipe) -> tuple[int, str]:
-    """How many iterations are left, and what would happen."""
+    """Return how many iterations are left, and what would happen."""
     by = holder(folder)
     if by is not None and by.lives is not False:
         return recipe.iterations, f"busy, {by} is training in it"
@@ -81,17 +84,25 @@ def _state(folder: Path, recipe: Recipe) -> tuple[int, str]:
     return recipe.iterations - done, f"would go on from iteration {done:,}"
 
 
-def _of_records(
-    runs: Path, model: str, recipe: Recipe, device: torch.device, execution: Execution, *, engine: bool
+def step_seconds_of_records(
+    job: Job, device: torch.device, execution: Execution, *, shared_by: int = 1
 ) -> tuple[float, str] | None:
-    """Seconds a step in the longest run that was executed like this one, and which one that is."""
-    wanted = (model, recipe.batch_size, device_info(device), str(execution), engine)
+    """Return the seconds a step in the longest segment that was executed like this job, and in which run that is.
+
+    Args:
+        job: the model, its batch size, and the folder of runs to look in.
+        device: the device that trains; a segment counts only if it was computed on an equal one.
+        execution: how steps are executed.
+        shared_by: how many runs share the device.
+    """
+    wanted = (device_info(device), str(execution), shared_by)
     alike = [
-        (found.iterations, found.train_seconds / found.iterations, f"in {folder.name}")
-        for folder, found in load_all(runs)[0]
-        if found.iterations >= LEAST_ITERATIONS
-        and wanted
-        == (found.model, found.recipe.batch_size, found.device, found.software.get("execution"), found.engine)
+        (segment.iterations, segment.train_seconds / segment.iterations, f"in {folder.name}")
+        for folder, found in load_all(job.runs)[0]
+        if (found.model, found.recipe.batch_size, found.engine) == (job.model, job.recipe.batch_size, not job.disable)
+        for segment in found.segments
+        if segment.iterations >= LEAST_ITERATIONS
+        and (segment.device, segment.execution, segment.shared_by) == wanted
     ]
     return max(alike)[1:] if alike else None
 
@@ -99,7 +110,7 @@ def _of_records(
 def _measured(
     model: nn.Module, num_classes: int, recipe: Recipe, device: torch.device, execution: Execution
 ) -> tuple[float, str]:
-    """Seconds a step, the quickest of a few on made-up images, after one that warms up."""
+    """Return the seconds a step, the quickest of a few on made-up images after one that warms up, and how many."""
     data = cifar.generate(num_classes, train=recipe.batch_size, test=1).to(device)
     plan = cifar.epoch_plan(0, 0, recipe.batch_size, pad=recipe.pad, flip=recipe.flip).to(device)
     model.to(device, memory_format=torch.channels_last).train()

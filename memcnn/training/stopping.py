@@ -1,4 +1,4 @@
-"""Stopping a run at a clean point: on Ctrl-C, on SIGTERM, or before a time budget is used up."""
+"""Stop at a clean point: on Ctrl-C, on SIGTERM, or before a time budget is used up."""
 
 import os
 import signal
@@ -7,17 +7,19 @@ import time
 
 
 class Stop:
-    """While entered, the first SIGINT or SIGTERM only asks the run to stop; a second SIGINT ends the process at once.
+    """While entered, the first SIGINT or SIGTERM only asks runs to stop; a second SIGINT ends the process at once.
 
-    deadline: the time.monotonic() by which everything must be over, None for never.
+    Args:
+        deadline: the ``time.monotonic()`` at which everything must be over, None for never.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
         self.deadline = deadline
         self._signalled = False
+        self._previous: dict = {}
 
     def reason(self, *, needed_seconds: float) -> str | None:
-        """Why the run must stop now rather than do something that takes `needed_seconds`; None when it need not."""
+        """Return why to stop instead of doing something that takes ``needed_seconds``; None when there is time."""
         if self._signalled:
             return "interrupted"
         if self.deadline is not None and time.monotonic() + needed_seconds > self.deadline:
@@ -25,15 +27,14 @@ class Stop:
         return None
 
     def __enter__(self) -> "Stop":
-        self._previous = {}
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        while self._previous:
+            signal.signal(*self._previous.popitem())
 
     def _handle(self, number: int, frame: object) -> None:
         self._signalled = True

@@ -25,8 +25,8 @@ WORDS = f"""resnet32 cifar10 --recipe smoke --batch-size 8 --iterations {ITERATI
 RECIPE = override(
     SMOKE, batch_size=8, iterations=ITERATIONS, milestones=(6, 11), evaluate_every=INTERVAL, test_images=45
 )
-NAME = run_name("resnet32", "cifar10", RECIPE, 0)
-OF_THE_SESSION = ("train_seconds", "interruptions")
+NAME = run_name("resnet32", "cifar10", RECIPE, 0, data="generated")
+OF_THE_SESSION = ("train_seconds", "interruptions", "segments")
 FILES = {"record.json", "curve.csv", "checkpoint.pt", "checkpoint.previous.pt", "tensorboard", ".lock"}
 
 

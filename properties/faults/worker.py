@@ -27,6 +27,7 @@ from memcnn import train as command
 from memcnn.models.resnet import MODELS
 from memcnn.training import loop
 from memcnn.training.recipe import Recipe
+from memcnn.training.step import EVALUATION_BATCHES
 
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.truncate")  # of sys.addaudithook: what touches a folder
 LONGEST_SECONDS = 120  # a process that waits for ever is ended by the alarm, with exit status -14
@@ -147,7 +148,7 @@ def main() -> None:
     torch.set_num_threads(1)
     MODELS["resnet32"] = Tiny
     cifar_data.generate = lambda num_classes: IMAGES
-    loop.EVALUATION_BATCH = 20
+    EVALUATION_BATCHES["cpu"] = 20
     loop.git_state = lambda: {"commit": None, "clean": None}  # three processes of git a run otherwise
     print("ready", flush=True)
     for line in sys.stdin:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.placement import Cell, Lost, Settings, on_cluster, on_devices, train_cell
 from bench.reproduce_table import main
@@ -35,7 +36,7 @@ def results(outcomes: dict) -> dict:
 
 
 def folder_of(runs: Path, cell: Cell) -> Path:
-    return runs / run_name(cell.model, cell.dataset, RECIPE, cell.seed)
+    return runs / run_name(cell.model, cell.dataset, RECIPE, cell.seed, data="generated")
 
 
 def when_under_way(runs: Path, cell: Cell, act) -> threading.Thread:
@@ -93,13 +94,20 @@ def test_the_command_trains_on_the_devices_it_is_given(tmp_path, capsys):
 @pytest.mark.parametrize(("words", "message"), [
     (["--device=cpu", "--devices=cpu"], "got --device and --devices: wanted one of them"),
     (["--devices=cpu", "--cluster=local"], "got --devices and --cluster: wanted one of them"),
-    (["--jobs-per-device=2"], "wanted with --devices or --cluster"),
+    (["--plan"], "got --plan and --train"),
+    (["--devices=0,1"], "--devices: got 'cuda:0', but this PyTorch sees only cpu"),
+    (["--devices=cpu,gpu"], "--devices: got 'gpu', but this PyTorch sees only cpu"),
+    (["--device=cuda:7"], "--device: got 'cuda:7', but this PyTorch sees only cpu"),
+    (["--devices=cpu,cpu"], "--devices: cpu is named twice; --jobs-per-device N"),
     (["--devices=,"], "wanted devices like 0,1 or cpu"),
 ])
-def test_places_that_exclude_each_other_are_refused(words, message, capsys):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="names GPUs that are not there; run on a machine without any")
+def test_places_that_exclude_each_other_or_do_not_exist_are_refused_before_anything_starts(words, message, capsys,
+                                                                                           tmp_path):
     with pytest.raises(SystemExit, match="2"):
-        main(["--train", *words])
+        main(["--train", "--recipe=smoke", *words, *(f"--{name}={tmp_path / name}" for name in ("runs", "out"))])
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own

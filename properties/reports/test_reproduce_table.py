@@ -168,7 +168,7 @@ SMOKE = ["--train", "--recipe", "smoke", "--data", "generated", "--models", "rev
 def test_a_real_smoke_run_ends_in_the_table_of_other_runs_and_is_not_repeated(run, tmp_path):
     status, lines = run(*SMOKE)
     assert status == 0 and re.match(r"\[1/1\] revnet38  cifar10  s0  accuracy .* complete \(generated data\)", lines[0])
-    folder = tmp_path / "runs" / "revnet38-cifar10-smoke-s0"
+    folder = tmp_path / "runs" / "revnet38-cifar10-smoke-s0-generated"
     record, written = load(folder), (folder / "record.json").stat().st_mtime_ns
     assert any("RevNet-38  CIFAR-10" in line and f"{record.test_accuracy:.2f}" in line for line in lines)
     note = f"data: generated; smoke recipe: 12 iterations of {record.recipe.batch_size} images"
@@ -192,5 +192,5 @@ def test_ctrl_c_during_a_run_stops_cleanly_and_still_renders(tmp_path):
         out, err = process.communicate(timeout=90)
     assert process.returncode == 3, (out, err)
     assert b"0 of 1 cells complete, stopped (interrupted)" in out
-    assert load(tmp_path / "runs" / "resnet32-cifar10-published-s0").reason == "interrupted"
+    assert load(tmp_path / "runs" / "resnet32-cifar10-published-s0-generated").reason == "interrupted"
     assert (tmp_path / "out" / "table.html").exists()

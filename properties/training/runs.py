@@ -14,15 +14,15 @@ from torch import nn
 
 from memcnn import data as cifar_data
 from memcnn.models.resnet import MODELS
-from memcnn.training import loop
 from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import RunRecord, run_name
+from memcnn.training.step import EVALUATION_BATCHES
 from memcnn.training.trainer import train
 
 DATA = cifar_data.generate(10, train=40, test=50)
 # five iterations an epoch; evaluations after 5, 10 and 12 iterations, in three parts; a milestone inside an epoch
 RECIPE = override(SMOKE, batch_size=8, iterations=12, milestones=(7, 11), evaluate_every=5, test_images=45)
-NAME = run_name("resnet32", "cifar10", RECIPE, 0)
+NAME = run_name("resnet32", "cifar10", RECIPE, 0, data="generated")
 
 
 def tiny(num_classes: int = 10, *, disable: bool = False) -> nn.Module:
@@ -37,7 +37,7 @@ def tiny_training() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "resnet32", tiny)
         patch.setattr(cifar_data, "generate", lambda num_classes: DATA)
-        patch.setattr(loop, "EVALUATION_BATCH", 20)
+        patch.setitem(EVALUATION_BATCHES, "cpu", 20)
         yield patch
 
 

@@ -54,7 +54,7 @@ def test_every_hyper_parameter_can_be_given(tmp_path, monkeypatch):
     )  # fmt: skip
     assert given_to_train == {
         "names": ("revnet38", "cifar100"), "recipe": recipe, "seed": 5, "data": "generated", "runs": "there",
-        "device": "cpu", "fresh": True, "disable": True, "unofficial_data": False,
+        "device": "cpu", "fresh": True, "disable": True, "unofficial_data": False, "allow_mixed": False,
         "execution": Execution(),
     }  # fmt: skip
 

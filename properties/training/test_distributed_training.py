@@ -29,6 +29,7 @@ from properties.training.test_fast import small_revnet
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs PyTorch's gloo: install a build with it")
 RANKS = 2
+TWO = f"{NAME}-p{RANKS}"  # the folder of the tiny run of two processes
 
 
 class Shares(nn.Module):
@@ -110,13 +111,13 @@ def test_two_processes_train_as_one_does_on_the_same_shares(tmp_path, ranks, nam
         record = run(tmp_path / "one")
     assert [r.status for r in records] == ["complete"] * RANKS
     assert records[0].device["count"] == RANKS and record.device["count"] == 1
-    assert load(tmp_path / "two" / NAME) == records[0]
+    assert load(tmp_path / "two" / TWO) == records[0]
 
     limit = tolerance(torch.float32, depth=RECIPE.iterations)
-    state, expected = (checkpoint_of(tmp_path / folder / NAME) for folder in ("two", "one"))
+    state, expected = (checkpoint_of(tmp_path / folder) for folder in (f"two/{TWO}", f"one/{NAME}"))
     for (key, got), wanted in zip(state["model"].items(), expected["model"].values(), strict=True):
         assert relative_error(got, wanted) <= limit, key
-    for got, wanted in zip(curve_of(tmp_path / "two" / NAME), curve_of(tmp_path / "one" / NAME), strict=True):
+    for got, wanted in zip(curve_of(tmp_path / "two" / TWO), curve_of(tmp_path / "one" / NAME), strict=True):
         for column in ("iteration", "train_loss", "test_loss"):
             assert float(got[column]) == pytest.approx(float(wanted[column]), rel=limit)
         assert got["test_accuracy"] == wanted["test_accuracy"]
@@ -142,10 +143,10 @@ def test_a_stop_of_one_is_a_stop_of_all_and_resuming_gives_the_same_bits(tmp_pat
     ranks(trained, tmp_path / "whole", "BatchNorm")
     records = ranks(trained_in_parts, tmp_path / "parts", "BatchNorm", 3)
     assert [(r.status, r.interruptions) for r in records] == [("complete", 2)] * RANKS
-    state, expected = (checkpoint_of(tmp_path / folder / NAME) for folder in ("parts", "whole"))
+    state, expected = (checkpoint_of(tmp_path / folder / TWO) for folder in ("parts", "whole"))
     torch.testing.assert_close(state["model"], expected["model"], rtol=0, atol=0)
     torch.testing.assert_close(state["optimizer"], expected["optimizer"], rtol=0, atol=0)
-    rows, expected_rows = (curve_of(tmp_path / folder / NAME) for folder in ("parts", "whole"))
+    rows, expected_rows = (curve_of(tmp_path / folder / TWO) for folder in ("parts", "whole"))
     assert [without(row, "train_seconds") for row in rows] == [without(row, "train_seconds") for row in expected_rows]
 
 
@@ -191,6 +192,7 @@ def test_what_the_first_process_refuses_ends_all(tmp_path, ranks):
         answers = iter([None] * 3)
         patch.setattr(Stop, "reason", lambda self, needed_seconds: next(answers, "interrupted"))
         run(tmp_path)
+    (tmp_path / NAME).rename(tmp_path / TWO)
     for text in ranks(refused_checkpoint, tmp_path):
         assert "images that BatchNorm sees is None there, 4 here" in text
 
@@ -234,7 +236,7 @@ def test_under_torchrun_a_killed_process_ends_the_run_which_then_goes_on(tmp_pat
         [*command, "-m", "memcnn.train", *WORDS, "--runs", str(tmp_path)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=ROOT,
     )  # fmt: skip
-    record = tmp_path / run_name("resnet32", "cifar10", LONG, 0) / "record.json"
+    record = tmp_path / run_name("resnet32", "cifar10", LONG, 0, data="generated", processes=RANKS) / "record.json"
     try:
         while not record.exists():  # the first evaluation
             assert process.poll() is None, process.communicate()

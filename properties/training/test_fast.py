@@ -2,6 +2,10 @@
 
 import argparse
 import functools
+import os
+import re
+import signal
+import time
 import warnings
 
 import pytest
@@ -172,15 +176,46 @@ def test_resuming_gives_the_same_bits_however_steps_are_executed(tmp_path, execu
     assert [without(row, "train_seconds") for row in rows] == [without(row, "train_seconds") for row in expected_rows]
 
 
+def test_compiling_and_capturing_are_announced_and_are_no_training_time(tmp_path, executable, capsys, monkeypatch):
+    prepare = TrainingStep.prepare
+
+    def slow(self, *arguments):
+        time.sleep(0.5 if self.preparation else 0)
+        prepare(self, *arguments)
+
+    monkeypatch.setattr(TrainingStep, "prepare", slow)
+    record = run(tmp_path, execution=GRAPH, progress=True)
+    assert record.status == "complete" and record.train_seconds < 0.4
+    said = capsys.readouterr().err
+    assert "Capturing resnet32 ..." in said and re.search(r"Capturing resnet32: \d s", said)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["compiler goes on", "compiler fails of the signal as well"])
+def test_a_signal_while_compiling_stops_the_run_and_loses_nothing(tmp_path, executable, fails):
+    prepare = TrainingStep.prepare
+
+    def interrupted(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        if fails:
+            raise RuntimeError("a process of the compiler was killed")
+        prepare(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingStep, "prepare", interrupted)
+        record = run(tmp_path, execution=GRAPH)
+    assert (record.status, record.reason, record.iterations) == ("partial", "interrupted", 0)
+    assert run(tmp_path, execution=GRAPH).status == "complete"
+
+
 def test_a_run_may_go_on_with_another_execution(tmp_path, executable):
     recipe = override(RECIPE, learning_rate=0.01)
-    name = run_name("resnet32", "cifar10", recipe, 0)
+    name = run_name("resnet32", "cifar10", recipe, 0, data="generated")
     run(tmp_path / "plain", recipe=recipe)
     with pytest.MonkeyPatch.context() as patch:
         answers = iter([None] * 3)
         patch.setattr(Stop, "reason", lambda self, needed_seconds: next(answers, "interrupted"))
         run(tmp_path / "mixed", recipe=recipe, execution=GRAPH)
-    run(tmp_path / "mixed", recipe=recipe)
+    run(tmp_path / "mixed", recipe=recipe, allow_mixed=True)
     state, expected = (checkpoint_of(tmp_path / folder / name) for folder in ("mixed", "plain"))
     for got, wanted in zip(state["model"].values(), expected["model"].values(), strict=True):
         assert relative_error(got, wanted) <= tolerance(torch.float32, depth=recipe.iterations)

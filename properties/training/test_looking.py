@@ -95,7 +95,7 @@ def test_the_configuration_is_all_of_the_recipe(capsys):
     values = json.loads(capsys.readouterr().out)
     recipe = Recipe.from_dict(values["recipe"])
     assert recipe == override(recipe, pad=1) and recipe.pad == 1 and recipe.iterations == 80_000
-    assert values["run"] == record.run_name("revnet38", "cifar100", recipe, 3)
+    assert values["run"] == record.run_name("revnet38", "cifar100", recipe, 3, engine=False)
     assert (values["model"], values["dataset"], values["seed"], values["engine"]) == ("revnet38", "cifar100", 3, False)
 
 

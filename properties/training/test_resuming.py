@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from memcnn.models.resnet import MODELS
-from memcnn.training import checkpoint
+from memcnn.training import checkpoint, loop
+from memcnn.training.execution import Execution
 from memcnn.training.recipe import override
 from memcnn.training.record import RunRecord, load
+from memcnn.training.state import MixedExecution
 from memcnn.training.stopping import Stop
 from properties.training.runs import NAME, RECIPE, Slow, checkpoint_of, curve_of, run, scalars, tiny, without
 
@@ -24,8 +26,8 @@ class Killed(BaseException):
     """In place of a kill: nothing is saved after it."""
 
 
-def run_in_parts(runs, parts: list[tuple[int, str]]) -> RunRecord:
-    """A run ended as often as `parts` says, then finished.
+def run_in_parts(runs, parts: list[tuple[int, str]], checkpoint_seconds: float) -> RunRecord:
+    """A run ended as often as `parts` says, then finished; with that time between two checkpoints.
 
     Part (n, how) is ended after it has asked n times whether to stop: by a "stop", by a "kill", or by a
     "kill in saving" the next checkpoint.
@@ -48,6 +50,8 @@ def run_in_parts(runs, parts: list[tuple[int, str]]) -> RunRecord:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Stop, "reason", reason)
             patch.setattr(checkpoint, "save", save_or_die)
+            patch.setattr(loop, "CHECKPOINT_SECONDS", checkpoint_seconds)
+            patch.setattr(loop, "CHECKPOINT_SHARE", 1e9)
             try:
                 record = run(runs)
             except Killed:
@@ -69,14 +73,16 @@ def uninterrupted(tmp_path_factory, tiny_runs):
 @given(
     parts=st.lists(
         st.tuples(st.integers(0, 21), st.sampled_from(["stop", "kill", "kill in saving"])), min_size=1, max_size=4
-    )
+    ),
+    checkpoint_seconds=st.sampled_from([20.0, 0.0]),
 )
-@example(parts=[(2, "stop"), (5, "kill in saving"), (1, "stop"), (0, "kill")])
-@example(parts=[(5, "stop"), (0, "kill in saving")])  # stopped just before an evaluation, killed just after it
-def test_resuming_gives_the_same_bits(tmp_path_factory, uninterrupted, parts):
+@example(parts=[(2, "stop"), (5, "kill in saving"), (1, "stop"), (0, "kill")], checkpoint_seconds=20.0)
+@example(parts=[(5, "stop"), (0, "kill in saving")], checkpoint_seconds=20.0)  # before an evaluation, and after it
+@example(parts=[(7, "kill"), (3, "kill in saving"), (1, "kill")], checkpoint_seconds=0.0)
+def test_resuming_gives_the_same_bits(tmp_path_factory, uninterrupted, parts, checkpoint_seconds):
     runs = tmp_path_factory.mktemp("in-parts")
     expected_runs, expected_record = uninterrupted
-    record = run_in_parts(runs, parts)
+    record = run_in_parts(runs, parts, checkpoint_seconds)
 
     state, expected = checkpoint_of(runs / NAME), checkpoint_of(expected_runs / NAME)
     torch.testing.assert_close(state["model"], expected["model"], rtol=0, atol=0)
@@ -84,7 +90,7 @@ def test_resuming_gives_the_same_bits(tmp_path_factory, uninterrupted, parts):
     rows, expected_rows = curve_of(runs / NAME), curve_of(expected_runs / NAME)
     assert [without(row, "train_seconds") for row in rows] == [without(row, "train_seconds") for row in expected_rows]
     assert [int(row["iteration"]) for row in rows] == [5, 10, 12]
-    of_the_session = ("train_seconds", "interruptions", "commit", "clean")
+    of_the_session = ("train_seconds", "interruptions", "commit", "clean", "segments")
     assert without(vars(record), *of_the_session) == without(vars(expected_record), *of_the_session)
     assert scalars(runs / NAME) == scalars(expected_runs / NAME)
     assert len(scalars(runs / NAME)) == 3 * 4
@@ -168,3 +174,105 @@ def test_training_time_leaves_out_evaluation_and_start_up(tmp_path, monkeypatch)
     elapsed = time.monotonic() - started
     # twelve iterations of 50 ms; nine parts of evaluation of 200 ms, and one more iteration to measure memory
     assert 12 * 0.05 <= record.train_seconds < elapsed - 9 * 0.2 - 0.05
+
+
+LONG = override(RECIPE, iterations=60, evaluate_every=60)
+LONG_NAME = NAME.replace(RECIPE.name, LONG.name)
+
+
+def killed_after(runs, questions: int) -> int:
+    """Kill the long run when it has asked so often whether to stop; return the iteration of its last checkpoint."""
+    asked = iter(range(questions))
+
+    def reason(self, *, needed_seconds):
+        if next(asked, None) is None:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stop, "reason", reason)
+        with pytest.raises(Killed):
+            run(runs, recipe=LONG)
+    return checkpoint_of(runs / LONG_NAME)["iteration"]
+
+
+def test_a_kill_loses_no_more_than_the_time_between_two_checkpoints(tmp_path, monkeypatch):
+    """Steps of 50 ms, a checkpoint every 0.3 s: after six steps or fewer, or seven where one is being asked about."""
+    monkeypatch.setitem(MODELS, "resnet32", lambda num_classes, *, disable: Slow())
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.3)
+    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", 1.0)
+    done = killed_after(tmp_path, 31)
+    assert 16 <= done < 31, "checkpoints of training are missing, or a kill loses nothing"
+    record = load(tmp_path / LONG_NAME)
+    assert (record.status, record.reason, record.iterations) == ("partial", None, done)
+    assert record.segments[-1].last == done
+    again = run(tmp_path, recipe=LONG)
+    assert again.status == "complete" and [part.first for part in again.segments] == [0, done]
+
+
+def test_checkpoints_take_a_small_share_of_the_time_where_saving_is_slow(tmp_path, monkeypatch):
+    """One that takes 0.2 s may come again after 6.7 s, so not within three seconds of training."""
+    save, saved = checkpoint.save, []
+
+    def slow(*arguments):
+        saved.append(arguments[2]["iteration"])
+        time.sleep(0.2)
+        save(*arguments)
+
+    monkeypatch.setitem(MODELS, "resnet32", lambda num_classes, *, disable: Slow())
+    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.1)
+    run(tmp_path, recipe=LONG)
+    assert len(saved) == 2 and saved[-1] == 60, saved
+
+
+def stopped(runs, **options) -> RunRecord:
+    """The run after seven iterations."""
+    with pytest.MonkeyPatch.context() as patch:
+        asked = iter(range(10))
+        patch.setattr(Stop, "reason", lambda self, needed_seconds: None if next(asked, None) is not None else "stopped")
+        return run(runs, **options)
+
+
+BF16 = Execution(precision="bf16")
+
+
+def files_below(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_another_execution_is_refused_unless_it_is_allowed_and_then_recorded(tmp_path):
+    assert stopped(tmp_path).iterations == 7
+    before = files_below(tmp_path / NAME)
+    message = "first 7 iterations were computed with float32 on cpu, but this command asks for bf16 .*--allow-mixed"
+    with pytest.raises(MixedExecution, match=message):
+        run(tmp_path, execution=BF16)
+    assert files_below(tmp_path / NAME) == before
+    record = run(tmp_path, execution=BF16, allow_mixed=True)
+    parts = [(part.first, part.last, part.execution) for part in record.segments]
+    assert parts == [(0, 7, "float32"), (7, 12, "bf16")]
+    assert record.mixed and "mixed execution" in record.mark and load(tmp_path / NAME) == record
+    assert record.train_seconds == sum(part.train_seconds for part in record.segments)
+
+
+def test_an_execution_that_has_computed_nothing_is_not_mixed(tmp_path):
+    assert run(tmp_path, budget_seconds=0).iterations == 0
+    record = run(tmp_path, execution=BF16)
+    assert not record.mixed and [part.execution for part in record.segments] == ["bf16"]
+
+
+@pytest.mark.parametrize("with_record", [True, False])
+def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path, uninterrupted, with_record):
+    seconds = stopped(tmp_path).train_seconds
+    content = torch.load(tmp_path / NAME / "checkpoint.pt", weights_only=True)
+    del content["state"]["segments"]
+    names = "iteration interruptions memory model optimizer rows step_seconds train_seconds window"
+    assert sorted(content["state"]) == names.split()
+    checkpoint.save(tmp_path / NAME, content["identity"], content["state"])
+    if not with_record:
+        (tmp_path / NAME / "record.json").unlink()
+    record = run(tmp_path)
+    parts = [(part.first, part.last, part.execution) for part in record.segments]
+    assert parts == [(0, 7, "float32"), (7, 12, "float32")]
+    assert record.segments[0].train_seconds == seconds
+    expected = checkpoint_of(uninterrupted[0] / NAME)
+    torch.testing.assert_close(checkpoint_of(tmp_path / NAME)["model"], expected["model"], rtol=0, atol=0)

@@ -21,7 +21,7 @@ PACKAGE = Path(memcnn.__file__).resolve().parent
 RECIPE = override(SMOKE, batch_size=4, iterations=24, milestones=(10, 20), evaluate_every=4, test_images=20)
 WORDS = """revnet38 cifar10 --recipe smoke --batch-size 4 --iterations 24 --milestones 10,20 --evaluate-every 4
     --test-images 20 --data generated --threads 1""".split()
-NAME = run_name("revnet38", "cifar10", RECIPE, 0)
+NAME = run_name("revnet38", "cifar10", RECIPE, 0, data="generated")
 
 
 def process(*arguments: str, cwd: Path = PACKAGE.parent) -> subprocess.Popen:
@@ -51,7 +51,7 @@ def test_sigterm_and_the_same_command_again_give_the_same_bits(tmp_path):
 
     whole = train("revnet38", "cifar10", recipe=RECIPE, data="generated", runs=tmp_path / "whole", progress=False)
     resumed = load(record)
-    of_the_session = ("train_seconds", "interruptions", "commit", "clean")
+    of_the_session = ("train_seconds", "interruptions", "commit", "clean", "segments")
     assert resumed.interruptions == 1
     assert without(vars(resumed), *of_the_session) == without(vars(whole), *of_the_session)
     state, expected = checkpoint_of(tmp_path / "stopped" / NAME), checkpoint_of(tmp_path / "whole" / NAME)

@@ -1,0 +1,189 @@
+"""Which cells of the table fit into a budget of time on this device, and in which order they are trained.
+
+Within a budget the longest cell that can still finish is begun first. What is left of the time, when none can finish,
+goes to one cell that a later command resumes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from bench.placement import Cell, Settings
+from memcnn.training import checkpoint
+from memcnn.training.record import BadRecord
+from memcnn.training.timing import Cost, cost_of_records, timed
+
+MARGIN = 1.05
+"""Runs are expected to take so much longer than what was timed."""
+LEAST_TRAINING_SECONDS = 20.0
+"""A cell that cannot finish is begun if it can be trained for at least so long after its start."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a cell still needs on this device.
+
+    Attributes:
+        cell: the cell.
+        done: iterations that were done before.
+        iterations: iterations of the recipe.
+        alone: the cost of the network alone on the device.
+        together: its cost beside the others that share the device.
+        alone_seconds: seconds until the cell is complete, alone.
+        together_seconds: seconds until it is complete, together.
+    """
+
+    cell: Cell
+    done: int
+    iterations: int
+    alone: Cost
+    together: Cost
+    alone_seconds: float
+    together_seconds: float
+
+
+class Needs:
+    """What cells need on a device: each network is timed once, when the first of its cells is asked for.
+
+    Args:
+        settings: what the cells have in common.
+        device: the device that trains.
+        at_once: how many cells share it.
+        use_records: take the time from an equal run's record where there is one.
+    """
+
+    def __init__(self, settings: Settings, device: torch.device, at_once: int, *, use_records: bool) -> None:
+        self.settings, self.device, self.at_once, self.use_records = settings, device, at_once, use_records
+        self._costs: dict[str, tuple[Cost, Cost]] = {}
+
+    def knows(self, cell: Cell) -> bool:
+        """Return whether `of` would answer at once."""
+        return cell.model in self._costs
+
+    def of(self, cell: Cell) -> Need:
+        """Return what a cell needs."""
+        recipe, done = self.settings.recipe, iterations_done(self.settings, cell)
+        if cell.model not in self._costs:
+            self._costs[cell.model] = self._cost(cell)
+        alone, together = self._costs[cell.model]
+        seconds = [MARGIN * cost.seconds(recipe, done) for cost in (alone, together)]
+        return Need(cell, done, recipe.iterations, alone, together, *seconds)
+
+    def _cost(self, cell: Cell) -> tuple[Cost, Cost]:
+        job, execution = self.settings.job(cell), self.settings.execution
+        if self.use_records:
+            together = cost_of_records(job, self.device, execution, shared_by=self.at_once)
+            if together is not None:
+                return together, together
+        return timed(job, self.device, execution, at_once=self.at_once)
+
+
+def iterations_done(settings: Settings, cell: Cell) -> int:
+    """Return after how many iterations a cell would be resumed."""
+    try:
+        record = settings.record_of(cell)
+    except BadRecord:
+        return 0
+    folder = settings.folder_of(cell)
+    return record.iterations if (folder / checkpoint.FILE_NAME).exists() else 0
+
+
+def choose(needs: Iterable[Need], left_seconds: float) -> tuple[Need, bool] | None:
+    """Return the cell to begin with so much time left, and whether it can finish; None where none is worth a start."""
+    needs = list(needs)
+    finishing = [need for need in needs if need.together_seconds <= left_seconds]
+    if finishing:
+        return max(finishing, key=lambda need: need.together_seconds), True
+    worth = [need for need in needs if need.together.start_seconds + LEAST_TRAINING_SECONDS <= left_seconds]
+    return (min(worth, key=lambda need: need.together_seconds), False) if worth else None
+
+
+def within(
+    needs: Iterable[Need], left_seconds: Callable[[], float], say: Callable[[str], None]
+) -> Iterator[Cell]:
+    """Yield the cells to begin, each when there is room for it, and say which are not begun, or cannot finish."""
+    waiting = list(needs)
+    while waiting and (choice := choose(waiting, left_seconds())):
+        need, finishes = choice
+        waiting.remove(need)
+        if not finishes:
+            say(f"{need.cell}  needs {minutes(need.together_seconds)}, has {minutes(left_seconds())}: begun, to be "
+                "resumed by a later command")  # fmt: skip
+        yield need.cell
+        if not finishes:
+            break
+    for need in waiting:
+        say(f"{need.cell}  needs {minutes(need.together_seconds)}, has {minutes(max(0.0, left_seconds()))}: not begun")
+
+
+def simulate(needs: Iterable[Need], budget_seconds: float | None, lanes: int) -> tuple[dict[Cell, str], float]:
+    """Return what becomes of each cell ("whole", "part" or "no"), and the seconds until the last of them has ended."""
+    waiting, fate = list(needs), {}
+    free_at = [0.0] * lanes
+    while waiting:
+        now = min(free_at)
+        left = float("inf") if budget_seconds is None else budget_seconds - now
+        choice = choose(waiting, left)
+        if choice is None:
+            break
+        need, finishes = choice
+        waiting.remove(need)
+        fate[need.cell] = "whole" if finishes else "part"
+        free_at[free_at.index(now)] = now + (need.together_seconds if finishes else left)
+        if not finishes:
+            break
+    fate |= {need.cell: "no" for need in waiting}
+    return fate, max(free_at)
+
+
+def table(needs: list[Need], budget_seconds: float | None, at_once: int, lanes: int) -> str:
+    """Return the plan as text: a line for each cell, and the total.
+
+    Args:
+        needs: what the missing cells need.
+        budget_seconds: the time that there is, None for any.
+        at_once: how many cells share a device.
+        lanes: how many cells are trained at a time, on all devices.
+    """
+    fate, end = simulate(needs, budget_seconds, lanes)
+    together = [] if at_once == 1 else [f"ms/step, {at_once} together", f"min, {at_once} together"]
+    head = ["cell", "done", "start s", "evaluation s", "ms/step alone", *together[:1], "min alone", *together[1:]]
+    head += ["" if budget_seconds is None else f"in {minutes(budget_seconds)}"]
+    rows = []
+    for need in needs:
+        beside = [f"{1000 * need.together.step_seconds:.2f}", f"{need.together_seconds / 60:.1f}"]
+        beside = beside if at_once > 1 else []
+        rows.append([
+            str(need.cell), f"{100 * need.done / need.iterations:.0f} %", f"{need.alone.start_seconds:.0f}",
+            f"{need.alone.evaluation_seconds:.1f}", f"{1000 * need.alone.step_seconds:.2f}", *beside[:1],
+            f"{need.alone_seconds / 60:.1f}", *beside[1:], "" if budget_seconds is None else fate[need.cell],
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = []
+    for first, *others in [head, *rows]:
+        cells = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join([*lines, "", *_totals(needs, fate, end, budget_seconds, lanes)])
+
+
+def _totals(
+    needs: list[Need], fate: dict[Cell, str], end: float, budget_seconds: float | None, lanes: int
+) -> list[str]:
+    alone = sum(need.alone_seconds for need in needs)
+    whole = simulate(needs, None, lanes)[1]
+    lines = [f"{len(needs)} missing cells: {minutes(alone)} one after the other"]
+    if lanes > 1:
+        lines[0] += f", {minutes(whole)} with {lanes} at a time"
+    if budget_seconds is not None:
+        count = list(fate.values()).count("whole")
+        lines.append(f"{count} of them fit into {minutes(budget_seconds)}, and take {minutes(end)}")
+        if "part" in fate.values():
+            part = next(cell for cell, what in fate.items() if what == "part")
+            lines[-1] += f", with the rest of the time for {' '.join(str(part).split())}, to be resumed later"
+    return [f"{line}." for line in lines]
+
+
+def minutes(seconds: float) -> str:
+    """Return a time in minutes, as "4.1 min"."""
+    return f"{seconds / 60:.1f} min"

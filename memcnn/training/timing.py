@@ -1,0 +1,165 @@
+"""How long a run of a network takes on a device: timed for a second or two, or from the record of an equal run."""
+
+import math
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from memcnn import data as cifar
+from memcnn.models.resnet import MODELS
+from memcnn.training.execution import Execution
+from memcnn.training.preview import step_seconds_of_records
+from memcnn.training.recipe import Recipe
+from memcnn.training.record import NUM_CLASSES
+from memcnn.training.step import EVALUATION_BATCHES, Evaluation, TrainingStep
+from memcnn.training.trainer import Job
+from memcnn.training.turns import Lane
+
+TIMED_SECONDS = 1.5
+"""For how long steps are timed. At least one step is, however long it takes."""
+READING_SECONDS = 5.0
+"""Allowance for what a start needs besides: reading the images and the checkpoint, asking git for the commit."""
+START_SECONDS = {False: 15.0, True: 120.0}
+"""Allowance for a start that was not timed, without and with compilation."""
+TEST_IMAGES = 10_000
+
+
+@dataclass(frozen=True)
+class Cost:
+    """How long the parts of a run take, in seconds, each upwards of what was measured.
+
+    Attributes:
+        start_seconds: until the first step: making the network, compiling, capturing.
+        step_seconds: one step, by the wall clock: where runs share the device, all of them make a step meanwhile.
+        evaluation_seconds: one evaluation.
+        source: where the numbers are from, in words.
+    """
+
+    start_seconds: float
+    step_seconds: float
+    evaluation_seconds: float
+    source: str
+
+    def seconds(self, recipe: Recipe, done: int) -> float:
+        """Return the seconds that a run still needs after `done` iterations of a recipe."""
+        evaluations = math.ceil(recipe.iterations / recipe.evaluate_every) - done // recipe.evaluate_every
+        left = recipe.iterations - done
+        return self.start_seconds + left * self.step_seconds + evaluations * self.evaluation_seconds
+
+
+def cost_of_records(job: Job, device: torch.device, execution: Execution, *, shared_by: int) -> Cost | None:
+    """Return the cost of a job as an equal run's record has it, None without one.
+
+    Records do not say how long start and evaluation took. A start is given its allowance, and an evaluation the time of
+    a training step for each of its batches, although it needs a forward pass only.
+    """
+    found = step_seconds_of_records(job, device, execution, shared_by=shared_by)
+    if found is None:
+        return None
+    evaluation = found[0] * (job.recipe.test_images or TEST_IMAGES) / job.recipe.batch_size
+    return Cost(START_SECONDS[execution.compile], found[0], evaluation, found[1])
+
+
+def timed(job: Job, device: torch.device, execution: Execution, *, at_once: int = 1) -> tuple[Cost, Cost]:
+    """Time a job's network on made-up images; return its cost alone, and as one of `at_once` runs on the device.
+
+    On a GPU the runs are interleaved in this process, as training does it; on a CPU each has a process. Writes nothing.
+    """
+    with execution.settings(device):
+        first = _Copy(job, device, execution)
+        step, evaluation = _round_seconds([first]), first.evaluation_seconds()
+        alone = Cost(first.start_seconds, step, evaluation, "timed")
+        if at_once == 1:
+            return alone, alone
+        if device.type == "cuda":
+            copies = [first, *(_Copy(job, device, execution) for _ in range(at_once - 1))]
+            start = max(one.start_seconds for one in copies)
+            return alone, Cost(start, _round_seconds(copies), at_once * evaluation, "timed")
+    return alone, _slowest_of_processes(job, device, execution, at_once)
+
+
+class _Copy:
+    """A network that is trained on made-up images, and how long it took to start."""
+
+    def __init__(self, job: Job, device: torch.device, execution: Execution) -> None:
+        started = time.perf_counter()
+        recipe, batch = job.recipe, EVALUATION_BATCHES[device.type]
+        self.lane = Lane(device, own_stream=True)
+        self.evaluated_share = (recipe.test_images or TEST_IMAGES) / batch
+        self.learning_rate = recipe.learning_rate
+        with self.lane.turn():
+            classes = NUM_CLASSES[job.dataset]
+            data = cifar.generate(classes, train=recipe.batch_size, test=batch).to(device)
+            self.plan = self.lane.copy(
+                cifar.epoch_plan(0, 0, recipe.batch_size, pad=recipe.pad, flip=recipe.flip)
+            )
+            model = MODELS[job.model](classes, disable=job.disable)
+            model.to(device, memory_format=torch.channels_last).train()
+            self.step = TrainingStep(model, recipe, data, execution)
+            self.step.prepare(self.plan, recipe.learning_rate)
+            self.evaluation = Evaluation(model, data, execution)
+            self.evaluation.prepare()
+            self.launch()  # the first step of a process is slower
+            self.wait()
+        self.start_seconds = READING_SECONDS + time.perf_counter() - started
+
+    def launch(self) -> None:
+        """Launch a step; wait where the GPU is too many steps behind."""
+        with self.lane.turn():
+            self.step(self.plan, self.learning_rate)
+            event = self.lane.launched()
+        if event is not None:
+            event.synchronize()
+
+    def wait(self) -> None:
+        """Wait for all steps."""
+        with self.lane.turn():
+            self.step.totals.tolist()
+
+    def evaluation_seconds(self) -> float:
+        """Return how long an evaluation takes, from one of its batches."""
+        started = time.perf_counter()
+        with self.lane.turn():
+            for _ in self.evaluation.turns():
+                pass
+            self.evaluation.totals.tolist()
+        return (time.perf_counter() - started) * self.evaluated_share
+
+
+def _round_seconds(copies: list[_Copy]) -> float:
+    """Return how long it takes until each copy has made a step."""
+    started, rounds = time.perf_counter(), 0
+    while rounds == 0 or time.perf_counter() - started < TIMED_SECONDS:
+        for one in copies:
+            one.launch()
+        rounds += 1
+    for one in copies:
+        one.wait()
+    return (time.perf_counter() - started) / rounds
+
+
+_barrier = None  # of the processes that time a network at the same time
+
+
+def _slowest_of_processes(job: Job, device: torch.device, execution: Execution, count: int) -> Cost:
+    """Time a job in `count` processes at once; return the slowest of each of its parts."""
+    context = multiprocessing.get_context("spawn")
+    arguments = (context.Barrier(count), torch.get_num_threads())
+    with ProcessPoolExecutor(count, context, initializer=_join, initargs=arguments) as pool:
+        costs = list(pool.map(_timed_beside_others, [(job, device, execution)] * count))
+    parts = ("start_seconds", "step_seconds", "evaluation_seconds")
+    return Cost(**{name: max(getattr(cost, name) for cost in costs) for name in parts}, source="timed")
+
+
+def _join(barrier: object, threads: int) -> None:
+    global _barrier
+    _barrier = barrier
+    torch.set_num_threads(threads)
+
+
+def _timed_beside_others(what: tuple[Job, torch.device, Execution]) -> Cost:
+    _barrier.wait()  # so that each process has one of the tasks, and they compute at the same time
+    return timed(*what)[0]

@@ -1,0 +1,294 @@
+"""Runs that take turns in one process end as each does alone, whatever happens to the others."""
+
+import itertools
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from memcnn.models.resnet import MODELS
+from memcnn.training import checkpoint
+from memcnn.training.execution import Execution
+from memcnn.training.recipe import override
+from memcnn.training.record import load
+from memcnn.training.state import MixedExecution
+from memcnn.training.stopping import Stop
+from memcnn.training.together import train_together
+from memcnn.training.trainer import BadArgument, Job, train
+from memcnn.training.turns import STEPS_BETWEEN_EVENTS, Clock, Lane
+from properties.training.runs import RECIPE, checkpoint_of, curve_of, scalars, tiny, without
+
+pytestmark = pytest.mark.usefixtures("tiny_runs")
+
+
+def job(runs, seed: int, **changes) -> Job:
+    return Job(**{"model": "resnet32", "dataset": "cifar10", "recipe": RECIPE, "data": "generated"} | changes,
+               runs=runs, seed=seed)  # fmt: skip
+
+
+def together(runs, seeds, at_once: int = 2, *, stop: Stop | None = None, **changes) -> dict:
+    """The outcome of each seed, in the order in which they ended."""
+    jobs = [job(runs, seed, **changes) for seed in seeds]
+    outcomes = train_together(jobs, at_once, stop=stop or Stop(), progress=False)
+    return {one.seed: outcome for one, outcome in outcomes}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, tiny_runs):
+    """The folder of runs of three seeds, each trained alone."""
+    runs = tmp_path_factory.mktemp("alone")
+    for seed in (0, 1, 2):
+        train("resnet32", "cifar10", recipe=RECIPE, data="generated", runs=runs, seed=seed, progress=False)
+    return runs
+
+
+def assert_as_alone(runs, alone, seed: int) -> None:
+    folder, expected = job(runs, seed).folder(), job(alone, seed).folder()
+    assert load(folder).status == "complete"
+    state, wanted = checkpoint_of(folder), checkpoint_of(expected)
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(state[part], wanted[part], rtol=0, atol=0)
+    rows, wanted_rows = curve_of(folder), curve_of(expected)
+    assert [without(row, "train_seconds") for row in rows] == [without(row, "train_seconds") for row in wanted_rows]
+    of_the_session = ("train_seconds", "interruptions", "commit", "clean", "segments")
+    assert without(vars(load(folder)), *of_the_session) == without(vars(load(expected)), *of_the_session)
+    assert scalars(folder) == scalars(expected)
+
+
+class Watched(nn.Module):
+    """The tiny network, which reports each training pass, by the number of the model."""
+
+    def __init__(self, number: int, seen: list[int]) -> None:
+        super().__init__()
+        self.inner, self.number, self.seen = tiny(), number, seen
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.seen.append(self.number)
+        return self.inner(images)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The numbers of the models in the order of their training passes; models are numbered as they are made."""
+    seen, numbers = [], itertools.count()
+    monkeypatch.setitem(MODELS, "resnet32", lambda num_classes, *, disable: Watched(next(numbers), seen))
+    return seen
+
+
+def test_two_runs_end_with_the_bits_that_each_has_alone(tmp_path, alone):
+    assert set(together(tmp_path, [0, 1])) == {0, 1}
+    for seed in (0, 1):
+        assert_as_alone(tmp_path, alone, seed)
+        assert load(job(tmp_path, seed).folder()).shared_by == 2
+
+
+def test_runs_take_turns_step_by_step(tmp_path, seen):
+    together(tmp_path, [0, 1])
+    assert seen == [0, 1] * 12
+
+
+def test_after_a_stop_of_all_the_runs_go_on_together_with_the_same_bits(tmp_path, alone):
+    for questions in (9, 30):
+        with pytest.MonkeyPatch.context() as patch:
+            asked = iter(range(questions))
+            patch.setattr(
+                Stop, "reason",
+                lambda self, needed_seconds, asked=asked: None if next(asked, None) is not None else "interrupted",
+            )  # fmt: skip
+            outcomes = together(tmp_path, [0, 1, 2])
+        assert {one.reason for one in outcomes.values() if one.status == "partial"} == {"interrupted"}
+        for seed, record in outcomes.items():
+            assert record == load(job(tmp_path, seed).folder())
+            assert record.iterations == checkpoint_of(job(tmp_path, seed).folder())["iteration"]
+    together(tmp_path, [0, 1, 2])
+    for seed in (0, 1, 2):
+        assert_as_alone(tmp_path, alone, seed)
+
+
+def failing(how: str, at: int):
+    """A network whose training pass `at` fails."""
+
+    class Failing(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(*tiny())
+            self.passes = 0
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.passes += self.training
+            if self.passes == at and how == "error":
+                raise torch.OutOfMemoryError("no memory is left")
+            return super().forward(images) * (torch.nan if self.passes == at else 1)
+
+    return Failing()
+
+
+@pytest.mark.parametrize("how", ["error", "nan"])
+def test_a_run_that_fails_makes_room_for_the_next_and_the_other_goes_on(tmp_path, alone, monkeypatch, how):
+    made = itertools.count()
+    monkeypatch.setitem(
+        MODELS, "resnet32", lambda num_classes, *, disable: failing(how, 8) if next(made) == 1 else tiny()
+    )
+    under_way = []
+
+    def jobs():
+        for seed in (0, 1, 2):
+            under_way.append([load(job(tmp_path, s).folder()).status for s in (0, 1) if folder_exists(tmp_path, s)])
+            yield job(tmp_path, seed)
+
+    outcomes = {one.seed: outcome for one, outcome in train_together(jobs(), 2, stop=Stop(), progress=False)}
+    if how == "error":
+        assert isinstance(outcomes[1], torch.OutOfMemoryError) and next(iter(outcomes)) == 1
+    else:
+        assert (outcomes[1].status, outcomes[1].reason) == ("failed", "loss is nan at iteration 8")
+    assert under_way[2][0] == "partial", "the third run began before the first one was over"
+    for seed in (0, 2):
+        assert_as_alone(tmp_path, alone, seed)
+    monkeypatch.setitem(MODELS, "resnet32", lambda num_classes, *, disable: tiny())
+    train("resnet32", "cifar10", recipe=RECIPE, data="generated", runs=tmp_path, seed=1, progress=False)
+    assert_as_alone(tmp_path, alone, 1)
+
+
+def folder_exists(runs, seed: int) -> bool:
+    return (job(runs, seed).folder() / "record.json").exists()
+
+
+def test_bad_data_of_one_run_is_its_error_alone(tmp_path, alone):
+    jobs = [job(tmp_path, 0), job(tmp_path, 1, recipe=override(RECIPE, batch_size=41)), job(tmp_path, 2)]
+    outcomes = {one.seed: outcome for one, outcome in train_together(jobs, 2, stop=Stop(), progress=False)}
+    assert isinstance(outcomes[1], BadArgument) and "there are only 40 images" in str(outcomes[1])
+    for seed in (0, 2):
+        assert_as_alone(tmp_path, alone, seed)
+
+
+def test_one_signal_stops_all_and_nothing_is_begun_after_it(tmp_path, seen):
+    class Signalling(list):
+        def append(self, number: int) -> None:
+            super().append(number)
+            if len(self) == 12:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    marked, numbers = Signalling(), itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "resnet32", lambda num_classes, *, disable: Watched(next(numbers), marked))
+        outcomes = together(tmp_path, [0, 1, 2])
+    assert {seed: record.reason for seed, record in outcomes.items()} == {0: "interrupted", 1: "interrupted"}
+    assert len(marked) == 12, "a step was begun after the signal"
+    assert not job(tmp_path, 2).folder().exists()
+
+
+class Later:
+    """An event that is done when it has been asked a few times, or waited for."""
+
+    waits = 0
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def query(self) -> bool:
+        self.asked += 1
+        return self.asked > 3
+
+    def synchronize(self) -> None:
+        Later.waits += 1
+        self.asked = 3
+
+
+def test_a_run_that_waits_for_the_gpu_holds_nobody_up_and_nothing_waits_for_the_whole_device(
+    tmp_path, alone, monkeypatch
+):
+    """Events in place of those of a GPU; the bits are the same."""
+
+    def everything(*arguments):
+        raise AssertionError("waited for all streams of the device")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", everything)
+    monkeypatch.setattr(Lane, "mark", lambda self: Later())
+    monkeypatch.setattr(Lane, "launched", lambda self: Later())
+    Later.waits = 0
+    together(tmp_path, [0, 1])
+    assert Later.waits > 0, "where all runs wait, so does the process"
+    for seed in (0, 1):
+        assert_as_alone(tmp_path, alone, seed)
+
+
+def test_the_others_have_their_turns_while_one_waits(tmp_path, monkeypatch, seen):
+    """The first run waits for an event that is done when the second one has ended."""
+
+    class UntilTheOtherEnds(Later):
+        def query(self) -> bool:
+            return seen.count(1) == 12
+
+        def synchronize(self) -> None:
+            raise AssertionError("waited although another run was ready")
+
+    def launched(self):
+        return UntilTheOtherEnds() if seen[-1] == 0 and seen.count(0) == 3 else None
+
+    monkeypatch.setattr(Lane, "launched", launched)
+    together(tmp_path, [0, 1])
+    assert seen == [0, 1] * 3 + [1] * 9 + [0] * 9
+
+
+def test_a_stream_waits_for_the_current_one_and_few_steps_are_queued(monkeypatch):
+    calls = []
+
+    class Event:
+        def record(self, stream):
+            calls.append(("event", stream))
+
+    current = SimpleNamespace(name="current")
+    stream = SimpleNamespace(name="own", wait_stream=lambda other: calls.append(("wait", other)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: ("turn", stream))
+    lane = Lane(torch.device("cuda"), own_stream=True)
+    assert calls == [("wait", current)]
+    assert lane.turn() == ("turn", stream)
+    waits = [lane.launched() for _ in range(4 * STEPS_BETWEEN_EVENTS)]
+    assert [step for step, event in enumerate(waits, 1) if event] == [8, 12, 16]
+    assert len(calls) == 5 and Lane(torch.device("cpu"), own_stream=True).launched() is None
+
+
+def test_the_time_in_which_another_run_starts_is_not_training_time(tmp_path, monkeypatch):
+    """The second run takes half a second to start, while the first one trains."""
+    import time
+
+    def slow(num_classes, *, disable):
+        time.sleep(0.5)
+        return tiny()
+
+    makers = iter([tiny, slow])
+    monkeypatch.setitem(MODELS, "resnet32", lambda num_classes, *, disable: next(makers)(num_classes, disable=disable))
+    started = time.perf_counter()
+    outcomes = together(tmp_path, [0, 1])
+    assert time.perf_counter() - started > 0.5
+    assert all(record.train_seconds < 0.4 for record in outcomes.values()), outcomes
+
+
+def test_a_held_clock_stands_still(monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock = Clock()
+    with clock.held():
+        now[0] += 5
+    now[0] += 2
+    assert clock.now() == 12
+
+
+def test_a_run_in_another_execution_is_refused_in_the_group_as_alone(tmp_path):
+    recipe = override(RECIPE, learning_rate=0.01)
+    together(tmp_path, [0], recipe=recipe, stop=Stop(deadline=0.0))
+    with pytest.MonkeyPatch.context() as patch:
+        asked = iter(range(8))
+        patch.setattr(Stop, "reason", lambda self, needed_seconds: None if next(asked, None) is not None else "x")
+        together(tmp_path, [0], recipe=recipe)
+    bf16 = Execution(precision="bf16")
+    jobs = [job(tmp_path, 0, recipe=recipe)]
+    [(_, refused)] = train_together(jobs, 1, stop=Stop(), execution=bf16, progress=False)
+    assert isinstance(refused, MixedExecution)
+    assert checkpoint.read(jobs[0].folder() / "checkpoint.pt")[1]["segments"][-1]["execution"] == "float32"
