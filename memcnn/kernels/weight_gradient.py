@@ -31,9 +31,9 @@ partial sums           400 programs (3 a multiprocessor) x 9.2 KB = 3.7 MB, writ
 latency                4 tiles of 64 pixels a program, one after the other: 2 to 4 us; two kernels: 2 us to start
 =====================  ==============================================================================================
 
-These overlap in part. The expected sum is 6 to 10 us, against 72 us that cuDNN was measured to take on an H200. Compiled
-for an H100 (``sm_90``), the first plan uses 63 registers a thread and 48 KiB of shared memory, so 4 programs fit on a
-multiprocessor at once. All loads are 16 bytes wide, the products are ``wgmma``, and nothing is spilled.
+These overlap in part. The expected sum is 6 to 10 us, against 72 us that cuDNN was measured to take on an H200.
+Compiled for an H100 (``sm_90``), the first plan uses 63 registers a thread and 48 KiB of shared memory, so 4 programs
+fit on a multiprocessor at once. All loads are 16 bytes wide, the products are ``wgmma``, and nothing is spilled.
 """
 
 import math
@@ -120,10 +120,10 @@ def weight_gradient(output_gradient: Tensor, x: Tensor, plan: Plan, *, processor
     result = torch.empty(
         (out_channels, in_channels, 3, 3), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
-    interpreted = not isinstance(_partial_sums, triton.JITFunction)
+    interpreted = not isinstance(partial_sums, triton.JITFunction)
     splits, tiles = plan.splits(pixels, processors)
     partial = torch.empty((splits, result.numel()), dtype=torch.float32, device=x.device)
-    _partial_sums[(splits, *plan.groups)](
+    partial_sums[(splits, *plan.groups)](
         output_gradient,
         x,
         partial,
@@ -144,14 +144,14 @@ def weight_gradient(output_gradient: Tensor, x: Tensor, plan: Plan, *, processor
     sums, results = (256, 16) if size <= 4096 else (32, 128)  # a tile: 4,096 values, of which each thread adds up 32
     if interpreted:
         sums, results = 32, 1024  # its time is the number of programs
-    _add_up[(triton.cdiv(size, results),)](
+    add_up[(triton.cdiv(size, results),)](
         partial, result, SPLITS=splits, SIZE=size, SUMS=sums, RESULTS=results, num_warps=4
     )
     return result
 
 
 @triton.jit
-def _partial_sums(
+def partial_sums(
     output_gradient,
     x,
     partial,
@@ -195,7 +195,7 @@ def _partial_sums(
 
 
 @triton.jit
-def _add_up(partial, result, SPLITS: tl.constexpr, SIZE: tl.constexpr, SUMS: tl.constexpr, RESULTS: tl.constexpr):
+def add_up(partial, result, SPLITS: tl.constexpr, SIZE: tl.constexpr, SUMS: tl.constexpr, RESULTS: tl.constexpr):
     """Write ``result[e]``, the sum of ``partial[:, e]``, for the elements of this program."""
     element = tl.program_id(0) * RESULTS + tl.arange(0, RESULTS)
     sums = tl.zeros((SUMS, RESULTS), dtype=tl.float32)
