@@ -31,6 +31,8 @@ class Execution:
             process's share.
         deterministic: on a GPU, use only cuDNN's deterministic algorithms. By default cuDNN times its algorithms and
             takes the fastest, which may add in any order.
+        narrow_convolutions: on a GPU, compute weight gradients of narrow 3x3 convolutions by our Triton kernel, for
+            each shape only if it was measured to be faster there. See ``memcnn.kernels``.
     """
 
     precision: str = "float32"
@@ -38,6 +40,7 @@ class Execution:
     compile: bool = False
     sync_batch_norm: bool = False
     deterministic: bool = False
+    narrow_convolutions: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -45,7 +48,7 @@ class Execution:
 
     def __str__(self) -> str:
         """The words of the record: "bf16, graph"."""
-        names = ("graph", "compile", "sync_batch_norm", "deterministic")
+        names = ("graph", "compile", "sync_batch_norm", "deterministic", "narrow_convolutions")
         return ", ".join([self.precision, *(name.replace("_", "-") for name in names if getattr(self, name))])
 
     @classmethod
@@ -80,6 +83,14 @@ class Execution:
         if device.type != "cuda" and self.deterministic:
             effective = replace(effective, deterministic=False)
             without_effect.append(f"deterministic has no effect on {device.type}: its kernels are deterministic anyway")
+        if device.type != "cuda" and self.narrow_convolutions:
+            effective = replace(effective, narrow_convolutions=False)
+            without_effect.append(f"narrow-convolutions has no effect on {device.type}: its kernel needs a GPU")
+        if effective.deterministic and effective.narrow_convolutions:
+            raise ValueError(
+                "got deterministic and narrow-convolutions: the choice between kernels depends on measured times; "
+                "leave out the one or the other"
+            )
         if processes == 1 and self.sync_batch_norm:
             effective = replace(effective, sync_batch_norm=False)
             without_effect.append("sync-batch-norm has no effect with one process: it has the whole batch")

@@ -81,6 +81,8 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
     option("--compile", action="store_true", help="through torch.compile; the first steps take minutes")
     option("--sync-batch-norm", action="store_true", help="under torchrun: statistics of the whole batch (GPUs only)")
     option("--deterministic", action="store_true", help="deterministic kernels, slower on a GPU; CPUs always have them")
+    narrow = "our kernel for weight gradients of narrow convolutions, where it is measured to be faster (GPUs, Triton)"
+    option("--narrow-convolutions", action="store_true", help=narrow)
 
 
 def explicit_execution(given: argparse.Namespace) -> list[str]:

@@ -231,6 +231,7 @@ def _parse(values: object) -> RunRecord:
     if schema == 1:
         values = {**values, "schema": SCHEMA}
         _check_fields(RunRecord, values, without="segments")
+        values = _name_deterministic_kernels(values)
     else:
         _check_fields(RunRecord, values)
         parts = values["segments"]
@@ -239,6 +240,16 @@ def _parse(values: object) -> RunRecord:
     if not isinstance(values["recipe"], dict):
         raise ValueError(f"recipe: got {values['recipe']!r}, wanted an object")
     return RunRecord(**{**values, "recipe": Recipe.from_dict(values["recipe"])})
+
+
+def _name_deterministic_kernels(values: dict) -> dict:
+    """Complete the execution of a record of schema 1: runs on a GPU always used deterministic kernels then."""
+    device, software = values["device"], values["software"]
+    on_gpu = isinstance(device, dict) and device.get("type") == "cuda"
+    execution = software.get("execution") if isinstance(software, dict) else None
+    if not on_gpu or not isinstance(execution, str):
+        return values
+    return {**values, "software": {**software, "execution": f"{execution}, deterministic"}}
 
 
 def _segment(number: int, values: object) -> Segment:

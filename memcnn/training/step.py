@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memcnn import data as cifar
+from memcnn.kernels import use_narrow_convolutions
 from memcnn.training.compilation import compiled, quiet
 from memcnn.training.execution import Execution
 from memcnn.training.graph import captured
@@ -52,6 +53,8 @@ class TrainingStep:
     ) -> None:
         self.model, self.data, self.execution, self.pad = model, data, execution, recipe.pad
         self.forward = forward or model
+        if execution.narrow_convolutions:
+            use_narrow_convolutions(model)
         if execution.compile:
             self.forward = compiled(model, self.forward)
         self.device = data.mean.device

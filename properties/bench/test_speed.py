@@ -9,7 +9,7 @@ import torch
 
 from bench import measure, speed, speed_text
 from bench.speed import UPDATE_BYTES, Work, work
-from memcnn.models.resnet import MODELS, ResNet, basic_branch, resnet32
+from memcnn.models.resnet import MODELS, CifarResNet, basic_branch, resnet32
 from memcnn.testing.prediction import step_flops
 from memcnn.training.execution import Execution
 from properties.training.capture import stand_in
@@ -27,7 +27,7 @@ def test_operations_are_those_of_torchs_own_counter(network):
 
 
 def test_bytes_are_those_of_each_convolution_and_of_the_update():
-    """The first convolution of ResNet-32 by hand: images, weights and result once each."""
+    """The first convolution of CifarResNet-32 by hand: images, weights and result once each."""
     counted = work("resnet32", batch=BATCH, precision="float32")
     images, weights, result = BATCH * 3 * 32 * 32, 16 * 3 * 3 * 3, BATCH * 16 * 32 * 32
     assert counted.parts[0] == (2 * result * 27, 4 * (images + weights + result))
@@ -136,9 +136,9 @@ def queued_twice_in_a_row(queued: list[int]) -> bool:
     return members != [0, 1, 2]
 
 
-def small_resnet() -> ResNet:
+def small_resnet() -> CifarResNet:
     """Not narrower: oneDNN's strided 1x1 convolutions with fewer than 8 channels write out of their bounds."""
-    return ResNet(basic_branch, units=(1, 1), channels=(8, 8, 16), num_classes=10)
+    return CifarResNet(basic_branch, units=(1, 1), channels=(8, 8, 16), num_classes=10)
 
 
 def test_the_time_of_a_group_is_that_of_one_of_its_steps(monkeypatch, capsys):

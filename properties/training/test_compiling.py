@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from memcnn import data as cifar
-from memcnn.models.resnet import ResNet, basic_branch
+from memcnn.models.resnet import CifarResNet, basic_branch
 from memcnn.training.compilation import compiled
 from memcnn.training.execution import Execution
 from memcnn.training.graph import captured
@@ -27,13 +27,13 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def tiny_resnet(num_classes: int = 10) -> ResNet:
-    return ResNet(basic_branch, (1, 2), (8, 8, 16), num_classes)
+def tiny_resnet(num_classes: int = 10) -> CifarResNet:
+    return CifarResNet(basic_branch, (1, 2), (8, 8, 16), num_classes)
 
 
-def tiny_revnet(num_classes: int = 10, *, disable: bool = False) -> ResNet:
+def tiny_revnet(num_classes: int = 10, *, disable: bool = False) -> CifarResNet:
     """A reversible unit without activation in front, one that strides, and another reversible one."""
-    return ResNet(basic_branch, (1, 2), (8, 8, 16), num_classes, reversible=True, disable=disable)
+    return CifarResNet(basic_branch, (1, 2), (8, 8, 16), num_classes, reversible=True, disable=disable)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def cell(make, execution: Execution, *, seed: int = 0, num_classes: int = 10, st
         (tiny_revnet, 5, Execution(compile=True, precision="bf16")),
         (functools.partial(tiny_revnet, disable=True), 1, COMPILED),
     ],
-    ids=["ResNet", "RevNet", "RevNet in bf16", "RevNet with the engine off"],
+    ids=["CifarResNet", "RevNet", "RevNet in bf16", "RevNet with the engine off"],
 )
 def test_a_second_cell_of_a_model_compiles_nothing_new(graphs, make, graphs_of_it, execution):
     cell(make, execution)
@@ -132,7 +132,7 @@ def test_nothing_is_said_while_compiling():
     """With the compiler that training uses, and all parts of a RevNet."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = ResNet(basic_branch, (1,), (8, 8), reversible=True).to(memory_format=torch.channels_last)
+    model = CifarResNet(basic_branch, (1,), (8, 8), reversible=True).to(memory_format=torch.channels_last)
     step = TrainingStep(model, SMALL, DATA, COMPILED)
     with warnings.catch_warnings(record=True) as said, COMPILED.settings(CPU):
         warnings.simplefilter("always")

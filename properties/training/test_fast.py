@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memcnn import data as cifar
+from memcnn.kernels import NarrowConv2d
 from memcnn.models.resnet import MODELS, CifarResNet, basic_branch
 from memcnn.testing.tolerances import relative_error, tolerance
 from memcnn.training.execution import Execution
@@ -273,15 +274,27 @@ def test_fast_is_refused_beside_what_it_chooses():
 
 
 def test_what_has_no_effect_on_a_cpu_is_said_and_left_out(tmp_path, capsys):
-    nothing = Execution(precision="tf32", graph=True, sync_batch_norm=True, deterministic=True)
+    nothing = Execution(
+        precision="tf32", graph=True, sync_batch_norm=True, deterministic=True, narrow_convolutions=True
+    )
     record = run(tmp_path, execution=nothing, progress=True)
     assert record.software["execution"] == "float32"
     said = capsys.readouterr().err
-    for name in ("graph", "tf32", "deterministic", "sync-batch-norm"):
+    for name in ("graph", "tf32", "deterministic", "sync-batch-norm", "narrow-convolutions"):
         assert f"{name} has no effect" in said
 
 
+def test_narrow_convolutions_take_the_place_of_plain_ones_only_where_asked_for():
+    plain, narrow = (small_revnet() for _ in range(2))
+    TrainingStep(plain, SMALL, DATA, Execution())
+    TrainingStep(narrow, SMALL, DATA, Execution(narrow_convolutions=True))
+    assert not any(isinstance(module, NarrowConv2d) for module in plain.modules())
+    assert any(isinstance(module, NarrowConv2d) for module in narrow.modules())
+
+
 def test_what_cannot_be_had_is_refused():
+    with pytest.raises(ValueError, match="got deterministic and narrow-convolutions"):
+        Execution(deterministic=True, narrow_convolutions=True).on(torch.device("cuda"))
     with pytest.raises(ValueError, match="precision: got 'fp8', wanted one of float32, tf32, bf16"):
         Execution(precision="fp8")
     with pytest.raises(ValueError, match="sync-batch-norm: PyTorch synchronises BatchNorm on GPUs only"):

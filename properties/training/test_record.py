@@ -115,6 +115,17 @@ def test_a_record_of_schema_1_has_one_segment(tmp_path):
         load(path)
 
 
+def test_a_record_of_schema_1_on_a_gpu_names_the_deterministic_kernels_that_it_used(tmp_path):
+    values = json.loads(PARTIAL.write(tmp_path).read_text())
+    del values["segments"]
+    values |= {"schema": 1, "software": {**values["software"], "execution": "bf16, graph"}}
+    (tmp_path / "record.json").write_text(json.dumps(values))
+    assert load(tmp_path).segments[0].execution == "bf16, graph"
+    values["device"]["type"] = "cuda"
+    (tmp_path / "record.json").write_text(json.dumps(values))
+    assert load(tmp_path).segments[0].execution == "bf16, graph, deterministic"
+
+
 @pytest.mark.parametrize("folder", sorted((Path(reports.__file__).parent / "records").glob("*/record.json")), ids=str)
 def test_the_committed_records_are_read_and_lie_where_their_name_says(folder):
     assert load(folder).name == folder.parent.name

@@ -1,0 +1,235 @@
+"""Choose, for each shape, between the library's weight gradient and the plans of our kernel, by timing them once.
+
+The rules:
+
+1. A shape is measured the first time that its weight gradient is computed on real tensors, unless a CUDA graph is being
+   captured on the current stream. During a capture the library computes what was not measured before.
+2. A plan is chosen only if it ran, agreed with the library, and took at most ``MOST_OF_LIBRARY`` of its time.
+3. Where the caller asks for deterministic algorithms the library computes everything. Each plan is deterministic, but
+   the choice between them depends on a clock.
+4. Choices are kept for the life of the process. All threads share them, and one thread measures at a time. Other
+   threads must not capture a CUDA graph meanwhile: measuring allocates memory and waits for the GPU.
+"""
+
+import statistics
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from memcnn.kernels.weight_gradient import Plan
+
+LIBRARY = "library"
+MOST_OF_LIBRARY = 0.95  # a smaller gain is within the noise of the measurement
+AGREEMENT = 0.01  # largest relative difference to the library's result, as norms; bfloat16 rounds to 0.004
+ROUNDS, CALLS = 5, 10
+SLEEP_CYCLES, MOST_SLEEP_CYCLES = 2_000_000, 64_000_000  # 1 and 32 ms on an H100
+
+Timer = Callable[[Mapping[str, Callable[[], object]]], dict[str, float]]
+
+
+class Key(NamedTuple):
+    """Everything that a choice depends on. Both tensors are dense in channels_last, so shapes fix the strides."""
+
+    device: torch.device
+    dtype: torch.dtype
+    input_shape: tuple[int, ...]
+    out_channels: int
+    library_benchmark: bool  # torch.backends.cudnn.benchmark: the library may be faster with it
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured for one shape, and what was chosen.
+
+    Args:
+        device: name of the GPU, or ``cpu``.
+        dtype: of input, output gradient and result.
+        input_shape: (N, C_in, H, W).
+        out_channels: number of channels of the output gradient.
+        library_benchmark: whether cuDNN was free to choose its algorithm by measurement.
+        microseconds: time of one weight gradient, by name; ``library`` is cuDNN's.
+        rejected: for each plan that failed or disagreed with the library, the reason.
+        chosen: the name of what is used from now on.
+    """
+
+    device: str
+    dtype: str
+    input_shape: tuple[int, ...]
+    out_channels: int
+    library_benchmark: bool
+    microseconds: dict[str, float]
+    rejected: dict[str, str] = field(default_factory=dict)
+    chosen: str = LIBRARY
+
+
+class Choices:
+    """The choices of a process, or of a test.
+
+    Args:
+        timer: returns the microseconds of each of several functions. By default, ``gpu_microseconds``.
+    """
+
+    def __init__(self, timer: Timer | None = None) -> None:
+        self.timer = timer or gpu_microseconds
+        self.lock = threading.Lock()
+        self.found: dict[Key, tuple[Plan | None, Measurement]] = {}
+
+    def plan(self, output_gradient: Tensor, x: Tensor) -> "Plan | None":
+        """Return the plan for tensors like these, or ``None`` for the library. Measure it if rule 1 allows it."""
+        if torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+            return None
+        benchmark = torch.backends.cudnn.benchmark
+        key = Key(x.device, x.dtype, tuple(x.shape), output_gradient.shape[1], benchmark)
+        if key not in self.found:
+            if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return None
+            with self.lock:
+                if key not in self.found:
+                    self.found[key] = self._measure(key)
+        return self.found[key][0]
+
+    def measured(self) -> list[Measurement]:
+        """Return everything that was measured, in the order of measuring."""
+        return [measurement for _, measurement in list(self.found.values())]
+
+    def _measure(self, key: Key) -> "tuple[Plan | None, Measurement]":
+        generator = torch.Generator(key.device).manual_seed(0)  # the caller's random numbers stay as they are
+        x, gradient = (
+            torch.empty(shape, dtype=key.dtype, device=key.device, memory_format=torch.channels_last)
+            for shape in (key.input_shape, (key.input_shape[0], key.out_channels, *key.input_shape[2:]))
+        )
+        for tensor in (x, gradient):
+            tensor.normal_(generator=generator)
+        expected = library_weight_gradient(gradient, x)
+        runs: dict[str, Callable[[], Tensor]] = {LIBRARY: lambda: library_weight_gradient(gradient, x)}
+        by_name, rejected = {}, {}
+        for plan in plans(key.out_channels, key.input_shape[1]):
+            try:
+                _check_agreement(planned_weight_gradient(gradient, x, plan), expected)
+            except Exception as error:  # whatever a compiler or a driver raises: the library can do it
+                rejected[str(plan)] = f"{type(error).__name__}: {error}"
+                continue
+            by_name[str(plan)] = plan
+            runs[str(plan)] = lambda plan=plan: planned_weight_gradient(gradient, x, plan)
+        if rejected:
+            warnings.warn(_rejected(key, rejected), RuntimeWarning, stacklevel=2)
+        with torch.cuda.device(key.device) if key.device.type == "cuda" else nullcontext():
+            microseconds = self.timer(runs) if by_name else {}
+        chosen = fastest(microseconds)
+        device = torch.cuda.get_device_name(key.device) if key.device.type == "cuda" else str(key.device)
+        measurement = Measurement(
+            device, str(key.dtype).removeprefix("torch."), *key[2:], microseconds, rejected, chosen
+        )
+        return by_name.get(chosen), measurement
+
+
+def fastest(microseconds: Mapping[str, float]) -> str:
+    """Return the name of the fastest plan if it beats the library by the margin of rule 2, else ``LIBRARY``."""
+    ours = {name: time for name, time in microseconds.items() if name != LIBRARY}
+    best = min(ours, key=ours.__getitem__, default=LIBRARY)
+    return best if ours and ours[best] <= MOST_OF_LIBRARY * microseconds[LIBRARY] else LIBRARY
+
+
+def plans(out_channels: int, in_channels: int) -> "tuple[Plan, ...]":
+    """Return the plans to measure. There are none where Triton cannot be imported."""
+    try:
+        from memcnn.kernels import weight_gradient
+    except ImportError as error:
+        warnings.warn(f"Triton cannot be imported ({error}): weight gradients are the library's", stacklevel=2)
+        return ()
+    return weight_gradient.plans(out_channels, in_channels)
+
+
+def planned_weight_gradient(output_gradient: Tensor, x: Tensor, plan: "Plan") -> Tensor:
+    """Return the weight gradient that our kernel computes, see ``memcnn.kernels.weight_gradient``."""
+    from memcnn.kernels.weight_gradient import weight_gradient
+
+    if x.device.type != "cuda":  # Triton's interpreter
+        return weight_gradient(output_gradient, x, plan, processors=1)
+    with torch.cuda.device(x.device):
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        return weight_gradient(output_gradient, x, plan, processors=processors)
+
+
+def library_weight_gradient(output_gradient: Tensor, x: Tensor) -> Tensor:
+    """Return the weight gradient that PyTorch computes (on a GPU, by cuDNN), in channels_last."""
+    weight = x.new_empty(output_gradient.shape[1], x.shape[1], 3, 3).to(memory_format=torch.channels_last)
+    arguments = [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+    result = torch.ops.aten.convolution_backward(output_gradient, x, weight, None, *arguments)[1]
+    return result.contiguous(memory_format=torch.channels_last)
+
+
+def gpu_microseconds(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the microseconds of each function on the current GPU: the median of rounds in which they take turns.
+
+    The GPU sleeps while the calls are queued, so the time that Python needs to launch a kernel is not measured. This is
+    the time that matters in a CUDA graph. Inputs stay in the L2 cache if they fit, for all functions alike.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    if not torch.cuda.is_available():
+        raise RuntimeError("gpu_microseconds needs a CUDA device, and there is none: pass Choices a timer of your own")
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            times[name].append(_microseconds(run))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _microseconds(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    cycles = SLEEP_CYCLES
+    while True:
+        torch.cuda._sleep(cycles)  # private, but what PyTorch's own tests use; a public kernel takes no time to order
+        start.record()
+        for _ in range(CALLS):
+            run()
+        end.record()
+        starved = start.query()  # the GPU woke up before the last call was queued
+        end.synchronize()
+        if not starved or cycles >= MOST_SLEEP_CYCLES:
+            return 1e3 * start.elapsed_time(end) / CALLS
+        cycles *= 2
+
+
+def _check_agreement(result: Tensor, expected: Tensor) -> None:
+    difference, size = (tensor.norm().item() for tensor in (result.float() - expected.float(), expected.float()))
+    if not difference <= AGREEMENT * size:
+        raise ArithmeticError(f"differs from the library's result by {difference / size:.1e} of its norm")
+
+
+def _rejected(key: Key, rejected: Mapping[str, str]) -> str:
+    plan, reason = next(iter(rejected.items()))
+    return (
+        f"{len(rejected)} plans for the weight gradient of input {key.input_shape}, {key.out_channels} output "
+        f"channels, {key.dtype} on {key.device} failed. Training goes on without them. The first: {plan}: {reason}"
+    )
+
+
+_current = Choices()
+
+
+def current() -> Choices:
+    """Return the choices that weight gradients are computed by."""
+    return _current
+
+
+def measured() -> list[Measurement]:
+    """Return what this process has measured so far, one entry a shape."""
+    return _current.measured()
+
+
+@contextmanager
+def choosing(choices: Choices) -> Iterator[Choices]:
+    """Use ``choices`` in all threads within this context. For tests and benchmarks."""
+    global _current
+    before, _current = _current, choices
+    try:
+        yield choices
+    finally:
+        _current = before

@@ -1,0 +1,226 @@
+"""Run the weight-gradient kernel on a CPU with Triton's interpreter.
+
+The variable must be set before Triton is imported, so ``test_narrow_conv.py`` runs this file in a process of its own.
+By hand: ``TRITON_INTERPRET=1 pytest properties/kernels/interpreted.py``.
+"""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memcnn import kernels
+from memcnn.kernels import weight_gradient
+from memcnn.kernels.convolution import conv3x3_weight_gradient
+from memcnn.models.resnet import CifarResNet, basic_branch
+
+pytestmark = [  # the compiler's own
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning"),
+]
+SHAPES = [  # N, C_in, C_out, H, W
+    (2, 16, 16, 8, 8),
+    (1, 16, 16, 1, 1),
+    (5, 16, 16, 7, 9),
+    (3, 32, 16, 5, 3),
+    (3, 16, 32, 1, 70),
+    (2, 32, 32, 9, 6),
+    (1, 64, 64, 2, 3),
+]
+LIMITS = {torch.float32: 1e-6, torch.bfloat16: 2**-7}  # largest error, to the largest value
+
+
+def images(n: int, channels: int, height: int, width: int, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Return images in channels_last that lie between two others, which are NaN, so that a stray read shows."""
+    padded = torch.full((n + 2, channels, height, width), torch.nan, dtype=dtype)
+    padded = padded.contiguous(memory_format=torch.channels_last)
+    padded[1:-1] = torch.randn(n, channels, height, width)
+    return padded[1:-1]
+
+
+def exact_weight_gradient(output_gradient: Tensor, x: Tensor) -> Tensor:
+    """Return the weight gradient in float64, by autograd."""
+    weight = torch.zeros(output_gradient.shape[1], x.shape[1], 3, 3, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(F.conv2d(x.double(), weight, padding=1), weight, output_gradient.double())
+    return gradient
+
+
+def error(result: Tensor, expected: Tensor) -> float:
+    """Return the largest difference as a share of the largest expected value."""
+    return ((result.detach().double() - expected.detach()).abs().max() / expected.detach().abs().max()).item()
+
+
+def kernel_wins(runs: dict) -> dict[str, float]:
+    """Act as a timer by which each plan is faster than the library, and the last one fastest."""
+    return {name: float(len(runs) - index) for index, name in enumerate(runs)}
+
+
+@pytest.fixture
+def chosen():
+    """Let the kernel, which is slow under the interpreter, be chosen for every shape."""
+    with kernels.choosing(kernels.Choices(kernel_wins)) as choices:
+        yield choices
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel_against_float64(shape, dtype):
+    n, in_channels, out_channels, height, width = shape
+    x, gradient = (images(n, c, height, width, dtype=dtype) for c in (in_channels, out_channels))
+    plans = weight_gradient.plans(out_channels, in_channels)
+    assert len(plans) >= 3
+    for plan in plans if dtype == torch.float32 else plans[:1]:
+        result = weight_gradient.weight_gradient(gradient, x, plan, processors=1)
+        assert (result.dtype, result.shape) == (dtype, (out_channels, in_channels, 3, 3))
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        assert error(result, exact_weight_gradient(gradient, x)) <= LIMITS[dtype], plan
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+def test_every_split_of_the_pixels_gives_the_same_gradient(processors):
+    """The number of programs, and the tiles of the last one, which has fewer pixels, change nothing but rounding."""
+    x, gradient = (images(5, 16, 7, 9, dtype=torch.float32) for _ in range(2))
+    for pixels in (16, 64):
+        plan = replace(weight_gradient.plans(16, 16)[0], pixels=pixels, occupancy=1)
+        first, second = (weight_gradient.weight_gradient(gradient, x, plan, processors=processors) for _ in range(2))
+        assert error(first, exact_weight_gradient(gradient, x)) <= LIMITS[torch.float32]
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_gradients_are_those_of_conv2d(chosen, memory_format):
+    """Output and data gradient have the same bits. The output gradient may have any strides."""
+    x, weight = images(3, 16, 5, 6).requires_grad_(), torch.randn(32, 16, 3, 3).bfloat16().requires_grad_()
+    gradient = torch.randn(3, 32, 5, 6).bfloat16().contiguous(memory_format=memory_format)
+    results = []
+    for convolution in (kernels.narrow_conv2d, lambda x, weight: F.conv2d(x, weight, padding=1)):
+        y = convolution(x, weight)
+        results.append((y, *torch.autograd.grad(y, (x, weight), gradient)))
+    ours, library = results
+    assert torch.equal(ours[0], library[0]) and torch.equal(ours[1], library[1])
+    assert error(ours[2], exact_weight_gradient(gradient, x)) <= LIMITS[torch.bfloat16]
+    assert [measurement.chosen for measurement in chosen.measured()] != ["library"]
+    assert ours[2].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (False, True), (True, False), (False, False)])
+def test_only_wanted_gradients_are_computed(chosen, wanted):
+    x, weight = images(2, 16, 4, 4), torch.randn(16, 16, 3, 3).bfloat16()
+    x.requires_grad_(wanted[0]), weight.requires_grad_(wanted[1])
+    y = kernels.narrow_conv2d(x, weight)
+    assert y.requires_grad == any(wanted)
+    if any(wanted):
+        y.float().square().sum().backward()
+    assert (x.grad is not None, weight.grad is not None) == wanted
+    assert len(chosen.measured()) == wanted[1]
+
+
+def test_second_derivative(chosen):
+    """The gradient of a penalty on all first gradients is that of the library's convolution."""
+    leaves = [images(2, 16, 4, 5), torch.randn(16, 16, 3, 3).bfloat16() / 12, images(2, 16, 4, 5)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    results = []
+    for convolution in (kernels.narrow_conv2d, lambda x, weight: F.conv2d(x, weight, padding=1)):
+        x, weight, gradient = leaves
+        first = torch.autograd.grad(convolution(x, weight), (x, weight), gradient, create_graph=True)
+        penalty = sum(value.float().square().sum() for value in first)
+        results.append(torch.autograd.grad(penalty, leaves))
+    for ours, library in zip(*results, strict=True):
+        assert error(ours, library.double()) <= 2 * LIMITS[torch.bfloat16]
+
+
+def test_operator_passes_opcheck(chosen):
+    arguments = images(1, 16, 3, 3).requires_grad_(), images(1, 16, 3, 3).requires_grad_()
+    torch.library.opcheck(conv3x3_weight_gradient, arguments)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_without_a_graph_break(chosen, autocast):
+    torch._dynamo.reset()
+    dtype = torch.float32 if autocast else torch.bfloat16
+    x = images(2, 16, 4, 5, dtype=dtype).requires_grad_()
+    weight = torch.randn(16, 16, 3, 3, dtype=dtype).requires_grad_()
+    results = []
+    for convolution in (
+        kernels.narrow_conv2d,
+        torch.compile(kernels.narrow_conv2d, fullgraph=True, backend="aot_eager"),
+    ):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = convolution(x, weight)
+        assert y.dtype == torch.bfloat16
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, weight))))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert [gradient.dtype for gradient in results[0][1:]] == [dtype, dtype]
+    assert len(chosen.measured()) == 1  # when it ran: a compiler sees no values to measure with
+
+
+def test_in_a_reversible_network(chosen):
+    """A reversible network has the gradients of its twin, which stores its activations, bit for bit."""
+    results = []
+    for disable in (False, True):
+        torch.manual_seed(0)
+        model = CifarResNet(basic_branch, (1,), (32, 32), reversible=True, disable=disable)
+        model = model.to(memory_format=torch.channels_last)
+        assert len(kernels.use_narrow_convolutions(model)) == 4
+        x = images(2, 3, 3, 4, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(x).float(), torch.tensor([1, 2]))
+        loss.backward()
+        results.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert [measurement.chosen != "library" for measurement in chosen.measured()] == [True]
+
+
+class Short(weight_gradient.Plan):
+    """A plan that leaves out all but the first tile."""
+
+    def splits(self, pixels: int, processors: int) -> tuple[int, int]:
+        return 1, 1
+
+
+def test_plans_that_fail_or_disagree_are_not_used(monkeypatch):
+    """They are rejected with a warning that names the reason; the library computes the gradient."""
+    bad = replace(weight_gradient.plans(16, 16)[0], pixels=48), Short(4, 4, pixels=16)
+    monkeypatch.setattr(weight_gradient, "plans", lambda *channels: bad)
+    x, weight = images(2, 16, 4, 5).requires_grad_(), torch.randn(16, 16, 3, 3).bfloat16().requires_grad_()
+    with kernels.choosing(kernels.Choices(kernel_wins)) as choices:
+        with pytest.warns(RuntimeWarning, match=r"2 plans for the weight gradient of input \(2, 16, 4, 5\)"):
+            kernels.narrow_conv2d(x, weight).sum().backward()
+    (measurement,) = choices.measured()
+    assert measurement.chosen == "library"
+    first, second = measurement.rejected.values()
+    assert "power of 2" in first and "differs from the library's result" in second
+    expected = torch.autograd.grad(F.conv2d(x, weight, padding=1).sum(), weight)[0]
+    assert torch.equal(weight.grad, expected)
+
+
+def test_one_thread_measures_for_all():
+    calls = []
+
+    def timer(runs: dict) -> dict[str, float]:
+        calls.append(threading.get_ident())
+        return kernel_wins(runs)
+
+    x, gradient = images(1, 16, 3, 3), images(1, 16, 3, 3)
+    choices, plans = kernels.Choices(timer), []
+    threads = [threading.Thread(target=lambda: plans.append(choices.plan(gradient, x))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert plans == [weight_gradient.plans(16, 16)[-1]] * 4
+
+
+def test_swapped_module_computes_by_the_kernel(chosen):
+    layer = nn.Conv2d(16, 16, 3, padding=1, bias=False).bfloat16()
+    kernels.use_narrow_convolutions(layer)
+    layer(images(1, 16, 3, 3)).sum().backward()
+    assert len(chosen.measured()) == 1
+    with torch.no_grad():
+        layer(images(1, 16, 2, 3))
+    assert len(chosen.measured()) == 1

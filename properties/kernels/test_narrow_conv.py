@@ -1,0 +1,249 @@
+"""Narrow convolutions: the library's own where the kernel cannot run, and the kernel only where it was measured to win.
+
+The kernel itself is tested on a CPU by ``interpreted.py``, in a process of its own, and on a GPU here.
+"""
+
+import copy
+import os
+import pickle
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from memcnn import kernels
+from memcnn.kernels.choice import fastest, gpu_microseconds
+from memcnn.kernels.convolution import conv3x3_weight_gradient
+from memcnn.models.resnet import MODELS
+
+ROOT = Path(__file__).parents[2]
+INTERPRETED = Path(__file__).with_name("interpreted.py")
+SHARED_MEMORY_BYTES = 227 * 1024  # of a program on an H100
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton: run `tox -e kernels`")
+needs_gpu = pytest.mark.skipif(
+    find_spec("triton") is None or not torch.cuda.is_available(), reason="needs Triton and a CUDA device"
+)
+
+
+@needs_triton
+def test_kernel_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(INTERPRETED)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\b[1-9]\d* passed", done.stdout) and "skipped" not in done.stdout, done.stdout
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("channels, size", [(16, 32), (32, 16), (64, 8)])
+def test_kernel_compiles_for_an_h100(channels, size):
+    """Every plan fits into shared memory, uses the tensor cores, and loads 16 bytes at a time."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from memcnn.kernels import weight_gradient
+
+    kernel = weight_gradient.partial_sums
+    names = kernel.arg_names
+    for plan in weight_gradient.plans(channels, channels):
+        constants = {
+            "TILES": plan.splits(100 * size * size, 132)[1],
+            "HEIGHT": size,
+            "WIDTH": size,
+            "C_OUT": channels,
+            "C_IN": channels,
+            "ROW_TAPS": plan.row_taps,
+            "COLUMN_TAPS": plan.column_taps,
+            "PIXELS": plan.pixels,
+            "INTERPRETED": False,
+        }
+        pointers = {"output_gradient": "*bf16", "x": "*bf16", "partial": "*fp32"}
+        signature = dict.fromkeys(names, "constexpr") | pointers | {"pixels": "i32"}
+        source = ASTSource(
+            kernel,
+            signature,
+            {(names.index(name),): value for name, value in constants.items()},
+            {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "pixels")},
+        )
+        options = {"num_warps": plan.warps, "num_stages": plan.stages}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        code = compiled.asm["ptx"]
+        assert compiled.metadata.shared <= SHARED_MEMORY_BYTES, plan
+        assert "wgmma.mma_async" in code or "mma.sync" in code, plan
+        loads = re.findall(r"(?:ld\.global|cp\.async\.c[ag])[^;]*;", code)
+        assert loads and all(".v4.b32" in load or re.search(r"0x10\b", load) for load in loads), plan
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 16, 5, 6), (1, 32, 1, 1), (2, 8, 4, 4)])
+def test_on_a_cpu_it_is_conv2d(shape, dtype):
+    """Same bits, same graph, nothing measured."""
+    x = torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(16, shape[1], 3, 3, dtype=dtype, requires_grad=True)
+    results = []
+    for convolution in (kernels.narrow_conv2d, lambda x, weight: F.conv2d(x, weight, padding=1)):
+        y = convolution(x, weight)
+        assert type(y.grad_fn).__name__ == "ConvolutionBackward0"
+        results.append((y, *torch.autograd.grad(y.sum(), (x, weight))))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert kernels.measured() == []
+
+
+def test_wrong_shapes_raise_as_conv2d_does():
+    with pytest.raises(RuntimeError, match="expected input.* to have 16 channels, but got 32 channels"):
+        kernels.narrow_conv2d(torch.zeros(1, 32, 4, 4), torch.zeros(16, 16, 3, 3, requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    "times, chosen",
+    [
+        ({"library": 70.0, "a": 9.0, "b": 8.0}, "b"),
+        ({"library": 10.0, "a": 9.0, "b": 9.6}, "a"),
+        ({"library": 10.0, "a": 9.6}, "library"),  # within the noise
+        ({"library": 10.0, "a": 20.0}, "library"),
+        ({"library": 10.0}, "library"),
+        ({}, "library"),
+    ],
+)
+def test_the_fastest_is_chosen(times, chosen):
+    assert fastest(times) == chosen
+
+
+def test_nothing_is_measured_during_a_capture_or_where_determinism_is_wanted(monkeypatch):
+    def timer(runs: dict) -> dict[str, float]:
+        raise AssertionError("measured")
+
+    choices = kernels.Choices(timer)
+    with FakeTensorMode():
+        x, gradient = (torch.empty(2, 16, 4, 4, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert choices.plan(gradient, x) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cudnn, "deterministic", True)
+        assert choices.plan(gradient, x) is None
+    assert choices.measured() == []
+
+
+def test_choosing_restores_the_choices_before():
+    choices = kernels.Choices(lambda runs: {})
+    with pytest.raises(KeyError), kernels.choosing(choices) as inner:
+        assert inner is choices
+        raise KeyError
+    assert kernels.measured() == []
+
+
+def test_timing_without_a_gpu_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="pass Choices a timer of your own"):
+        gpu_microseconds({"nothing": lambda: None})
+
+
+@pytest.mark.parametrize("network, count", [("resnet32", 28), ("resnet164", 52), ("revnet38", 21)])
+def test_swapping_changes_the_class_and_nothing_else(network, count):
+    model = MODELS[network]()
+    keys, parameters, modules = list(model.state_dict()), list(model.parameters()), list(model.modules())
+    changed = kernels.use_narrow_convolutions(model)
+    assert len(changed) == count
+    assert all(type(model.get_submodule(name)) is kernels.NarrowConv2d for name in changed)
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert kernels.use_narrow_convolutions(model) == []
+    assert kernels.use_narrow_convolutions(model, enabled=False) == changed
+    assert not any(isinstance(module, kernels.NarrowConv2d) for module in model.modules())
+
+
+def test_swapped_modules_copy_pickle_and_compute():
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32))
+    x = torch.randn(2, 16, 4, 4)
+    expected = model(x)
+    assert kernels.use_narrow_convolutions(model) == ["0"]
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other[0]) is kernels.NarrowConv2d
+        assert torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"stride": 2}, {"padding": 0}, {"dilation": 2}, {"groups": 2}, {"bias": True}, {"padding_mode": "reflect"}],
+    ids=str,
+)
+def test_other_convolutions_stay(options):
+    layer = nn.Conv2d(16, 16, 3, **({"padding": 1, "bias": False} | options))
+    assert kernels.use_narrow_convolutions(layer) == []
+    assert kernels.use_narrow_convolutions(nn.Conv2d(16, 16, 1, bias=False)) == []
+    assert kernels.use_narrow_convolutions(nn.Conv2d(3, 16, 3, padding=1, bias=False)) == []
+
+
+def test_a_module_that_changed_after_the_swap_stays_right():
+    """One that is given a bias or a stride later computes what it says."""
+    layer = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+    plain = copy.deepcopy(layer)
+    kernels.use_narrow_convolutions(layer)
+    x = torch.randn(1, 16, 4, 4)
+    for module in (layer, plain):
+        module.bias = nn.Parameter(torch.arange(16.0))
+        module.stride = (2, 2)
+    assert torch.equal(layer(x), plain(x))
+    assert torch.equal(layer(x[0]), plain(x[0]))
+
+
+@needs_gpu
+@pytest.mark.parametrize("channels, size", [(16, 32), (32, 16), (64, 8), (16, 7)])
+def test_on_a_gpu_every_plan_is_right_and_one_is_chosen(channels, size):
+    from memcnn.kernels import weight_gradient
+    from memcnn.kernels.choice import planned_weight_gradient
+
+    x, gradient = (
+        torch.randn(33, channels, size, size, device="cuda", dtype=torch.bfloat16).contiguous(
+            memory_format=torch.channels_last
+        )
+        for _ in range(2)
+    )
+    weight = torch.zeros(channels, channels, 3, 3, device="cuda", dtype=torch.float64, requires_grad=True)
+    (exact,) = torch.autograd.grad(F.conv2d(x.double(), weight, padding=1), weight, gradient.double())
+    for plan in weight_gradient.plans(channels, channels):
+        first, second = (planned_weight_gradient(gradient, x, plan) for _ in range(2))
+        assert torch.equal(first, second), plan
+        assert (first - exact).abs().max() <= 2**-7 * exact.abs().max(), plan
+    choices = kernels.Choices()
+    choices.plan(gradient, x)
+    (measurement,) = choices.measured()
+    assert not measurement.rejected and all(time > 0 for time in measurement.microseconds.values())
+
+
+@needs_gpu
+def test_on_a_gpu_a_captured_gradient_is_the_eager_one():
+    """In a graph, the library computes what was not measured, and the chosen plan what was."""
+    x, gradient = (
+        torch.randn(4, 16, 8, 8, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    conv3x3_weight_gradient(gradient[:1], x[:1])  # libraries set themselves up
+    torch.cuda.synchronize()
+    for measured in (0, 1):
+        with kernels.choosing(
+            kernels.Choices(lambda runs: {name: float(name == "library") for name in runs})
+        ) as choices:
+            if measured:
+                eager = conv3x3_weight_gradient(gradient, x)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = conv3x3_weight_gradient(gradient, x)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert len(choices.measured()) == measured
+            if not measured:
+                eager = torch.empty_like(captured).copy_(captured)
+            assert torch.allclose(captured.float(), eager.float(), rtol=2**-6, atol=1e-2)
+    assert torch.equal(captured, eager)
