@@ -51,7 +51,12 @@ def predict_step_memory(
     """
     with FakeTensorMode() as mode:
         model, optimiser, batch, step = training_step(
-            partial(_make_fake, make_model, mode), make_batch, loss=loss, optimizer=optimizer, autocast=autocast, all_at_once=device == "cuda"
+            partial(_make_fake, make_model, mode),
+            make_batch,
+            loss=loss,
+            optimizer=optimizer,
+            autocast=autocast,
+            all_at_once=device == "cuda",
         )
         block_bytes = CUDA_BLOCK_BYTES if device == "cuda" else 1
         return measure_peak_split(model, step, optimizer=optimiser, batch=batch, block_bytes=block_bytes)
@@ -142,7 +147,7 @@ def _make_fake(make_model: Callable[[], nn.Module], mode: FakeTensorMode) -> nn.
         with _FakeCopies():
             model = make_model()
     except Exception:  # a fault of the model itself is raised again
-        with unset_fake_temporarily():
+        with unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
             model = make_model()
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
     if all(isinstance(tensor, FakeTensor) for tensor in tensors):

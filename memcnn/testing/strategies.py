@@ -9,8 +9,8 @@ own, which changes each half of its channels by a function F of the other half::
         n, half, *sizes = branch.shape
         assert check_all(MyBlock(branch.build()), Values((n, 2 * half, *sizes), seed=seed).build()).passed
 
-``deadline=None``, since an example takes some tenths of a second, and PyTorch's first calls take longer than hypothesis'
-default of 200 ms. ``settings(max_examples=...)`` says how many are tried: 100 if not given.
+``deadline=None``, since an example takes longer than the 200 ms that hypothesis allows by default.
+``settings(max_examples=...)`` says how many are tried: 100 if not given.
 """
 
 from collections.abc import Collection, Sequence
