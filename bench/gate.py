@@ -1,14 +1,16 @@
-"""Says what became worse between two results of ``python -m bench``, and fails if it is too much.
+"""Report what became worse between two results of ``python -m bench``, and fail if it is too much.
 
     python bench/gate.py BASE NOW --fail peak_bytes:1% --fail median:10%
     python -m bench.gate bench/baselines/cpu.json NOW          bytes and evaluations, exactly
     python -m bench.gate bench/baselines/cpu.json NOW --save   let NOW be the base from now on
+    python -m bench.gate BASE NOW --allow-missing 'speed-*'    NOW measured fewer cases
 
 A metric is a number of the memory measurements (peak_bytes, activation_bytes, evaluations, ...), or of the time:
 `ratio` to plain autograd within one run, or `median` seconds, which are compared where both ran on the same kind of
-machine, and as `ratio` elsewhere. Time fails only if beyond its limit the quartiles of the two do not overlap.
+machine, and as `ratio` elsewhere. Time fails only if beyond its limit the quartiles of the two do not overlap. A case
+that has a value in BASE and none in NOW fails, unless --allow-missing names it.
 
-Exit status: 0 nothing became worse, 1 something did, 2 misuse.
+Exit status: 0 nothing became worse, 1 something did or is missing, 2 misuse.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the packages are in the folder above
@@ -71,42 +74,47 @@ def gated() -> list:
     ]
 
 
-def compare(base: pd.DataFrame, now: pd.DataFrame, limits: dict[str, float]) -> list[Change]:
-    """The changes of all cases that both have. Misuse if there are none for a metric."""
-    changes = []
+def compare(base: pd.DataFrame, now: pd.DataFrame, limits: dict[str, float]) -> tuple[list[Change], set[str]]:
+    """Return the changes of all cases that both results have, and the cases that only BASE has a value for.
+
+    Raises:
+        Misuse: a result has no value of a metric at all.
+    """
+    changes, missing = [], set()
     for metric, limit in limits.items():
-        found = (_of_time if metric in TIME else _of_bytes)(base, now, metric, limit)
-        if not found:
-            raise Misuse(f"no case of both results has {metric!r}: choose a metric of their measurements")
-        changes += found
-    return changes
+        old, new = (_of_time if metric in TIME else _of_bytes)(base, now, metric)
+        if not old or not new:
+            raise Misuse(f"{'NOW' if old else 'BASE'} has no case with {metric!r}: choose a metric that both measured")
+        name = "median/plain" if metric == "median" and _kind(base) != _kind(now) else metric
+        for case in sorted(old.keys() & new.keys()):
+            apart = metric not in TIME or new[case].quantile(0.25) > old[case].quantile(0.75)
+            changes.append(Change(case, name, old[case].median(), new[case].median(), limit, apart))
+        missing |= old.keys() - new.keys()
+    return changes, missing
 
 
-def _of_bytes(base: pd.DataFrame, now: pd.DataFrame, metric: str, limit: float) -> list[Change]:
+def _of_bytes(base: pd.DataFrame, now: pd.DataFrame, metric: str) -> list[dict[str, pd.Series]]:
+    """Return the values of each case with any, in BASE and in NOW."""
     if (kinds := [_kind(results)[0] for results in (base, now)]) and kinds[0] != kinds[1]:
         raise Misuse(f"BASE ran on {kinds[0]}, NOW on {kinds[1]}, whose bytes are not comparable")
     values = []
     for results in (base, now):
-        rows = results[results.group == "memory"].set_index("case")
-        if metric not in rows or not pd.api.types.is_numeric_dtype(rows[metric]):
-            return []
-        values.append(rows[metric].dropna())
-    return [Change(case, metric, values[0][case], values[1][case], limit) for case in values[0].index
-            if case in values[1]]
+        rows = results[results.group == "memory"]
+        numeric = metric in rows and pd.api.types.is_numeric_dtype(rows[metric])
+        values.append(dict(list(rows.dropna(subset=metric).groupby("case")[metric])) if numeric else {})
+    return values
 
 
-def _of_time(base: pd.DataFrame, now: pd.DataFrame, metric: str, limit: float) -> list[Change]:
-    same = _kind(base) == _kind(now)
-    column = "median_s" if metric == "median" and same else "ratio"
-    groups = [dict(list(ratios(results).groupby("case")[column])) for results in (base, now)]
-    changes = []
-    for case in groups[0].keys() & groups[1].keys():
-        old, new = (group[case].dropna() for group in groups)
-        if len(old) and len(new) and not (column == "ratio" and case.endswith("-plain")):
-            apart = new.quantile(0.25) > old.quantile(0.75)
-            name = metric if same or metric == "ratio" else "median/plain"
-            changes.append(Change(case, name, old.median(), new.median(), limit, apart))
-    return sorted(changes, key=lambda change: change.case)
+def _of_time(base: pd.DataFrame, now: pd.DataFrame, metric: str) -> list[dict[str, pd.Series]]:
+    """Return the repeats of each case with any, in BASE and in NOW."""
+    column = "median_s" if metric == "median" and _kind(base) == _kind(now) else "ratio"
+    values = []
+    for results in (base, now):
+        rows = ratios(results).dropna(subset=column)
+        if column == "ratio":  # that of a plain case is 1
+            rows = rows[~rows.case.str.endswith("-plain")]
+        values.append(dict(list(rows.groupby("case")[column])))
+    return values
 
 
 def _kind(results: pd.DataFrame) -> tuple:
@@ -115,21 +123,39 @@ def _kind(results: pd.DataFrame) -> tuple:
     return device["type"], device["name"], device["threads"], device.get("clock"), results.software.iloc[0]["torch"]
 
 
-def report(base: pd.DataFrame, now: pd.DataFrame, limits: dict[str, float]) -> tuple[str, bool]:
-    """What became worse, what is missing and what is new, as text; and whether it fails."""
-    changes = compare(base, now, limits)
+def report(
+    base: pd.DataFrame, now: pd.DataFrame, limits: dict[str, float], allowed: Sequence[str] = ()
+) -> tuple[str, bool]:
+    """Return what became worse, what is missing and what is new, as text; and whether it fails.
+
+    Args:
+        base: the earlier result.
+        now: the later one.
+        limits: most that each metric may grow, as a fraction.
+        allowed: patterns of cases that may be missing in ``now``.
+    """
+    changes, missing = compare(base, now, limits)
     failed = [change for change in changes if change.failed]
+    excused = {case for case in missing if any(fnmatchcase(case, pattern) for pattern in allowed)}
     lines = [str(change) for change in changes if change.growth > change.limit]
+    lines += [f"FAIL {case}: missing in NOW, so nobody knows; measure it, or say --allow-missing {case!r}"
+              for case in sorted(missing - excused)]
     lines.append(f"{len(changes)} figures of {len({change.case for change in changes})} cases compared: "
                  f"{len(failed)} failed, {sum(change.growth < 0 for change in changes)} became less")
     groups = ["time" if metric in TIME else "memory" for metric in limits]
     there = [set(results[results.group.isin(groups)].case) for results in (base, now)]
-    for word, cases in (("missing in NOW", there[0] - there[1]), ("new in NOW", there[1] - there[0])):
+    for word, cases in (("missing in NOW, as allowed", excused), ("new in NOW", there[1] - there[0])):
         if cases:
             lines.append(f"{word} ({len(cases)}): {', '.join(sorted(cases))}")
+    lines += [f"note: --allow-missing {pattern!r} names no missing case" for pattern in allowed
+              if not any(fnmatchcase(case, pattern) for case in missing)]
+    if "median" in limits and _kind(base) != _kind(now):
+        machines = [" ".join(map(str, _kind(results))) for results in (base, now)]
+        lines.append(f"note: BASE ran on {machines[0]}, NOW on {machines[1]}: seconds of different machines are not "
+                     "comparable, so median is compared as the ratio to plain autograd in the same run")
     if _kind(base)[-1] != _kind(now)[-1]:
         lines.append(f"note: BASE ran with torch {_kind(base)[-1]}, NOW with {_kind(now)[-1]}")
-    return "\n".join(lines), bool(failed)
+    return "\n".join(lines), bool(failed or missing - excused)
 
 
 def exact_part(results: pd.DataFrame) -> str:
@@ -166,6 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("now", metavar="NOW", type=Path)
     parser.add_argument("--fail", metavar="METRIC:PERCENT%", type=limit, action="append",
                         help="most that a metric may grow (default: " + ", ".join(DEFAULT) + " by nothing)")
+    parser.add_argument("--allow-missing", metavar="PATTERN", action="append", default=[],
+                        help="cases that NOW may lack: a name or a shell pattern, such as '*-plain'; repeatable")
     parser.add_argument("--save", action="store_true", help="write the exact part of NOW to BASE; compare nothing")
     options = parser.parse_args(arguments)
     try:
@@ -173,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.save:
             options.base.write_text(exact_part(now), "utf-8")
             return 0
-        text, failed = report(load(options.base), now, dict(options.fail or DEFAULT))
+        text, failed = report(load(options.base), now, dict(options.fail or DEFAULT), options.allow_missing)
     except (OSError, ValueError) as error:
         print(f"bench.gate: {error}", file=sys.stderr)
         return 2

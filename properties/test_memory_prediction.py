@@ -1,11 +1,14 @@
 """A predicted step needs the bytes and the arithmetic of a computed one, each byte under its right name."""
 
+import copy
+import pickle
 from dataclasses import asdict
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import memcnn
 from memcnn.models.resnet import MODELS
@@ -57,6 +60,58 @@ def test_engine_dropout_and_optimisers_are_predicted_too(options, optimizer):
         return chain(**options)
 
     assert predict_step_memory(make, maps, optimizer=optimizer) == computed(make, maps, optimizer=optimizer)
+
+
+def tied() -> nn.Module:
+    first, second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+    second.weight = first.weight
+    return nn.Sequential(first, second)
+
+
+def frozen() -> nn.Module:
+    module = branch(8)
+    module[0].weight.requires_grad_(False)
+    return module
+
+
+EXISTING = branch(8)
+COPYING = {
+    "a coupling of F alone": lambda: memcnn.AdditiveCoupling(branch(4)),
+    "an affine coupling": lambda: memcnn.AffineCoupling(branch(4), adapter=memcnn.AffineAdapterNaive),
+    "tied weights": lambda: copy.deepcopy(tied()),
+    "frozen weights": lambda: copy.deepcopy(frozen()),
+    "spectral norm": lambda: copy.deepcopy(parametrizations.spectral_norm(nn.Conv2d(8, 8, 1))),
+    "weight norm": lambda: copy.deepcopy(parametrizations.weight_norm(nn.Conv2d(8, 8, 1))),
+    "averaged": lambda: torch.optim.swa_utils.AveragedModel(branch(8)),
+    "pickled": lambda: pickle.loads(pickle.dumps(branch(8))),
+    "moved": lambda: branch(8).to("cpu"),
+    "of another dtype": lambda: branch(8).half().float(),
+    "existing": lambda: EXISTING,
+    "a copy of an existing one": lambda: copy.deepcopy(EXISTING),
+}
+
+
+@pytest.mark.parametrize("make", COPYING.values(), ids=COPYING)
+def test_models_that_copy_or_convert_themselves_are_predicted_too(make):
+    def mean(outputs, _):
+        return outputs.mean()
+
+    state = torch.get_rng_state()
+    predicted = predict_step_memory(make, maps, loss=mean)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert predicted == computed(make, maps, loss=mean)
+    assert type(EXISTING[0].weight.data) is torch.Tensor  # not a fake one
+
+
+def test_a_copy_of_a_computed_tensor_is_refused_as_always():
+    module = nn.Linear(2, 2)
+
+    def make() -> nn.Module:
+        module.extra = module.weight * 2
+        return copy.deepcopy(module)
+
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        predict_step_memory(make, maps)
 
 
 def test_a_prediction_leaves_generators_and_engine_as_they_were():

@@ -8,9 +8,13 @@ from memcnn.testing.checks import check_all
 from memcnn.testing.laws.result import Report
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def assert_reversible() -> Callable[..., Report]:
-    """``assert_reversible(module, *inputs)``: fails with a table unless every law holds; options as for `check_all`."""
+    """``assert_reversible(module, *inputs)`` fails with a table unless every law holds; options as for ``check_all``.
+
+    Its scope is the session, so that it also works beside ``@given`` of hypothesis. Outside of pytest, call
+    ``check_all`` and look at ``passed``.
+    """
     def check(module, *inputs, **options) -> Report:
         __tracebackhide__ = True
         report = check_all(module, *inputs, **options)

@@ -7,6 +7,7 @@ kernel borrows as scratch.
 A step is that of `memcnn.training`: forward and loss, gradients of the last step freed, backward, update.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from memcnn.testing.memory import CUDA_BLOCK_BYTES, PeakSplit, measure_peak_split
@@ -37,18 +40,23 @@ def predict_step_memory(
     """What the worst instant of a training step will consist of, in bytes; nothing is computed.
 
     Args:
-        make_model: returns the model, on the CPU, in the mode it is trained in. It is called on fake tensors, as
-            `make_batch` is, so neither may look at values.
-        make_batch: returns inputs and targets, on the CPU.
+        make_model: returns the model, on the CPU, in the mode it is trained in. It is called on fake tensors, and
+            once more on real ones if that fails.
+        make_batch: returns inputs and targets, on the CPU. It is called on fake tensors, so it may not look at values.
         loss: of the model's output and the targets.
         optimizer: makes the optimiser of the model's parameters; None for a step without an update.
         autocast: dtype of autocast around forward pass and loss, such as torch.bfloat16; None for none.
         device: "cpu" or "cuda", where the step shall run. On CUDA tensors take whole blocks of 512 bytes, and
             optimisers work on all parameters at once, as their default there is, which takes a copy of the gradients.
     """
-    with FakeTensorMode():
+    with FakeTensorMode() as mode:
         model, optimiser, batch, step = training_step(
-            make_model, make_batch, loss=loss, optimizer=optimizer, autocast=autocast, all_at_once=device == "cuda"
+            partial(_make_fake, make_model, mode),
+            make_batch,
+            loss=loss,
+            optimizer=optimizer,
+            autocast=autocast,
+            all_at_once=device == "cuda",
         )
         block_bytes = CUDA_BLOCK_BYTES if device == "cuda" else 1
         return measure_peak_split(model, step, optimizer=optimiser, batch=batch, block_bytes=block_bytes)
@@ -66,8 +74,10 @@ def step_flops(
     Those of matrix products and convolutions, a multiplication and an addition each counting as one, as
     `torch.utils.flop_counter` has it; the rest of a step is small beside them. Arguments as of `predict_step_memory`.
     """
-    with FakeTensorMode():
-        *_, step = training_step(make_model, make_batch, loss=loss, optimizer=None, autocast=autocast)
+    with FakeTensorMode() as mode:
+        *_, step = training_step(
+            partial(_make_fake, make_model, mode), make_batch, loss=loss, optimizer=None, autocast=autocast
+        )
         with FlopCounterMode(display=False) as counter:
             step()
     return counter.get_total_flops()
@@ -104,3 +114,48 @@ def training_step(
             optimiser.step()
 
     return model, optimiser, batch, step
+
+
+class _FakeCopies(TorchFunctionMode):
+    """Let ``copy.deepcopy`` copy fake tensors, as a coupling does that is given F alone.
+
+    ``Tensor.__deepcopy__`` would copy their ``FakeTensorMode`` as well, and tensors of two modes do not mix.
+    """
+
+    def __torch_function__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+        if function is not Tensor.__deepcopy__ or not isinstance(args[0], FakeTensor):
+            return function(*args, **(kwargs or {}))
+        tensor, memo = args
+        if id(tensor) not in memo:
+            if not tensor.is_leaf:
+                raise RuntimeError("a tensor that autograd computed cannot be deep-copied: detach it first")
+            new = tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_(tensor.requires_grad)
+            memo[id(tensor)] = new
+            for name in vars(tensor).keys() - vars(new).keys():
+                setattr(new, name, copy.deepcopy(vars(tensor)[name], memo))
+            if tensor.grad is not None:
+                new.grad = copy.deepcopy(tensor.grad, memo)
+        return memo[id(tensor)]
+
+
+def _make_fake(make_model: Callable[[], nn.Module], mode: FakeTensorMode) -> nn.Module:
+    """Return the model with fake parameters and buffers; it is made for real where it cannot be made on fake tensors.
+
+    ``Module.to``, pickles and models that exist already need real tensors.
+    """
+    try:
+        with _FakeCopies():
+            model = make_model()
+    except Exception:  # a fault of the model itself is raised again
+        with unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
+            model = make_model()
+    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    if all(isinstance(tensor, FakeTensor) for tensor in tensors):
+        return model
+    with unset_fake_temporarily():
+        model = copy.deepcopy(model)  # somebody may hold the real one
+    for module in model.modules():
+        for values in (module._parameters, module._buffers):
+            values.update({name: mode.from_tensor(value) for name, value in values.items()
+                           if isinstance(value, Tensor) and not isinstance(value, FakeTensor)})  # fmt: skip
+    return model

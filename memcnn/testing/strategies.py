@@ -3,10 +3,14 @@
 They draw descriptions (``memcnn.testing.cases``), which ``build`` turns into tensors and modules. For a block of your
 own, which changes each half of its channels by a function F of the other half::
 
+    @settings(deadline=None)
     @given(shapes().flatmap(branches), st.integers(0, 2**16))
     def test_my_block(branch, seed):
         n, half, *sizes = branch.shape
         assert check_all(MyBlock(branch.build()), Values((n, 2 * half, *sizes), seed=seed).build()).passed
+
+``deadline=None``, since an example takes longer than the 200 ms that hypothesis allows by default.
+``settings(max_examples=...)`` says how many are tried: 100 if not given.
 """
 
 from collections.abc import Collection, Sequence

@@ -322,3 +322,10 @@ def test_ctrl_c_keeps_what_has_been_measured(tmp_path):
     assert process.returncode == pytest.ExitCode.INTERRUPTED
     (path,) = tmp_path.glob("*.json")
     assert len(summary.load(path)) >= 1
+
+
+def test_without_pytest_benchmark_the_suites_say_what_is_missing():
+    command = [sys.executable, "-m", "pytest", "bench", "-p", "no:benchmark", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(1))
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "ERROR: the suites in bench need pytest-benchmark" in done.stderr and "Traceback" not in done.stderr

@@ -62,7 +62,7 @@ def test_a_planted_growth_of_memory_by_5_percent_fails(rows_now, tmp_path, monke
     assert run(base, now, "--fail", "peak_bytes:1%") == 1
     text = capsys.readouterr().out
     assert f"FAIL {CASE}: peak_bytes {peak:,} -> " in text and "(+5.0" in text and "limit +1 %" in text
-    assert run(base, now, "--fail", "peak_bytes:6%") == 0
+    assert run(base, now, "--fail", "peak_bytes:6%", "--allow-missing", "*") == 0
 
 
 def test_a_planted_extra_recomputation_fails(rows_now, tmp_path, monkeypatch, capsys):
@@ -80,13 +80,43 @@ def test_a_planted_extra_recomputation_fails(rows_now, tmp_path, monkeypatch, ca
     assert f"FAIL {CASE}: evaluations 16 -> 20 (+25.00 %, limit +0 %)" in capsys.readouterr().out
 
 
-def test_missing_and_new_cases_are_named(tmp_path, capsys):
-    other = dataclasses.replace(CASE, depth=5)
+OTHER = dataclasses.replace(CASE, depth=5)
+
+
+def test_a_missing_case_fails_unless_it_is_allowed(tmp_path, capsys):
+    """A case that was renamed is one that is missing and one that is new."""
     base, now = (written(tmp_path / name, [row("memory", case, peak_bytes=1) for case in cases])
-                 for name, cases in (("base", (CASE, PLAIN)), ("now", (CASE, other))))
-    assert run(base, now, "--fail", "peak_bytes:1%") == 0
+                 for name, cases in (("base", (CASE, PLAIN)), ("now", (OTHER, PLAIN))))
+    assert run(base, now, "--fail", "peak_bytes:1%") == 1
     text = capsys.readouterr().out
-    assert f"missing in NOW (1): {PLAIN}" in text and f"new in NOW (1): {other}" in text
+    assert f"FAIL {CASE}: missing in NOW" in text and f"new in NOW (1): {OTHER}" in text
+    for pattern in (str(CASE), "gate-*-reversible", "*"):
+        assert run(base, now, "--fail", "peak_bytes:1%", "--allow-missing", pattern) == 0
+        assert f"missing in NOW, as allowed (1): {CASE}" in capsys.readouterr().out
+    assert run(base, now, "--fail", "peak_bytes:1%", "--allow-missing", "*-plain") == 1
+    assert "note: --allow-missing '*-plain' names no missing case" in capsys.readouterr().out
+
+
+def test_a_case_that_lost_a_figure_fails(tmp_path, capsys):
+    base = written(tmp_path / "base", [row("memory", case, peak_bytes=1, evaluations=2) for case in (CASE, PLAIN)])
+    now = written(tmp_path / "now", [row("memory", CASE, peak_bytes=1, evaluations=None),
+                                     row("memory", PLAIN, peak_bytes=1, evaluations=2)])
+    assert run(base, now, "--fail", "peak_bytes:1%", "--fail", "evaluations:0%") == 1
+    assert f"FAIL {CASE}: missing in NOW" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("metric", ["ratio", "median"])
+def test_a_case_without_time_fails(metric, tmp_path, capsys):
+    gone = dataclasses.replace(CASE, subject="checkpoint")
+    seconds = [row("time", case, 1.0, repeat=0) for case in (PLAIN, CASE, gone)]
+    base, now = written(tmp_path / "base", seconds), written(tmp_path / "now", seconds[:2])
+    assert run(base, now, "--fail", f"{metric}:10%") == 1
+    assert f"FAIL {gone}: missing in NOW" in capsys.readouterr().out
+
+
+def test_all_cases_renamed_fails(tmp_path):
+    base, now = (written(tmp_path / str(case), [row("memory", case, peak_bytes=1)]) for case in (CASE, OTHER))
+    assert run(base, now, "--fail", "peak_bytes:1%") == 1
 
 
 def test_a_slower_ratio_fails_also_on_a_machine_that_is_twice_as_fast(tmp_path, capsys):
@@ -94,14 +124,17 @@ def test_a_slower_ratio_fails_also_on_a_machine_that_is_twice_as_fast(tmp_path, 
     now = timed(tmp_path / "now", [(0.5, 0.75), (0.55, 0.825), (1.0, 1.5)],
                 device={**MACHINE["device"], "name": "another processor"})
     assert run(base, now, "--fail", "median:10%") == 1
-    assert f"FAIL {CASE}: median/plain 1.3 -> 1.5 (+15.38 %" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"FAIL {CASE}: median/plain 1.3 -> 1.5 (+15.38 %" in text
+    assert "another processor" in text and "so median is compared as the ratio to plain autograd" in text
     assert run(base, now, "--fail", "ratio:20%") == 0
 
 
 def test_seconds_are_compared_on_equal_machines_alone(tmp_path, capsys):
     base = timed(tmp_path / "base", [(1.0, 1.3)] * 3)
     assert run(base, timed(tmp_path / "now", [(2.0, 2.6)] * 3), "--fail", "median:10%") == 1
-    assert f"FAIL {CASE}: median 1.3 -> 2.6" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"FAIL {CASE}: median 1.3 -> 2.6" in text and "so median is compared" not in text
     other = timed(tmp_path / "other", [(2.0, 2.6)] * 3, device={**MACHINE["device"], "threads": 2})
     assert run(base, other, "--fail", "median:10%") == 0
 
@@ -114,9 +147,9 @@ def test_time_within_the_spread_is_told_and_does_not_fail(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("options", "why"), [
-    (["--fail", "peek_bytes:1%"], "no case of both results has 'peek_bytes'"),
-    (["--fail", "median:10%"], "no case of both results has 'median'"),
-    (["--fail", "subject:1%"], "no case of both results has 'subject'"),
+    (["--fail", "peek_bytes:1%"], "BASE has no case with 'peek_bytes'"),
+    (["--fail", "median:10%"], "BASE has no case with 'median'"),
+    (["--fail", "subject:1%"], "BASE has no case with 'subject'"),
 ])
 def test_a_metric_that_nobody_measured_is_misuse(options, why, tmp_path, capsys):
     path = written(tmp_path / "result", [row("memory", CASE, peak_bytes=1)])
