@@ -15,7 +15,6 @@ from torch import nn
 
 from memcnn import data as cifar
 from memcnn.archives import BadData, DataNotFound
-from memcnn.training import loop
 from memcnn.training.checkpoint import BadCheckpoint
 from memcnn.training.execution import Execution
 from memcnn.training.record import BadRecord, RunRecord
@@ -37,7 +36,7 @@ def evaluate(
     model.eval().to(memory_format=torch.channels_last)
     how = execution or Execution()
     with how.settings(data.mean.device):
-        return Evaluation(model, data, how, images=images, batch=loop.EVALUATION_BATCH).result()
+        return Evaluation(model, data, how, images=images).result()
 
 
 def execution_of(record: RunRecord) -> Execution:

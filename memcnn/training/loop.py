@@ -99,7 +99,7 @@ class Run:
         self.plan_epoch, self.plan = None, None
         self.save_seconds = 1.0  # what a stop allows for a checkpoint; a guess until the first
         self.checkpoint_seconds = 0.0  # what the last checkpoint took
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_iteration = time.monotonic(), -1
 
         saved = self.world.from_first(lambda: checkpoint.load(folder, self.identity, device="cpu"))
         here = self._segment_from(0 if saved is None else saved["iteration"])
@@ -306,10 +306,13 @@ class Run:
     def _interruption(self, step_seconds: float) -> str | None:
         """Return why training must pause before a step: a stop, or a checkpoint that is due."""
         reason = self._stop_reason(step_seconds)
-        between = max(CHECKPOINT_SECONDS, self.checkpoint_seconds / CHECKPOINT_SHARE)
-        if reason is None and self.world.is_first and time.monotonic() - self.saved_at > between:
+        if reason is None and self.world.is_first and self._checkpoint_is_due():
             reason = CHECKPOINT_DUE
         return self.world.agreed(reason)
+
+    def _checkpoint_is_due(self) -> bool:
+        between = max(CHECKPOINT_SECONDS, self.checkpoint_seconds / CHECKPOINT_SHARE)
+        return time.monotonic() - self.saved_at > between and self.saved_iteration != self.state.iteration
 
     def _evaluate(self) -> Turns[str | None]:
         """Add a row to the curve; return why the run had to stop before that, None if it did not."""
@@ -368,7 +371,7 @@ class Run:
             checkpoint.save(self.folder, self.identity, saved)
         self.checkpoint_seconds = time.perf_counter() - started
         self.save_seconds = 0.5 + self.checkpoint_seconds
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_iteration = time.monotonic(), self.state.iteration
 
     def _check_weights(self) -> None:
         values = {name: value for name, value in self.model.state_dict().items() if value.is_floating_point()}

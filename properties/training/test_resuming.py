@@ -266,7 +266,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path, uninterrupted, 
     content = torch.load(tmp_path / NAME / "checkpoint.pt", weights_only=True)
     del content["state"]["segments"]
     names = "iteration interruptions memory model optimizer rows step_seconds train_seconds window"
-    assert sorted(content["state"]) == names.split()
+    assert set(content["state"]) == set(names.split())
     checkpoint.save(tmp_path / NAME, content["identity"], content["state"])
     if not with_record:
         (tmp_path / NAME / "record.json").unlink()
