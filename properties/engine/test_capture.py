@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper
-from memcnn.models import capture, replay
+from memcnn.engine import capture, replay
 from properties.twin import backward, block, conv_branch, images, plain_twin
 
 DROPOUT = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 3, 1))
