@@ -1,17 +1,5 @@
-"""How far apart two tensors are."""
+"""How far apart two tensors are: see ``memcnn.engine.rounding``."""
 
-from torch import Tensor
+from memcnn.engine.rounding import relative_error
 
-
-def relative_error(actual: Tensor, expected: Tensor, *, least_scale: float = 0.0) -> float:
-    """max |actual - expected| / max |expected|, the divisor at least ``least_scale``; NaN if either has one."""
-    if actual.shape != expected.shape:
-        raise ValueError(f"cannot compare shapes {tuple(actual.shape)} and {tuple(expected.shape)}")
-    if expected.numel() == 0:
-        return 0.0
-    actual, expected = actual.detach().double(), expected.detach().double()
-    difference = (actual - expected).abs().max().item()
-    if difference == 0:
-        return 0.0
-    scale = max(expected.abs().max().item(), least_scale)
-    return difference / scale if scale else float("inf")
+__all__ = ["relative_error"]

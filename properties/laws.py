@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from memcnn.engine.couple import CoupledBranch
+from memcnn.engine.opaque import OpaqueModule
 from memcnn.models.revop import InvertibleModuleWrapper
-from memcnn.models.tape import Call, Lift
 from memcnn.testing.cases import Network
 from memcnn.testing.tolerances import relative_error, tolerance
 from properties.twin import Outcome, differences, plain_twin, run, weighted_sum
@@ -190,19 +191,19 @@ def _results_changed(change: Callable) -> Iterator[None]:
 @contextmanager
 def _rebuilt_changed(change: Callable) -> Iterator[None]:
     """Within this context all activations that backward rebuilds, and what they are rebuilt from, are changed."""
-    recompute_lift, recompute_call = Lift.recompute, Call.recompute
+    recompute_lift, recompute_call = CoupledBranch.recompute, OpaqueModule.recompute
 
-    def of_lift(step: Lift):
+    def of_lift(step: CoupledBranch, second):
         part = step.part
         with patch.object(step, "part", lambda out, h: change(part(change(out), h))):
-            return recompute_lift(step)
+            return recompute_lift(step, second)
 
-    def of_call(step: Call):
+    def of_call(step: OpaqueModule, second):
         undo = step.undo
         with patch.object(step, "undo", lambda *outputs, **kwargs: change(undo(*change(outputs), **kwargs))):
-            return recompute_call(step)
-    with (patch.object(Lift, "recompute", of_lift), patch.object(Call, "recompute", of_call),
-          patch.object(Call, "_check_draws")):  # where much is amplified, it would take the change for a fault
+            return recompute_call(step, second)
+    with (patch.object(CoupledBranch, "recompute", of_lift), patch.object(OpaqueModule, "recompute", of_call),
+          patch.object(OpaqueModule, "_check_draws")):  # where much is amplified, it would take the change for a fault
         yield
 
 

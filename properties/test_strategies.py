@@ -7,7 +7,8 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from memcnn.models.tape import Lift
+from memcnn.engine.couple import CoupledBranch
+from memcnn.engine.recompute import SecondEvaluation
 from memcnn.testing import cases
 from memcnn.testing.cases import COMPOSITIONS, KINDS, LAYERS, LAYOUTS, Block, Branch, Chain, Network, Values
 from memcnn.testing.strategies import networks, tensors
@@ -114,11 +115,11 @@ def test_nothing_can_be_told_where_an_inverse_divides_by_zero():
 
 @given(st.just(chain_of("additive")))
 def test_a_fault_that_gives_no_numbers_is_no_excuse_for_itself(network: Network):
-    recompute = Lift.recompute
+    recompute = CoupledBranch.recompute
 
-    def spoilt(step: Lift) -> list[torch.Tensor | None]:
-        return [value if value is None else value * float("nan") for value in recompute(step)]
-    with (patch.dict(LARGEST), patch.object(Lift, "recompute", spoilt),
+    def spoilt(step: CoupledBranch, second: SecondEvaluation) -> list[torch.Tensor | None]:
+        return [value if value is None else value * float("nan") for value in recompute(step, second)]
+    with (patch.dict(LARGEST), patch.object(CoupledBranch, "recompute", spoilt),
           pytest.raises(AssertionError, match="relative error nan")):
         assert_network_like_twin("a law", network, forward_and_backward, "cpu")
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from memcnn.engine.couple import couple
+from memcnn.engine.exact import Grid
 from memcnn.migration import absent_names
 from memcnn.models.coupling import Coupling
-from memcnn.models.exact import Grid
 from memcnn.models.log_det import constant_log_det
-from memcnn.models.tape import lift
 
 __all__ = ["AdditiveBlock", "AdditiveCoupling"]
 
@@ -22,7 +22,7 @@ class AdditiveCoupling(Coupling):
         Gm: G, likewise; a deep copy of F if it is not given.
         split_dim: the dimension along which x and y are halved.
         exact: round x, F(x2) and G(y1) to a grid, which makes the inversion exact: True, or the grid's step, a power of
-            two (True means 2^-10). See ``memcnn.models.exact``.
+            two (True means 2^-10). See ``memcnn.engine.exact``.
     """
 
     def __init__(self, Fm: nn.Module, Gm: nn.Module | None = None, implementation_fwd: int | None = None,
@@ -42,11 +42,13 @@ class AdditiveCoupling(Coupling):
 
     def _add(self, a: Tensor, branch: nn.Module, b: Tensor) -> Tensor:
         """a + branch(b)."""
-        return lift(a, branch, b, *self._sums(), verify=self.grid is not None)
+        plus, minus = self._sums()
+        return couple(a, branch, b, forward=plus, inverse=minus, verify=self.grid is not None)
 
     def _subtract(self, a: Tensor, branch: nn.Module, b: Tensor) -> Tensor:
         """a - branch(b)."""
-        return lift(a, branch, b, *reversed(self._sums()), verify=self.grid is not None)
+        plus, minus = self._sums()
+        return couple(a, branch, b, forward=minus, inverse=plus, verify=self.grid is not None)
 
     def _sums(self) -> tuple[Callable, Callable]:
         return (self.grid.add, self.grid.sub) if self.grid is not None else (_plus, _minus)

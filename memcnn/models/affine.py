@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from memcnn.engine.couple import couple, merge, split
 from memcnn.migration import absent_names
 from memcnn.models.coupling import Coupling
 from memcnn.models.log_det import sum_per_sample
-from memcnn.models.tape import lift, merge, split
 
 __all__ = ["AffineAdapterExp", "AffineAdapterNaive", "AffineAdapterSigmoid", "AffineBlock", "AffineCoupling"]
 
@@ -33,29 +33,29 @@ class AffineCoupling(Coupling):
             self.Fm, self.Gm = adapter(self.Fm), adapter(self.Gm)
 
     def couple(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        y1 = lift(x1, self.Fm, x2, scale, unscale)
-        y2 = lift(x2, self.Gm, y1, scale, unscale)
+        y1 = couple(x1, self.Fm, x2, forward=scale, inverse=unscale)
+        y2 = couple(x2, self.Gm, y1, forward=scale, inverse=unscale)
         return y1, y2
 
     def uncouple(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
-        x2 = lift(y2, self.Gm, y1, unscale, scale)
-        x1 = lift(y1, self.Fm, x2, unscale, scale)
+        x2 = couple(y2, self.Gm, y1, forward=unscale, inverse=scale)
+        x1 = couple(y1, self.Fm, x2, forward=unscale, inverse=scale)
         return x1, x2
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y, and log|det dy/dx| = sum log|s1| + sum log|s2| of each sample, (N,)."""
         self._check_per_sample(x)
         x1, x2 = split(x, self.split_dim)
-        y1, log_s1 = lift(x1, self.Fm, x2, scale_log_det, unscale)
-        y2, log_s2 = lift(x2, self.Gm, y1, scale_log_det, unscale)
+        y1, log_s1 = couple(x1, self.Fm, x2, forward=scale_log_det, inverse=unscale)
+        y2, log_s2 = couple(x2, self.Gm, y1, forward=scale_log_det, inverse=unscale)
         return merge(y1, y2, self.split_dim), log_s1 + log_s2
 
     def inverse_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """x, and log|det dx/dy| of each sample, (N,)."""
         self._check_per_sample(y)
         y1, y2 = split(y, self.split_dim)
-        x2, log_s2 = lift(y2, self.Gm, y1, unscale_log_det, scale)
-        x1, log_s1 = lift(y1, self.Fm, x2, unscale_log_det, scale)
+        x2, log_s2 = couple(y2, self.Gm, y1, forward=unscale_log_det, inverse=scale)
+        x1, log_s1 = couple(y1, self.Fm, x2, forward=unscale_log_det, inverse=scale)
         return merge(x1, x2, self.split_dim), log_s1 + log_s2
 
 

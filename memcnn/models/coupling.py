@@ -6,18 +6,19 @@ import warnings
 from torch import Tensor, nn
 
 from memcnn import migration
-from memcnn.models.exact import Grid
-from memcnn.models.tape import merge, split
+from memcnn.engine.couple import merge, split
+from memcnn.engine.exact import Grid
 
 
 class Coupling(nn.Module):
     """An invertible module of F (``Fm``) and G (``Gm``) on the halves of its input along ``split_dim``.
 
-    A subclass says what ``couple`` makes of the halves, and how ``uncouple`` undoes it, by means of ``lift``.
+    A subclass defines ``couple``, which changes the halves, and ``uncouple``, which undoes that. Both are written with
+    ``memcnn.engine.couple.couple``.
     """
 
     grid: Grid | None = None
-    """Where it is given, the halves are on it: see ``memcnn.models.exact``."""
+    """Where it is given, the halves are on it: see ``memcnn.engine.exact``."""
 
     def __init__(self, Fm: nn.Module, Gm: nn.Module | None = None, implementation_fwd: int | None = None,
                  implementation_bwd: int | None = None, split_dim: int = 1):

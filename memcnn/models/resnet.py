@@ -94,7 +94,7 @@ class CifarResNet(nn.Module):
         reversible: make every unit that neither strides nor changes its width a reversible one, whose F and G are
             two branches at half the width. Under autocast the stream that they invert stays in float32.
         disable: keep the reversible units' weights but run them with ordinary autograd (every activation stored).
-        exact: invert without rounding, see ``memcnn.models.exact``.
+        exact: invert without rounding, see ``memcnn.engine.exact``.
     """
 
     def __init__(self, branch: Callable[..., nn.Module], units: Sequence[int], channels: Sequence[int],

@@ -1,27 +1,27 @@
 """Reversible blocks: modules that rebuild their activations in backward instead of storing them.
 
-How it works is told in ``memcnn.models.engine``.
+``memcnn.engine`` is how it works.
 """
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import get_device_states, set_device_states  # noqa: F401 - names of MemCNN 1.5
 
 from memcnn import migration
+from memcnn.engine.chain import is_storing, storing
+from memcnn.engine.couple import keep_only, merge, recording, split
+from memcnn.engine.exact import Grid
+from memcnn.engine.opaque import call_opaque
+from memcnn.engine.replay import Replay
+from memcnn.engine.torch_private import is_hooked, is_transformed
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.affine import AffineCoupling
 from memcnn.models.coupling import Coupling
-from memcnn.models.exact import Grid
 from memcnn.models.log_det import constant_log_det
-from memcnn.models.replay import Replay
-from memcnn.models.tape import call, is_storing, merge, only, recording, split, storing
 
 __all__ = ["InvertibleModuleWrapper", "ReversibleBlock", "ReversibleSequential", "create_coupling",
            "is_invertible_module"]
@@ -98,7 +98,7 @@ class InvertibleModuleWrapper(nn.Module):
         if isinstance(self._fn, Coupling):
             with recording(**options):
                 return run(*inputs, **kwargs)
-        return call(run, undo, self._fn, inputs, kwargs, log_det=log_det, **options)
+        return call_opaque(run, undo, self._fn, inputs, kwargs, log_det=log_det, **options)
 
 
 class ReversibleBlock(InvertibleModuleWrapper):
@@ -155,12 +155,12 @@ class ReversibleSequential(nn.Sequential):
 
     def _runs(self, blocks: list[nn.Module]) -> Iterator[tuple[bool, list[nn.Module]]]:
         """Whether to store, and the blocks to run together."""
-        def key(numbered: tuple[int, nn.Module]) -> tuple:
-            i, block = numbered
-            store = self._stores(len(blocks) - 1 - i)
-            return store, i if store or (what := _halves_passed_on(block)) is None else what
-        for (store, _), run in groupby(enumerate(blocks), key):
-            yield store, [block for _, block in run]
+        stores = [self._stores(len(blocks) - 1 - i) for i in range(len(blocks))]
+        alike = [None if store else _halves_passed_on(block) for store, block in zip(stores, blocks, strict=True)]
+        start = 0
+        for run in _runs(blocks, alike):
+            yield stores[start], run
+            start += len(run)
 
     def _stores(self, distance_to_end: int) -> bool:
         return self.keep_every is not None and distance_to_end % self.keep_every == 0
@@ -194,11 +194,25 @@ class HalvesPassedOn(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        for _, run in groupby(enumerate(self), lambda numbered: _halves_passed_on(numbered[1]) or numbered[0]):
-            blocks, values = [block for _, block in run], [x]
+        units = list(self)
+        for blocks in _runs(units, [_halves_passed_on(unit) for unit in units]):
+            values = [x]
             del x
             x = _run_of(blocks, values, Coupling.couple) if len(blocks) > 1 else blocks[0](values.pop())
         return x
+
+
+def _runs(blocks: Sequence[nn.Module], alike: Sequence[tuple | None]) -> list[list[nn.Module]]:
+    """Return the blocks in order, those together that follow each other and are alike; None is like no other."""
+    runs: list[list[nn.Module]] = []
+    previous = None
+    for block, kind in zip(blocks, alike, strict=True):
+        if kind is not None and kind == previous:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+        previous = kind
+    return runs
 
 
 def _halves_passed_on(block: nn.Module) -> tuple | None:
@@ -206,18 +220,11 @@ def _halves_passed_on(block: nn.Module) -> tuple | None:
     if not isinstance(block, InvertibleModuleWrapper) or block.disable or block.keep_input or block.keep_input_inverse:
         return None
     coupling = block._fn
-    if not isinstance(coupling, Coupling) or _is_hooked(block) or _is_hooked(coupling):
+    if not isinstance(coupling, Coupling) or is_hooked(block) or is_hooked(coupling):
         return None
     if (type(coupling).forward, type(coupling).inverse) != (Coupling.forward, Coupling.inverse):
         return None
     return coupling.split_dim, coupling.grid, block.preserve_rng_state, block.check_inverse
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether somebody wants to see the module called."""
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
-                torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks,
-                torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks))
 
 
 def _run_of(blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable) -> Tensor:
@@ -243,7 +250,7 @@ def _halves_changed(blocks: Sequence[InvertibleModuleWrapper], values: list[Tens
     halves = split(values.pop(), coupling.split_dim, coupling.grid)
     for block in blocks:
         halves = getattr(block._fn, change.__name__)(*halves)
-        only(*halves)
+        keep_only(*halves)
     return merge(*halves, coupling.split_dim, coupling.grid)
 
 
@@ -336,14 +343,8 @@ def _log_det_method(fn: nn.Module, name: str) -> Callable:
 
 def _is_recorded(fn: nn.Module, inputs: tuple) -> bool:
     """Whether autograd would record ``fn(*inputs)``, and lets us say what it saves."""
-    return torch.is_grad_enabled() and not is_storing() and not _is_transformed() and any(
+    return torch.is_grad_enabled() and not is_storing() and not is_transformed() and any(
         isinstance(t, Tensor) and t.requires_grad for source in (inputs, fn.parameters()) for t in source)
-
-
-def _is_transformed() -> bool:
-    """Whether torch.func, forward-mode differentiation or torch.export is at work: none saves through hooks."""
-    return (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-            or torch.compiler.is_exporting() or torch.jit.is_tracing())
 
 
 __getattr__ = migration.absent_names(__name__)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memcnn.rounding import relative_error
+from memcnn.engine.rounding import relative_error
 
 __all__ = ["ROUNDINGS_PER_BLOCK", "describe", "distance", "relative_error", "tolerance"]
 

@@ -122,9 +122,12 @@ def test_the_stems_relu_saves_one_map_that_a_reversible_first_unit_could_do_with
 
 
 def test_the_peak_beside_what_is_held_is_the_recorded_one():
-    """The bytes that runs on a CPU recorded for a step at batch 100, in float32."""
+    """The bytes that runs on a CPU recorded for a step at batch 100, in float32.
+
+    Records of RevNets from before recomputations left running statistics alone have 912 bytes more.
+    """
     assert activations.peak_activations(MODELS["resnet32"], 100) == 250_685_064
-    assert activations.peak_activations(MODELS["revnet38"], 100) == 108_140_056
+    assert activations.peak_activations(MODELS["revnet38"], 100) == 108_139_144
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("80 GB", 80e9), ("1.5mib", 1.5 * MIB), ("7", 7)])

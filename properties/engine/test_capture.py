@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper
-from memcnn.models import capture, replay
+from memcnn.engine import capture, replay
 from properties.devices import needs_cuda, reproducible_kernels
 from properties.twin import backward, block, conv_branch, images, plain_twin
 

@@ -19,7 +19,7 @@ from memcnn import (
     ReversibleSequential,
     SpaceToDepth,
 )
-from memcnn.models import tape
+from memcnn.engine.chain import thread_state
 from memcnn.models.coupling import Coupling
 from memcnn.testing.tolerances import tolerance
 from properties.twin import assert_same, backward, block, images, plain_twin, run, weighted_sum
@@ -76,7 +76,7 @@ def test_an_input_that_cannot_be_halved_is_refused(split_dim, shape, words, disa
             direction(torch.ones(shape, dtype=torch.float64, requires_grad=True))
         with torch.no_grad(), refused(ValueError, *words):
             direction(torch.ones(shape, dtype=torch.float64))
-    assert tape._tape() is None
+    assert thread_state.recording is None
 
 
 @pytest.mark.parametrize("make, words", [

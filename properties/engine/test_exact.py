@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from memcnn import AdditiveCoupling, AffineCoupling, InvertibleModuleWrapper, ReversibleSequential
-from memcnn.models.exact import Grid
-from memcnn.models.tape import _fingerprint
+from memcnn.engine.couple import fingerprint
+from memcnn.engine.exact import Grid
 from properties.twin import conv_branch, images, plain_twin, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -139,8 +139,8 @@ def test_one_bit_changes_the_fingerprint_of_a_branch(dtype):
     h = torch.linspace(0.5, 1, 6).to(dtype)
     other = h.clone()
     other.view(torch.uint8)[7 % other.element_size()] ^= 1
-    assert not torch.equal(_fingerprint(h), _fingerprint(other))
-    assert torch.equal(_fingerprint(h), _fingerprint(h.clone()))
+    assert not torch.equal(fingerprint(h), fingerprint(other))
+    assert torch.equal(fingerprint(h), fingerprint(h.clone()))
 
 
 @pytest.mark.parametrize("step", [0.3, -0.5, 0.0, float("inf"), 2])

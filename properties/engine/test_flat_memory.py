@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
-from memcnn.models import engine
+from memcnn.engine import retained
+from memcnn.engine.chain import Value
 from properties.test_memory import step_bytes
 from properties.test_state import held_bytes, living
 from properties.twin import OnlyInvertible, assert_like_twin, block, conv_branch, images, plain_twin, weighted_sum
@@ -50,7 +51,7 @@ def test_between_forward_and_backward_a_chain_holds_its_output_alone():
     x = torch.randn(4, 8, 16, 16).requires_grad_()
     for chain in (wrapped(6), wrapped(6, exact=True), exact_sequence(6), wrapped(6, kind=OnlyInvertible)):
         y = chain(x)
-        held = {cell.tensor.untyped_storage()._cdata for cell in living(engine.Cell) if cell.tensor is not None}
+        held = {cell.tensor.untyped_storage()._cdata for cell in living(Value) if cell.tensor is not None}
         assert held == {y.untyped_storage()._cdata}
         assert held_bytes() == y.untyped_storage().nbytes() == MAP_BYTES
         del y
@@ -58,12 +59,12 @@ def test_between_forward_and_backward_a_chain_holds_its_output_alone():
 
 
 def test_a_retained_graph_holds_as_much_after_a_pass_as_before():
-    chain = wrapped(2 * engine._KEPT_LINKS)
+    chain = wrapped(2 * retained.KEPT_LINKS)
     gc.collect()
     loss = weighted_sum(chain(torch.randn(4, 8, 16, 16).requires_grad_()))
     before = held_bytes()
     loss.backward(retain_graph=True)
-    assert not engine._passes
+    assert not retained.passes
     assert held_bytes() == before == MAP_BYTES
     loss.backward()
     assert held_bytes() == 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, ChannelPermutation, InvertibleModuleWrapper, ReversibleSequential
-from memcnn.models import engine
+from memcnn.engine.retained import KEPT_LINKS
 from properties.test_state import held_bytes
 from properties.twin import (
     Container,
@@ -71,7 +71,7 @@ NESTED = {
     "an inner input kept": partial(inner, keep_input=True),
     "dropout": partial(inner, dropping),
     "a module": lambda: InvertibleModuleWrapper(OnlyInvertible(inner()._fn)),
-    "a chain": lambda: ReversibleSequential(*(inner() for _ in range(engine._KEPT_LINKS))),
+    "a chain": lambda: ReversibleSequential(*(inner() for _ in range(KEPT_LINKS))),
     "a chain, every third block stored": lambda: ReversibleSequential(*(inner() for _ in range(4)), keep_every=3),
     "blocks, a permutation between": lambda: container(inner(), inner()),
     "a wrapped container": lambda: InvertibleModuleWrapper(container(inner(), inner(keep_input=True))),
@@ -173,7 +173,7 @@ def test_two_long_chains_behind_one_block_are_differentiated_with_their_graph_ke
             super().__init__()
             self.first = InvertibleModuleWrapper(Two())
             self.chains = nn.ModuleList(
-                nn.Sequential(*(inner() for _ in range(engine._KEPT_LINKS))) for _ in range(2))
+                nn.Sequential(*(inner() for _ in range(KEPT_LINKS))) for _ in range(2))
 
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
             y, z = self.first(a.sin(), b.sin())

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
-from memcnn.models import engine, tape
+from memcnn.engine import retained
+from memcnn.engine.chain import Value, thread_state
 from memcnn.testing.tolerances import tolerance
 from properties.devices import rng_state
 from properties.engine.test_errors import net, rows
@@ -40,12 +41,12 @@ def surroundings(module: nn.Module) -> dict:
     """All that an evaluation sets for a while, and must put back."""
     parts = list(module.modules())
     return {
-        "tape": tape._tape(), "storing": tape.is_storing(), "passes": dict(engine._passes),
-        "sources": getattr(engine._local, "sources", None),
-        "awaited": sum(cell.awaited for cell in living(engine.Cell)),
+        "recording": thread_state.recording, "storing": thread_state.storing, "passes": dict(retained.passes),
+        "sources": thread_state.noted_sources,
+        "pending reads": sum(value.pending_reads for value in living(Value)),
         "saved-tensor hooks": torch._C._autograd._top_saved_tensors_default_hooks(True),
         "grad mode": torch.is_grad_enabled(), "autocast": [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")],
-        "modes": [part.training for part in parts],
+        "modes": [(part.training, getattr(part, "track_running_stats", None)) for part in parts],
         "requires_grad": [p.requires_grad for p in module.parameters()],
         "hooks": [list(hooks.items()) for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)],
         "global hooks": list(torch_module._global_forward_hooks.items()),

@@ -10,8 +10,9 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from memcnn.models import engine
-from memcnn.models.engine import Cell, Handle
+from memcnn.engine import retained
+from memcnn.engine.chain import Value
+from memcnn.engine.recompute import Activation
 from memcnn.testing.tolerances import relative_error, tolerance
 from properties.test_state import living
 from properties.twin import assert_like_twin, assert_same, block, conv_branch, images, plain_twin, run, weighted_sum
@@ -144,7 +145,7 @@ def test_a_transform_gives_what_it_gives_on_the_twin(transform):
         assert wanted.any()
         assert relative_error(got, wanted) < tolerance(torch.float64, depth=4)
     del actual, got
-    assert not living(Handle, Cell)
+    assert not living(Activation, Value)
 
 
 def batched_gradients(model, x):
@@ -363,9 +364,9 @@ def test_a_look_into_the_graph_shows_the_activations_and_keeps_none():
             expected = getattr(node_named(name, wanted), saved)
             assert relative_error(seen, expected) <= tolerance(x.dtype, depth=2)
     del seen
-    assert not engine._passes
-    assert sum(cell.tensor is not None for cell in living(Cell)) == 2, "more than the halves of the end are stored"
-    assert all(handle.tensor is None for handle in living(Handle))
+    assert not retained.passes
+    assert sum(cell.tensor is not None for cell in living(Value)) == 2, "more than the halves of the end are stored"
+    assert all(handle.tensor is None for handle in living(Activation))
     actual = torch.autograd.grad(weighted_sum(y), [x, *module.parameters()])
     expected = torch.autograd.grad(weighted_sum(wanted), [x, *twin.parameters()])
     for a, e in zip(actual, expected, strict=True):

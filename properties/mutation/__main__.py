@@ -1,6 +1,7 @@
-"""Mutation testing of ``memcnn/models`` with Cosmic Ray: changes that no test notices, each explained or a hole.
+"""Mutation testing of ``memcnn/engine`` and ``memcnn/models`` with Cosmic Ray: each change that no test notices is
+explained or a hole.
 
-    python -m properties.mutation [FILE ...]      the files of memcnn/models, or some; goes on where it was stopped
+    python -m properties.mutation [FILE ...]      all files of both, or some; goes on where it was stopped
     python -m properties.mutation --table         what is known so far, as Markdown
 
 It works in a copy of the repository. ``build/mutation`` keeps the map of tests and a session for each file; remove it
@@ -44,7 +45,9 @@ UNFINISHED = "Only a part of its tests has met this mutant"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", type=Path, default=sorted(Path("memcnn/models").glob("*.py")))
+    parser.add_argument("files", nargs="*", type=Path,
+                        default=[path for folder in ("engine", "models")
+                                 for path in sorted(Path("memcnn", folder).glob("*.py"))])
     parser.add_argument("--table", action="store_true", help="print what is known so far and run nothing")
     parser.add_argument("--seconds", type=float, default=math.inf,
                         help="that the tests of a mutant may compute, the quickest first (default: all of them)")

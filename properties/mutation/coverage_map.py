@@ -1,4 +1,4 @@
-"""Which tests execute which line of ``memcnn/models``, and for how long each computes."""
+"""Which tests execute which line of ``memcnn/engine`` and ``memcnn/models``, and for how long each computes."""
 
 import json
 import os
@@ -29,7 +29,7 @@ class Recorder:
 
 def record(test_file: str, target: Path) -> None:
     """Writes seconds for each test and tests for each line, as JSON; the tests must pass."""
-    recording = coverage.Coverage(data_file=None, source=["memcnn/models"])
+    recording = coverage.Coverage(data_file=None, source=["memcnn/engine", "memcnn/models"])
     recorder = Recorder(recording)
     recording.start()
     status = pytest.main([*OPTIONS, test_file], plugins=[recorder])

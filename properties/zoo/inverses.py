@@ -16,7 +16,7 @@ from memcnn import (
     InvertibleModuleWrapper,
     SpaceToDepth,
 )
-from memcnn.models.exact import Grid
+from memcnn.engine.exact import Grid
 from properties.zoo.specimen import Own, branch, fault, normalised
 
 FORTH = "inverse(forward(x)) = x"

@@ -15,9 +15,9 @@ from memcnn import (
     InvertibleConv1x1,
     ReversibleSequential,
 )
+from memcnn.engine.couple import couple, merge, split
 from memcnn.models.affine import scale, scale_log_det, unscale
 from memcnn.models.log_det import constant_log_det
-from memcnn.models.tape import lift, merge, split
 from properties.zoo.healthy import set_actnorm
 from properties.zoo.specimen import branch, fault
 
@@ -43,8 +43,8 @@ class HalfMissing(AffineCoupling):
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x1, x2 = split(x, self.split_dim)
-        y1, log_s1 = lift(x1, self.Fm, x2, scale_log_det, unscale)
-        y2 = lift(x2, self.Gm, y1, scale, unscale)
+        y1, log_s1 = couple(x1, self.Fm, x2, forward=scale_log_det, inverse=unscale)
+        y2 = couple(x2, self.Gm, y1, forward=scale, inverse=unscale)
         return merge(y1, y2, self.split_dim), log_s1
 
 

@@ -5,8 +5,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, AffineCoupling, InvertibleModuleWrapper
+from memcnn.engine.couple import couple
 from memcnn.models.affine import scale
-from memcnn.models.tape import lift
 from properties.zoo.gradients import DIFFERENCES, INPUTS
 from properties.zoo.inverses import FORTH, Additive, affine
 from properties.zoo.specimen import Own, branch, dropping, fault
@@ -24,16 +24,16 @@ class UndoneByItself(Additive):
     """The engine is told that a sum undoes a sum."""
 
     def couple(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        y1 = lift(x1, self.Fm, x2, plus, minus)
-        return y1, lift(x2, self.Gm, y1, plus, plus)
+        y1 = couple(x1, self.Fm, x2, forward=plus, inverse=minus)
+        return y1, couple(x2, self.Gm, y1, forward=plus, inverse=plus)
 
 
 class ScaleNotUndone(AffineCoupling):
     """The engine is told how to undo the shift alone."""
 
     def couple(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        y1 = lift(x1, self.Fm, x2, scale, shift_undone)
-        return y1, lift(x2, self.Gm, y1, scale, shift_undone)
+        y1 = couple(x1, self.Fm, x2, forward=scale, inverse=shift_undone)
+        return y1, couple(x2, self.Gm, y1, forward=scale, inverse=shift_undone)
 
 
 def shift_undone(a: Tensor, h: tuple[Tensor, Tensor]) -> Tensor:
@@ -69,9 +69,9 @@ class OutputDetached(InvertibleModuleWrapper):
 
 
 FAULTS = [
-    fault("a sum undone by a sum", "the step given to lift for the inverse", UndoneByItself, "gradients", INPUTS,
+    fault("a sum undone by a sum", "the step given to couple for the inverse", UndoneByItself, "gradients", INPUTS,
           "the gradient of the input"),
-    fault("a scale not undone", "the step given to lift undoes the shift alone", partial(affine, ScaleNotUndone),
+    fault("a scale not undone", "the step given to couple undoes the shift alone", partial(affine, ScaleNotUndone),
           "gradients", INPUTS, "the gradient of the input"),
     fault("random numbers not preserved", "preserve_rng_state=False, with dropout",
           lambda: InvertibleModuleWrapper(AdditiveCoupling(dropping(), dropping()), preserve_rng_state=False),

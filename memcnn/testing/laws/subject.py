@@ -24,7 +24,7 @@ class NotRunnable(ValueError):
 class Subject:
     """A module with ``forward`` and ``inverse``, the inputs on which it is tested, and the seed of every evaluation.
 
-    Inputs of a module with an exact coupling are rounded to its grid, as it does itself (``memcnn.models.exact``).
+    Inputs of a module with an exact coupling are rounded to its grid, as it does itself (``memcnn.engine.exact``).
     wrap: run it in an `InvertibleModuleWrapper`, as it would be trained. None: if nothing in it is wrapped yet.
     """
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memcnn.models.capture import refuse_capture
+from memcnn.engine.capture import refuse_capture
 
 DEFAULT_STEP = 2.0**-10
 

@@ -1,0 +1,16 @@
+"""The engine of reversible blocks: forget activations in the forward pass, rebuild them in the backward pass.
+
+Read ``recompute`` first: it opens with the rules and one worked example.
+
+==================  ==================================================================================================
+``recompute``       one evaluation of a module: what autograd saves is dropped, and rebuilt by a second evaluation
+``chain``           the values between blocks, and the order in which they are rebuilt
+``couple``          ``split``, ``couple`` and ``merge``, the three functions that couplings are written with
+``opaque``          modules of which only ``forward`` and ``inverse`` are known
+``replay``          what the second evaluation must see as the first did: random numbers, autocast, modes, buffers
+``retained``        when rebuilt tensors are dropped again under ``retain_graph=True``
+``exact``           inversion without rounding, on a grid
+``capture``         what cannot be done while a CUDA graph is captured
+``torch_private``   every private name of PyTorch that the engine uses, each with its reason
+==================  ==================================================================================================
+"""

@@ -1,0 +1,221 @@
+"""The values between blocks, and the order in which they are rebuilt.
+
+A ``Value`` stands for one tensor of a chain of blocks. The end of the chain is stored. Every other value has a ``Link``
+that rebuilds it from later values (rule 3 in ``recompute``). ``tag`` leaves the values with a block's output, where the
+next block finds them.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memcnn.engine.exact import Grid
+from memcnn.engine.replay import identity
+from memcnn.engine.retained import Stored, drop_later, start_link
+from memcnn.engine.torch_private import keeps_graph
+
+if TYPE_CHECKING:
+    from memcnn.engine.couple import Recording
+
+
+class ThreadState(threading.local):
+    """What a block must know about the code that calls it.
+
+    It is local to a thread, since the threads of ``nn.DataParallel`` run blocks at the same time.
+    """
+
+    recording: "Recording | None" = None
+    """Where the values of the tensors within the running block are kept; None outside of blocks and in branches."""
+    storing = False
+    """Whether blocks store their activations, as under ordinary autograd."""
+    noted_sources: "list[weakref.ref[Value]] | None" = None
+    """Sources of the steps completed within the running evaluation of a branch: the ends of nested chains."""
+
+
+thread_state = ThreadState()
+
+rebuilding = threading.RLock()
+"""Held while anything is rebuilt: generators, buffers and modes, which all threads share, are set for that time."""
+
+
+class Value(Stored):
+    """One tensor of a chain: stored, or rebuilt by the link that consumed it."""
+
+    __slots__ = ("link", "pending_reads")
+
+    def __init__(self, tensor: Tensor):
+        super().__init__()
+        self.link: Link | None = None
+        self.pending_reads = 0
+        self.store(tensor)
+
+    def read(self) -> Tensor:
+        """Return the stored tensor. Raise a RuntimeError if it was modified in place."""
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"an output (or kept input) of a reversible block, shape {tuple(self.tensor.shape)}, was modified in "
+                "place after the forward pass, but backward rebuilds the block's activations from it: use an "
+                "out-of-place operation, or modify a clone")
+        return self.tensor
+
+
+class Link:
+    """Rebuilds its ``targets`` from its ``sources``.
+
+    References point from targets to link to sources and never back, so that reference counting frees everything.
+    """
+
+    def __init__(self, targets: Sequence[Value], *, keep: bool = False):
+        self.targets = [weakref.ref(value) for value in targets]
+        self.kept = targets if keep else ()
+        self.sources: Sequence[Value] | None = None  # None during the forward evaluation
+
+    def complete(self, sources: Sequence[Value]) -> None:
+        """From now on the targets hold this link and no tensor, unless they are kept or another link has them."""
+        self.sources = sources
+        if not self.kept:
+            self._take(self.targets)
+
+    def rebuild(self, keep_graph: bool) -> None:
+        """Restore the targets: permanently, or only for this pass if the graph is retained."""
+        raise NotImplementedError
+
+    def _take(self, values: Sequence[weakref.ref[Value]]) -> None:
+        for reference in values:
+            if (value := reference()) is not None and value.link is None:
+                value.tensor, value.link = None, self
+
+    def _give(self, values: Sequence[weakref.ref[Value]], tensors: Sequence[Tensor | None], keep_graph: bool) -> None:
+        for reference, tensor in zip(values, tensors, strict=True):
+            if (value := reference()) is not None and value.tensor is None and tensor is not None:
+                value.store(tensor)
+                if keep_graph:
+                    drop_later(value)
+                else:
+                    value.link = None
+
+
+class Rearrangement(Link):
+    """Rebuilds a tensor from its halves, or halves from their tensor."""
+
+    def __init__(self, targets: Sequence[Value], sources: Sequence[Value], operation: Callable):
+        super().__init__(targets)
+        self.operation = operation
+        self.complete(sources)
+
+    def rebuild(self, keep_graph: bool) -> None:
+        if keep_graph:
+            start_link()
+        self._give(self.targets, self.operation([value.read() for value in self.sources]), keep_graph)
+        if not keep_graph:
+            self.sources = ()
+
+
+def rebuild(link: Link) -> None:
+    """Rebuild ``link``, and before it, from the chain's stored end, whatever it needs. A loop: chains can be long."""
+    keep_graph = keeps_graph()
+    with rebuilding:
+        waiting = [(link, _count_readers(link.sources, 1))]
+        try:
+            while waiting:
+                link, sources = waiting[-1]
+                for value in sources:
+                    if value.tensor is None:
+                        waiting.append((value.link, _count_readers(value.link.sources, 1)))
+                        break
+                else:
+                    link.rebuild(keep_graph)
+                    _count_readers(waiting.pop()[1], -1)
+        finally:
+            for _, sources in waiting:
+                _count_readers(sources, -1)
+
+
+def _count_readers(values: Sequence[Value], change: int) -> Sequence[Value]:
+    for value in values:
+        value.pending_reads += change
+    return values
+
+
+@contextmanager
+def storing() -> Iterator[None]:
+    """Within this context blocks store their activations, as under ordinary autograd."""
+    previous, thread_state.storing = thread_state.storing, True
+    try:
+        yield
+    finally:
+        thread_state.storing = previous
+
+
+def is_storing() -> bool:
+    """Return whether the caller is within ``storing()``."""
+    return thread_state.storing
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return x, or a copy in the same order of dimensions if x is a view with gaps or overlaps.
+
+    A rebuilt tensor has neither, and a kernel may compute something else, or save other tensors, for other strides. A
+    compiler chooses its own kernels, and cannot trace the question.
+    """
+    return x if torch.compiler.is_compiling() or torch.ops.aten.is_non_overlapping_and_dense(x) else x.clone()
+
+
+_TAG = "memcnn.values"
+
+
+class Tag(NamedTuple):
+    """What a block leaves with its output, for the block that receives it.
+
+    The values are held weakly, since the graph outlives what is rebuilt. The links that need a value hold it.
+    """
+
+    values: Sequence["weakref.ref[Value]"]
+    dim: int | None
+    """None if there is one value, that of the tensor itself; else the values are those of its halves along ``dim``."""
+    grid: Grid | None
+    identity: tuple[int, int] | None
+
+
+_NO_TAG = Tag((), -1, None, None)
+
+
+def tag(y: Tensor, values: Sequence[Value], dim: int | None, grid: Grid | None = None) -> None:
+    """Leave ``values`` with the output y."""
+    if y.grad_fn is not None:
+        y.grad_fn.metadata[_TAG, y.output_nr] = Tag([weakref.ref(value) for value in values], dim, grid, identity(y))
+
+
+def tag_of(x: Tensor) -> Tag:
+    """Return what a block has left with x, or an empty tag; also if x was modified in place since."""
+    found = x.grad_fn.metadata.get((_TAG, x.output_nr)) if x.grad_fn is not None else None
+    return found if found is not None and found.identity == identity(x) else _NO_TAG
+
+
+def value_of_whole(x: Tensor) -> Value | None:
+    """Return the value of x if x is a block's output that somebody upstream needs, else None."""
+    found = tag_of(x)
+    values = [reference() for reference in found.values]
+    if not any(values):
+        return None
+    if found.dim is None:
+        return values[0]
+    whole = Value(x)
+    halves = x.detach().chunk(2, found.dim)
+    Rearrangement([value or Value(half) for value, half in zip(values, halves, strict=True)], [whole],
+                  lambda tensors: tensors[0].chunk(2, found.dim))
+    return whole
+
+
+def rebuild_from(value: Value, y: Tensor) -> None:
+    """Let the values that a nested block has left with y be rebuilt from ``value``, the value of y."""
+    found = tag_of(y)
+    if found.values:
+        halves = [y] if found.dim is None else y.detach().chunk(2, found.dim)
+        Rearrangement([reference() or Value(half) for reference, half in zip(found.values, halves, strict=True)],
+                      [value], lambda tensors: tensors if found.dim is None else tensors[0].chunk(2, found.dim))

@@ -1,0 +1,121 @@
+"""Modules of which only ``forward`` and ``inverse`` are known: recorded as one step that calls both in backward."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from memcnn.engine.chain import Value, dense, rebuild_from, tag, value_of_whole
+from memcnn.engine.recompute import Recomputation, SecondEvaluation
+from memcnn.engine.rounding import relative_error
+
+_STREAM = object()
+
+
+def call_opaque(run: Callable, undo: Callable, module: nn.Module, inputs: Sequence, kwargs: dict, *,
+                log_det: bool = False, keep_input: bool = False, **options):
+    """Return ``run(*inputs, **kwargs)``, recorded as one step, where ``undo(*outputs, **kwargs)`` returns the inputs.
+
+    Streams, that is floating-point and complex tensors among the positional inputs, are rebuilt. Other arguments are
+    kept. Where ``run`` returns fewer values than it takes, ``undo`` also receives the inputs that are no streams.
+
+    Args:
+        run: ``module``'s forward or inverse.
+        undo: the other one.
+        module: the block.
+        inputs: positional arguments of ``run``.
+        kwargs: keyword arguments of both.
+        log_det: ``run`` returns (outputs, log_det), of which ``undo`` takes the outputs.
+        keep_input: store the inputs, so that nothing needs to be inverted.
+        **options: see ``Recomputation``.
+    """
+    # a kept input has a value of its own, which no nested block forgets
+    values = [Value(x) if keep_input else value_of_whole(x) or Value(x) for x in inputs if is_stream(x)]
+    inputs = [dense(x) if is_stream(x) else x for x in inputs]
+    step = OpaqueModule(run, undo, module, inputs, kwargs, values, log_det, options | {"keep_input": keep_input})
+    result = step.evaluate(run, *inputs, **kwargs)
+    step.finish(result)
+    return result
+
+
+def is_stream(x: object) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+class OpaqueModule(Recomputation):
+    """The step result = run(*inputs, **kwargs), undone by inputs = undo(*result, **kwargs)."""
+
+    def __init__(self, run, undo, module, inputs, kwargs, targets, log_det, options):
+        self.run, self.undo, self.kwargs, self.log_det = run, undo, kwargs, log_det
+        self.positions = [i for i, x in enumerate(inputs) if is_stream(x)]
+        self.arguments = [None if i in self.positions else x for i, x in enumerate(inputs)]
+        self.versions = [(t, t._version) for t in (*self.arguments, *kwargs.values()) if isinstance(t, Tensor)]
+        streams = [inputs[i] for i in self.positions]
+        self.kinds = [(x.dtype, tuple(x.shape)) for x in streams]
+        super().__init__(module, streams, targets, **options)
+        self.results: list = []  # of the forward evaluation: other values than streams, which undo needs
+
+    def finish(self, result: object) -> None:
+        outputs = self._outputs(result)
+        streams = [y for y in outputs if is_stream(y)]
+        if not streams:
+            raise TypeError(f"{self.name} must return a floating-point tensor, or a tuple with some, from which its "
+                            f"inverse gives back the input: got {type(result).__name__}")
+        # the graph refers to this step, which must not refer to the graph
+        self.results = [_STREAM if is_stream(y) else tree_map_only(Tensor, Tensor.detach, y) for y in outputs]
+        values = [Value(y) for y in streams]
+        for y, value in zip(streams, values, strict=True):
+            rebuild_from(value, y)
+            tag(y, [value], None)
+        self.complete(values)
+
+    def recompute(self, second: SecondEvaluation) -> Sequence[Tensor]:
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                raise RuntimeError(f"an argument of {self.name}, shape {tuple(tensor.shape)}, was modified in place "
+                                   "between forward and backward, which uses it again: use an out-of-place operation")
+        tensors = [value.read() for value in self.kept] or self._undone()
+        draws = bool(self.replay.generators) and not self.kept
+        if second.is_wanted or draws:
+            leaves = [self.as_recorded(i, tensor) for i, tensor in enumerate(tensors)]
+            arguments = list(self.arguments)
+            for position, leaf in zip(self.positions, leaves, strict=True):
+                arguments[position] = leaf
+            with self.replay.again():
+                result = second.run(leaves, self.run, *arguments, **self.kwargs)
+            if draws:
+                self._check_draws([y for y in self._outputs(result) if is_stream(y)])
+        return tensors
+
+    def _outputs(self, result: object) -> list:
+        return _as_list(result[0] if self.log_det else result)
+
+    def _check_draws(self, streams: Sequence[Tensor]) -> None:
+        """The inverse was given the random numbers of the forward pass, but may use them in another order."""
+        for got, value in zip(streams, self.sources, strict=True):
+            if relative_error(got, wanted := value.read()) > torch.finfo(wanted.dtype).eps ** 0.5:  # NaN is loud anyway
+                raise RuntimeError(f"{self.name} draws random numbers (dropout), and its inverse does not undo what it "
+                                   "computed with them: let both draw them in the same order, use keep_input=True, or "
+                                   "build the block from a coupling, such as AdditiveCoupling, whose branches may draw")
+
+    def _undone(self) -> Sequence[Tensor]:
+        streams = iter(self.sources)
+        outputs = [next(streams).read() if y is _STREAM else y for y in self.results]
+        if len(outputs) < len(self.arguments):
+            outputs += [x for i, x in enumerate(self.arguments) if i not in self.positions]
+        with self.replay.again(), torch.no_grad():
+            inputs = _as_list(self.undo(*outputs, **self.kwargs))
+        if len(inputs) == len(self.arguments):
+            inputs = [inputs[i] for i in self.positions]
+        kinds = [(x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
+        if kinds != self.kinds:
+            raise RuntimeError(f"{self.name} does not invert itself: it was given {self.kinds} and its inverse "
+                               f"returned {kinds}")
+        return inputs
+
+
+def _as_list(values: object) -> list:
+    return list(values) if isinstance(values, (tuple, list)) else [values]
+
+

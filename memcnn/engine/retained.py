@@ -1,0 +1,77 @@
+"""When rebuilt tensors are dropped again under ``retain_graph=True``.
+
+Usually autograd frees what it has used. Under ``retain_graph=True`` it keeps everything, and does not say when it is
+done with an activation. So we keep what the last ``KEPT_LINKS`` links have rebuilt and drop the rest, which is rebuilt
+once more if it is needed, and drop all when the pass ends.
+"""
+
+import functools
+import weakref
+from collections import deque
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from memcnn.engine.torch_private import at_end_of_backward, current_backward_pass, never_compiled
+
+KEPT_LINKS = 8
+"""Number of links whose rebuilt tensors a pass with a retained graph keeps."""
+
+
+class Stored:
+    """A tensor without its graph, which can be dropped and given again."""
+
+    __slots__ = ("tensor", "version", "__weakref__")
+
+    pending_reads = 0
+    """Number of links that are waiting to be rebuilt from this tensor."""
+
+    @never_compiled
+    def __init__(self):
+        self.tensor: Tensor | None = None
+        self.version = 0
+
+    @never_compiled
+    def store(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor.detach(), tensor._version
+
+
+passes: dict[int, deque[list[tuple[weakref.ref[Stored], int]]]] = {}
+"""For each running backward pass with a retained graph: per link, the tensors that it rebuilt, with their ids."""
+
+
+def start_link() -> None:
+    """Count what ``drop_later`` is given from now on to a further link of the running backward pass."""
+    number = current_backward_pass()
+    if number not in passes:
+        passes[number] = deque()
+        if number != -1:
+            end = functools.partial(end_pass, number)
+            at_end_of_backward(end)
+            weakref.finalize(end, end_pass, number)  # a pass that ends in an error drops its callbacks uncalled
+    passes[number].append([])
+    if len(passes[number]) > KEPT_LINKS:
+        for stored in _still_rebuilt(passes[number].popleft()):
+            if stored.pending_reads:
+                drop_later(stored)
+            else:
+                stored.tensor = None
+
+
+def drop_later(stored: Stored) -> None:
+    """Drop the tensor again when the pass has rebuilt ``KEPT_LINKS`` further links, or ends."""
+    passes[current_backward_pass()][-1].append((weakref.ref(stored), id(stored.tensor)))
+
+
+def end_pass(number: int) -> None:
+    """Drop all that the backward pass of this number has rebuilt."""
+    for link in passes.pop(number, ()):
+        for stored in _still_rebuilt(link):
+            stored.tensor = None
+
+
+def _still_rebuilt(link: list[tuple[weakref.ref[Stored], int]]) -> Iterator[Stored]:
+    """Those that somebody still holds and that have not been given another tensor since."""
+    for reference, tensor_id in link:
+        if (stored := reference()) is not None and id(stored.tensor) == tensor_id:
+            yield stored

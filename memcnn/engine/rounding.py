@@ -1,0 +1,17 @@
+"""How far apart two tensors are."""
+
+from torch import Tensor
+
+
+def relative_error(actual: Tensor, expected: Tensor, *, least_scale: float = 0.0) -> float:
+    """max |actual - expected| / max |expected|, the divisor at least ``least_scale``; NaN if either has one."""
+    if actual.shape != expected.shape:
+        raise ValueError(f"cannot compare shapes {tuple(actual.shape)} and {tuple(expected.shape)}")
+    if expected.numel() == 0:
+        return 0.0
+    actual, expected = actual.detach().double(), expected.detach().double()
+    difference = (actual - expected).abs().max().item()
+    if difference == 0:
+        return 0.0
+    scale = max(expected.abs().max().item(), least_scale)
+    return difference / scale if scale else float("inf")

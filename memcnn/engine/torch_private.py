@@ -1,0 +1,84 @@
+"""Every private name of PyTorch that the engine and its couplings use, each with its reason.
+
+A private name may change with any release: what breaks then is found here. Two kinds of private attributes are read
+where they are needed, since a function call for each saved tensor would cost more than the work itself:
+
+* ``Tensor._version``: counts in-place modifications. Autograd checks it in the same way.
+* ``nn.Module._modules``, ``_parameters``, ``_buffers`` and ``_forward_hooks`` with its relatives: the registries, in
+  which the replay exchanges entries for the time of a recomputation. The public iterators copy them.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable, forward_ad
+from torch.nn.modules import module as torch_module
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+eval_frame = torch._C._dynamo.eval_frame
+_SKIPPED = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
+"""The compiler runs a function as it is, and looks at the functions that this calls as always."""
+
+AnyFunction = TypeVar("AnyFunction", bound=Callable)
+
+NormBase = _NormBase
+"""The base of BatchNorm and InstanceNorm, whose running statistics change without a new ``_version``."""
+
+BATCH_NORM_FORWARD = _BatchNorm.forward
+"""Tells a plain BatchNorm from a subclass that computes something of its own."""
+
+NORM_FORWARDS = (_BatchNorm.forward, SyncBatchNorm.forward, _InstanceNorm.forward)
+"""The forward functions whose output in training mode does not depend on the running statistics."""
+
+current_backward_pass: Callable[[], int] = torch._C._current_graph_task_id
+"""Number of the running backward pass; -1 outside of any. Rebuilt tensors are dropped at the end of their pass."""
+
+keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+"""Return whether the running backward pass was called with ``retain_graph=True``."""
+
+disabled_dispatch = torch._C._DisableTorchDispatch
+"""A context without dispatch modes. A mode of fake tensors cannot compare the states of real generators."""
+
+_functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def at_end_of_backward(function: Callable[[], object]) -> None:
+    """Have ``function`` run when the running backward pass ends. DDP and FSDP do the same; no public way exists."""
+    Variable._execution_engine.queue_callback(function)
+
+
+def storage_address(x: Tensor) -> int:
+    """Return the address of the storage object, which stays the same when FSDP frees and refills the memory."""
+    return x.untyped_storage()._cdata
+
+
+def global_forward_hooks() -> tuple[dict, dict]:
+    """Return the registries of forward pre-hooks and forward hooks that run with every module."""
+    return torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Return whether a hook, of the module or global, runs when the module is called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks or torch_module._global_forward_hooks
+                or torch_module._global_forward_pre_hooks or torch_module._global_backward_hooks
+                or torch_module._global_backward_pre_hooks)
+
+
+def is_transformed() -> bool:
+    """Return whether torch.func, forward-mode differentiation or torch.export is at work: none saves through hooks."""
+    return (_functorch_is_active() or forward_ad._current_level >= 0 or torch.compiler.is_exporting()
+            or torch.jit.is_tracing())
+
+
+def never_compiled(function: AnyFunction) -> AnyFunction:
+    """Keep ``torch.compile`` from compiling ``function``, which autograd calls for each saved tensor.
+
+    ``torch.compiler.disable`` does that too, but adds four Python calls to each call, whether or not anything is
+    compiled. Functions that ``function`` calls in turn need the same decorator.
+    """
+    eval_frame.set_code_exec_strategy(function.__code__, _SKIPPED)
+    return function
