@@ -16,7 +16,7 @@ from memcnn.training.timing import Cost, cost_of_records, timed
 
 MARGIN = 1.05
 """Runs are expected to take so much longer than what was timed."""
-LEAST_TRAINING_SECONDS = 20.0
+LEAST_TRAINING_SECONDS = 5.0
 """A cell that cannot finish is begun if it can be trained for at least so long after its start."""
 
 
@@ -185,5 +185,5 @@ def _totals(
 
 
 def minutes(seconds: float) -> str:
-    """Return a time in minutes, as "4.1 min"."""
-    return f"{seconds / 60:.1f} min"
+    """Return a time in minutes, as "4.1 min", or in seconds where it is short."""
+    return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.0f} s"

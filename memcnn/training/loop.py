@@ -55,6 +55,8 @@ class Setting:
         shared_by: how many runs share the device at least; more if more than that are `running` here.
         shown: whether progress is shown.
         running: the runs that are under way in this process.
+        images: the images on the device, by data set and where they are from, which all runs read. They stay until the
+            last run has ended. Copying them waits for the copy, so that every stream may read them afterwards.
     """
 
     device: torch.device
@@ -65,6 +67,7 @@ class Setting:
     shared_by: int = 1
     shown: bool = False
     running: list["Run"] = field(default_factory=list)
+    images: dict[tuple, cifar.Data] = field(default_factory=dict)
 
 
 class Run:

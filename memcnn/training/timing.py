@@ -20,8 +20,8 @@ from memcnn.training.turns import Lane
 
 TIMED_SECONDS = 1.5
 """For how long steps are timed. At least one step is, however long it takes."""
-READING_SECONDS = 5.0
-"""Allowance for what a start needs besides: reading the images and the checkpoint, asking git for the commit."""
+READING_SECONDS = {"files": 5.0, cifar.GENERATED: 1.0}
+"""Allowance for what a start needs besides: reading or making the images, reading the checkpoint."""
 START_SECONDS = {False: 15.0, True: 120.0}
 """Allowance for a start that was not timed, without and with compilation."""
 TEST_IMAGES = 10_000
@@ -104,7 +104,8 @@ class _Copy:
             self.evaluation.prepare()
             self.launch()  # the first step of a process is slower
             self.wait()
-        self.start_seconds = READING_SECONDS + time.perf_counter() - started
+        reading = READING_SECONDS.get(cifar.whereabouts(job.data), READING_SECONDS["files"])
+        self.start_seconds = reading + time.perf_counter() - started
 
     def launch(self) -> None:
         """Launch a step; wait where the GPU is too many steps behind."""

@@ -96,7 +96,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Start:
-    """A job that can be trained: its folder, what makes it this run, and its images, which are on the CPU."""
+    """A job that can be trained: its folder, what makes it this run, and its images, which are on the device."""
 
     job: Job
     folder: Path
@@ -182,7 +182,7 @@ def begin(job: Job, setting: Setting) -> Start | RunRecord:
     world = setting.world
     images = None
     if job.unofficial_data:  # the files alone decide what they are
-        images = world.in_turn(lambda: cifar.load(job.dataset, job.data, unofficial=True))
+        images = _images(job, setting)
     kind = job.data_kind if images is None else images.kind
     folder = job.folder(data_kind=kind, processes=world.size)
     identity = {
@@ -199,9 +199,19 @@ def begin(job: Job, setting: Setting) -> Start | RunRecord:
         if setting.shown:
             print(f"{folder} is already complete; --fresh trains it anew.", file=sys.stderr)
         return done
-    images = images or world.in_turn(lambda: cifar.load(job.dataset, job.data))
+    images = images or _images(job, setting)
     _check_sizes(job.recipe, images)
     return Start(job, folder, identity, images)
+
+
+def _images(job: Job, setting: Setting) -> cifar.Data:
+    """Return a job's images on the device; they are read once for all runs of the process."""
+    key = (job.dataset, cifar.whereabouts(job.data), job.unofficial_data)
+    if key not in setting.images:
+        how = {"unofficial": True} if job.unofficial_data else {}
+        loaded = setting.world.in_turn(lambda: cifar.load(job.dataset, job.data, **how))
+        setting.images[key] = loaded.to(setting.device)
+    return setting.images[key]
 
 
 def turns(start: Start, setting: Setting, lane: Lane) -> Turns[RunRecord]:
@@ -214,8 +224,7 @@ def turns(start: Start, setting: Setting, lane: Lane) -> Turns[RunRecord]:
             dead = world.from_first(lambda: stack.enter_context(locked(folder)))
             if dead and setting.shown:
                 print(f"Taking over from {dead}, which has ended.", file=sys.stderr)
-            images = start.images.to(setting.device)
-            run = Run(folder, start.identity, job.recipe, images, setting, lane, allow_mixed=job.allow_mixed)
+            run = Run(folder, start.identity, job.recipe, start.images, setting, lane, allow_mixed=job.allow_mixed)
         return (yield from run.turns())
 
 
