@@ -94,7 +94,8 @@ class Recomputation(Link):
 
     def evaluate(self, function: Callable, *args, **kwargs) -> object:
         """Return ``function(*args, **kwargs)``, the forward evaluation. Autograd saves activations in it (rule 2)."""
-        versions = [t._version for t in self.inputs]
+        inputs = self.inputs
+        versions = [t._version for t in inputs]
         recording, noted = thread_state.recording, thread_state.noted_sources
         thread_state.recording, thread_state.noted_sources = None, self.nested
         try:
@@ -103,7 +104,7 @@ class Recomputation(Link):
         finally:
             thread_state.recording, thread_state.noted_sources = recording, noted
         self.replay.evaluated()
-        if versions != [t._version for t in self.inputs]:
+        if versions != [t._version for t in inputs]:
             raise RuntimeError(f"{self.name} modifies its input in place, so that the block cannot be inverted: make "
                                "its first operation an out-of-place one")
         self.inputs = ()
@@ -173,8 +174,8 @@ class Recomputation(Link):
                     break
             else:  # a parameter
                 return tensor, tensor._version
-        elif id(tensor) in self.replay.running_statistics:
-            self.replay.saw_running_statistic(tensor)
+        elif (norm := self.replay.running_statistics.get(id(tensor))) is not None:
+            self.replay.untracked[norm] = None
             return tensor
         activation = Activation(tensor)
         self.activations.append(weakref.ref(activation))

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from memcnn.engine.capture import NoRandomNumbers, is_captured
 from memcnn.engine.torch_private import (
     BATCH_NORM_FORWARD,
+    GLOBAL_FORWARD_HOOKS,
     NORM_FORWARDS,
     NormBase,
     disabled_dispatch,
-    global_forward_hooks,
-    storage_address,
 )
 
 
@@ -41,18 +40,23 @@ class Replay:
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor], preserve_rng_state: bool):
         self.name = type(module).__name__
         self.modes: list[tuple[nn.Module, bool]] = []
-        self.parameters: list[tuple[dict, str, Tensor, bool]] = []
-        """Registry, name, tensor and ``requires_grad`` of each parameter."""
+        self.parameters: list[tuple[dict, str, Tensor, bool, tuple[int, int]]] = []
+        """Registry, name, tensor, ``requires_grad`` and identity of each parameter."""
         self.buffers: list[tuple[dict, str, Tensor]] = []
         """Registry, name and tensor of each buffer."""
-        self.restored: list[tuple[dict, str, Tensor, Tensor | None, tuple[int, int]]] = []
+        self.restored: list[tuple[dict, str, Tensor, Tensor | None, tuple[int, int] | None]] = []
         """Buffers that an evaluation may modify, the value it starts from (None: the present one), and identity."""
         self.unchanged: list[tuple[str, str, Tensor, tuple[int, int]]] = []
         """Kind, name, tensor and identity of what must not be modified in the meantime."""
         self.running_statistics: dict[int, nn.Module] = {}
         """By id, running statistics of plain BatchNorms that normalise with their batch's statistics."""
         self.untracked: dict[nn.Module, None] = {}
-        """BatchNorms, in order, that a further evaluation evaluates without their running statistics."""
+        """BatchNorms that a further evaluation evaluates without their running statistics, in order.
+
+        Those whose running statistics autograd saved in the first evaluation, which proves that they run eagerly. The
+        batch's statistics are the same without, and nothing has to be copied and restored. Compiled code saves other
+        tensors, and would be compiled once more.
+        """
         self.replacing_hooks: list[Callable] = []
         """User hooks that replaced a value in the first evaluation, so that further ones need them."""
         self.sets_parameters = False
@@ -60,15 +64,15 @@ class Replay:
         self._silent: set[int] = set()
         """Ids of the registries whose buffers change without a new version: those of norms in training mode."""
         self._survey(module)
-        self._identities = [(p._version, storage_address(p)) for _, _, p, _ in self.parameters]
 
-        devices = {torch.device("cpu"), *(x.device for x in inputs)}
+        devices = {_CPU, *[x.device for x in inputs]}
         self.autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind),
                           torch.is_autocast_cache_enabled())
-                         for kind in {d.type for d in devices} if torch.amp.is_autocast_available(kind)]
-        self.captured = preserve_rng_state and any(map(is_captured, devices))
+                         for kind in {device.type for device in devices} if torch.amp.is_autocast_available(kind)]
+        captured = {device for device in devices if is_captured(device)}
+        self.captured = preserve_rng_state and bool(captured)
         self.generators = [(device, _rng_state(device)) for device in devices
-                           if preserve_rng_state and device.type in ("cpu", "cuda") and not is_captured(device)]
+                           if preserve_rng_state and device.type in ("cpu", "cuda") and device not in captured]
 
     def _survey(self, root: nn.Module) -> None:
         """Note the modes, parameters and buffers of all modules."""
@@ -82,35 +86,33 @@ class Replay:
             registry = module._parameters
             for name, parameter in registry.items():
                 if parameter is not None:
-                    self.parameters.append((registry, name, parameter, parameter.requires_grad))
+                    value = parameter._version, parameter.untyped_storage()._cdata
+                    self.parameters.append((registry, name, parameter, parameter.requires_grad, value))
             if module._buffers:
                 self._survey_buffers(module)
 
     def _survey_buffers(self, module: nn.Module) -> None:
-        registry = module._buffers
-        buffers = [(registry, name, b) for name, b in registry.items() if b is not None]
-        self.buffers += buffers
+        registry, training = module._buffers, module.training
         is_norm = isinstance(module, NormBase)
         forward = type(module).forward if is_norm and "forward" not in vars(module) else None
-        if forward is BATCH_NORM_FORWARD and module.track_running_stats and len(buffers) == 3:
-            if not module.training:  # it only reads them
-                self.unchanged += [("buffer", name, b, identity(b)) for _, name, b in buffers]
-                return
-            self.running_statistics[id(module.running_mean)] = module
-            self.running_statistics[id(module.running_var)] = module
-        if is_norm and module.training:
+        reads_only = False
+        if forward is BATCH_NORM_FORWARD and module.track_running_stats and registry.keys() == _STATISTICS:
+            reads_only = not training
+            if training:
+                self.running_statistics[id(registry["running_mean"])] = module
+                self.running_statistics[id(registry["running_var"])] = module
+        if is_norm and training:
             self._silent.add(id(registry))
-        ignored = module.training and forward in NORM_FORWARDS
-        self.restored += [(registry, name, b, None if ignored else b.clone(), identity(b)) for _, name, b in buffers]
-
-    def saw_running_statistic(self, tensor: Tensor) -> None:
-        """Note that autograd saved ``tensor``, one of ``running_statistics``, in the first evaluation.
-
-        This proves that its BatchNorm runs eagerly, so that ``again`` can switch off the running statistics: the
-        batch's are the same without, and nothing has to be copied and restored. Compiled code saves other tensors, and
-        would be compiled once more.
-        """
-        self.untracked[self.running_statistics[id(tensor)]] = None
+        ignored = training and forward in NORM_FORWARDS
+        for name, buffer in registry.items():
+            if buffer is not None:
+                self.buffers.append((registry, name, buffer))
+                if reads_only:
+                    self.unchanged.append(("buffer", name, buffer, identity(buffer)))
+                elif ignored:
+                    self.restored.append((registry, name, buffer, None, None))
+                else:
+                    self.restored.append((registry, name, buffer, buffer.clone(), identity(buffer)))
 
     def watch(self) -> AbstractContextManager:
         """Return the context of the first evaluation. It notes which hooks replace a value."""
@@ -131,13 +133,13 @@ class Replay:
                            if not _equal(state, _rng_state(device))]
         # a layer that initialises itself in its first forward pass sets its parameters, but does so once
         set_by = set()
-        for (registry, name, p, _), before in zip(self.parameters, self._identities, strict=True):
-            now = p._version, storage_address(p)
+        for registry, name, p, _, before in self.parameters:
+            now = p._version, p.untyped_storage()._cdata
             self.unchanged.append(("parameter", name, p, now))
             if now != before:
                 set_by.add(id(registry))
-        self.sets_parameters, self._identities = bool(set_by), []
-        initialised = {id(m._buffers) for m, _ in self.modes if set_by and id(m._parameters) in set_by}
+        self.sets_parameters = bool(set_by)
+        initialised = {id(m._buffers) for m, _ in self.modes if id(m._parameters) in set_by} if set_by else set_by
         untracked = {id(m._buffers) for m in self.untracked}
         restored, self.restored = self.restored, []
         for registry, name, b, before, value in restored:
@@ -160,7 +162,7 @@ class Replay:
     def check_unchanged(self, when: str, fix: str) -> None:
         """Raise a RuntimeError if a parameter or a buffer was modified."""
         for kind, name, tensor, value in self.unchanged:
-            if (tensor._version, storage_address(tensor)) != value:
+            if (tensor._version, tensor.untyped_storage()._cdata) != value:
                 raise RuntimeError(f"the {kind} {name!r} of shape {tuple(tensor.shape)} was modified {when}, so that "
                                    f"the activations cannot be rebuilt: {fix}")
 
@@ -178,7 +180,7 @@ class Replay:
         for module in self.untracked:
             undo.append((vars(module).__setitem__, "track_running_stats", module.track_running_stats))
             vars(module)["track_running_stats"] = False
-        for registry, name, parameter, requires_grad in self.parameters:
+        for registry, name, parameter, requires_grad, _ in self.parameters:
             if registry.get(name) is not parameter:
                 _exchange(registry, name, parameter, undo)
             if parameter.requires_grad != requires_grad:
@@ -202,7 +204,7 @@ class Replay:
 
     def _user_hooks(self) -> list[tuple[dict, int, Callable]]:
         """The forward hooks that run with the module, except those by which torch computes (spectral norm, FSDP)."""
-        registries = [hooks for hooks in global_forward_hooks() if hooks]
+        registries = [hooks for hooks in GLOBAL_FORWARD_HOOKS if hooks]
         for module, _ in self.modes:
             if module._forward_pre_hooks:
                 registries.append(module._forward_pre_hooks)
@@ -218,6 +220,8 @@ class Replay:
         return result
 
 
+_STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+_CPU = torch.device("cpu")
 _NOTHING = nullcontext()
 
 
@@ -256,7 +260,7 @@ def _run_backwards(undo: list[tuple]) -> None:
 
 def identity(x: Tensor) -> tuple[int, int]:
     """Return another pair after x was modified in place, or was given other values by ``x.data = ...``."""
-    return x._version, storage_address(x)
+    return x._version, x.untyped_storage()._cdata
 
 
 def _is_torchs(hook: Callable) -> bool:
@@ -281,7 +285,7 @@ def _exchange(registry: dict, name: str, then: Tensor, undo: list[tuple]) -> Non
 
 
 def _rng_state(device: torch.device) -> Tensor:
-    return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+    return torch.default_generator.get_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
 
 
 def _equal(state: Tensor, other: Tensor) -> bool:
@@ -292,6 +296,6 @@ def _equal(state: Tensor, other: Tensor) -> bool:
 
 def _set_rng_state(device: torch.device, state: Tensor) -> None:
     if device.type == "cpu":
-        torch.set_rng_state(state)
+        torch.default_generator.set_state(state)
     else:
         torch.cuda.set_rng_state(state, device)

@@ -1,9 +1,11 @@
 """Every private name of PyTorch that the engine and its couplings use, each with its reason.
 
-A private name may change with any release: what breaks then is found here. Two kinds of private attributes are read
+A private name may change with any release: what breaks then is found here. Three kinds of private attributes are read
 where they are needed, since a function call for each saved tensor would cost more than the work itself:
 
 * ``Tensor._version``: counts in-place modifications. Autograd checks it in the same way.
+* ``UntypedStorage._cdata``: the address of the storage object, which changes with ``x.data = ...``. Unlike the address
+  of the memory it stays the same when FSDP frees and refills a parameter.
 * ``nn.Module._modules``, ``_parameters``, ``_buffers`` and ``_forward_hooks`` with its relatives: the registries, in
   which the replay exchanges entries for the time of a recomputation. The public iterators copy them.
 """
@@ -12,7 +14,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd import Variable, forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
@@ -39,6 +41,9 @@ current_backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 """Return whether the running backward pass was called with ``retain_graph=True``."""
 
+GLOBAL_FORWARD_HOOKS: tuple[dict, dict] = (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)
+"""The registries of forward pre-hooks and forward hooks that run with every module."""
+
 disabled_dispatch = torch._C._DisableTorchDispatch
 """A context without dispatch modes. A mode of fake tensors cannot compare the states of real generators."""
 
@@ -48,16 +53,6 @@ _functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_ac
 def at_end_of_backward(function: Callable[[], object]) -> None:
     """Have ``function`` run when the running backward pass ends. DDP and FSDP do the same; no public way exists."""
     Variable._execution_engine.queue_callback(function)
-
-
-def storage_address(x: Tensor) -> int:
-    """Return the address of the storage object, which stays the same when FSDP frees and refills the memory."""
-    return x.untyped_storage()._cdata
-
-
-def global_forward_hooks() -> tuple[dict, dict]:
-    """Return the registries of forward pre-hooks and forward hooks that run with every module."""
-    return torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -1,5 +1,9 @@
-"""How many operators a reversible step dispatches beside the arithmetic: copies, casts and joins, counted."""
+"""What a reversible step costs beside the arithmetic: operators dispatched and Python functions called, counted.
 
+Where kernels are small, these decide how long a step takes. Counts do not depend on the machine.
+"""
+
+import sys
 from collections import Counter
 from collections.abc import Sequence
 
@@ -10,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from memcnn import AdditiveCoupling, InvertibleModuleWrapper
+import memcnn
+from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.models.resnet import revnet38
 from properties.twin import assert_like_twin, backward, block, conv_branch, images
 
@@ -136,3 +141,68 @@ def test_a_forward_set_on_the_module_itself_may_read_its_running_mean():
         ((module(x) + module(x + 1)) ** 3).sum().backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients)
+
+
+def small_branch() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+                         nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+
+
+def sequence(depth: int) -> nn.Module:
+    return ReversibleSequential(*(AdditiveCoupling(small_branch(), small_branch()) for _ in range(depth)))
+
+
+def wrapped(depth: int) -> nn.Module:
+    return nn.Sequential(*(InvertibleModuleWrapper(AdditiveCoupling(small_branch(), small_branch()))
+                           for _ in range(depth)))
+
+
+def plain(depth: int) -> nn.Module:
+    module = wrapped(depth)
+    for block in module:
+        block.disable = True
+    return module
+
+
+def step(module: nn.Module) -> None:
+    module(torch.ones(2, 8, 4, 4)).sum().backward()
+
+
+def operators(module: nn.Module) -> int:
+    step(module)  # gradients are added to afterwards
+    with Operators() as counted:
+        step(module)
+    return counted.counts.total()
+
+
+def calls_of_ours(module: nn.Module) -> int:
+    """Calls of functions of this package in one step, other than comprehensions, which newer Pythons do not call."""
+    step(module)
+    calls, folder = 0, memcnn.__path__[0]
+
+    def count(frame, event: str, _) -> None:
+        nonlocal calls
+        code = frame.f_code
+        calls += event == "call" and code.co_filename.startswith(folder) and not code.co_name.startswith("<")
+    previous = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        step(module)
+    finally:
+        sys.setprofile(previous)
+    return calls
+
+
+def for_each_block(counted, make) -> float:
+    return (counted(make(6)) - counted(make(2))) / 4
+
+
+@pytest.mark.parametrize(("make", "added_operators", "calls"), [(sequence, 40, 239), (wrapped, 50, 253)])
+def test_a_further_block_adds_no_more_operators_and_calls_than_these(make, added_operators, calls):
+    """Measured when it was written. A change that needs more makes small networks slower, and must be worth it.
+
+    Of the operators 20 are the layers' second evaluation with what it allocates, two the differences; the others
+    detach tensors from their graphs.
+    """
+    assert for_each_block(operators, make) - for_each_block(operators, plain) <= added_operators
+    assert for_each_block(calls_of_ours, make) <= calls
