@@ -159,8 +159,8 @@ def wrapped(depth: int) -> nn.Module:
 
 def plain(depth: int) -> nn.Module:
     module = wrapped(depth)
-    for block in module:
-        block.disable = True
+    for unit in module:
+        unit.disable = True
     return module
 
 
