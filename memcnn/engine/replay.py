@@ -95,9 +95,7 @@ class Replay:
         registry, training = module._buffers, module.training
         is_norm = isinstance(module, NormBase)
         forward = type(module).forward if is_norm and "forward" not in vars(module) else None
-        reads_only = False
         if forward is BATCH_NORM_FORWARD and module.track_running_stats and registry.keys() == _STATISTICS:
-            reads_only = not training
             if training:
                 self.running_statistics[id(registry["running_mean"])] = module
                 self.running_statistics[id(registry["running_var"])] = module
@@ -107,12 +105,8 @@ class Replay:
         for name, buffer in registry.items():
             if buffer is not None:
                 self.buffers.append((registry, name, buffer))
-                if reads_only:
-                    self.unchanged.append(("buffer", name, buffer, identity(buffer)))
-                elif ignored:
-                    self.restored.append((registry, name, buffer, None, None))
-                else:
-                    self.restored.append((registry, name, buffer, buffer.clone(), identity(buffer)))
+                value = buffer._version, buffer.untyped_storage()._cdata
+                self.restored.append((registry, name, buffer, None if ignored else buffer.clone(), value))
 
     def watch(self) -> AbstractContextManager:
         """Return the context of the first evaluation. It notes which hooks replace a value."""
@@ -140,6 +134,10 @@ class Replay:
                 set_by.add(id(registry))
         self.sets_parameters = bool(set_by)
         initialised = {id(m._buffers) for m, _ in self.modes if id(m._parameters) in set_by} if set_by else set_by
+        # torch moves running statistics without a new version; a branch that moves them itself has them restored
+        moved = {id(registry) for registry, _, b, _, value in self.restored
+                 if id(b) in self.running_statistics and (b._version, b.untyped_storage()._cdata) != value}
+        self.untracked = {m: None for m in self.untracked if id(m._buffers) not in moved}
         untracked = {id(m._buffers) for m in self.untracked}
         restored, self.restored = self.restored, []
         for registry, name, b, before, value in restored:
