@@ -102,12 +102,14 @@ def serve() -> None:
 
 
 def _seconds(case, device: torch.device) -> dict:
-    step, rounds = measure.warmed_up(case, device)
+    """Return the median time of a step."""
+    step, rounds, steps = measure.warmed_up(case, device)
     seconds = []
     for _ in range(rounds):
         started = measure.clock()
-        step()
-        seconds.append(measure.clock() - started)
+        for _ in range(steps):
+            step()
+        seconds.append((measure.clock() - started) / steps)
     return {"seconds": pd.Series(seconds).median()}
 
 
