@@ -28,7 +28,7 @@ def folder_of(device: torch.device, root: Path = MEASUREMENTS) -> Path:
 def chosen(name: str | None) -> torch.device:
     """Return the device of that name, by default the first GPU or else the CPU, and make it PyTorch's current one.
 
-    Streams, memory counters and ``torch.cuda.synchronize`` are those of the current device unless told otherwise.
+    Streams, memory counters and ``torch.cuda.synchronize`` are those of the current device by default.
 
     Raises:
         ValueError: when PyTorch does not see such a device.

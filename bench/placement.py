@@ -195,7 +195,7 @@ def _supply(places: list["_Place"], cells: Iterator[Cell], stop: Stop, view: "_B
             return
         for connection in wait(list(connections), POLL_SECONDS):
             for cell, outcome in connections[connection].receive():
-                if getattr(outcome, "status", None) == "partial":  # a stop, of which the others will hear as well
+                if getattr(outcome, "status", None) == "partial":  # a stop reaches the other processes as well
                     cells = iter(())
                 yield cell, outcome
         view.show([cell for place in places for cell in place.running])

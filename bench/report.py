@@ -74,7 +74,7 @@ def write(results: pd.DataFrame, folder: Path, command: str) -> list[Path]:
 
 
 def environment(results: pd.DataFrame) -> dict:
-    """Return device, versions, commit and clock of the measurements, all of which one command made."""
+    """Return device, versions, commit and clock of the measurements of one command."""
     first = results.iloc[0]
     load = [float(results.load.min()), float(results.load.max())]
     clean = None if pd.isna(first.clean) else bool(first.clean)

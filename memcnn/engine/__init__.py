@@ -6,7 +6,7 @@ Read ``recompute`` first: it opens with the rules and one worked example.
 ``recompute``       one evaluation of a module: what autograd saves is dropped, and rebuilt by a second evaluation
 ``chain``           the values between blocks, and the order in which they are rebuilt
 ``couple``          ``split``, ``couple`` and ``merge``, the three functions that couplings are written with
-``opaque``          modules of which only ``forward`` and ``inverse`` are known
+``opaque``          modules that offer nothing but ``forward`` and ``inverse``
 ``replay``          what the second evaluation must see as the first did: random numbers, autocast, modes, buffers
 ``retained``        when rebuilt tensors are dropped again under ``retain_graph=True``
 ``exact``           inversion without rounding, on a grid

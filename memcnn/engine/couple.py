@@ -44,7 +44,7 @@ def couple(a: Tensor, branch: nn.Module, b: Tensor, *, forward: Callable, invers
         branch: the module that computes the change.
         b: the other half, the input of ``branch``.
         forward: called as ``forward(a, h)`` with h = ``branch(b)``; returns a tensor of the shape and dtype of a, or a
-            tuple of such a tensor and further values, from which nothing is rebuilt.
+            tuple of such a tensor and further values; nothing is rebuilt from those.
         inverse: called as ``inverse(out, h)``, returns a.
         verify: raise a RuntimeError if the recomputation of ``branch(b)`` has other bits.
     """

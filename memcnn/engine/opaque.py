@@ -1,4 +1,4 @@
-"""Modules of which only ``forward`` and ``inverse`` are known: recorded as one step that calls both in backward."""
+"""Record a module that offers only ``forward`` and ``inverse`` as one step; backward calls both."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,7 +26,7 @@ def call_opaque(run: Callable, undo: Callable, module: nn.Module, inputs: Sequen
         module: the block.
         inputs: positional arguments of ``run``.
         kwargs: keyword arguments of both.
-        log_det: ``run`` returns (outputs, log_det), of which ``undo`` takes the outputs.
+        log_det: ``run`` returns (outputs, log_det), and ``undo`` takes only the outputs.
         keep_input: store the inputs, so that nothing needs to be inverted.
         **options: see ``Recomputation``.
     """

@@ -141,7 +141,7 @@ def weight_gradient(output_gradient: Tensor, x: Tensor, plan: Plan, *, processor
         num_stages=plan.stages,
     )
     size = result.numel()
-    sums, results = (256, 16) if size <= 4096 else (32, 128)  # a tile: 4,096 values, of which each thread adds up 32
+    sums, results = (256, 16) if size <= 4096 else (32, 128)  # a tile has 4,096 values; each thread adds up 32
     if interpreted:
         sums, results = 32, 1024  # its time is the number of programs
     add_up[(triton.cdiv(size, results),)](

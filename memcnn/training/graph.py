@@ -33,7 +33,7 @@ def captured(update: Callable[[], None], state: Sequence[Tensor]) -> Callable[[]
         with torch.cuda.stream(stream), torch.enable_grad():
             for _ in range(WARM_UP_CALLS):
                 update()
-            graph = _capture(update)  # on the stream of the warm-up, to which autograd has bound the parameters
+            graph = _capture(update)  # on the warm-up's stream: autograd has bound the parameters to it
         current.wait_stream(stream)
     for tensor, value in zip(state, before, strict=True):
         tensor.copy_(value)
