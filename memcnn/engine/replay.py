@@ -201,7 +201,7 @@ class Replay:
                 registry[key] = _silence
 
     def _user_hooks(self) -> list[tuple[dict, int, Callable]]:
-        """The forward hooks that run with the module, except those that torch itself registers (spectral norm, FSDP)."""
+        """Return the forward hooks that run with the module, except those of torch itself (spectral norm, FSDP)."""
         registries = [hooks for hooks in GLOBAL_FORWARD_HOOKS if hooks]
         for module, _ in self.modes:
             if module._forward_pre_hooks:
