@@ -209,7 +209,8 @@ def test_a_run_that_waits_for_the_gpu_holds_nobody_up_and_nothing_waits_for_the_
     monkeypatch.setattr(Lane, "mark", lambda self: Later())
     monkeypatch.setattr(Lane, "launched", lambda self: Later())
     Later.waits = 0
-    together(tmp_path, [0, 1])
+    outcomes = together(tmp_path, [0, 1])
+    assert [outcome.status for outcome in outcomes.values()] == ["complete"] * 2, outcomes
     assert Later.waits > 0, "where all runs wait, so does the process"
     for seed in (0, 1):
         assert_as_alone(tmp_path, alone, seed)
