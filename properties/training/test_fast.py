@@ -55,6 +55,7 @@ def small_resnet(num_classes: int = 10, *, disable: bool = False) -> CifarResNet
 def executable(monkeypatch):
     """Every execution can be had on this machine: CUDA graphs by a stand-in, and a compiler that takes no minutes."""
     torch._dynamo.reset()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the stand-ins are for a CPU
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(Execution, "on", lambda self, device, *, processes: (self, []))
     with stand_in(monkeypatch) as graphs:
