@@ -78,7 +78,7 @@ def _cpu_allocations(fn: Callable[[], object]) -> list[tuple[int, int]]:
     """(address, bytes) of every CPU allocation of `fn()`, and with bytes negative of every release, in their order."""
     if torch.autograd._profiler_enabled():
         raise RuntimeError("a profiler is already running, and there can be only one; use tensor_peak_bytes within it")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         fn()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
