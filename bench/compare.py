@@ -27,7 +27,7 @@ from bench.networks import Network
 from bench.peer_tables import spread
 
 ROOT = Path(__file__).resolve().parents[1]
-METER = ("memory.py", "allocator.py")  # of memcnn/testing: they need nothing but torch, and older ones split no peak
+METERS = Path("memcnn") / "memory"  # it needs nothing but torch; older commits have no such meters, or other ones
 
 
 def cases() -> list:
@@ -49,8 +49,8 @@ def unpack(commit: str, folder: Path) -> str:
         archive.write_bytes(_git("archive", "--format=zip", name, "memcnn"))
         with zipfile.ZipFile(archive) as opened:
             opened.extractall(folder)
-        for name_of_file in METER:
-            shutil.copy(ROOT / "memcnn" / "testing" / name_of_file, folder / "memcnn" / "testing" / name_of_file)
+        shutil.rmtree(folder / METERS, ignore_errors=True)
+        shutil.copytree(ROOT / METERS, folder / METERS)
     shutil.copytree(ROOT / "bench", folder / "bench")
     return name
 
@@ -70,8 +70,9 @@ class Side:
         environment = {**os.environ, "KINETO_LOG_LEVEL": "99"}
         if threads:
             environment["OMP_NUM_THREADS"] = str(threads)
-        self.process = subprocess.Popen(command, cwd=folder, env=environment, text=True, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
 
     def ask(self, question: str, case: str, device: str) -> dict:
         """{"failed": why} where there is no answer."""
@@ -134,8 +135,12 @@ def compared(sides: list[Side], case: str, rounds: int, device: str) -> dict:
             row["time B / A"] = f"{name} failed: {answer['failed']}"
     if "time B / A" not in row:
         a, b = (pd.Series(values) for values in seconds)
-        row |= {"time B / A": spread(b / a, 3), "n": rounds, "A, ms": f"{1e3 * a.median():.2f}",
-                "B, ms": f"{1e3 * b.median():.2f}"}
+        row |= {
+            "time B / A": spread(b / a, 3),
+            "n": rounds,
+            "A, ms": f"{1e3 * a.median():.2f}",
+            "B, ms": f"{1e3 * b.median():.2f}",
+        }
         for metric in ("peak_bytes", "evaluations"):
             a, b = (answer[metric] for answer in exact)
             row[metric] = f"{a:,}, the same" if a == b else f"{a:,} -> {b:,} ({100 * (b / a - 1):+.2f} %)"
@@ -143,8 +148,9 @@ def compared(sides: list[Side], case: str, rounds: int, device: str) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="bench.compare", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("commits", metavar="COMMIT", nargs=2, help="any name that git knows; . is the tree as it is")
     parser.add_argument("-k", metavar="TEXT", default="", help="only cases whose names contain it")
     parser.add_argument("--rounds", type=int, default=15, help="(%(default)s)")
@@ -168,8 +174,10 @@ def main() -> int:
         finally:
             for side in sides:
                 side.end()
-    print(f"A is {names[0]}, B is {names[1]}; {options.device}, torch {torch.__version__}, load average "
-          f"{os.getloadavg()[0]:.1f}. Time: median [quartiles] of the ratio within a round.\n")
+    print(
+        f"A is {names[0]}, B is {names[1]}; {options.device}, torch {torch.__version__}, load average "
+        f"{os.getloadavg()[0]:.1f}. Time: median [quartiles] of the ratio within a round.\n"
+    )
     print(pd.DataFrame(rows).fillna("").to_markdown(index=False, disable_numparse=True))
     return int(any("failed" in row["time B / A"] for row in rows))
 

@@ -91,8 +91,8 @@ class Work(TorchDispatchMode):
 
 
 def _memory_meter():
-    """memcnn.testing.memory of this project, which needs nothing but torch, under another name: see ``chains``."""
-    spec = importlib.util.spec_from_file_location("memory_meter", ROOT / "memcnn/testing/memory.py")
+    """Return ``memcnn.memory`` of this project, which needs nothing but torch, under another name; see ``chains``."""
+    spec = importlib.util.spec_from_file_location("memory_meter", ROOT / "memcnn/memory/__init__.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
