@@ -64,11 +64,12 @@ def allocator_total_bytes(
 
 def _cuda_rise_bytes(fn: Callable[[], object], device: torch.device) -> int:
     """Return by how much the high-water mark of CUDA's allocator rises above what was allocated at entry."""
-    torch.cuda.synchronize(device)
+    stream = torch.cuda.current_stream(device)  # the only one to wait for: on others, other runs may be training
+    stream.synchronize()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     fn()
-    torch.cuda.synchronize(device)
+    stream.synchronize()
     return torch.cuda.max_memory_allocated(device) - before
 
 
@@ -94,7 +95,7 @@ def _cpu_allocations(fn: Callable[[], object]) -> list[tuple[int, int]]:
         raise RuntimeError(
             "allocator_peak_bytes: a profiler is already running and there can be only one; use tensor_peak_bytes in it"
         )
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         fn()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
