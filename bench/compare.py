@@ -24,7 +24,7 @@ import torch
 from bench import measure
 from bench.cases import Chain
 from bench.networks import Network
-from bench.peer_tables import spread
+from bench.result import spread
 from bench.worker import Failed, Worker
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,6 +1,7 @@
-"""Figures of a benchmark result, as SVG and PNG: `python -m bench.figures results/bench/FILE.json [FOLDER]`.
+"""Figures of a benchmark result, as SVG and PNG: ``python -m bench.figures results/bench/FILE.json [FOLDER]``.
 
-Contenders are told apart by marker and line as well as by colour, so that a copy in black and white can be read.
+Contenders differ in marker and line as well as in colour, so that a copy in black and white can be read. A function
+returns None if the measurements do not allow its figure.
 """
 
 import sys
@@ -14,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench import peer_tables
-from bench.summary import GIB, MIB, NAMES, fit, largest_depth, load, series_of, size, span, time_table
+from bench.result import GIB, MIB, NAMES, load, series_of, size, span, time_table
+from bench.summary import fit, largest_depth
 
 STYLES = {  # colour (apart in shades of grey too), marker, line
     "plain": ("#b2452b", "o", "-"),
@@ -34,7 +36,7 @@ LIMIT = 4 / 3
 
 
 def memory_against_depth(results: pd.DataFrame) -> Figure | None:
-    """Peak activation memory (MiB) against depth (blocks)."""
+    """Draw peak activation memory (MiB) against depth (blocks)."""
     rows = series_of(results, "memory", "depth")
     if rows.depth.nunique() < 2:
         return None
@@ -48,7 +50,7 @@ def memory_against_depth(results: pd.DataFrame) -> Figure | None:
 
 
 def law_of_memory(results: pd.DataFrame) -> Figure | None:
-    """Peak activation memory (KiB) against depth to 1000 blocks, both logarithmic."""
+    """Draw peak activation memory (KiB) against depth up to 1000 blocks, both logarithmic."""
     rows = series_of(results, "memory", "law")
     if rows.depth.nunique() < 2:
         return None
@@ -60,6 +62,7 @@ def law_of_memory(results: pd.DataFrame) -> Figure | None:
 
 
 def time_against_depth(results: pd.DataFrame) -> Figure | None:
+    """Draw the time of a step relative to plain autograd against depth (blocks)."""
     rows = series_of(time_table(results).assign(group="time"), "time", "depth")
     if rows.depth.nunique() < 2 or rows.ratio.isna().all():
         return None
@@ -70,7 +73,7 @@ def time_against_depth(results: pd.DataFrame) -> Figure | None:
 
 
 def where_it_loses(results: pd.DataFrame) -> Figure | None:
-    """Time relative to plain autograd against batch and against width, and with tiny tensors."""
+    """Draw the time of a step relative to plain autograd against batch and against width."""
     table = time_table(results).assign(group="time")
     panels = [
         (series_of(table, "time", series), column, label)
@@ -91,7 +94,7 @@ def where_it_loses(results: pd.DataFrame) -> Figure | None:
 
 
 def pareto(results: pd.DataFrame) -> Figure | None:
-    """Time against memory of every contender, both relative to plain, at the largest depth up to 16; and the front."""
+    """Draw time relative to plain against memory (MiB) at the largest depth up to 16, with the Pareto front."""
     times = series_of(time_table(results).assign(group="time"), "time", "depth")
     memory = series_of(results, "memory", "depth")
     depths = [d for d in times.depth.unique() if d <= 16 and d in set(memory.depth)]
@@ -104,7 +107,7 @@ def pareto(results: pd.DataFrame) -> Figure | None:
 
 
 def pareto_of_peers(peers: dict) -> Figure:
-    """The same of ``bench.peers``, at its smaller depth."""
+    """Draw time relative to plain against memory (MiB) from ``bench.peers``, at its smaller depth."""
     times = peer_tables.ratios(peers["time"])
     blocks = times.blocks.min()
     groups = times[times.blocks == blocks].groupby("contender", sort=False).ratio
@@ -127,7 +130,7 @@ def pareto_of_peers(peers: dict) -> Figure:
 
 
 def depth_per_budget(results: pd.DataFrame) -> Figure | None:
-    """The largest depth that fits, computed from the measured intercept and slope."""
+    """Draw the largest depth that fits, computed from the measured intercept and slope."""
     rows = series_of(results, "memory", "depth")
     fits = fit(rows)
     if fits.empty:
@@ -142,7 +145,7 @@ def depth_per_budget(results: pd.DataFrame) -> Figure | None:
 
 
 def networks(results: pd.DataFrame) -> Figure | None:
-    """Time of a training step and its peak memory, of the CIFAR networks."""
+    """Draw the time and the peak memory of a training step of the CIFAR networks."""
     table = time_table(results).assign(group="time")
     times, memory = series_of(table, "time", "network"), series_of(results, "memory", "network")
     if times.empty or memory.empty:
@@ -211,7 +214,7 @@ def _line(axes: Axes, subject: str, x, y, spread: list | None = None) -> None:
 
 
 def _ratio_lines(axes: Axes, rows: pd.DataFrame, column: str) -> None:
-    """Against a logarithmic axis, on which contenders stand a little apart, so that no bar hides another."""
+    """Draw ratios against a logarithmic axis, contenders slightly apart, so that no error bar hides another."""
     there = [s for s in STYLES if s in set(rows.subject)]
     for place, subject in enumerate(there):
         one = rows[rows.subject == subject].sort_values(column)
@@ -225,7 +228,7 @@ def _limit(axes: Axes) -> None:
 
 
 def _front(rows: pd.DataFrame, title: str) -> Figure:
-    """Rows by contender, with memory (MiB) and ratio. The front joins those that none beats in both."""
+    """Draw contenders by memory (MiB) and ratio, and the front of those that no other beats in both."""
     figure, axes = _axes("peak activation memory, MiB", "time of a step / plain autograd")
     for name, row in rows.iterrows():
         colour, marker, _ = {**STYLES, **PEER_STYLES}[name]
@@ -250,7 +253,7 @@ def _front(rows: pd.DataFrame, title: str) -> Figure:
 
 
 def _logarithmic(axes: Axes, x=None, y=None) -> None:
-    """Ticks at the numbers given, written out."""
+    """Set logarithmic axes with ticks at these numbers, written out."""
     for axis, ticks, limits in ((axes.xaxis, x, axes.get_xlim), (axes.yaxis, y, axes.get_ylim)):
         if ticks is not None:
             (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
@@ -261,6 +264,7 @@ def _logarithmic(axes: Axes, x=None, y=None) -> None:
 
 
 def _finished(figure: Figure, axes: Axes, title: str) -> Figure:
+    """Add title and legend, in which the front and the limit come last."""
     axes.set_title(title, fontsize=8.5, loc="left")
     handles, labels = axes.get_legend_handles_labels()
     last = [labels.index(label) for label in labels if label.startswith(("Pareto", "4/3"))]
@@ -272,7 +276,7 @@ def _finished(figure: Figure, axes: Axes, title: str) -> Figure:
 
 
 def draw(results: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
-    """By name, the figures that the measurements allow, and what they show."""
+    """Return (figure, title) by name, for the figures that the measurements allow."""
     drawn = {name: (make(results), title) for name, (make, title) in FIGURES.items()}
     return {name: (figure, title) for name, (figure, title) in drawn.items() if figure is not None}
 

@@ -108,11 +108,12 @@ def measure(networks: Sequence[str], *, batch: int, device: torch.device) -> pd.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Write memory.csv and print the table; return 0."""
     parser = argparse.ArgumentParser(
         prog="bench.measured_memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--networks", default=",".join(MODELS), metavar="A,B,...", help="of %(default)s")
+    add("--networks", default=",".join(MODELS), metavar="A,B,...", help="some of %(default)s")
     add("--batch", type=count, default=PUBLISHED.batch_size, metavar="N", help="images a step (%(default)s)")
     folders.add_place_options(parser, MEMORY_FILE)
     given = parser.parse_args(arguments)

@@ -2,32 +2,34 @@
 
 import pandas as pd
 
-MIB = 2**20
+from bench.result import MIB, spread
+
 MARKS = {"right": "right", "wrong": "**wrong**", "error": "error"}
 
 
 def behaviour_table(result: dict) -> pd.DataFrame:
-    """Behaviours as rows, contenders as columns."""
+    """Return the outcomes: a row for each behaviour, a column for each contender."""
     rows = pd.DataFrame(result["behaviours"])
     rows["cell"] = [cell(row) for row in result["behaviours"]]
     return _in_order(rows.pivot(index="behaviour", columns="contender", values="cell"), result["behaviours"])
 
 
 def cell(row: dict) -> str:
+    """Return the outcome of one behaviour with one contender."""
     if row["outcome"] == "wrong":
         return f"{MARKS['wrong']} ({row['detail'] if row['error'] is None else format(row['error'], '.0e')})"
     return MARKS[row["outcome"]]
 
 
 def messages(result: dict) -> list[tuple[str, str, str]]:
-    """(contender, behaviour, first line of the message) of all errors, for the notes."""
+    """Return (contender, behaviour, first line of the message) of all errors."""
     return [
         (row["contender"], row["behaviour"], row["detail"]) for row in result["behaviours"] if row["outcome"] == "error"
     ]
 
 
 def ratios(times: list[dict]) -> pd.DataFrame:
-    """A row per contender, block count and round, with the ratio to plain's time in the same round."""
+    """Return a row for each contender, block count and round, with the ratio to plain's time in the same round."""
     frame = pd.DataFrame(times)
     plain = frame[frame.contender == "plain"].set_index(["blocks", "round"]).seconds
     frame["plain"] = plain.reindex(pd.MultiIndex.from_frame(frame[["blocks", "round"]])).array
@@ -36,7 +38,7 @@ def ratios(times: list[dict]) -> pd.DataFrame:
 
 
 def cost_table(result: dict) -> pd.DataFrame:
-    """Contenders as rows: time ratio, peak MiB, work and evaluations."""
+    """Return time relative to plain, peak MiB, work and evaluations of each contender."""
     columns = {}
     for blocks, group in ratios(result["time"]).groupby("blocks"):
         columns[f"time / plain, {blocks} blocks"] = group.groupby("contender").ratio.agg(spread)
@@ -56,7 +58,7 @@ def cost_table(result: dict) -> pd.DataFrame:
 
 
 def python_table(result: dict) -> pd.DataFrame:
-    """Microseconds per block of a tiny chain above 4/3 of plain's: what is no tensor work, but a contender's Python."""
+    """Return the time of a tiny chain above 4/3 of plain's, which is that of a contender's Python, not of tensors."""
     frame = ratios(result["tiny_time"])
     frame["own"] = (frame.seconds - 4 / 3 * frame.plain) / frame.blocks * 1e6
     groups = frame[frame.contender != "plain"].groupby("contender")
@@ -75,17 +77,13 @@ def python_table(result: dict) -> pd.DataFrame:
     return _in_order(table.fillna(""), result["evaluations"], columns=False)
 
 
-def spread(values: pd.Series, digits: int = 2) -> str:
-    """Median and, in brackets, the quartiles."""
-    low, median, high = values.quantile([0.25, 0.5, 0.75])
-    return f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
 def spread0(values: pd.Series) -> str:
+    """Return median and quartiles without decimals."""
     return spread(values, 0)
 
 
 def render(result: dict) -> str:
+    """Return the page as Markdown."""
     software, device, case, tiny = (result[key] for key in ("software", "device", "case", "tiny"))
     load = ", ".join(f"{result[key][0]:.1f}" for key in ("load_before", "load_after"))
     changes = "" if result["clean"] in (True, None) else " with uncommitted changes"
@@ -140,7 +138,7 @@ def render(result: dict) -> str:
 
 
 def _in_order(table: pd.DataFrame, rows: list[dict], columns: bool = True) -> pd.DataFrame:
-    """Contenders and behaviours in the order in which they ran, without axis names."""
+    """Put contenders and behaviours into the order in which they ran, and remove the axis names."""
     names = list(dict.fromkeys(row["contender"] for row in rows))
     if columns:
         table = table.loc[list(dict.fromkeys(row["behaviour"] for row in rows)), names]

@@ -19,7 +19,8 @@ import pandas as pd
 
 from bench import folders
 from bench.figures import draw, pareto_of_peers, save
-from bench.summary import MIB, load, origin, sections, series_of, time_table
+from bench.result import MIB, load, origin, series_of, time_table
+from bench.summary import sections
 from memcnn.training.files import write_by_rename
 from reports import page
 from reports.page import Figure, Page, Section
@@ -68,7 +69,7 @@ def write(results: pd.DataFrame, folder: Path, command: str) -> list[Path]:
     """Write the report of a result.
 
     Args:
-        results: see ``bench.summary.load``.
+        results: see ``bench.result.load``.
         folder: where the data goes; the rendered files go to ``folders.page_folder(folder)``.
         command: the command that makes the report, for the page.
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from bench import folders, speed_text, summary
-from bench.peer_tables import spread
+from bench import folders, result, speed_text, summary
+from bench.result import spread
 from memcnn.training.files import write_by_rename
 from memcnn.training.text import clean
 from reports import page
@@ -46,9 +46,9 @@ def load(folder: Path) -> Device | None:
     """
     suites, speed, memory, origin = pd.DataFrame(), speed_text.read(folder), pd.DataFrame(), ""
     environment = folders.read_environment(folder)
-    if environment is not None and (folder / summary.MEASUREMENTS).is_file():
-        suites = summary.load(folder)
-        origin = f"chains and networks: {summary.origin(suites)}"
+    if environment is not None and (folder / result.MEASUREMENTS).is_file():
+        suites = result.load(folder)
+        origin = f"chains and networks: {result.origin(suites)}"
     if (folder / MEMORY_FILE).is_file():
         memory = pd.read_csv(folder / MEMORY_FILE)
     if suites.empty and speed.empty and memory.empty:
@@ -92,14 +92,14 @@ def chains(device: Device) -> pd.DataFrame:
     """Return time and activations of chains of 16 blocks, relative to plain autograd."""
     if device.suites.empty:
         return pd.DataFrame()
-    times = summary.series_of(summary.ratios(device.suites), "time", "depth")
-    peaks = summary.series_of(device.suites, "memory", "depth")
+    times = result.series_of(result.ratios(device.suites), "time", "depth")
+    peaks = result.series_of(device.suites, "memory", "depth")
     times, peaks = times[times.depth == 16], peaks[peaks.depth == 16].set_index("subject").activation_bytes
     columns = {"time": times.groupby("subject").ratio.agg(spread)}
     if "plain" in peaks:
         columns["activations"] = (peaks / peaks["plain"]).map(lambda share: f"{100 * share:.1f} %")
     table = pd.DataFrame(columns)
-    return table.reindex([name for name in summary.NAMES if name in table.index]).rename(index=summary.NAMES)
+    return table.reindex([name for name in result.NAMES if name in table.index]).rename(index=result.NAMES)
 
 
 def networks(device: Device) -> pd.DataFrame:
@@ -107,7 +107,7 @@ def networks(device: Device) -> pd.DataFrame:
     if device.suites.empty:
         return pd.DataFrame()
     suites = device.suites
-    table = summary.network_table(suites[suites.group == "memory"], summary.ratios(suites))
+    table = summary.network_table(suites[suites.group == "memory"], result.ratios(suites))
     if table.empty or "images/s" not in table:
         return pd.DataFrame()
     return pd.DataFrame({"images/s": table["images/s"].map("{:,.1f}".format), "time, on / off": table["ratio"]})

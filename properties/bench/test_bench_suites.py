@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import folders, measure, summary
+from bench import folders, measure, result
 from bench.cases import SUBJECTS, THREE, Chain, branches, chains
 from bench.conftest import in_turn
 from bench.modes import MODES, captured, modes, prepared, why_not
@@ -285,7 +285,7 @@ def test_the_command_line_measures_and_summarises(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SKIPPED" in done.stdout and "add --modes" in done.stdout
     (path,) = tmp_path.glob("*.json")
-    results = summary.load(path)
+    results = result.load(path)
     memory = results[results.group == "memory"]
     assert list(memory.subject) == ["plain", "reversible"] and set(memory.depth) == {4}
     assert memory.activation_bytes.iloc[1] < memory.activation_bytes.iloc[0] / 3
@@ -311,7 +311,7 @@ def test_on_cuda_the_command_line_measures_time_and_memory(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(1))
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*.json")
-    results = summary.load(path)
+    results = result.load(path)
     memory, times = (results[results.group == group] for group in ("memory", "time"))
     assert list(memory.subject) == ["plain", "reversible"] and set(times.subject) == {"plain", "reversible"}
     assert memory.activation_bytes.iloc[1] < memory.activation_bytes.iloc[0] / 2
@@ -390,7 +390,7 @@ def test_ctrl_c_keeps_what_has_been_measured(tmp_path):
                 sent = time.monotonic()
     assert process.returncode == pytest.ExitCode.INTERRUPTED
     (path,) = tmp_path.glob("*.json")
-    assert len(summary.load(path)) >= 1
+    assert len(result.load(path)) >= 1
 
 
 def test_without_pytest_benchmark_the_suites_say_what_is_missing():

@@ -91,7 +91,10 @@ def test_files_with_wrong_checksums_are_trained_on_where_asked_for_and_marked(ru
     status, lines = run("--train", "--datasets", "cifar10", "--unofficial-data")
     assert all(options["unofficial_data"] for _, options in trained[0])
     assert [line.partition("complete")[2] for line in cell_lines(lines)][:3] == [
-        "", " (not the official files)", " (generated data)"]
+        "",
+        " (not the official files)",
+        " (generated data)",
+    ]
 
 
 def test_a_failing_cell_is_reported_and_the_others_go_on(run, trained):
