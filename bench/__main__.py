@@ -1,15 +1,15 @@
-"""Time and peak memory of training steps: plain, checkpointed, reversible; blocks, chains and whole networks.
+"""Measure time and peak memory of training steps: plain, checkpointed, reversible; chains and whole networks.
 
     python -m bench --quick                     about two minutes on two cores
-    python -m bench                             under ten; remakes the report in reports/bench/<device>
-    python -m bench -k "depth8 and reversible"  only what the expression selects, as in pytest
+    python -m bench                             less than ten; renews the report in reports/bench/<device>
+    python -m bench -k "depth8 and reversible"  only the cases that the expression selects
     python -m bench.report FILE.json            tables and figures of the measurements, as Markdown and HTML
     python -m bench.gate BASE.json NOW.json     what became worse
     python -m bench.compare COMMIT_A COMMIT_B   two commits side by side
 
-Writes the measurements of pytest-benchmark as JSON into results/bench/<device>, and prints a summary of them. The
-report of figures and tables goes to --report: by default, to reports/bench/<device> after a run of all cases, beside
-the JSON after --quick, and nowhere where -k or --budget narrowed the run.
+Writes the measurements of pytest-benchmark as JSON into results/bench/<device>, and prints a summary. The report of
+figures and tables goes to --report. By default that is reports/bench/<device> after a run of all cases, and a folder
+beside the JSON after --quick; a run that -k or --budget narrows writes none.
 """
 
 import argparse
@@ -22,26 +22,36 @@ import pytest
 import torch
 
 from bench import folders, report, summary
+from bench.result import load
 from memcnn.training.options import duration
 
 HERE = Path(__file__).resolve().parent
 
 
 def main() -> int:
+    """Run the suites; return the exit status of pytest."""
     parser = argparse.ArgumentParser(
         prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
-    parser.add_argument("--modes", action="store_true", help="bfloat16, channels_last, torch.compile on the CPU, too")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU (default: %(default)s; several "
-                        "make small kernels a hundred times slower on a machine that is busy)")
-    parser.add_argument("--clock", choices=["wall", "cpu"], help="cpu: seconds of this process alone, for a CPU shared "
-                        "with others; with --threads 1 (default: wall)")
+    parser.add_argument("--modes", action="store_true", help="also bfloat16, channels_last, torch.compile on the CPU")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="threads of PyTorch on the CPU (default: %(default)s; several "
+        "make small kernels a hundred times slower on a machine that is busy)",
+    )
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        help="cpu: seconds of this process alone, for a CPU shared with others; with --threads 1 (default: wall)",
+    )
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("-k", metavar="EXPRESSION", help="run only the cases that match, as in pytest")
     parser.add_argument("--budget", type=duration, metavar="TIME", help="start no case after so much time: 3m")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the JSON (results/bench/<device>)")
-    parser.add_argument("--report", type=Path, metavar="FOLDER", help="of figures and tables (see above)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the JSON (results/bench/<device>)")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="folder of figures and tables (see above)")
     args = parser.parse_args()
     try:
         device = folders.chosen(args.device)
@@ -61,12 +71,12 @@ def main() -> int:
         options += ["-k", args.k]
     status = pytest.main([*options, str(HERE)])
     if result.is_file() and result.stat().st_size:
-        results = summary.load(result)
+        results = load(result)
         print(summary.render(results))
         print(f"\nmeasurements: {result}")
         if target := args.report or _default_report(args, result, device):
             report.write(results, target, f"python -m bench.report FILE.json --out {_shown(target)}")
-            print(f"tables and figures: {target / 'page.html'}")
+            print(f"tables and figures: {target / 'summary.md'}, {folders.page_folder(target) / 'page.html'}")
     return int(status)
 
 

@@ -1,8 +1,8 @@
-"""What is compared: one chain of coupling blocks, run in the ways of SUBJECTS, at the sizes of the series below.
+"""The cases of the benchmark: one chain of coupling blocks, run in several ways and at several sizes.
 
-A block is an additive coupling whose branches F and G are convolution, BatchNorm, ReLU, convolution, BatchNorm on half
-of the channels. All subjects hold the same blocks with the same weights. The training steps of whole networks are in
-``bench.networks``, precision, memory format, compiler and CUDA graphs in ``bench.modes``.
+A block is an additive coupling. Its branches F and G are convolution, BatchNorm, ReLU, convolution, BatchNorm on half
+of the channels. All subjects (the ways to run a chain) hold the same blocks with the same weights. ``bench.networks``
+has the training steps of whole networks, ``bench.modes`` precision, memory format, compiler and CUDA graphs.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ Blocks = Sequence[AdditiveCoupling]
 
 
 class Checkpointed(nn.Sequential):
-    """Stores the input of each block, and runs the block again in the backward pass."""
+    """A chain that stores the input of each block, and runs the block again in the backward pass."""
 
     replay = True
 
@@ -31,7 +31,10 @@ class Checkpointed(nn.Sequential):
 
 
 class CheckpointedSegments(nn.Sequential):
-    """The same with segments of sqrt(n) blocks: Chen et al., "Training Deep Nets with Sublinear Memory Cost"."""
+    """A chain with a checkpoint for each segment of sqrt(n) blocks.
+
+    Chen et al., "Training Deep Nets with Sublinear Memory Cost", https://arxiv.org/abs/1604.06174.
+    """
 
     replay = True
 
@@ -40,24 +43,29 @@ class CheckpointedSegments(nn.Sequential):
 
 
 def plain(blocks: Blocks, replay: bool) -> nn.Module:
+    """Return the chain under ordinary autograd."""
     return nn.Sequential(*blocks)
 
 
 def checkpointed(blocks: Blocks, replay: bool, kind: type[nn.Sequential] = Checkpointed) -> nn.Module:
+    """Return the chain with a checkpoint for each block, or as ``kind`` has it."""
     model = kind(*blocks)
     model.replay = replay
     return model
 
 
 def checkpointed_segments(blocks: Blocks, replay: bool) -> nn.Module:
+    """Return the chain with a checkpoint for each segment of sqrt(n) blocks."""
     return checkpointed(blocks, replay, CheckpointedSegments)
 
 
 def wrapped(blocks: Blocks, replay: bool) -> nn.Module:
+    """Return the chain as an ``nn.Sequential`` of wrapped blocks."""
     return nn.Sequential(*(InvertibleModuleWrapper(block, preserve_rng_state=replay) for block in blocks))
 
 
 def reversible(blocks: Blocks, replay: bool, keep_every: int | None = None) -> nn.Module:
+    """Return the chain as a ``ReversibleSequential`` that stores every ``keep_every``-th block."""
     return ReversibleSequential(*wrapped(blocks, replay), keep_every=keep_every)
 
 
@@ -70,14 +78,20 @@ SUBJECTS: dict[str, Callable[[Blocks, bool], nn.Module]] = {
     "wrapped": wrapped,
     "reversible": reversible,
 }
-"""Builders of a module from blocks; the second argument asks for the random numbers of forward in the recomputation."""
+"""Functions that build a module from blocks. The second argument asks them to replay random numbers."""
 
 THREE = ("plain", "checkpoint", "reversible")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A training step, to be called, and what it works on besides the model."""
+    """A training step.
+
+    Attributes:
+        run: runs the step.
+        batch: the tensors that it reads, and their gradients.
+        optimizer: the optimiser that updates the model, if any.
+    """
 
     run: Callable[[], None]
     batch: Sequence[Tensor]
@@ -85,7 +99,12 @@ class Step:
 
 
 class Case:
-    """What dataclasses of cases have in common: `subject` is what they differ in within the comparison `group`."""
+    """A case: one subject at one size. The base of the dataclasses of cases.
+
+    Attributes:
+        group: the comparison to which the case belongs.
+        subject: what differs between the cases of one comparison.
+    """
 
     group: str
     subject: str
@@ -94,12 +113,23 @@ class Case:
         return f"{self.group}-{self.subject}"
 
     def info(self) -> dict:
+        """Return what identifies the case in a file of results."""
         return {"case": str(self), "comparison": self.group, **asdict(self)}
 
 
 @dataclass(frozen=True)
 class Chain(Case):
-    """`depth` blocks on a batch of (batch, channels, side, side); `mode` is one of ``bench.modes.MODES``."""
+    """A chain of ``depth`` blocks on a batch of shape (batch, channels, side, side).
+
+    Attributes:
+        series: the series of cases to which this one belongs.
+        subject: a key of ``SUBJECTS``.
+        depth: number of blocks.
+        batch: number of samples.
+        channels: number of channels; a branch has half of them.
+        side: height and width.
+        mode: a key of ``bench.modes.MODES``.
+    """
 
     series: str
     subject: str
@@ -111,13 +141,14 @@ class Chain(Case):
 
     @property
     def group(self) -> str:
-        """What the subjects of one comparison have in common."""
+        """The size and mode that the subjects of one comparison share."""
         return f"{self.series}-depth{self.depth}-{self.batch}x{self.channels}x{self.side}-{self.mode}"
 
     cycle = group
-    """Cases of one cycle are timed in turn."""
+    """The cases of one cycle are timed in turn."""
 
     def model(self, device: str | torch.device) -> nn.Module:
+        """Return the chain, with weights from a fixed seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             branches = [Branch(self.channels // 2) for _ in range(2 * self.depth)]
@@ -125,12 +156,13 @@ class Chain(Case):
         return SUBJECTS[self.subject](blocks, self.mode != "graph").to(device)  # a capture knows no generator state
 
     def step(self, model: nn.Module, device: str | torch.device, autocast: Callable = nullcontext) -> Step:
-        """One forward and backward pass from a fixed input, which gets a gradient too, and a fixed output gradient."""
+        """Return a forward and backward pass with a fixed input and output gradient; the input gets a gradient, too."""
         memory_format = torch.channels_last if self.mode == "channels_last" else torch.contiguous_format
         generator = torch.Generator().manual_seed(1)
         x, output_gradient = (
-            torch.randn(self.batch, self.channels, self.side, self.side, generator=generator)
-            .to(device, memory_format=memory_format)
+            torch.randn(self.batch, self.channels, self.side, self.side, generator=generator).to(
+                device, memory_format=memory_format
+            )
             for _ in range(2)
         )
         x.requires_grad_()
@@ -145,7 +177,7 @@ class Chain(Case):
 
 
 class Branch(nn.Sequential):
-    """F or G: (N, channels, H, W) to the same shape."""
+    """F or G. It keeps the shape (N, channels, H, W)."""
 
     def __init__(self, channels: int):
         super().__init__(
@@ -161,12 +193,12 @@ class Branch(nn.Sequential):
 
 
 def branches(model: nn.Module) -> list[nn.Module]:
-    """F and G of every coupling, and the branches of plain residual units."""
+    """Return F and G of every coupling, and the branches of plain residual units."""
     return [part for name, part in model.named_modules() if name.rpartition(".")[2] in ("Fm", "Gm", "branch")]
 
 
 def chains(*, quick: bool, cuda: bool) -> list[Chain]:
-    """The series of a run but for its modes; on a GPU, whose time is short, batches are 16 times as large."""
+    """Return the cases of all series but the modes. On a GPU batches are 16 times as large, for longer kernels."""
     scale = 16 if cuda else 1
     depths = (1, 4, 8, 16) if quick else (1, 4, 8, 16, 32, 64)
     batches = (1, 16) if quick else (1, 4, 16, 64)
@@ -180,7 +212,7 @@ def chains(*, quick: bool, cuda: bool) -> list[Chain]:
 
 
 def law(*, quick: bool) -> list[Chain]:
-    """The law of memory to 1000 blocks. Their time says nothing."""
+    """Return the cases of up to 1000 blocks on small tensors, of which only the memory is measured."""
     subjects = ("plain", "checkpoint", "checkpoint-sqrt", "reversible")
     depths = (50, 100) if quick else (64, 250, 1000)
     return [Chain("law", subject, depth, 2, 8, 8) for depth in depths for subject in subjects]

@@ -34,8 +34,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("benchmark"):
-        raise pytest.UsageError("the suites in bench need pytest-benchmark, which is disabled or not installed: leave "
-                                "out -p no:benchmark, or install it (pip install pytest-benchmark)")
+        raise pytest.UsageError(
+            "the suites in bench need pytest-benchmark, which is disabled or not installed: leave "
+            "out -p no:benchmark, or install it (pip install pytest-benchmark)"
+        )
     if threads := config.getoption("threads"):
         torch.set_num_threads(threads)
     measure.source = measure.CLOCKS[config.getoption("clock")]

@@ -1,6 +1,7 @@
-"""Figures of a benchmark result, as SVG and PNG: `python -m bench.figures results/bench/FILE.json [FOLDER]`.
+"""Figures of a benchmark result, as SVG and PNG: ``python -m bench.figures results/bench/FILE.json [FOLDER]``.
 
-Contenders are told apart by marker and line as well as by colour, so that a copy in black and white can be read.
+Contenders differ in marker and line as well as in colour, so that a copy in black and white can be read. A function
+returns None if the measurements do not allow its figure.
 """
 
 import sys
@@ -14,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench import peer_tables
-from bench.summary import GIB, MIB, NAMES, fit, largest_depth, load, series_of, size, span, time_table
+from bench.result import GIB, MIB, NAMES, load, series_of, size, span, time_table
+from bench.summary import fit, largest_depth
 
 STYLES = {  # colour (apart in shades of grey too), marker, line
     "plain": ("#b2452b", "o", "-"),
@@ -34,7 +36,7 @@ LIMIT = 4 / 3
 
 
 def memory_against_depth(results: pd.DataFrame) -> Figure | None:
-    """Peak activation memory (MiB) against depth (blocks)."""
+    """Draw peak activation memory (MiB) against depth (blocks)."""
     rows = series_of(results, "memory", "depth")
     if rows.depth.nunique() < 2:
         return None
@@ -48,7 +50,7 @@ def memory_against_depth(results: pd.DataFrame) -> Figure | None:
 
 
 def law_of_memory(results: pd.DataFrame) -> Figure | None:
-    """Peak activation memory (KiB) against depth to 1000 blocks, both logarithmic."""
+    """Draw peak activation memory (KiB) against depth up to 1000 blocks, both logarithmic."""
     rows = series_of(results, "memory", "law")
     if rows.depth.nunique() < 2:
         return None
@@ -60,6 +62,7 @@ def law_of_memory(results: pd.DataFrame) -> Figure | None:
 
 
 def time_against_depth(results: pd.DataFrame) -> Figure | None:
+    """Draw the time of a step relative to plain autograd against depth (blocks)."""
     rows = series_of(time_table(results).assign(group="time"), "time", "depth")
     if rows.depth.nunique() < 2 or rows.ratio.isna().all():
         return None
@@ -70,10 +73,12 @@ def time_against_depth(results: pd.DataFrame) -> Figure | None:
 
 
 def where_it_loses(results: pd.DataFrame) -> Figure | None:
-    """Time relative to plain autograd against batch and against width, and with tiny tensors."""
+    """Draw the time of a step relative to plain autograd against batch and against width."""
     table = time_table(results).assign(group="time")
-    panels = [(series_of(table, "time", series), column, label) for series, column, label in (
-        ("batch", "batch", "samples in the batch"), ("width", "channels", "channels"))]
+    panels = [
+        (series_of(table, "time", series), column, label)
+        for series, column, label in (("batch", "batch", "samples in the batch"), ("width", "channels", "channels"))
+    ]
     if any(rows.empty or rows.ratio.isna().all() for rows, *_ in panels):
         return None
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
@@ -89,7 +94,7 @@ def where_it_loses(results: pd.DataFrame) -> Figure | None:
 
 
 def pareto(results: pd.DataFrame) -> Figure | None:
-    """Time against memory of every contender, both relative to plain, at the largest depth up to 16; and the front."""
+    """Draw time relative to plain against memory (MiB) at the largest depth up to 16, with the Pareto front."""
     times = series_of(time_table(results).assign(group="time"), "time", "depth")
     memory = series_of(results, "memory", "depth")
     depths = [d for d in times.depth.unique() if d <= 16 and d in set(memory.depth)]
@@ -102,22 +107,30 @@ def pareto(results: pd.DataFrame) -> Figure | None:
 
 
 def pareto_of_peers(peers: dict) -> Figure:
-    """The same of ``bench.peers``, at its smaller depth."""
+    """Draw time relative to plain against memory (MiB) from ``bench.peers``, at its smaller depth."""
     times = peer_tables.ratios(peers["time"])
     blocks = times.blocks.min()
     groups = times[times.blocks == blocks].groupby("contender", sort=False).ratio
     memory = pd.DataFrame(peers["memory"])
-    rows = pd.DataFrame({
-        "ratio": groups.median(), "ratio_low": groups.quantile(0.25), "ratio_high": groups.quantile(0.75),
-        "memory": memory[memory.blocks == blocks].set_index("contender").peak_bytes / MIB})
+    rows = pd.DataFrame(
+        {
+            "ratio": groups.median(),
+            "ratio_low": groups.quantile(0.25),
+            "ratio_high": groups.quantile(0.75),
+            "memory": memory[memory.blocks == blocks].set_index("contender").peak_bytes / MIB,
+        }
+    )
     ours = {"ReversibleSequential": "reversible", "wrapped blocks": "wrapped", "upstream": "MemCNN 1.5.2"}
     case = "{batch} x {channels} x {side} x {side}".format(**peers["case"])
-    return _front(rows.rename(index=ours), f"{blocks} blocks, input {case}, float32, gradients of the parameters "
-                  f"included;\nbars: quartiles of n = {peers['rounds']} rounds")
+    return _front(
+        rows.rename(index=ours),
+        f"{blocks} blocks, input {case}, float32, gradients of the parameters "
+        f"included;\nbars: quartiles of n = {peers['rounds']} rounds",
+    )
 
 
 def depth_per_budget(results: pd.DataFrame) -> Figure | None:
-    """The largest depth that fits, computed from the measured intercept and slope."""
+    """Draw the largest depth that fits, computed from the measured intercept and slope."""
     rows = series_of(results, "memory", "depth")
     fits = fit(rows)
     if fits.empty:
@@ -132,7 +145,7 @@ def depth_per_budget(results: pd.DataFrame) -> Figure | None:
 
 
 def networks(results: pd.DataFrame) -> Figure | None:
-    """Time of a training step and its peak memory, of the CIFAR networks."""
+    """Draw the time and the peak memory of a training step of the CIFAR networks."""
     table = time_table(results).assign(group="time")
     times, memory = series_of(table, "time", "network"), series_of(results, "memory", "network")
     if times.empty or memory.empty:
@@ -149,15 +162,25 @@ def networks(results: pd.DataFrame) -> Figure | None:
             places = [names.index(name) + (offset if name.startswith("rev") else 0) for name in one.index]
             spread = [(one.median_s - one.low_s) / unit, (one.high_s - one.median_s) / unit] if rows is times else None
             label_of = {"plain": "plain autograd", "reversible": "reversible"}[subject]
-            axes.barh(places, one[column] / unit, 0.38, color="white" if hatch else STYLES[subject][0], hatch=hatch,
-                      edgecolor=STYLES[subject][0], label=label_of, xerr=spread, capsize=2)
+            axes.barh(
+                places,
+                one[column] / unit,
+                0.38,
+                color="white" if hatch else STYLES[subject][0],
+                hatch=hatch,
+                edgecolor=STYLES[subject][0],
+                label=label_of,
+                xerr=spread,
+                capsize=2,
+            )
         axes.set_xlabel(label)
         axes.set_yticks(range(len(names)), names)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     title = f"batch {memory.batch.iloc[0]:.0f}, float32, SGD; bars: quartiles of n = {span(times.n)} repeats"
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9, title=title,
-                  title_fontsize=8.5)
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9, title=title, title_fontsize=8.5
+    )
     return figure
 
 
@@ -191,7 +214,7 @@ def _line(axes: Axes, subject: str, x, y, spread: list | None = None) -> None:
 
 
 def _ratio_lines(axes: Axes, rows: pd.DataFrame, column: str) -> None:
-    """Against a logarithmic axis, on which contenders stand a little apart, so that no bar hides another."""
+    """Draw ratios against a logarithmic axis, contenders slightly apart, so that no error bar hides another."""
     there = [s for s in STYLES if s in set(rows.subject)]
     for place, subject in enumerate(there):
         one = rows[rows.subject == subject].sort_values(column)
@@ -205,12 +228,21 @@ def _limit(axes: Axes) -> None:
 
 
 def _front(rows: pd.DataFrame, title: str) -> Figure:
-    """Rows by contender, with memory (MiB) and ratio. The front joins those that none beats in both."""
+    """Draw contenders by memory (MiB) and ratio, and the front of those that no other beats in both."""
     figure, axes = _axes("peak activation memory, MiB", "time of a step / plain autograd")
     for name, row in rows.iterrows():
         colour, marker, _ = {**STYLES, **PEER_STYLES}[name]
-        axes.errorbar(row.memory, row.ratio, [[row.ratio - row.ratio_low], [row.ratio_high - row.ratio]], marker=marker,
-                      markersize=8, color=colour, linestyle="none", capsize=3, label=NAMES.get(name, name))
+        axes.errorbar(
+            row.memory,
+            row.ratio,
+            [[row.ratio - row.ratio_low], [row.ratio_high - row.ratio]],
+            marker=marker,
+            markersize=8,
+            color=colour,
+            linestyle="none",
+            capsize=3,
+            label=NAMES.get(name, name),
+        )
     front = rows.sort_values(["memory", "ratio"])
     front = front[front.ratio <= front.ratio.cummin()]
     axes.step(front.memory, front.ratio, where="post", color="black", linewidth=0.8, zorder=0, label="Pareto front")
@@ -221,7 +253,7 @@ def _front(rows: pd.DataFrame, title: str) -> Figure:
 
 
 def _logarithmic(axes: Axes, x=None, y=None) -> None:
-    """Ticks at the numbers given, written out."""
+    """Set logarithmic axes with ticks at these numbers, written out."""
     for axis, ticks, limits in ((axes.xaxis, x, axes.get_xlim), (axes.yaxis, y, axes.get_ylim)):
         if ticks is not None:
             (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
@@ -232,32 +264,32 @@ def _logarithmic(axes: Axes, x=None, y=None) -> None:
 
 
 def _finished(figure: Figure, axes: Axes, title: str) -> Figure:
+    """Add title and legend, in which the front and the limit come last."""
     axes.set_title(title, fontsize=8.5, loc="left")
     handles, labels = axes.get_legend_handles_labels()
     last = [labels.index(label) for label in labels if label.startswith(("Pareto", "4/3"))]
     order = [i for i in range(len(labels)) if i not in last] + last
-    figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside right upper", frameon=False,
-                  fontsize=9)
+    figure.legend(
+        [handles[i] for i in order], [labels[i] for i in order], loc="outside right upper", frameon=False, fontsize=9
+    )
     return figure
 
 
 def draw(results: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
-    """By name, the figures that the measurements allow, and what they show."""
+    """Return (figure, title) by name, for the figures that the measurements allow."""
     drawn = {name: (make(results), title) for name, (make, title) in FIGURES.items()}
     return {name: (figure, title) for name, (figure, title) in drawn.items() if figure is not None}
 
 
-def save(figure: Figure, path: Path) -> list[Path]:
-    """As SVG and PNG; `path` has no suffix."""
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as SVG or PNG, as the path's suffix says, the same bytes each time; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    paths = [path.with_suffix(".svg"), path.with_suffix(".png")]
     with rc_context({"svg.hashsalt": "memcnn", "savefig.dpi": 144}):
-        figure.savefig(paths[0], metadata={"Date": None})
-        figure.savefig(paths[1], metadata={"Software": None})
-    return paths
+        figure.savefig(path, metadata={"Date" if path.suffix == ".svg" else "Software": None})
+    return path
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[2] if len(sys.argv) > 2 else ".")
     for name, (figure, _) in draw(load(sys.argv[1])).items():
-        print(*save(figure, folder / name))
+        print(*(save(figure, folder / f"{name}.{suffix}") for suffix in ("svg", "png")))

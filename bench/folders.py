@@ -1,5 +1,6 @@
-"""Where the measurements of a device lie: reports/bench/<device>/, committed, one folder for each device."""
+"""The folders of measurements: reports/bench/<device>/, committed, one for each device."""
 
+import argparse
 import json
 import os
 import re
@@ -10,6 +11,8 @@ import torch
 from memcnn.training.environment import device_info, git_state, software_versions
 
 MEASUREMENTS = Path(__file__).resolve().parents[1] / "reports" / "bench"
+PAGES = MEASUREMENTS.parent / "out" / "bench"
+"""Rendered pages, which git ignores."""
 ENVIRONMENT = "environment.json"
 
 
@@ -23,6 +26,12 @@ def slug(device: torch.device) -> str:
 def folder_of(device: torch.device, root: Path = MEASUREMENTS) -> Path:
     """Return the folder of a device's measurements, which may not exist yet."""
     return root / slug(device)
+
+
+def page_folder(folder: Path) -> Path:
+    """Return where the page of a report goes: beside its data, unless the data is to be committed."""
+    folder = folder.resolve()
+    return PAGES / folder.relative_to(MEASUREMENTS) if folder.is_relative_to(MEASUREMENTS) else folder
 
 
 def chosen(name: str | None) -> torch.device:
@@ -42,6 +51,28 @@ def chosen(name: str | None) -> torch.device:
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     return device
+
+
+def add_place_options(parser: argparse.ArgumentParser, files: str, *, device: str | None = None) -> None:
+    """Add --device and --out.
+
+    Args:
+        parser: the command line.
+        files: what the folder of --out holds, for the help text.
+        device: the default of --device; by default the first GPU, or the CPU without one.
+    """
+    default = device or "cuda where there is one, else cpu"
+    parser.add_argument("--device", default=device, help=f"cpu, cuda, cuda:1 ... (default: {default})")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"of {files} (default: reports/bench/<device>)")
+
+
+def place_of(parser: argparse.ArgumentParser, given: argparse.Namespace) -> tuple[torch.device, Path]:
+    """Return the device and the folder that the options ask for; a device that is not there ends the command."""
+    try:
+        device = chosen(given.device)
+    except ValueError as error:
+        parser.error(f"--{error}")
+    return device, given.out or folder_of(device)
 
 
 def environment(device: torch.device, clock: str) -> dict:

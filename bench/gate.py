@@ -5,10 +5,10 @@
     python -m bench.gate bench/baselines/cpu.json NOW --save   let NOW be the base from now on
     python -m bench.gate BASE NOW --allow-missing 'speed-*'    NOW measured fewer cases
 
-A metric is a number of the memory measurements (peak_bytes, activation_bytes, evaluations, ...), or of the time:
-`ratio` to plain autograd within one run, or `median` seconds, which are compared where both ran on the same kind of
-machine, and as `ratio` elsewhere. Time fails only if beyond its limit the quartiles of the two do not overlap. A case
-that has a value in BASE and none in NOW fails, unless --allow-missing names it.
+A metric is a number of the memory measurements (peak_bytes, activation_bytes, evaluations, ...) or of the time: `ratio`
+to plain autograd within one run, or `median` seconds. Seconds are compared only if both ran on the same kind of
+machine; otherwise their ratios to plain autograd are. A time fails only if it is beyond its limit and the quartiles of
+the two do not overlap. A case that has a value in BASE and none in NOW fails, unless --allow-missing names it.
 
 Exit status: 0 nothing became worse, 1 something did or is missing, 2 misuse.
 """
@@ -29,7 +29,7 @@ import pandas as pd  # noqa: E402
 
 from bench.cases import SUBJECTS, Chain  # noqa: E402
 from bench.networks import Network  # noqa: E402
-from bench.summary import load, ratios  # noqa: E402
+from bench.result import load, ratios  # noqa: E402
 
 EXACT = ("peak_bytes", "activation_bytes", "evaluations", "branches")
 TIME = ("median", "ratio")
@@ -37,37 +37,50 @@ DEFAULT = {"peak_bytes": 0.0, "activation_bytes": 0.0, "evaluations": 0.0}
 
 
 class Misuse(ValueError):
-    """The two results cannot be compared as asked."""
+    """The two results cannot be compared as requested; the message says why, and what to do."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """Of one metric of one case."""
+    """The change of one metric of one case.
+
+    Attributes:
+        case: the name of the case.
+        metric: the name of the metric.
+        base: the earlier value.
+        now: the later value.
+        limit: the most that the metric may grow, as a fraction.
+        apart: True if the quartiles of the two do not overlap; exact metrics have no spread.
+    """
 
     case: str
     metric: str
     base: float
     now: float
     limit: float
-    apart: bool = True  # beyond the spread
+    apart: bool = True
 
     @property
     def growth(self) -> float:
+        """The growth, as a fraction of the earlier value."""
         return self.now / self.base - 1 if self.base else float("inf") if self.now else 0.0
 
     @property
     def failed(self) -> bool:
+        """True if the metric grew beyond its limit and beyond its spread."""
         return self.apart and self.growth > self.limit
 
     def __str__(self) -> str:
         verdict = "FAIL" if self.failed else "ok  " if self.growth <= self.limit else "held"
         why = "" if self.apart or self.growth <= self.limit else ", within the spread"
-        return (f"{verdict} {self.case}: {self.metric} {self.base:,.6g} -> {self.now:,.6g} "
-                f"({100 * self.growth:+.2f} %, limit {100 * self.limit:+g} %{why})")
+        return (
+            f"{verdict} {self.case}: {self.metric} {self.base:,.6g} -> {self.now:,.6g} "
+            f"({100 * self.growth:+.2f} %, limit {100 * self.limit:+g} %{why})"
+        )
 
 
 def gated() -> list:
-    """The cases of the committed baselines: small, as bytes and evaluations do not depend on what is computed."""
+    """Return the cases of the committed baselines. They are small: bytes and evaluations do not need long kernels."""
     return [
         *(Chain("gate", subject, depth, 2, 8, 8) for depth in (4, 12) for subject in SUBJECTS),
         *(Network("revnet38", subject, 2, "gate") for subject in ("plain", "reversible")),
@@ -94,7 +107,7 @@ def compare(base: pd.DataFrame, now: pd.DataFrame, limits: dict[str, float]) -> 
 
 
 def _of_bytes(base: pd.DataFrame, now: pd.DataFrame, metric: str) -> list[dict[str, pd.Series]]:
-    """Return the values of each case with any, in BASE and in NOW."""
+    """Return the values of each case that has any, in BASE and in NOW."""
     if (kinds := [_kind(results)[0] for results in (base, now)]) and kinds[0] != kinds[1]:
         raise Misuse(f"BASE ran on {kinds[0]}, NOW on {kinds[1]}, whose bytes are not comparable")
     values = []
@@ -106,19 +119,19 @@ def _of_bytes(base: pd.DataFrame, now: pd.DataFrame, metric: str) -> list[dict[s
 
 
 def _of_time(base: pd.DataFrame, now: pd.DataFrame, metric: str) -> list[dict[str, pd.Series]]:
-    """Return the repeats of each case with any, in BASE and in NOW."""
+    """Return the repeats of each case that has any, in BASE and in NOW."""
     column = "median_s" if metric == "median" and _kind(base) == _kind(now) else "ratio"
     values = []
     for results in (base, now):
         rows = ratios(results).dropna(subset=column)
-        if column == "ratio":  # that of a plain case is 1
+        if column == "ratio":  # the ratio of a plain case is always 1
             rows = rows[~rows.case.str.endswith("-plain")]
         values.append(dict(list(rows.groupby("case")[column])))
     return values
 
 
 def _kind(results: pd.DataFrame) -> tuple:
-    """The machine: absolute times of equal ones may be compared."""
+    """Return what identifies the kind of machine; absolute times of equal kinds may be compared."""
     device = results.device.iloc[0]
     return device["type"], device["name"], device["threads"], device.get("clock"), results.software.iloc[0]["torch"]
 
@@ -126,7 +139,7 @@ def _kind(results: pd.DataFrame) -> tuple:
 def report(
     base: pd.DataFrame, now: pd.DataFrame, limits: dict[str, float], allowed: Sequence[str] = ()
 ) -> tuple[str, bool]:
-    """Return what became worse, what is missing and what is new, as text; and whether it fails.
+    """Return what became worse, what is missing and what is new, as text, and True if the gate fails.
 
     Args:
         base: the earlier result.
@@ -138,38 +151,56 @@ def report(
     failed = [change for change in changes if change.failed]
     excused = {case for case in missing if any(fnmatchcase(case, pattern) for pattern in allowed)}
     lines = [str(change) for change in changes if change.growth > change.limit]
-    lines += [f"FAIL {case}: missing in NOW, so nobody knows; measure it, or say --allow-missing {case!r}"
-              for case in sorted(missing - excused)]
-    lines.append(f"{len(changes)} figures of {len({change.case for change in changes})} cases compared: "
-                 f"{len(failed)} failed, {sum(change.growth < 0 for change in changes)} became less")
+    lines += [
+        f"FAIL {case}: missing in NOW; measure it, or pass --allow-missing {case!r}"
+        for case in sorted(missing - excused)
+    ]
+    lines.append(
+        f"{len(changes)} figures of {len({change.case for change in changes})} cases compared: "
+        f"{len(failed)} failed, {sum(change.growth < 0 for change in changes)} became less"
+    )
     groups = ["time" if metric in TIME else "memory" for metric in limits]
     there = [set(results[results.group.isin(groups)].case) for results in (base, now)]
     for word, cases in (("missing in NOW, as allowed", excused), ("new in NOW", there[1] - there[0])):
         if cases:
             lines.append(f"{word} ({len(cases)}): {', '.join(sorted(cases))}")
-    lines += [f"note: --allow-missing {pattern!r} names no missing case" for pattern in allowed
-              if not any(fnmatchcase(case, pattern) for case in missing)]
+    lines += [
+        f"note: --allow-missing {pattern!r} names no missing case"
+        for pattern in allowed
+        if not any(fnmatchcase(case, pattern) for case in missing)
+    ]
     if "median" in limits and _kind(base) != _kind(now):
         machines = [" ".join(map(str, _kind(results))) for results in (base, now)]
-        lines.append(f"note: BASE ran on {machines[0]}, NOW on {machines[1]}: seconds of different machines are not "
-                     "comparable, so median is compared as the ratio to plain autograd in the same run")
+        lines.append(
+            f"note: BASE ran on {machines[0]}, NOW on {machines[1]}: seconds of different machines are not "
+            "comparable, so median is compared as the ratio to plain autograd in the same run"
+        )
     if _kind(base)[-1] != _kind(now)[-1]:
         lines.append(f"note: BASE ran with torch {_kind(base)[-1]}, NOW with {_kind(now)[-1]}")
     return "\n".join(lines), bool(failed or missing - excused)
 
 
 def exact_part(results: pd.DataFrame) -> str:
-    """A baseline, as JSON: of the gate's cases, what any machine of the kind would measure to the byte."""
+    """Return a baseline as JSON: the values of the gate's cases that are the same on every machine of the kind."""
     rows = results[(results.group == "memory") & (results.series == "gate")]
     if rows.empty:
         raise Misuse("NOW holds no case of the gate: run python -m bench -k gate")
     kept = ("case", "comparison", "subject", "series", *EXACT)
     first = rows.iloc[0]
-    machine = {"device": {"type": first.device["type"], "name": "any", "threads": None},
-               "software": {"torch": first.software["torch"]}}
-    lines = [json.dumps({"group": "memory", "stats": {"median": None, "rounds": 1},
-                         "extra_info": {**{name: _plain(row[name]) for name in kept}, **machine}})
-             for _, row in rows.iterrows()]
+    machine = {
+        "device": {"type": first.device["type"], "name": "any", "threads": None},
+        "software": {"torch": first.software["torch"]},
+    }
+    lines = [
+        json.dumps(
+            {
+                "group": "memory",
+                "stats": {"median": None, "rounds": 1},
+                "extra_info": {**{name: _plain(row[name]) for name in kept}, **machine},
+            }
+        )
+        for _, row in rows.iterrows()
+    ]
     return '{"benchmarks": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
@@ -178,7 +209,7 @@ def _plain(value: object) -> object:
 
 
 def limit(text: str) -> tuple[str, float]:
-    """("peak_bytes", 0.01) from "peak_bytes:1%"."""
+    """Return ("peak_bytes", 0.01) for "peak_bytes:1%"."""
     match = re.fullmatch(r"(\w+):(\d+(?:\.\d+)?)%", text)
     if not match:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted METRIC:PERCENT%, such as peak_bytes:1%")
@@ -186,14 +217,26 @@ def limit(text: str) -> tuple[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.gate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Print what became worse; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="bench.gate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("base", metavar="BASE", type=Path)
     parser.add_argument("now", metavar="NOW", type=Path)
-    parser.add_argument("--fail", metavar="METRIC:PERCENT%", type=limit, action="append",
-                        help="most that a metric may grow (default: " + ", ".join(DEFAULT) + " by nothing)")
-    parser.add_argument("--allow-missing", metavar="PATTERN", action="append", default=[],
-                        help="cases that NOW may lack: a name or a shell pattern, such as '*-plain'; repeatable")
+    parser.add_argument(
+        "--fail",
+        metavar="METRIC:PERCENT%",
+        type=limit,
+        action="append",
+        help="most that a metric may grow (default: " + ", ".join(DEFAULT) + " by nothing)",
+    )
+    parser.add_argument(
+        "--allow-missing",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="cases that NOW may lack: a name or a shell pattern, such as '*-plain'; repeatable",
+    )
     parser.add_argument("--save", action="store_true", help="write the exact part of NOW to BASE; compare nothing")
     options = parser.parse_args(arguments)
     try:

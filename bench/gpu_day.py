@@ -12,7 +12,6 @@ they are measured. Exit status: 0 if all stages succeeded, 1 if one did not, 2 f
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import folders
+from bench.worker import kill_group
 from memcnn.models.resnet import MODELS
 from memcnn.training.files import write_by_rename
 from memcnn.training.options import duration
@@ -88,7 +88,7 @@ def run(stage: Stage, limit_seconds: float, log: Path | None) -> str:
             output, _ = process.communicate(timeout=max(limit_seconds, 1))
             status = "done" if process.returncode == 0 else f"failed (status {process.returncode})"
         except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: the stage and what it started
+            kill_group(process)
             output, _ = process.communicate()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
@@ -123,23 +123,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="bench.gpu_day", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--device", default="cuda", help="cuda, cuda:1 ... (default: %(default)s)")
     add("--budget", type=duration, metavar="TIME", help="be done before so much time is over: 13m")
     add("--group", type=int, default=4, metavar="N", help="runs whose steps are interleaved (default: %(default)s)")
     add("--stages", default=",".join(KINDS), metavar="A,B,...", help="of %(default)s")
-    add("--out", type=Path, metavar="FOLDER", help="of all results (default: reports/bench/<device>)")
+    folders.add_place_options(parser, "all results", device="cuda")
     given = parser.parse_args(arguments)
     started = time.monotonic()
     wanted = given.stages.split(",")
     if unknown := sorted(set(wanted) - set(KINDS)):
         parser.error(f"--stages: got {', '.join(unknown)}, wanted some of {', '.join(KINDS)}")
-    try:
-        device = folders.chosen(given.device)
-    except ValueError as error:
-        parser.error(f"--{error}")
+    device, folder = folders.place_of(parser, given)
     if device.type != "cuda":
         parser.error(f"--device: got {given.device}, wanted a GPU; on a CPU: python -m bench, python -m bench.speed")
-    folder = (given.out or folders.folder_of(device)).resolve()
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     shown = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     environment = folders.environment(device, "wall")

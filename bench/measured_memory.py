@@ -12,7 +12,6 @@ import gc
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -20,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import folders
+from memcnn.memory import StepMemory, TensorMeter, measure_step_memory
 from memcnn.models.resnet import MODELS
-from memcnn.testing.memory import StepMemory, TensorMeter, measure_step_memory
 from memcnn.training.execution import Execution
 from memcnn.training.files import write_by_rename
 from memcnn.training.options import count
@@ -109,24 +108,20 @@ def measure(networks: Sequence[str], *, batch: int, device: torch.device) -> pd.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Write memory.csv and print the table; return 0."""
     parser = argparse.ArgumentParser(
         prog="bench.measured_memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--networks", default=",".join(MODELS), metavar="A,B,...", help="of %(default)s")
+    add("--networks", default=",".join(MODELS), metavar="A,B,...", help="some of %(default)s")
     add("--batch", type=count, default=PUBLISHED.batch_size, metavar="N", help="images a step (%(default)s)")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
-    add("--out", type=Path, metavar="FOLDER", help="of memory.csv (default: reports/bench/<device>)")
+    folders.add_place_options(parser, MEMORY_FILE)
     given = parser.parse_args(arguments)
     networks = given.networks.split(",")
     if unknown := sorted(set(networks) - set(MODELS)):
         parser.error(f"--networks: got {', '.join(unknown)}, wanted some of {', '.join(MODELS)}")
-    try:
-        device = folders.chosen(given.device)
-    except ValueError as error:
-        parser.error(f"--{error}")
+    device, folder = folders.place_of(parser, given)
     table = measure(networks, batch=given.batch, device=device)
-    folder = given.out or folders.folder_of(device)
     folder.mkdir(parents=True, exist_ok=True)
     write_by_rename(folder / MEMORY_FILE, table.to_csv(index=False, lineterminator="\n").encode())
     mib = table.assign(**{f"{name} MiB": table[f"{name}_bytes"] / 2**20 for name in ("activation", "held", "peak")})

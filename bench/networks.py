@@ -15,7 +15,15 @@ from memcnn.training.recipe import PUBLISHED
 
 @dataclass(frozen=True)
 class Network(Case):
-    """Of MODELS, on a batch of (batch, 3, 32, 32); subject "plain" runs the reversible units by ordinary autograd."""
+    """A network on a batch of shape (batch, 3, 32, 32).
+
+    Attributes:
+        network: a key of ``MODELS``.
+        subject: "plain" runs reversible units by ordinary autograd, "reversible" with the engine.
+        batch: number of images.
+        series: the series of cases to which this one belongs.
+        mode: a key of ``bench.modes.MODES``.
+    """
 
     network: str
     subject: str
@@ -37,7 +45,7 @@ class Network(Case):
             return MODELS[self.network](disable=self.subject == "plain").to(device)
 
     def step(self, model: nn.Module, device: str | torch.device, autocast: Callable = nullcontext) -> Step:
-        """One with the published recipe's optimiser, at a rate that leaves the weights about where they are."""
+        """Return a step with the published recipe's optimiser, at a rate that hardly moves the weights."""
         generator = torch.Generator().manual_seed(1)
         images = torch.randn(self.batch, 3, 32, 32, generator=generator).to(device)
         labels = torch.randint(10, (self.batch,), generator=generator).to(device)
@@ -56,7 +64,7 @@ class Network(Case):
 
 
 def networks(*, quick: bool, cuda: bool, series: str = "network") -> list[Network]:
-    """A RevNet beside its twin without the engine; the ResNets have nothing to switch."""
+    """Return each RevNet with the engine on and off, and the ResNets, which have no engine to switch."""
     names = ("resnet32", "revnet38") if quick else MODELS
     batch = PUBLISHED.batch_size if cuda else 8
     return [

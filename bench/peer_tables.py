@@ -2,31 +2,34 @@
 
 import pandas as pd
 
-MIB = 2**20
+from bench.result import MIB, spread
+
 MARKS = {"right": "right", "wrong": "**wrong**", "error": "error"}
 
 
 def behaviour_table(result: dict) -> pd.DataFrame:
-    """Behaviours as rows, contenders as columns."""
+    """Return the outcomes: a row for each behaviour, a column for each contender."""
     rows = pd.DataFrame(result["behaviours"])
     rows["cell"] = [cell(row) for row in result["behaviours"]]
     return _in_order(rows.pivot(index="behaviour", columns="contender", values="cell"), result["behaviours"])
 
 
 def cell(row: dict) -> str:
+    """Return the outcome of one behaviour with one contender."""
     if row["outcome"] == "wrong":
         return f"{MARKS['wrong']} ({row['detail'] if row['error'] is None else format(row['error'], '.0e')})"
     return MARKS[row["outcome"]]
 
 
 def messages(result: dict) -> list[tuple[str, str, str]]:
-    """(contender, behaviour, first line of the message) of all errors, for the notes."""
-    return [(row["contender"], row["behaviour"], row["detail"]) for row in result["behaviours"]
-            if row["outcome"] == "error"]
+    """Return (contender, behaviour, first line of the message) of all errors."""
+    return [
+        (row["contender"], row["behaviour"], row["detail"]) for row in result["behaviours"] if row["outcome"] == "error"
+    ]
 
 
 def ratios(times: list[dict]) -> pd.DataFrame:
-    """A row per contender, block count and round, with the ratio to plain's time in the same round."""
+    """Return a row for each contender, block count and round, with the ratio to plain's time in the same round."""
     frame = pd.DataFrame(times)
     plain = frame[frame.contender == "plain"].set_index(["blocks", "round"]).seconds
     frame["plain"] = plain.reindex(pd.MultiIndex.from_frame(frame[["blocks", "round"]])).array
@@ -35,85 +38,107 @@ def ratios(times: list[dict]) -> pd.DataFrame:
 
 
 def cost_table(result: dict) -> pd.DataFrame:
-    """Contenders as rows: time ratio, peak MiB, work and evaluations."""
+    """Return time relative to plain, peak MiB, work and evaluations of each contender."""
     columns = {}
     for blocks, group in ratios(result["time"]).groupby("blocks"):
         columns[f"time / plain, {blocks} blocks"] = group.groupby("contender").ratio.agg(spread)
     memory = pd.DataFrame(result["memory"]).pivot(index="contender", columns="blocks", values="peak_bytes") / MIB
     for blocks in memory:
-        columns[f"peak MiB, {blocks}"] = memory[blocks].map("{:.1f}".format)
+        columns[f"peak MiB, {blocks}"] = memory[blocks].map("{:.1f}".format, na_action="ignore")
     work = pd.DataFrame(result["work"]).set_index("contender").flops
     columns["convolution work / plain"] = (work / work["plain"]).map("{:.4f}".format)
     evaluations = pd.DataFrame(result["evaluations"]).set_index("contender")
     columns["evaluations of F (and of G), forward + backward"] = [
-        f"{row.forward:g} + {row.backward:g}" for row in evaluations.itertuples()]
+        f"{row.forward:g} + {row.backward:g}" for row in evaluations.itertuples()
+    ]
     columns["evaluations of F (and of G), forward + backward"] = pd.Series(
-        columns["evaluations of F (and of G), forward + backward"], evaluations.index)
-    return _in_order(pd.DataFrame(columns), result["evaluations"], columns=False)
+        columns["evaluations of F (and of G), forward + backward"], evaluations.index
+    )
+    return _in_order(pd.DataFrame(columns).fillna(""), result["evaluations"], columns=False)
 
 
 def python_table(result: dict) -> pd.DataFrame:
-    """Microseconds per block of a tiny chain above 4/3 of plain's: what is no tensor work, but a contender's Python."""
+    """Return the time of a tiny chain above 4/3 of plain's, which is that of a contender's Python, not of tensors."""
     frame = ratios(result["tiny_time"])
     frame["own"] = (frame.seconds - 4 / 3 * frame.plain) / frame.blocks * 1e6
     groups = frame[frame.contender != "plain"].groupby("contender")
     checkpoint = frame[frame.contender == "checkpoint"].set_index("round").own
     frame["relative"] = frame.own / checkpoint.reindex(frame["round"]).array
-    table = pd.DataFrame({
-        "step, us per block": frame.assign(us=frame.seconds / frame.blocks * 1e6).groupby("contender").us.agg(spread0),
-        "time / plain": frame.groupby("contender").ratio.agg(spread),
-        "above 4/3 of plain, us per block": groups.own.agg(spread0),
-        "of checkpoint's": frame[frame.contender != "plain"].groupby("contender").relative.agg(spread)})
+    table = pd.DataFrame(
+        {
+            "step, us per block": frame.assign(us=frame.seconds / frame.blocks * 1e6)
+            .groupby("contender")
+            .us.agg(spread0),
+            "time / plain": frame.groupby("contender").ratio.agg(spread),
+            "above 4/3 of plain, us per block": groups.own.agg(spread0),
+            "of checkpoint's": frame[frame.contender != "plain"].groupby("contender").relative.agg(spread),
+        }
+    )
     return _in_order(table.fillna(""), result["evaluations"], columns=False)
 
 
-def spread(values: pd.Series, digits: int = 2) -> str:
-    """Median and, in brackets, the quartiles."""
-    low, median, high = values.quantile([0.25, 0.5, 0.75])
-    return f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
 def spread0(values: pd.Series) -> str:
+    """Return median and quartiles without decimals."""
     return spread(values, 0)
 
 
 def render(result: dict) -> str:
+    """Return the page as Markdown."""
     software, device, case, tiny = (result[key] for key in ("software", "device", "case", "tiny"))
     load = ", ".join(f"{result[key][0]:.1f}" for key in ("load_before", "load_after"))
     changes = "" if result["clean"] in (True, None) else " with uncommitted changes"
     shape = "{batch} x {channels} x {side} x {side}"
     lines = [
-        "# Reversible blocks compared with their peers", "",
+        "# Reversible blocks compared with their peers",
+        "",
         f"{result['started']}: {device['name']}, {device['cores']} cores, one thread for each contender; load average "
         f"(of the last minute, this run's own process included) {load} before and after. torch {software['torch']}, "
         f"Python {software['python']}, memcnn {software['memcnn']}, commit {(result['commit'] or 'unknown')[:12]}"
-        f"{changes}; peers: {', '.join(result['peers'].values())}.", "",
+        f"{changes}; peers: {', '.join(result['peers'].values())}.",
+        "",
         "Rerun: `python -m bench.peers --install --out reports`, `--quick` for a small case. `plain`, `checkpoint` "
         "(torch.utils.checkpoint per block, use_reentrant=False), `ReversibleSequential` and `wrapped blocks` "
-        "(in nn.Sequential) run from this tree, each peer from an environment of its own with the same torch.", "",
-        "## Behaviour", "",
+        "(in nn.Sequential) run from this tree, each peer from an environment of its own with the same torch.",
+        "",
+        "## Behaviour",
+        "",
         f"{len({row['behaviour'] for row in result['behaviours']})} small programs on a chain of two couplings, "
         "conv-BN-ReLU-conv-BN branches, float64, compared with plain autograd on the same weights. Wrong: with the "
         "largest relative error, or a count; right: an error below 1e-9. Peers run with their own options for "
         "dropout and for two backward passes (upstream preserve_rng_state, num_bwd_passes; RevTorch fix_random_seed, "
-        "eagerly_discard_variables) where a program needs them.", "",
-        behaviour_table(result).to_markdown(), "", "Messages of the errors:", "",
-        *(f"* {contender}, {behaviour}: `{message[:160]}`" for contender, behaviour, message in messages(result)), "",
-        "## Cost", "",
+        "eagerly_discard_variables) where a program needs them.",
+        "",
+        behaviour_table(result).to_markdown(),
+        "",
+        "Messages of the errors:",
+        "",
+        *(f"* {contender}, {behaviour}: `{message[:160]}`" for contender, behaviour, message in messages(result)),
+        "",
+        "## Cost",
+        "",
         f"One forward and backward pass, float32, input {shape.format(**case)} in two streams, the same branches. "
         f"Time: median [quartiles] of the ratio to plain within a round, n = {result['rounds']} interleaved rounds. "
         "Peak: above parameters, input and output gradient, by the allocator's events, parameter gradients "
-        "(0.14 MiB a block) and the input's gradient included; n = 1, bytes do not vary.", "",
-        cost_table(result).to_markdown(), "",
-        "## Python time", "",
+        "(0.14 MiB a block) and the input's gradient included; n = 1, bytes do not vary.",
+        "",
+        cost_table(result).to_markdown(),
+        "",
+        "## Python time",
+        "",
         f"A chain of {tiny['blocks']} blocks on {shape.format(**tiny)}, where tensor work is next to nothing; median "
-        f"[quartiles] of n = {3 * result['rounds']} interleaved rounds, a round being the best of 5 steps.", "",
-        python_table(result).to_markdown(), ""]
+        f"[quartiles] of n = {3 * result['rounds']} interleaved rounds, a round being the best of 5 steps.",
+        "",
+        python_table(result).to_markdown(),
+        "",
+    ]
+    if failures := result.get("failures"):  # older results have none
+        lines += ["## Failed", "", "Contenders that failed, and were left out from there on:", ""]
+        lines += [*(f"* {' '.join(failure['reason'].split())}" for failure in failures), ""]
     return "\n".join(lines)
 
 
 def _in_order(table: pd.DataFrame, rows: list[dict], columns: bool = True) -> pd.DataFrame:
-    """Contenders and behaviours in the order in which they ran, without axis names."""
+    """Put contenders and behaviours into the order in which they ran, and remove the axis names."""
     names = list(dict.fromkeys(row["contender"] for row in rows))
     if columns:
         table = table.loc[list(dict.fromkeys(row["behaviour"] for row in rows)), names]

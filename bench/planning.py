@@ -99,9 +99,7 @@ def choose(needs: Iterable[Need], left_seconds: float) -> tuple[Need, bool] | No
     return (min(worth, key=lambda need: need.together_seconds), False) if worth else None
 
 
-def within(
-    needs: Iterable[Need], left_seconds: Callable[[], float], say: Callable[[str], None]
-) -> Iterator[Cell]:
+def within(needs: Iterable[Need], left_seconds: Callable[[], float], say: Callable[[str], None]) -> Iterator[Cell]:
     """Yield the cells to begin, each when there is room for it, and say which are not begun, or cannot finish."""
     waiting = list(needs)
     while waiting and (choice := choose(waiting, left_seconds())):

@@ -34,8 +34,8 @@ from torch.utils.flop_counter import flop_registry
 
 from bench import folders, measure, speed_text
 from memcnn import data as cifar
+from memcnn.memory import training_step
 from memcnn.models.resnet import MODELS
-from memcnn.testing.prediction import training_step
 from memcnn.training.execution import Execution
 from memcnn.training.files import write_by_rename
 from memcnn.training.options import count
@@ -322,7 +322,6 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--networks", default=",".join(MODELS), metavar="A,B,...", help="of %(default)s")
     add("--batch", type=count, default=PUBLISHED.batch_size, help="images a step (default: %(default)s)")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
     add("--clock", choices=measure.CLOCKS, default="wall", help="cpu: of this process alone, where others use the CPU")
     fast = "only the fastest execution of the device, the same without our kernel, and the fastest deterministic one"
     add("--fast", action="store_true", help=fast)
@@ -330,7 +329,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="also through torch.compile, without a CUDA graph")
     add("--seconds", type=float, default=SECONDS, metavar="S", help="to measure a network for (default: %(default)s)")
     add("--tries", action="store_true", help="also what was tried on a CPU")
-    add("--out", type=Path, metavar="FOLDER", help="of speed.csv and speed.md (default: reports/bench/<device>)")
+    folders.add_place_options(parser, "speed.csv and speed.md")
     return parser
 
 
@@ -340,9 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     networks = given.networks.split(",")
     if unknown := sorted(set(networks) - set(MODELS)):
         parser.error(f"--networks: got {', '.join(unknown)}, wanted some of {', '.join(MODELS)}")
+    device, folder = folders.place_of(parser, given)
     try:
-        device = folders.chosen(given.device)
-        folder = given.out or folders.folder_of(device)
         speed_text.read(folder)  # a file that cannot be added to is found before anything is measured
     except ValueError as error:
         parser.error(str(error))

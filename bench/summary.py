@@ -1,92 +1,91 @@
-"""Tables of a benchmark result: `python -m bench.summary results/bench/FILE.json`."""
+"""The tables of a benchmark result: ``python -m bench.summary results/bench/FILE.json``."""
 
-import json
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
 
-from bench.peer_tables import spread
+from bench.result import GIB, MIB, NAMES, load, origin, ratios, series_of, shapes, size, span, spread
+from reports import page, text
 
-MIB = 2**20
-GIB = 2**30
 BUDGETS_GIB = (1, 4, 16, 80)
 
-NAMES = {
-    "plain": "plain autograd",
-    "checkpoint": "checkpoint per block",
-    "checkpoint-sqrt": "checkpoint sqrt(n)",
-    "keep-every-2": "every 2nd block stored",
-    "keep-every-4": "every 4th block stored",
-    "wrapped": "wrapped blocks",
-    "reversible": "ReversibleSequential",
-}
-"""Of the contenders, in order: the dial stands between plain and reversible."""
-
 Section = tuple[str, str, pd.DataFrame]
-"""Title, what is to be known about it, and a table of text and numbers."""
+"""A title, a note, and a table of text and numbers."""
 
 
-def load(path: str | Path) -> pd.DataFrame:
-    """One row per measurement: `group` ("time" or "memory"), `median_s`, `rounds`, and what is in its `extra_info`.
-
-    ValueError for a file that holds no measurements of ``bench``.
-    """
-    try:
-        benchmarks = json.loads(Path(path).read_text("utf-8"))["benchmarks"]
-        results = pd.DataFrame(
-            {"group": b["group"], "median_s": b["stats"]["median"], "rounds": b["stats"]["rounds"], **b["extra_info"]}
-            for b in benchmarks
-        )
-        if results.empty or not {"group", "case", "comparison", "subject", "series"} <= set(results):
-            raise KeyError("case")
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} holds no measurements of python -m bench ({type(error).__name__})") from None
-    return results.reindex(columns=list(dict.fromkeys([*results, *OPTIONAL])))
-
-
-
-OPTIONAL = ("repeat", "depth", "batch", "channels", "side", "mode", "network", "load",
-            "peak_bytes", "activation_bytes", "allocated_bytes", "evaluations", "branches")
-"""Columns that not every measurement has."""
-
-
-def ratios(results: pd.DataFrame) -> pd.DataFrame:
-    """The time measurements, with `ratio` to plain.
-
-    It is taken within one repeat, whose subjects ran one right after the other; nan where plain did not run.
-    """
-    times = results[results.group == "time"].copy()
-    keys = ["comparison", "repeat"]
-    plain = times[times.subject == "plain"].set_index(keys).median_s
-    times["ratio"] = times.median_s / plain.reindex(pd.MultiIndex.from_frame(times[keys])).array
-    return times
-
-
-def time_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Per case: median seconds and n over the repeats, and the ratio to plain as median and quartiles."""
-    groups = ratios(results).groupby("case", sort=False)
-    rows = groups[["series", "comparison", "subject", "depth", "batch", "channels", "side", "mode", "network"]].first()
-    quartiles = {share: groups.ratio.quantile(share) for share in (0.25, 0.5, 0.75)}
-    return rows.assign(
-        median_s=groups.median_s.median(),
-        low_s=groups.median_s.quantile(0.25),
-        high_s=groups.median_s.quantile(0.75),
-        n=groups.size(),
-        ratio=quartiles[0.5],
-        ratio_low=quartiles[0.25],
-        ratio_high=quartiles[0.75],
+def sections(results: pd.DataFrame) -> list[Section]:
+    """Return all tables that the measurements allow."""
+    memory, times = results[results.group == "memory"], ratios(results)
+    repeats = span(times.groupby("case").size()) if len(times) else "0"
+    per_repeat = f"Median [quartiles] of n = {repeats} interleaved repeats. "
+    contenders_note = (
+        "Time relative to plain autograd; the arithmetic of one more evaluation of F and G makes 4/3 = 1.33. Peak of "
+        "the tensors beyond parameters, gradients and input, exact. Evaluations: 2 is once F and once G."
     )
+    networks_note = (
+        "Forward, backward, SGD. Ratio: to the same network with the engine off. Memory at the worst instant, tensors "
+        "alone."
+    )
+    found = [
+        ("Contenders", per_repeat + contenders_note, contenders(results)),
+        *_memory_sections(memory),
+        *_time_sections(times, per_repeat),
+        ("Training step of the CIFAR networks", per_repeat + networks_note, network_table(memory, times)),
+        ("Modes", per_repeat + "Milliseconds of a step.", mode_table(times)),
+    ]
+    return [(title, note, table.reset_index(names="").round(3)) for title, note, table in found if not table.empty]
 
 
-def series_of(results: pd.DataFrame, group: str, series: str) -> pd.DataFrame:
-    return results[(results.group == group) & (results.series == series)]
+def _memory_sections(memory: pd.DataFrame) -> Iterator[Section]:
+    """Yield the tables of the memory of chains."""
+    of_depth, of_law = series_of(memory, "memory", "depth"), series_of(memory, "memory", "law")
+    if not of_depth.empty:
+        yield (
+            "Peak activation memory against depth, MiB",
+            "By blocks: what the worst instant of a step holds beyond parameters, gradients and input; tensors alone, "
+            "equal on every machine.",
+            pivot(of_depth, "depth", "activation_bytes") / MIB,
+        )
+        scratch = of_depth.assign(scratch=of_depth.allocated_bytes - of_depth.peak_bytes)
+        yield (
+            "What the allocator gave beyond that, MiB",
+            "Scratch memory that kernels borrow; it depends on the machine.",
+            pivot(scratch, "depth", "scratch") / MIB,
+        )
+    if not of_law.empty:
+        note = f"Many blocks on small tensors, {size(of_law)}."
+        yield "The law of memory, KiB", note, pivot(of_law, "depth", "activation_bytes") / 1024
+    fits = fit(of_depth)
+    if not fits.empty:
+        depths = {f"{budget} GiB": largest_depth(fits, budget * GIB) for budget in BUDGETS_GIB}
+        terms = {"start, MiB": fits.a / MIB, "per block, MiB": fits.b / MIB}
+        yield (
+            "Largest depth per memory budget",
+            "Computed, not run: from the intercept and slope of the measured peaks (parameters, gradients and input "
+            f"included) at {size(of_depth)}. Contenders whose peak is no straight line are left out.",
+            pd.DataFrame({**terms, "largest misfit, %": 100 * fits.misfit, **depths}).rename(index=NAMES),
+        )
+
+
+def _time_sections(times: pd.DataFrame, per_repeat: str) -> Iterator[Section]:
+    """Yield the tables of the time of chains."""
+    of_depth = series_of(times, "time", "depth")
+    if not of_depth.empty:
+        ratio = pivot(of_depth, "depth", "ratio", spread)
+        yield "Time against depth", per_repeat + "Ratio to plain autograd, by blocks.", ratio
+    for series, column, what in (("batch", "batch", "by samples in the batch"), ("width", "channels", "by channels")):
+        rows = series_of(times, "time", series)
+        if not rows.empty:
+            note = per_repeat + f"Ratio to plain autograd, {what}; {size(rows)}."
+            yield f"Time against {series}", note, pivot(rows, column, "ratio", spread)
+    note = "32 blocks on 2 x 4 x 4 x 4, where the time is that of Python and of launching kernels."
+    yield "Tiny tensors", per_repeat + note, tiny(times)
 
 
 def pivot(rows: pd.DataFrame, column: str, value: str, how: Callable | str = "first") -> pd.DataFrame:
-    """Contenders, by their names and in their order, against `column`."""
+    """Return a table of ``value``: a row for each contender, by name and in order, a column for each ``column``."""
     table = rows.assign(**{column: rows[column].astype(int)}).pivot_table(
         index="subject", columns=column, values=value, aggfunc=how, sort=False, observed=True
     )
@@ -95,10 +94,11 @@ def pivot(rows: pd.DataFrame, column: str, value: str, how: Callable | str = "fi
 
 
 def fit(rows: pd.DataFrame) -> pd.DataFrame:
-    """Peak bytes of a step as a + b depth, by least squares from depth 4 on.
+    """Fit a + b * depth to the peak bytes of a step, by least squares from depth 4 on.
 
-    A row per contender: `a` and `b` in bytes, `misfit` the largest relative error at a measured depth. Left out are
-    contenders measured at fewer than three depths, and those whose peak is no straight line within 1 %.
+    Returns:
+        One row for each contender: ``a`` and ``b`` in bytes, and ``misfit``, the largest relative error at a measured
+        depth. Contenders measured at fewer than three depths, or with a misfit of 1 % or more, are left out.
     """
     fits = {}
     for subject, one in rows[rows.depth >= 4].groupby("subject", sort=False):
@@ -110,12 +110,12 @@ def fit(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def largest_depth(fits: pd.DataFrame, budget_bytes: float) -> pd.Series:
-    """How many blocks fit, by ``fit``: the largest d with a + b d within the budget."""
+    """Return how many blocks fit into a budget: the largest d with a + b * d within it, see ``fit``."""
     return np.floor(np.maximum((budget_bytes - fits.a) / fits.b, 0)).astype(int)
 
 
 def contenders(results: pd.DataFrame) -> pd.DataFrame:
-    """Contenders x (time ratio to plain, peak activations, evaluations of F and G), from the series "depth"."""
+    """Return time relative to plain, peak activations and evaluations of each contender, from the series "depth"."""
     times, memory = series_of(ratios(results), "time", "depth"), series_of(results, "memory", "depth")
     columns = {}
     for depth in [d for d in (16, 64) if (times.depth == d).any()]:
@@ -130,68 +130,21 @@ def contenders(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def sections(results: pd.DataFrame) -> list[Section]:
-    """All tables that the measurements allow."""
-    memory, times = results[results.group == "memory"], ratios(results)
-    per_repeat = f"Median [quartiles] of n = {span(times.groupby('case').size())} interleaved repeats. "
-    found: list[Section] = []
-
-    def add(title: str, note: str, table: pd.DataFrame) -> None:
-        if not table.empty:
-            found.append((title, note, table.reset_index(names="").round(3)))
-
-    of_depth = series_of(memory, "memory", "depth")
-    add("Contenders", per_repeat + "Time relative to plain autograd; the arithmetic of one more evaluation of F and G "
-        "makes 4/3 = 1.33. Peak of the tensors beyond parameters, gradients and input, exact. Evaluations: 2 is once F "
-        "and once G.", contenders(results))
-    if not of_depth.empty:
-        add("Peak activation memory against depth, MiB", "By blocks: what the worst instant of a step holds beyond "
-            "parameters, gradients and input; tensors alone, equal on every machine.",
-            pivot(of_depth, "depth", "activation_bytes") / MIB)
-        scratch = of_depth.assign(scratch=of_depth.allocated_bytes - of_depth.peak_bytes)
-        add("What the allocator gave beyond that, MiB", "Scratch that kernels borrow, which is this machine's.",
-            pivot(scratch, "depth", "scratch") / MIB)
-    of_law = series_of(memory, "memory", "law")
-    if not of_law.empty:
-        add("The law of memory, KiB", f"Many blocks on small tensors, {size(of_law)}.",
-            pivot(of_law, "depth", "activation_bytes") / 1024)
-    fits = fit(of_depth)
-    if not fits.empty:
-        depths = {f"{budget} GiB": largest_depth(fits, budget * GIB) for budget in BUDGETS_GIB}
-        terms = {"start, MiB": fits.a / MIB, "per block, MiB": fits.b / MIB}
-        table = pd.DataFrame({**terms, "largest misfit, %": 100 * fits.misfit, **depths}).rename(index=NAMES)
-        add("Largest depth per memory budget", "Computed, not run: from the intercept and slope of the measured peaks "
-            f"(parameters, gradients and input included) at {size(of_depth)}. Left out: whose peak is no line.",
-            table)
-    of_depth_time = series_of(times, "time", "depth")
-    if not of_depth_time.empty:
-        add("Time against depth", per_repeat + "Ratio to plain autograd, by blocks.",
-            pivot(of_depth_time, "depth", "ratio", spread))
-    for series, column, what in (("batch", "batch", "by samples in the batch"), ("width", "channels", "by channels")):
-        rows = series_of(times, "time", series)
-        if not rows.empty:
-            add(f"Time against {series}", per_repeat + f"Ratio to plain autograd, {what}; {size(rows)}.",
-                pivot(rows, column, "ratio", spread))
-    add("Tiny tensors", per_repeat + "32 blocks on 2 x 4 x 4 x 4: what is measured is Python and the launching of "
-        "kernels.", tiny(times))
-    add("Training step of the CIFAR networks", per_repeat + "Forward, backward, SGD. Ratio: to the same network with "
-        "the engine off. Memory at the worst instant, tensors alone.", network_table(memory, times))
-    add("Modes", per_repeat + "Milliseconds of a step.", mode_table(times))
-    return found
-
-
 def tiny(times: pd.DataFrame) -> pd.DataFrame:
+    """Return the time per block of each contender on tiny tensors."""
     rows = series_of(times, "time", "tiny")
     if rows.empty:
         return pd.DataFrame()
     rows = rows.assign(us=rows.median_s / rows.depth * 1e6)
     by_subject = rows.groupby("subject")
-    table = pd.DataFrame({"microseconds per block": by_subject.us.agg(spread, digits=0),
-                          "ratio to plain": by_subject.ratio.agg(spread)})
+    table = pd.DataFrame(
+        {"microseconds per block": by_subject.us.agg(spread, digits=0), "ratio to plain": by_subject.ratio.agg(spread)}
+    )
     return table.reindex([s for s in NAMES if s in table.index]).rename(index=NAMES)
 
 
 def network_table(memory: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
+    """Return the time and the memory of a training step of each network."""
     rows = series_of(times, "time", "network")
     columns = {}
     if not rows.empty:
@@ -218,6 +171,7 @@ def network_table(memory: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
 
 
 def mode_table(times: pd.DataFrame) -> pd.DataFrame:
+    """Return the milliseconds of a step in each mode."""
     rows = series_of(times, "time", "mode")
     if rows.empty:
         return pd.DataFrame()
@@ -227,43 +181,11 @@ def mode_table(times: pd.DataFrame) -> pd.DataFrame:
     return table.rename(columns=NAMES).rename_axis(index=None, columns=None)
 
 
-def span(counts: pd.Series) -> str:
-    """"5", or "3 to 5" where they differ."""
-    return " to ".join(str(count) for count in dict.fromkeys((counts.min(), counts.max())))
-
-
-def shapes(rows: pd.DataFrame) -> pd.Series:
-    sizes = [rows[name].astype(int).astype(str) for name in ("batch", "channels", "side")]
-    return sizes[0] + " x " + sizes[1] + " x " + sizes[2] + " x " + sizes[2]
-
-
-def size(rows: pd.DataFrame) -> str:
-    """The input that all rows have in common, "*" where they differ."""
-    batch, channels, side = (
-        f"{rows[name].iloc[0]:.0f}" if rows[name].nunique() == 1 else "*" for name in ("batch", "channels", "side")
-    )
-    return f"input {batch} x {channels} x {side} x {side}, float32"
-
-
-def origin(results: pd.DataFrame) -> str:
-    """Device, threads, load, versions, commit."""
-    first = results.iloc[0]
-    device, software = first.device, first.software
-    changes = "" if first.clean in (True, None) else " with uncommitted changes"
-    clock = {"wall": "", "cpu": "; seconds are the process's own CPU time"}[device["clock"]]
-    load = f"load average {results.load.min():.1f} to {results.load.max():.1f} while measuring"
-    return (
-        f"{device['name']} ({device['type']}, {device['cores']} cores, {device['threads']} threads), {load}{clock}; "
-        f"torch {software['torch']}, Python {software['python']}, memcnn {software['memcnn']}, commit "
-        f"{(first.commit or 'unknown')[:12]}{changes}"
-    )
-
-
 def render(results: pd.DataFrame, level: str = "##") -> str:
-    """All tables as Markdown, with the environment in which they were measured."""
+    """Return all tables as Markdown, with the environment in which they were measured."""
     parts = [origin(results)]
     for title, note, table in sections(results):
-        parts += [f"{level} {title}", note, table.to_markdown(index=False, floatfmt=".6g")]
+        parts += [f"{level} {title}", note, text.markdown(page.text_frame(table))]
     return "\n\n".join(parts)
 
 

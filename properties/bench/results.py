@@ -11,7 +11,10 @@ from bench import measure
 MACHINE = {
     "device": {"type": "cpu", "name": "a processor", "threads": 1, "cores": 2, "clock": "wall"},
     "software": {"torch": torch.__version__, "python": "3.11.7", "memcnn": "2.0.0"},
-    "commit": None, "clean": None, "load": 0.5}
+    "commit": None,
+    "clean": None,
+    "load": 0.5,
+}
 
 
 def row(group: str, case, seconds: float = 1.0, **more) -> dict:

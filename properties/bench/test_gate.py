@@ -26,8 +26,11 @@ def run(base: Path, now: Path, *options: str) -> int:
 
 def timed(path: Path, pairs: list[tuple[float, float]], **machine) -> Path:
     """Repeats of (plain, reversible) seconds."""
-    rows = [row("time", case, seconds, repeat=repeat, **machine)
-            for repeat, pair in enumerate(pairs) for case, seconds in zip((PLAIN, CASE), pair, strict=True)]
+    rows = [
+        row("time", case, seconds, repeat=repeat, **machine)
+        for repeat, pair in enumerate(pairs)
+        for case, seconds in zip((PLAIN, CASE), pair, strict=True)
+    ]
     return written(path, rows)
 
 
@@ -39,8 +42,10 @@ def rows_now() -> list[dict]:
 def test_memory_and_evaluations_are_those_of_the_baseline(rows_now, tmp_path, capsys):
     base = json.loads(BASELINE.read_text("utf-8"))["benchmarks"][0]["extra_info"]["software"]["torch"]
     if base.partition("+")[0] != torch.__version__.partition("+")[0]:
-        pytest.skip(f"the baseline is that of torch {base}: python -m bench -k gate, then "
-                    "python -m bench.gate bench/baselines/cpu.json FILE.json --save")
+        pytest.skip(
+            f"the baseline is that of torch {base}: python -m bench -k gate, then "
+            "python -m bench.gate bench/baselines/cpu.json FILE.json --save"
+        )
     assert run(BASELINE, written(tmp_path / "now.json", rows_now)) == 0, capsys.readouterr().out
     assert "missing" not in (text := capsys.readouterr().out) and "48 figures of 16 cases" in text
 
@@ -85,8 +90,10 @@ OTHER = dataclasses.replace(CASE, depth=5)
 
 def test_a_missing_case_fails_unless_it_is_allowed(tmp_path, capsys):
     """A case that was renamed is one that is missing and one that is new."""
-    base, now = (written(tmp_path / name, [row("memory", case, peak_bytes=1) for case in cases])
-                 for name, cases in (("base", (CASE, PLAIN)), ("now", (OTHER, PLAIN))))
+    base, now = (
+        written(tmp_path / name, [row("memory", case, peak_bytes=1) for case in cases])
+        for name, cases in (("base", (CASE, PLAIN)), ("now", (OTHER, PLAIN)))
+    )
     assert run(base, now, "--fail", "peak_bytes:1%") == 1
     text = capsys.readouterr().out
     assert f"FAIL {CASE}: missing in NOW" in text and f"new in NOW (1): {OTHER}" in text
@@ -99,8 +106,10 @@ def test_a_missing_case_fails_unless_it_is_allowed(tmp_path, capsys):
 
 def test_a_case_that_lost_a_figure_fails(tmp_path, capsys):
     base = written(tmp_path / "base", [row("memory", case, peak_bytes=1, evaluations=2) for case in (CASE, PLAIN)])
-    now = written(tmp_path / "now", [row("memory", CASE, peak_bytes=1, evaluations=None),
-                                     row("memory", PLAIN, peak_bytes=1, evaluations=2)])
+    now = written(
+        tmp_path / "now",
+        [row("memory", CASE, peak_bytes=1, evaluations=None), row("memory", PLAIN, peak_bytes=1, evaluations=2)],
+    )
     assert run(base, now, "--fail", "peak_bytes:1%", "--fail", "evaluations:0%") == 1
     assert f"FAIL {CASE}: missing in NOW" in capsys.readouterr().out
 
@@ -121,8 +130,11 @@ def test_all_cases_renamed_fails(tmp_path):
 
 def test_a_slower_ratio_fails_also_on_a_machine_that_is_twice_as_fast(tmp_path, capsys):
     base = timed(tmp_path / "base", [(1.0, 1.3), (1.1, 1.43), (2.0, 2.6)])
-    now = timed(tmp_path / "now", [(0.5, 0.75), (0.55, 0.825), (1.0, 1.5)],
-                device={**MACHINE["device"], "name": "another processor"})
+    now = timed(
+        tmp_path / "now",
+        [(0.5, 0.75), (0.55, 0.825), (1.0, 1.5)],
+        device={**MACHINE["device"], "name": "another processor"},
+    )
     assert run(base, now, "--fail", "median:10%") == 1
     text = capsys.readouterr().out
     assert f"FAIL {CASE}: median/plain 1.3 -> 1.5 (+15.38 %" in text
@@ -146,11 +158,14 @@ def test_time_within_the_spread_is_told_and_does_not_fail(tmp_path, capsys):
     assert "held" in (text := capsys.readouterr().out) and "within the spread" in text
 
 
-@pytest.mark.parametrize(("options", "why"), [
-    (["--fail", "peek_bytes:1%"], "BASE has no case with 'peek_bytes'"),
-    (["--fail", "median:10%"], "BASE has no case with 'median'"),
-    (["--fail", "subject:1%"], "BASE has no case with 'subject'"),
-])
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--fail", "peek_bytes:1%"], "BASE has no case with 'peek_bytes'"),
+        (["--fail", "median:10%"], "BASE has no case with 'median'"),
+        (["--fail", "subject:1%"], "BASE has no case with 'subject'"),
+    ],
+)
 def test_a_metric_that_nobody_measured_is_misuse(options, why, tmp_path, capsys):
     path = written(tmp_path / "result", [row("memory", CASE, peak_bytes=1)])
     assert run(path, path, *options) == 2

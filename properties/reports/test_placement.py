@@ -41,6 +41,7 @@ def folder_of(runs: Path, cell: Cell) -> Path:
 
 def when_under_way(runs: Path, cell: Cell, act) -> threading.Thread:
     """Calls ``act(process id)`` once the cell has written a checkpoint."""
+
     def holder() -> int | None:
         try:
             if load(folder_of(runs, cell)).status == "partial":
@@ -53,6 +54,7 @@ def when_under_way(runs: Path, cell: Cell, act) -> threading.Thread:
             if pid := holder():
                 return act(pid)
             time.sleep(0.05)
+
     thread = threading.Thread(target=watch)
     thread.start()
     return thread
@@ -78,32 +80,45 @@ def test_at_the_deadline_nothing_further_is_begun(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_cell_that_fails_is_told(tmp_path, capfd):
+def test_a_cell_that_fails_is_reported_with_the_reason(tmp_path):
     cell = Cell("resnet33", "cifar10", 0)
-    assert isinstance(dict(on_devices([cell], settings(tmp_path), ["cpu"], 1))[cell], Lost)
-    assert "unknown model 'resnet33'" in capfd.readouterr().err
+    outcome = dict(on_devices([cell], settings(tmp_path), ["cpu"], 1))[cell]
+    assert isinstance(outcome, Lost) and "its process failed: " in str(outcome)
+    assert "unknown model 'resnet33'" in str(outcome)
 
 
 def test_the_command_trains_on_the_devices_it_is_given(tmp_path, capsys):
-    words = ["--train", "--recipe=smoke", "--data=generated", "--models=resnet32", "--devices=cpu", "--threads=1",
-             "--jobs-per-device=2", *(f"--{name}={tmp_path / name}" for name in ("runs", "records", "out"))]
+    words = [
+        "--train",
+        "--recipe=smoke",
+        "--data=generated",
+        "--models=resnet32",
+        "--devices=cpu",
+        "--threads=1",
+        "--jobs-per-device=2",
+        *(f"--{name}={tmp_path / name}" for name in ("runs", "records", "out")),
+    ]
     assert main(words) == 0
     assert "2 of 2 cells complete" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--device=cpu", "--devices=cpu"], "got --device and --devices: wanted one of them"),
-    (["--devices=cpu", "--cluster=local"], "got --devices and --cluster: wanted one of them"),
-    (["--plan"], "got --plan and --train"),
-    (["--devices=0,1"], "--devices: got 'cuda:0', but this PyTorch sees only cpu"),
-    (["--devices=cpu,gpu"], "--devices: got 'gpu', but this PyTorch sees only cpu"),
-    (["--device=cuda:7"], "--device: got 'cuda:7', but this PyTorch sees only cpu"),
-    (["--devices=cpu,cpu"], "--devices: cpu is named twice; --jobs-per-device N"),
-    (["--devices=,"], "wanted devices like 0,1 or cpu"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device=cpu", "--devices=cpu"], "got --device and --devices: wanted one of them"),
+        (["--devices=cpu", "--cluster=local"], "got --devices and --cluster: wanted one of them"),
+        (["--plan"], "got --plan and --train"),
+        (["--devices=0,1"], "--devices: got 'cuda:0', but this PyTorch sees only cpu"),
+        (["--devices=cpu,gpu"], "--devices: got 'gpu', but this PyTorch sees only cpu"),
+        (["--device=cuda:7"], "--device: got 'cuda:7', but this PyTorch sees only cpu"),
+        (["--devices=cpu,cpu"], "--devices: cpu is named twice; --jobs-per-device N"),
+        (["--devices=,"], "wanted devices like 0,1 or cpu"),
+    ],
+)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="names GPUs that are not there; run on a machine without any")
-def test_places_that_exclude_each_other_or_do_not_exist_are_refused_before_anything_starts(words, message, capsys,
-                                                                                           tmp_path):
+def test_places_that_exclude_each_other_or_do_not_exist_are_refused_before_anything_starts(
+    words, message, capsys, tmp_path
+):
     with pytest.raises(SystemExit, match="2"):
         main(["--train", "--recipe=smoke", *words, *(f"--{name}={tmp_path / name}" for name in ("runs", "out"))])
     assert message in capsys.readouterr().err

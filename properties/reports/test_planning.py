@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from bench import placement, planning
-from bench.placement import Cell, Settings, in_turns, on_devices
+from bench import planning
+from bench.placement import Cell, Settings, cells, devices, in_turns, on_devices
 from bench.planning import Need, Needs, choose, simulate, within
 from bench.reproduce_table import main
 from memcnn.training import timing
@@ -143,7 +143,7 @@ def test_cells_of_a_gpu_share_one_process_and_those_of_a_cpu_have_their_own(tmp_
         def interrupt(self) -> None:
             pass
 
-    monkeypatch.setattr(placement, "_Place", Place)
+    monkeypatch.setattr(devices, "Place", Place)
     list(on_devices([], settings(tmp_path), ["cuda:0", "cuda:1", "cpu"], 3))
     assert sorted(places) == [*[("cpu", 1, 3)] * 3, ("cuda:0", 3, 1), ("cuda:1", 3, 1)]
 
@@ -180,7 +180,7 @@ def test_a_budget_begins_what_can_finish_and_says_what_it_leaves_out(tmp_path, m
         begun.append(model)
         return full(model=model, dataset=dataset, seed=options["seed"])
 
-    monkeypatch.setattr(placement, "train", train)
+    monkeypatch.setattr(cells, "train", train)
     costs = {"resnet32": Cost(10.0, 1.0, 2.0, "timed"), "revnet38": Cost(900.0, 5.0, 2.0, "timed")}
     monkeypatch.setattr(planning, "timed", lambda job, *rest, at_once: (costs[job.model], costs[job.model]))
     folders = [f"--{name}={tmp_path / name}" for name in ("runs", "records", "out")]

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import placement, reproduce_table
-from bench.reproduce_table import MODELS, RESERVED_SECONDS, main
+from bench import reproduce_table
+from bench.placement import cells
+from bench.reproduce_table import RESERVED_SECONDS, main
+from bench.table_options import MODELS, seed_list
 from memcnn.training.record import DATASETS, load
 
 ROOT = Path(reproduce_table.__file__).parents[1]
@@ -31,7 +33,7 @@ def trained(monkeypatch, full):
             raise outcome
         return full(model=model, dataset=dataset, seed=options["seed"], **outcome)
 
-    monkeypatch.setattr(placement, "train", train)
+    monkeypatch.setattr(cells, "train", train)
     return calls, outcomes
 
 
@@ -89,7 +91,10 @@ def test_files_with_wrong_checksums_are_trained_on_where_asked_for_and_marked(ru
     status, lines = run("--train", "--datasets", "cifar10", "--unofficial-data")
     assert all(options["unofficial_data"] for _, options in trained[0])
     assert [line.partition("complete")[2] for line in cell_lines(lines)][:3] == [
-        "", " (not the official files)", " (generated data)"]
+        "",
+        " (not the official files)",
+        " (generated data)",
+    ]
 
 
 def test_a_failing_cell_is_reported_and_the_others_go_on(run, trained):
@@ -159,7 +164,7 @@ def test_misuse_ends_with_status_2_and_a_word_on_what_was_wanted(run, trained, c
 
 @pytest.mark.parametrize(("text", "seeds"), [("0", [0]), ("0-4", [0, 1, 2, 3, 4]), ("5, 1,2-3,1", [1, 2, 3, 5])])
 def test_seeds_are_read_as_a_list_of_numbers_and_ranges(text, seeds):
-    assert reproduce_table.seed_list(text) == seeds
+    assert seed_list(text) == seeds
 
 
 SMOKE = "--train --recipe smoke --data generated --models revnet38 --datasets cifar10 --device cpu".split()

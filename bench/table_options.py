@@ -1,0 +1,145 @@
+"""The command line of ``bench.reproduce_table``: its options, and what they mean on this machine."""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import reports
+from memcnn.train import add_allow_mixed
+from memcnn.training.distributed import World
+from memcnn.training.execution import Execution
+from memcnn.training.options import add_execution_options, count, duration, execution_of, explicit_execution
+from memcnn.training.recipe import RECIPES
+from memcnn.training.record import DATASETS
+from memcnn.training.trainer import pick_device
+
+MODELS = ("resnet32", "revnet38", "resnet110", "revnet110", "resnet164", "revnet164")
+"""The networks of a kind side by side, the quick ones first."""
+
+
+def seed_list(text: str) -> list[int]:
+    """Return [0, 1, 2, 5] for "0-2,5"."""
+    seeds = []
+    for word in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", word.strip())
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted seeds like 0-4 or 0,1,2")
+        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return sorted(set(seeds))
+
+
+def device_list(text: str) -> list[str]:
+    """Return ["cuda:0", "cuda:1"] for "0,1"; other names stay as they are."""
+    names = [word.strip() for word in text.split(",") if word.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted devices like 0,1 or cpu")
+    return [f"cuda:{name}" if name.isdecimal() else name for name in names]
+
+
+def choice_list(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """Return a function that parses "a,b" into the named choices, in the order of ``choices``."""
+
+    def parse(text: str) -> list[str]:
+        wanted = [word.strip() for word in text.split(",") if word.strip()]
+        if unknown := [word for word in wanted if word not in choices]:
+            raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}: choose from {','.join(choices)}")
+        if not wanted:
+            raise argparse.ArgumentTypeError(f"got nothing: choose from {','.join(choices)}")
+        return [choice for choice in choices if choice in wanted]
+
+    return parse
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """Return the parser of the command line; the paragraphs of its description follow the options."""
+    usage, status = description.split("\n\n", 1)
+    parser = argparse.ArgumentParser(
+        prog="bench.reproduce_table",
+        description=usage,
+        epilog=status,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    out = Path(reports.__file__).with_name("out")
+    folder, names = {"metavar": "FOLDER"}, {"metavar": "A,B,..."}
+    add = parser.add_argument
+    add("--runs", default="runs", **folder, help="training output (default: ./%(default)s)")
+    add("--records", default=reports.RECORDS, **folder, help="committed records (default: reports/records)")
+    add("--out", default=out, **folder, help="where the tables go (default: reports/out)")
+    add("--train", action="store_true", help="first run the cells that are not complete")
+    add("--plan", action="store_true", help="print how long each missing cell takes on this device; writes nothing")
+    add = parser.add_argument_group("with --train and --plan").add_argument
+    add("--models", type=choice_list(MODELS), default=list(MODELS), **names, help=f"of {','.join(MODELS)}")
+    add("--datasets", type=choice_list(DATASETS), default=list(DATASETS), **names, help=f"of {','.join(DATASETS)}")
+    add("--seeds", type=seed_list, default=[0], metavar="LIST", help="0-4 or 0,1,2 (default: 0); a verdict needs three")
+    add("--recipe", choices=RECIPES, default="published", help="set of hyper-parameters (default: %(default)s)")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    add("--devices", type=device_list, metavar="A,B,...", help="several at once: 0,1 or cpu; a process for each")
+    add(
+        "--jobs-per-device",
+        type=count,
+        metavar="N",
+        help="cells that share a device: on a GPU they take turns in one "
+        "process, on a CPU each has a process (default: 1)",
+    )
+    add("--cluster", metavar="ADDRESS", help="of a Ray cluster, whose nodes share the folder RUNS, or: local")
+    add("--threads", type=count, metavar="N", help="CPU threads of a cell (default: PyTorch's choice; on a cluster 1)")
+    add(
+        "--budget",
+        type=duration,
+        metavar="TIME",
+        help="be done before so much time is over: 90s, 9m, 1h30m; begins "
+        "the longest cells that can finish, and gives the rest of the time to one that can be resumed",
+    )
+    data = "(default: $MEMCNN_DATA, else ./data; downloaded when missing)"
+    add("--data", **folder, help=f'the CIFAR files, or the word "generated" for made-up images {data}')
+    add("--unofficial-data", action="store_true", help="train on files with wrong checksums too; the table says so")
+    add_allow_mixed(add)
+    add_execution_options(parser)
+    return parser
+
+
+def check_places(given: argparse.Namespace) -> None:
+    """Raise ValueError where the places exclude each other, do not exist, or are named twice."""
+    places = [name for name in ("device", "devices", "cluster") if getattr(given, name)]
+    if len(places) > 1:
+        raise ValueError(f"got --{' and --'.join(places)}: wanted one of them")
+    if given.plan and (given.train or given.cluster):
+        raise ValueError(f"got --plan and --{'train' if given.train else 'cluster'}: --plan only looks at this machine")
+    option, names = ("devices", given.devices) if given.devices else ("device", [given.device])
+    try:
+        named = [str(_indexed(pick_device(name, World()))) for name in names if name]
+    except ValueError as error:
+        raise ValueError(f"--{option}{str(error).removeprefix('device')}") from None
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise ValueError(
+            f"--devices: {', '.join(twice)} is named twice; --jobs-per-device N trains several cells on one device"
+        )
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """Return the device with its number, as "cuda:0" for "cuda"."""
+    return torch.device(device.type, 0) if device.type == "cuda" and device.index is None else device
+
+
+def first_device(given: argparse.Namespace) -> torch.device:
+    """Return the device that trains, or the first of several."""
+    return _indexed(pick_device(given.devices[0] if given.devices else given.device, World()))
+
+
+def chosen_execution(given: argparse.Namespace) -> Execution:
+    """Return the execution that the options ask for; on a GPU --fast is the default of --train and --plan.
+
+    Raises:
+        ValueError: when the options contradict each other.
+    """
+    if given.cluster or not (given.train or given.plan):
+        return execution_of(given)
+    device = first_device(given)
+    if given.fast is None and device.type == "cuda" and not explicit_execution(given):
+        given.fast = True
+        print(f"Execution: {execution_of(given, device)} (--fast, the default on a GPU; --no-fast for float32)")
+    return execution_of(given, device)
