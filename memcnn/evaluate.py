@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from memcnn import data as cifar
-from memcnn.archives import BadData, DataNotFound
+from memcnn.data import BadData, DataNotFound
 from memcnn.training.checkpoint import BadCheckpoint
 from memcnn.training.execution import Execution
 from memcnn.training.record import BadRecord, RunRecord

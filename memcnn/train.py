@@ -30,7 +30,7 @@ if __package__ in (None, ""):  # run as a script: this folder's names (data, mod
 
 import torch  # noqa: E402
 
-from memcnn.archives import DATASETS, BadData, DataNotFound  # noqa: E402
+from memcnn.data import DATASETS, BadData, DataNotFound  # noqa: E402
 from memcnn.migration import absent_names  # noqa: E402
 from memcnn.models.resnet import MODELS  # noqa: E402
 from memcnn.training.checkpoint import BadCheckpoint  # noqa: E402

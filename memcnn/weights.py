@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from memcnn.datasets import NUM_CLASSES
 from memcnn.models.resnet import MODELS
 from memcnn.training import checkpoint, record
-from memcnn.training.record import NUM_CLASSES, RunRecord
+from memcnn.training.record import RunRecord
 
 
 def load_trained(

@@ -16,7 +16,7 @@ from memcnn.training.environment import device_info
 from memcnn.training.execution import Execution
 from memcnn.training.files import holder
 from memcnn.training.recipe import Recipe
-from memcnn.training.record import NUM_CLASSES, load_all
+from memcnn.training.record import load_all
 from memcnn.training.step import FUSED_DEVICES, TrainingStep
 from memcnn.training.trainer import Job
 
@@ -40,7 +40,7 @@ def preview(job: Job, device: torch.device, execution: Execution) -> str:
     left, state = _state(folder, recipe)
 
     def make_model() -> nn.Module:
-        return MODELS[job.model](NUM_CLASSES[job.dataset], disable=job.disable)
+        return MODELS[job.model](cifar.NUM_CLASSES[job.dataset], disable=job.disable)
 
     def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
         images = torch.zeros(recipe.batch_size, 3, 32, 32)
@@ -51,7 +51,7 @@ def preview(job: Job, device: torch.device, execution: Execution) -> str:
     memory = predict_step_memory(make_model, make_batch, optimizer=sgd, autocast=autocast, device=device.type)
     flops = step_flops(make_model, make_batch, autocast=autocast)
     timed = step_seconds_of_records(job, device, execution)
-    seconds, source = timed or _measured(make_model(), NUM_CLASSES[job.dataset], recipe, device, execution)
+    seconds, source = timed or _measured(make_model(), cifar.NUM_CLASSES[job.dataset], recipe, device, execution)
     parameters = sum(parameter.numel() for parameter in make_model().parameters())
     mib, activation_mib = memory.peak_bytes / MIB, memory.activation_bytes / MIB
     lines = {

@@ -9,13 +9,13 @@ import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from memcnn.datasets import NUM_CLASSES
 from memcnn.models.resnet import MODELS
 from memcnn.training.files import write_by_rename
 from memcnn.training.recipe import PUBLISHED, Recipe
 
 SCHEMA = 2
 FILE_NAME = "record.json"
-NUM_CLASSES = {"cifar10": 10, "cifar100": 100}
 DATASETS = tuple(NUM_CLASSES)
 STATUSES = ("complete", "partial", "failed")
 COUNTS = ("seed", "iterations", "interruptions", "parameters", "parameter_bytes", "peak_bytes", "activation_bytes")

@@ -13,7 +13,6 @@ from memcnn.models.resnet import MODELS
 from memcnn.training.execution import Execution
 from memcnn.training.preview import step_seconds_of_records
 from memcnn.training.recipe import Recipe
-from memcnn.training.record import NUM_CLASSES
 from memcnn.training.step import EVALUATION_BATCHES, Evaluation, TrainingStep
 from memcnn.training.trainer import Job
 from memcnn.training.turns import Lane
@@ -91,7 +90,7 @@ class _Copy:
         self.evaluated_share = (recipe.test_images or TEST_IMAGES) / batch
         self.learning_rate = recipe.learning_rate
         with self.lane.turn():
-            classes = NUM_CLASSES[job.dataset]
+            classes = cifar.NUM_CLASSES[job.dataset]
             data = cifar.generate(classes, train=recipe.batch_size, test=batch).to(device)
             self.plan = self.lane.copy(
                 cifar.epoch_plan(0, 0, recipe.batch_size, pad=recipe.pad, flip=recipe.flip)

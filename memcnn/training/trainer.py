@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from memcnn import archives
 from memcnn import data as cifar
 from memcnn.models.resnet import MODELS
 from memcnn.training import checkpoint, record
@@ -82,7 +81,7 @@ class Job:
             return cifar.GENERATED
         if not self.unofficial_data:
             return "official"
-        official = archives.find(self.dataset, Path(where), download=False, unofficial=True)[1]
+        official = cifar.files.find(self.dataset, Path(where), download=False, unofficial=True)[1]
         return "official" if official else "unofficial"
 
     def folder(self, *, data_kind: str | None = None, processes: int = 1) -> Path:
@@ -138,7 +137,7 @@ def train(
         options: the other attributes of a `Job`.
     Raises:
         BadArgument, BadCheckpoint, MixedExecution: what was asked for cannot be done (all are ValueErrors).
-        archives.DataNotFound, archives.BadData: the images are missing or damaged.
+        memcnn.data.DataNotFound, memcnn.data.BadData: the images are missing or damaged.
         FolderBusy: another process trains in the same folder.
         CannotWrite: the disk is full, or may not be written to.
         distributed.ProcessLost: another process of the run has ended.

@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from memcnn import AdditiveCoupling, InvertibleModuleWrapper, archives
+from memcnn import AdditiveCoupling, InvertibleModuleWrapper
 from memcnn import data as cifar_data
 from memcnn import train as command
+from memcnn.data import files, images
 from memcnn.models.resnet import MODELS
 from memcnn.training import loop
 from memcnn.training.recipe import Recipe
@@ -98,7 +99,7 @@ def work(
         time.time_ns = lambda: int(1e9 * time.time())
     Tiny.pause_seconds = pause_seconds
     if official is not None:
-        archives.DATASETS["cifar10"] = _cifar(official)
+        files.DATASETS["cifar10"] = _cifar(official)
     try:
         return command.main(words)
     except SystemExit as end:
@@ -136,7 +137,7 @@ def _watch_operations(numbers: mmap.mmap, runs: Path, kill_at: int | None) -> No
 
 
 def _cifar(official: dict[str, str]) -> type:
-    source = archives.DATASETS["cifar10"]
+    source = files.DATASETS["cifar10"]
     lists = {
         name: [[file, official[file]] for file, _ in getattr(source, name)] for name in ("train_list", "test_list")
     }
@@ -147,7 +148,7 @@ def _cifar(official: dict[str, str]) -> type:
 def main() -> None:
     torch.set_num_threads(1)
     MODELS["resnet32"] = Tiny
-    cifar_data.generate = lambda num_classes: IMAGES
+    images.generate = lambda num_classes: IMAGES
     EVALUATION_BATCHES["cpu"] = 20
     loop.git_state = lambda: {"commit": None, "clean": None}  # three processes of git a run otherwise
     print("ready", flush=True)

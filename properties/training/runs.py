@@ -13,6 +13,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import nn
 
 from memcnn import data as cifar_data
+from memcnn.data import images
 from memcnn.models.resnet import MODELS
 from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import RunRecord, run_name
@@ -36,7 +37,7 @@ def tiny_training() -> Iterator[pytest.MonkeyPatch]:
     """Within it every run is a tiny one: model resnet32, data "generated"."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "resnet32", tiny)
-        patch.setattr(cifar_data, "generate", lambda num_classes: DATA)
+        patch.setattr(images, "generate", lambda num_classes: DATA)
         patch.setitem(EVALUATION_BATCHES, "cpu", 20)
         yield patch
 
