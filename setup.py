@@ -17,7 +17,7 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["memcnn", "memcnn.*"]),
     python_requires=">=3.10",
-    install_requires=["numpy", "tensorboardX", "torch>=2.11", "torchvision>=0.26", "tqdm"],
+    install_requires=["filelock", "numpy", "tensorboardX", "torch>=2.11", "torchvision>=0.26", "tqdm"],
     extras_require={
         "harness": [
             "hypothesis",

@@ -1,6 +1,7 @@
 """Train one of the models on one of the data sets, in a folder of its own: stoppable at any time, and resumable."""
 
 import errno
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -244,6 +245,9 @@ def _explaining_disks(folder: Path) -> Iterator[None]:
 def _set_aside(folder: Path) -> None:
     if folder.exists():
         with locked(folder):
+            if os.name == "posix":
+                move_aside(folder)
+        if os.name != "posix":  # Windows does not rename a folder in which a file is open
             move_aside(folder)
 
 

@@ -14,6 +14,7 @@ from random import Random
 import torch
 
 from memcnn.training import checkpoint, record
+from memcnn.training.files import HOLDER, LOCK
 from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import run_name
 from properties.training.runs import curve_of, scalars, without
@@ -27,7 +28,7 @@ RECIPE = override(
 )
 NAME = run_name("resnet32", "cifar10", RECIPE, 0, data="generated")
 OF_THE_SESSION = ("train_seconds", "interruptions", "segments")
-FILES = {"record.json", "curve.csv", "checkpoint.pt", "checkpoint.previous.pt", "tensorboard", ".lock"}
+FILES = {"record.json", "curve.csv", "checkpoint.pt", "checkpoint.previous.pt", "tensorboard", LOCK}
 
 
 class Ground:
@@ -121,7 +122,7 @@ class Ground:
         one, other = (without(vars(record.load(each)), *OF_THE_SESSION) for each in (folder, expected))
         assert one == other
         assert scalars(folder) == scalars(expected)
-        left = {path.name for path in folder.iterdir()} - {checkpoint.DAMAGED}
+        left = {path.name for path in folder.iterdir()} - {checkpoint.DAMAGED, HOLDER}  # of a process killed at its end
         assert left == FILES, f"left behind: {left ^ FILES}"
 
     def check_nothing_lost(self, runs: Path) -> int:
@@ -140,7 +141,7 @@ class Ground:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below `folder`, but for what a lock says."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in (LOCK, HOLDER)]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 

@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper
-from memcnn import data as cifar_data
 from memcnn import train as command
 from memcnn.data import files, images
 from memcnn.models.resnet import MODELS
@@ -32,7 +31,7 @@ from memcnn.training.step import EVALUATION_BATCHES
 
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.truncate")  # of sys.addaudithook: what touches a folder
 LONGEST_SECONDS = 120  # a process that waits for ever is ended by the alarm, with exit status -14
-IMAGES = cifar_data.generate(10, train=40, test=50)
+IMAGES = images.generate(10, train=40, test=50)
 
 
 class Tiny(nn.Module):

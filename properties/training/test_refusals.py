@@ -1,7 +1,10 @@
 """What a run refuses: bad arguments, and a folder that holds, or is held by, another run."""
 
+import fcntl
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -144,7 +147,7 @@ def test_a_busy_folder_names_its_holder(tmp_path):
 
 def test_a_folder_that_is_moved_aside_meanwhile_is_not_the_one_that_is_held(tmp_path, monkeypatch):
     """Between opening the lock and locking it, another process may begin the run anew."""
-    folder, flock = tmp_path / "run", files.fcntl.flock
+    folder, flock = tmp_path / "run", fcntl.flock
     (folder / "tensorboard").mkdir(parents=True)
 
     def late(*arguments):
@@ -152,13 +155,44 @@ def test_a_folder_that_is_moved_aside_meanwhile_is_not_the_one_that_is_held(tmp_
         files.move_aside(folder)
         flock(*arguments)
 
-    monkeypatch.setattr(files.fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with locked(folder):
         assert not (folder / "tensorboard").exists(), "the folder is the old one"
         assert files.holder(folder).pid == os.getpid()
         with pytest.raises(FolderBusy), locked(folder):
             pass
     assert files.holder(tmp_path / "run.old-1") is None
+
+
+def test_a_folder_that_is_set_aside_is_held_by_nobody(tmp_path):
+    run(tmp_path)
+    assert run(tmp_path, fresh=True).interruptions == 0
+    assert {path.name for path in tmp_path.iterdir()} == {NAME, f"{NAME}.old-1"}
+    for folder in tmp_path.iterdir():
+        assert files.holder(folder) is None
+    with locked(tmp_path / f"{NAME}.old-1"):
+        pass
+
+
+def test_a_lock_outlives_no_process_and_the_dead_one_is_named(tmp_path):
+    """A killed process leaves its name, and no lock."""
+    code = f"""
+from pathlib import Path
+from memcnn.training.files import locked
+with locked(Path({str(tmp_path / NAME)!r})):
+    print("held", flush=True)
+    input()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(FolderBusy, match=f"^process {process.pid} on "), locked(tmp_path / NAME):
+            pass
+    finally:
+        process.kill()
+        process.communicate()
+    with locked(tmp_path / NAME) as dead:
+        assert dead.startswith(f"process {process.pid} on ")
 
 
 def test_a_complete_run_on_other_unofficial_files_is_refused(tmp_path, monkeypatch):
