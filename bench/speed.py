@@ -229,7 +229,14 @@ def timed(steps: dict, device: torch.device, limit: float = SECONDS) -> tuple[pd
 
 
 def rows(
-    network: str, ways: Sequence[Way], rates: dict, *, batch: int, device: torch.device, where: dict
+    network: str,
+    ways: Sequence[Way],
+    rates: dict,
+    *,
+    batch: int,
+    device: torch.device,
+    where: dict,
+    limit: float = SECONDS,
 ) -> pd.DataFrame:
     """Measure a network's step in each way, and return a row of speed.csv for each.
 
@@ -240,8 +247,9 @@ def rows(
         batch: images of a step.
         device: where it runs.
         where: the columns that say where and with what it was measured.
+        limit: seconds after which no further round begins.
     """
-    times, counts = timed({way: step_of(network, way, batch=batch, device=device) for way in ways}, device)
+    times, counts = timed({way: step_of(network, way, batch=batch, device=device) for way in ways}, device, limit)
     table = []
     for way in ways:
         each = times[way] / way.group
@@ -295,12 +303,15 @@ def ways_of(given: argparse.Namespace, device: torch.device) -> list[Way]:
     """Return what the command line asks for: each execution alone, and the captured ones in a group as well."""
     if given.fast:
         fastest = Execution.fastest(device)
-        executions = dict.fromkeys([fastest, replace(fastest, deterministic=True).on(device)[0]])
+        others = [replace(fastest, narrow_convolutions=False), Execution.fastest(device, deterministic=True)]
+        executions = dict.fromkeys(execution.on(device)[0] for execution in (fastest, *others))
+        grouped = [fastest]
     else:
         executions = dict.fromkeys([
             PLAIN.execution, *(ON_GPU if device.type == "cuda" else ()), *(COMPILED if given.compile else ())
         ])  # fmt: skip
-    groups = [Way(execution, given.group) for execution in executions if given.group > 1 and execution.graph]
+        grouped = [execution for execution in executions if execution.graph]
+    groups = [Way(execution, given.group) for execution in grouped if given.group > 1 and execution.graph]
     return [*map(Way, executions), *groups]
 
 
@@ -313,9 +324,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch", type=count, default=PUBLISHED.batch_size, help="images a step (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
     add("--clock", choices=measure.CLOCKS, default="wall", help="cpu: of this process alone, where others use the CPU")
-    add("--fast", action="store_true", help="only the fastest execution of the device, deterministic and not")
+    fast = "only the fastest execution of the device, the same without our kernel, and the fastest deterministic one"
+    add("--fast", action="store_true", help=fast)
     add("--group", type=count, default=1, metavar="N", help="also N captured steps on N streams, interleaved; on a GPU")
     add("--compile", action="store_true", help="also through torch.compile, without a CUDA graph")
+    add("--seconds", type=float, default=SECONDS, metavar="S", help="to measure a network for (default: %(default)s)")
     add("--tries", action="store_true", help="also what was tried on a CPU")
     add("--out", type=Path, metavar="FOLDER", help="of speed.csv and speed.md (default: reports/bench/<device>)")
     return parser
@@ -344,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = where_and_with_what(device, given.clock)
     for network in networks:
         print(f"{network} ...", file=sys.stderr, flush=True)
-        new = rows(network, ways, rates, batch=given.batch, device=device, where=where)
+        new = rows(network, ways, rates, batch=given.batch, device=device, where=where, limit=given.seconds)
         table = speed_text.add(folder, new)  # at once: what is measured is kept if a later network fails
         _write_page(folder, table, command)
     if given.tries:

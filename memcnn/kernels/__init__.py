@@ -13,13 +13,14 @@ support, ``narrow_conv2d`` is ``torch.nn.functional.conv2d``.
 """
 
 from memcnn.kernels.choice import Choices, Measurement, choosing, measured
-from memcnn.kernels.convolution import NarrowConv2d, narrow_conv2d, use_narrow_convolutions
+from memcnn.kernels.convolution import NarrowConv2d, has_triton, narrow_conv2d, use_narrow_convolutions
 
 __all__ = [
     "Choices",
     "Measurement",
     "NarrowConv2d",
     "choosing",
+    "has_triton",
     "measured",
     "narrow_conv2d",
     "use_narrow_convolutions",

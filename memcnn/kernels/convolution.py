@@ -16,14 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memcnn.autocast import autocast_dtype
 from memcnn.kernels import choice
 
 CHANNELS = (16, 32, 64)
 DTYPES = (torch.bfloat16, torch.float16)  # tensor cores would round float32 to TF32
 MOST_ELEMENTS = 2**31 - 1  # the kernel's addresses are 32-bit integers
 
+
+def has_triton() -> bool:
+    """Return whether Triton is installed, as it is with PyTorch for CUDA on Linux. It is not imported."""
+    return find_spec("triton") is not None
+
+
 # Read once: the compiler takes both for constants. Under Triton's interpreter the kernel runs on the CPU.
-_HAS_TRITON = find_spec("triton") is not None
+_HAS_TRITON = has_triton()
 _DEVICES = ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 _ARGUMENTS = [1, 1], [1, 1], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output_padding, groups
 
@@ -44,13 +51,12 @@ def narrow_conv2d(x: Tensor, weight: Tensor) -> Tensor:
         (N, C_out, H, W).
     """
     dtype = x.dtype
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and torch.float64 not in (x.dtype, weight.dtype):
-        dtype = torch.get_autocast_dtype(device)
+    autocast = autocast_dtype(x.device.type)
+    if autocast is not None and torch.float64 not in (x.dtype, weight.dtype):
+        dtype = autocast
     if not (torch.is_grad_enabled() and weight.requires_grad and _is_supported(x, weight, dtype)):
         return F.conv2d(x, weight, padding=1)
-    if not autocast and weight.dtype != dtype:
+    if autocast is None and weight.dtype != dtype:
         return F.conv2d(x, weight, padding=1)  # which explains that the dtypes differ
     return _NarrowConv.apply(x.to(dtype), weight.to(dtype))
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memcnn.autocast import autocast_dtype
 from memcnn.models.log_det import constant_log_det
 
 __all__ = ["ActNorm", "InvertibleConv1x1"]
@@ -173,6 +174,4 @@ def _matrix_at_each_position(W: Tensor, x: Tensor) -> Tensor:
 
 def _no_autocast(x: Tensor) -> AbstractContextManager:
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return nullcontext() if autocast_dtype(kind) is None else torch.autocast(kind, enabled=False)

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from memcnn.autocast import autocast_dtype
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.legacy import (
     BasicBlock,
@@ -182,9 +183,9 @@ def _unit(branch: Callable[..., nn.Module], in_width: int, width: int, *, stride
 
 def _full_precision(x: Tensor) -> Tensor:
     """x in float32 where autocast made it less: a stream that is inverted must not round as the branches on it may."""
-    device = x.device.type
-    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return x.to(torch.promote_types(x.dtype, torch.float32)) if lowered else x
+    if autocast_dtype(x.device.type) is None:
+        return x
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _activation(channels: int, wanted: bool = True) -> Sequence[nn.Module]:

@@ -49,11 +49,12 @@ def allocator_total_bytes(
 
 
 def _cuda_rise_bytes(fn: Callable[[], object], device: torch.device) -> int:
-    torch.cuda.synchronize(device)
+    stream = torch.cuda.current_stream(device)  # the only one to wait for: on others, other runs may be training
+    stream.synchronize()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     fn()
-    torch.cuda.synchronize(device)
+    stream.synchronize()
     return torch.cuda.max_memory_allocated(device) - before
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from memcnn.kernels import has_triton
+
 PRECISIONS = ("float32", "tf32", "bf16")
 
 
@@ -52,20 +54,29 @@ class Execution:
         return ", ".join([self.precision, *(name.replace("_", "-") for name in names if getattr(self, name))])
 
     @classmethod
-    def fastest(cls, device: torch.device, *, processes: int = 1) -> "Execution":
+    def fastest(cls, device: torch.device, *, processes: int = 1, deterministic: bool = False) -> "Execution":
         """Return the fastest execution that was measured on this type of device.
 
-        On a GPU: bf16, graph and compile together (``python -m bench.speed --compile``). On a CPU: the plain step.
-        ``python -m bench.speed --clock cpu --tries`` (reports/speed.md) found bfloat16 11 times slower, and compiled
-        code as fast as the plain step to the spread of the measurement, after minutes of compiling.
+        On a GPU: bf16, graph, compile and our kernel for narrow convolutions together (``python -m bench.speed --fast``
+        and ``python -m bench.narrow_conv``); without Triton, bf16 and graph. On a CPU: the plain step. ``python -m
+        bench.speed --clock cpu --tries`` (reports/bench/cpu/speed.md) found bfloat16 11 times slower, and compiled code
+        as fast as the plain step to the spread of the measurement, after minutes of compiling.
 
         Args:
             device: the device that trains; only its type counts.
             processes: how many processes share each batch; a step is captured for one only.
+            deterministic: the fastest one that ends with the same bits each time.
         """
-        if device.type == "cuda":
-            return cls(precision="bf16", graph=processes == 1, compile=True)
-        return cls()
+        if device.type != "cuda":
+            return cls(deterministic=deterministic)
+        compiles = has_triton()
+        return cls(
+            precision="bf16",
+            graph=processes == 1,
+            compile=compiles,
+            deterministic=deterministic,
+            narrow_convolutions=compiles and not deterministic,
+        )
 
     def on(self, device: torch.device, *, processes: int = 1) -> tuple["Execution", list[str]]:
         """Return what has an effect on ``device``, and a sentence for each option that has none.
@@ -74,6 +85,11 @@ class Execution:
             ValueError: when an option that cannot be had here would change what is computed.
         """
         effective, without_effect = self, []
+        if device.type == "cuda" and self.deterministic and self.narrow_convolutions:
+            raise ValueError(
+                "got deterministic and narrow-convolutions: the choice between kernels depends on measured times; "
+                "leave out the one or the other"
+            )
         if device.type != "cuda" and self.graph:
             effective = replace(effective, graph=False)
             without_effect.append(f"graph has no effect on {device.type}: there are no CUDA graphs there")
@@ -86,11 +102,9 @@ class Execution:
         if device.type != "cuda" and self.narrow_convolutions:
             effective = replace(effective, narrow_convolutions=False)
             without_effect.append(f"narrow-convolutions has no effect on {device.type}: its kernel needs a GPU")
-        if effective.deterministic and effective.narrow_convolutions:
-            raise ValueError(
-                "got deterministic and narrow-convolutions: the choice between kernels depends on measured times; "
-                "leave out the one or the other"
-            )
+        elif self.narrow_convolutions and not has_triton():
+            effective = replace(effective, narrow_convolutions=False)
+            without_effect.append("narrow-convolutions has no effect without Triton: pip install triton")
         if processes == 1 and self.sync_batch_norm:
             effective = replace(effective, sync_batch_norm=False)
             without_effect.append("sync-batch-norm has no effect with one process: it has the whole batch")

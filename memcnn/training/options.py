@@ -67,14 +67,14 @@ def recipe_of(given: argparse.Namespace) -> Recipe:
     return override(RECIPES[given.recipe], **changes)
 
 
-CHOSEN_BY_FAST = ("precision", "graph", "compile")
+CHOSEN_BY_FAST = ("precision", "graph", "compile", "narrow_convolutions")
 
 
 def add_execution_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `execution_of` reads."""
     group = parser.add_argument_group("execution", "how steps are run: no part of the recipe, but recorded")
     option = group.add_argument
-    fast = "the fastest measured execution of the device, in place of --precision, --graph and --compile"
+    fast = "the fastest measured execution of the device, in place of precision, graph, compile and narrow-convolutions"
     option("--fast", action=argparse.BooleanOptionalAction, help=fast)
     option("--precision", choices=PRECISIONS, help=f"of F, G and all layers (default: {Execution().precision})")
     option("--graph", action="store_true", help="capture the whole step as a CUDA graph; no effect on a CPU")
@@ -87,7 +87,7 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
 
 def explicit_execution(given: argparse.Namespace) -> list[str]:
     """Return the options on the command line that ask for what ``--fast`` chooses, as "--graph"."""
-    return [f"--{name}" for name in CHOSEN_BY_FAST if getattr(given, name)]
+    return [f"--{name.replace('_', '-')}" for name in CHOSEN_BY_FAST if getattr(given, name)]
 
 
 def execution_of(
@@ -106,17 +106,19 @@ def execution_of(
     explicit = explicit_execution(given)
     if given.fast and explicit:
         raise ValueError(
-            f"got --fast and {' and '.join(explicit)}: --fast chooses precision, graph and compile for the device; "
-            "leave out the one or the other"
+            f"got --fast and {' and '.join(explicit)}: --fast chooses precision, graph, compile and "
+            "narrow-convolutions for the device; leave out the one or the other"
         )
     names = [field.name for field in fields(Execution) if field.name not in CHOSEN_BY_FAST]
     rest = {name: getattr(given, name) for name in names}
     if not given.fast:
         precision = given.precision or Execution().precision
-        return Execution(precision=precision, graph=given.graph, compile=given.compile, **rest)
-    chosen = str(device or getattr(given, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = torch.device("cuda" if chosen.startswith("cuda") else "cpu")  # a wrong name is reported by who uses it
-    return replace(Execution.fastest(kind, processes=processes or int(os.environ.get("WORLD_SIZE", 1))), **rest)
+        chosen = {name: getattr(given, name) for name in CHOSEN_BY_FAST if name != "precision"}
+        return Execution(precision=precision, **chosen, **rest)
+    name = str(device or getattr(given, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = torch.device("cuda" if name.startswith("cuda") else "cpu")  # a wrong name is reported by who uses it
+    processes = processes or int(os.environ.get("WORLD_SIZE", 1))
+    return replace(Execution.fastest(kind, processes=processes, deterministic=given.deterministic), **rest)
 
 
 def _spell(value: object) -> str:

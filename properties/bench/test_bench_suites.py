@@ -228,6 +228,7 @@ def gpus(monkeypatch):
         "get_device_name": lambda device: ["NVIDIA H100 80GB HBM3", "NVIDIA H200"][device.index],
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     return current
 
 

@@ -143,7 +143,7 @@ def small_resnet() -> CifarResNet:
 
 def test_the_time_of_a_group_is_that_of_one_of_its_steps(monkeypatch, capsys):
     monkeypatch.setattr(speed, "step_of", lambda network, way, **options: lambda count: None)
-    monkeypatch.setattr(speed, "timed", lambda steps, device: (
+    monkeypatch.setattr(speed, "timed", lambda steps, device, limit: (
         pd.DataFrame({way: [0.004 * (2 if way.group > 1 else 1)] * 3 for way in steps}), dict.fromkeys(steps, 7)))
     ways = [speed.PLAIN, speed.Way(Execution(graph=True)), speed.Way(Execution(graph=True), 4)]
     where = speed.where_and_with_what(torch.device("cpu"), "wall")
@@ -166,15 +166,23 @@ def test_on_a_gpu_a_round_queues_as_many_steps_as_fill_its_time(monkeypatch):
     assert times["way"].tolist() == pytest.approx([0.004] * speed.MOST_ROUNDS)
 
 
+FASTEST = [
+    "bf16, graph, compile, narrow-convolutions",
+    "bf16, graph, compile",
+    "bf16, graph, compile, deterministic",
+]
+
+
 @pytest.mark.parametrize(("options", "on", "wanted"), [
-    ("--fast", "cuda", ["bf16, graph, compile", "bf16, graph, compile, deterministic"]),
+    ("--fast", "cuda", FASTEST),
     ("--fast", "cpu", ["float32"]),
-    ("--fast --group 4", "cuda", ["bf16, graph, compile", "bf16, graph, compile, deterministic"] * 2),
+    ("--fast --group 4", "cuda", [*FASTEST, FASTEST[0]]),
     ("--group 2", "cuda", ["float32", "tf32", "bf16", "float32, graph", "tf32, graph", "bf16, graph",
                            "float32, graph", "tf32, graph", "bf16, graph"]),
     ("--compile", "cpu", ["float32", "float32, compile"]),
 ])
-def test_the_options_choose_the_ways_that_are_measured(options, on, wanted):
+def test_the_options_choose_the_ways_that_are_measured(options, on, wanted, monkeypatch):
+    monkeypatch.setattr("memcnn.training.execution.has_triton", lambda: True)
     ways = speed.ways_of(speed.build_parser().parse_args(options.split()), torch.device(on))
     assert [str(way.execution) for way in ways] == wanted
     assert all(way.execution.graph for way in ways if way.group > 1)

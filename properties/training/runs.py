@@ -56,7 +56,7 @@ class Slow(nn.Module):
 
 def run(runs: Path, **options) -> RunRecord:
     """The tiny run, with other options of `train` where given."""
-    defaults = {"recipe": RECIPE, "data": "generated", "progress": False}
+    defaults = {"recipe": RECIPE, "data": "generated", "device": "cpu", "progress": False}
     return train("resnet32", "cifar10", **{**defaults, **options}, runs=runs)
 
 

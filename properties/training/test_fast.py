@@ -55,6 +55,7 @@ def small_resnet(num_classes: int = 10, *, disable: bool = False) -> CifarResNet
 def executable(monkeypatch):
     """Every execution can be had on this machine: CUDA graphs by a stand-in, and a compiler that takes no minutes."""
     torch._dynamo.reset()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the stand-ins are for a CPU
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(Execution, "on", lambda self, device, *, processes: (self, []))
     with stand_in(monkeypatch) as graphs:
@@ -239,7 +240,8 @@ def parsed(words: str):
 
 
 def test_fast_is_the_fastest_execution_of_the_device(monkeypatch):
-    on_gpu = Execution(precision="bf16", graph=True, compile=True)
+    on_gpu = Execution(precision="bf16", graph=True, compile=True, narrow_convolutions=True)
+    monkeypatch.setattr("memcnn.training.execution.has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert execution_of(parsed("--fast")) == Execution.fastest(CPU)
     assert execution_of(parsed("--fast --device cuda:1")) == on_gpu
@@ -253,6 +255,15 @@ def test_fast_is_the_fastest_execution_of_the_device(monkeypatch):
     assert execution_of(parsed("--fast")) == Execution.fastest(torch.device("cuda"), processes=2)
     assert not execution_of(parsed("--fast")).graph
     assert execution_of(parsed("--no-fast")) == execution_of(parsed("")) == Execution()
+
+
+def test_fast_does_without_what_needs_triton_where_there_is_none(monkeypatch):
+    monkeypatch.setattr("memcnn.training.execution.has_triton", lambda: False)
+    assert execution_of(parsed("--fast --device cuda")) == Execution(precision="bf16", graph=True)
+    effective, without_effect = Execution(narrow_convolutions=True).on(torch.device("cuda"))
+    assert effective == Execution() and without_effect == [
+        "narrow-convolutions has no effect without Triton: pip install triton"
+    ]
 
 
 @pytest.mark.parametrize("device", [CPU, torch.device("cuda")], ids=str)

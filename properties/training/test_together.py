@@ -17,9 +17,10 @@ from memcnn.training.record import load
 from memcnn.training.state import MixedExecution
 from memcnn.training.stopping import Stop
 from memcnn.training.together import train_together
-from memcnn.training.trainer import BadArgument, Job, train
+from memcnn.training.trainer import BadArgument, Job
 from memcnn.training.turns import STEPS_BETWEEN_EVENTS, Clock, Lane
-from properties.training.runs import RECIPE, checkpoint_of, curve_of, scalars, tiny, without
+from properties.devices import needs_cuda
+from properties.training.runs import RECIPE, checkpoint_of, curve_of, run, scalars, tiny, without
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
 
@@ -32,7 +33,7 @@ def job(runs, seed: int, **changes) -> Job:
 def together(runs, seeds, at_once: int = 2, *, stop: Stop | None = None, **changes) -> dict:
     """The outcome of each seed, in the order in which they ended."""
     jobs = [job(runs, seed, **changes) for seed in seeds]
-    outcomes = train_together(jobs, at_once, stop=stop or Stop(), progress=False)
+    outcomes = train_together(jobs, at_once, stop=stop or Stop(), device="cpu", progress=False)
     return {one.seed: outcome for one, outcome in outcomes}
 
 
@@ -41,7 +42,7 @@ def alone(tmp_path_factory, tiny_runs):
     """The folder of runs of three seeds, each trained alone."""
     runs = tmp_path_factory.mktemp("alone")
     for seed in (0, 1, 2):
-        train("resnet32", "cifar10", recipe=RECIPE, data="generated", runs=runs, seed=seed, progress=False)
+        run(runs, seed=seed)
     return runs
 
 
@@ -84,6 +85,20 @@ def test_two_runs_end_with_the_bits_that_each_has_alone(tmp_path, alone):
     for seed in (0, 1):
         assert_as_alone(tmp_path, alone, seed)
         assert load(job(tmp_path, seed).folder()).shared_by == 2
+
+
+@needs_cuda
+@pytest.mark.parametrize("graph", [False, True], ids=["eager on cuda", "captured on cuda"])
+def test_on_a_gpu_runs_that_take_turns_end_as_each_does_alone(tmp_path, graph):
+    execution = Execution(graph=graph, deterministic=True)
+    jobs = [job(tmp_path / "together", seed) for seed in (0, 1)]
+    outcomes = dict(train_together(jobs, 2, stop=Stop(), device="cuda", execution=execution, progress=False))
+    assert [outcome.status for outcome in outcomes.values()] == ["complete"] * 2, outcomes
+    for one in jobs:
+        run(tmp_path / "alone", seed=one.seed, device="cuda", execution=execution)
+        alone = job(tmp_path / "alone", one.seed).folder()
+        state, expected = checkpoint_of(one.folder()), checkpoint_of(alone)
+        torch.testing.assert_close(state["model"], expected["model"], rtol=0, atol=0)
 
 
 def test_runs_take_turns_step_by_step(tmp_path, seen):
@@ -139,7 +154,8 @@ def test_a_run_that_fails_makes_room_for_the_next_and_the_other_goes_on(tmp_path
             under_way.append([load(job(tmp_path, s).folder()).status for s in (0, 1) if folder_exists(tmp_path, s)])
             yield job(tmp_path, seed)
 
-    outcomes = {one.seed: outcome for one, outcome in train_together(jobs(), 2, stop=Stop(), progress=False)}
+    ended = train_together(jobs(), 2, stop=Stop(), device="cpu", progress=False)
+    outcomes = {one.seed: outcome for one, outcome in ended}
     if how == "error":
         assert isinstance(outcomes[1], torch.OutOfMemoryError) and next(iter(outcomes)) == 1
     else:
@@ -148,7 +164,7 @@ def test_a_run_that_fails_makes_room_for_the_next_and_the_other_goes_on(tmp_path
     for seed in (0, 2):
         assert_as_alone(tmp_path, alone, seed)
     monkeypatch.setitem(MODELS, "resnet32", lambda num_classes, *, disable: tiny())
-    train("resnet32", "cifar10", recipe=RECIPE, data="generated", runs=tmp_path, seed=1, progress=False)
+    run(tmp_path, seed=1)
     assert_as_alone(tmp_path, alone, 1)
 
 
@@ -158,7 +174,8 @@ def folder_exists(runs, seed: int) -> bool:
 
 def test_bad_data_of_one_run_is_its_error_alone(tmp_path, alone):
     jobs = [job(tmp_path, 0), job(tmp_path, 1, recipe=override(RECIPE, batch_size=41)), job(tmp_path, 2)]
-    outcomes = {one.seed: outcome for one, outcome in train_together(jobs, 2, stop=Stop(), progress=False)}
+    ended = train_together(jobs, 2, stop=Stop(), device="cpu", progress=False)
+    outcomes = {one.seed: outcome for one, outcome in ended}
     assert isinstance(outcomes[1], BadArgument) and "there are only 40 images" in str(outcomes[1])
     for seed in (0, 2):
         assert_as_alone(tmp_path, alone, seed)
@@ -209,7 +226,8 @@ def test_a_run_that_waits_for_the_gpu_holds_nobody_up_and_nothing_waits_for_the_
     monkeypatch.setattr(Lane, "mark", lambda self: Later())
     monkeypatch.setattr(Lane, "launched", lambda self: Later())
     Later.waits = 0
-    together(tmp_path, [0, 1])
+    outcomes = together(tmp_path, [0, 1])
+    assert [outcome.status for outcome in outcomes.values()] == ["complete"] * 2, outcomes
     assert Later.waits > 0, "where all runs wait, so does the process"
     for seed in (0, 1):
         assert_as_alone(tmp_path, alone, seed)
@@ -289,6 +307,6 @@ def test_a_run_in_another_execution_is_refused_in_the_group_as_alone(tmp_path):
         together(tmp_path, [0], recipe=recipe)
     bf16 = Execution(precision="bf16")
     jobs = [job(tmp_path, 0, recipe=recipe)]
-    [(_, refused)] = train_together(jobs, 1, stop=Stop(), execution=bf16, progress=False)
+    [(_, refused)] = train_together(jobs, 1, stop=Stop(), device="cpu", execution=bf16, progress=False)
     assert isinstance(refused, MixedExecution)
     assert checkpoint.read(jobs[0].folder() / "checkpoint.pt")[1]["segments"][-1]["execution"] == "float32"

@@ -1,0 +1,21 @@
+"""Whether operations run under autocast, asked so that ``torch.compile`` can trace the question."""
+
+import torch
+
+# PyTorch 2.11 cannot trace torch.amp.is_autocast_available, so that each call would split compiled code in two.
+_KINDS = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "hpu", "maia", "mps", "mtia", "xpu", "xla")
+    if torch.amp.is_autocast_available(kind)
+)
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """Return the dtype of autocast on a type of device; None where autocast is off, or does not exist.
+
+    Args:
+        kind: the type of a device, such as ``"cuda"``.
+    """
+    if kind in _KINDS and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
