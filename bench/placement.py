@@ -26,7 +26,7 @@ from memcnn.training.recipe import Recipe
 from memcnn.training.record import BadRecord, RunRecord, load
 from memcnn.training.stopping import Stop
 from memcnn.training.together import train_together
-from memcnn.training.trainer import Job, train
+from memcnn.training.trainer import Job, Place, train
 
 POLL_SECONDS = 1.0
 RETRIES = 10
@@ -78,12 +78,17 @@ class Settings:
 
     def job(self, cell: Cell) -> Job:
         """Return the run of a cell."""
-        return Job(model=cell.model, dataset=cell.dataset, seed=cell.seed, recipe=self.recipe, data=self.data,
-                   runs=self.runs, unofficial_data=self.unofficial_data, allow_mixed=self.allow_mixed)  # fmt: skip
+        return Job(model=cell.model, dataset=cell.dataset, seed=cell.seed, recipe=self.recipe,
+                   allow_mixed=self.allow_mixed)  # fmt: skip
+
+    def place(self, **others) -> Place:
+        """Return where cells are trained; ``others`` are further fields of a `Place`."""
+        return Place(data=self.data, unofficial_data=self.unofficial_data, runs=self.runs, **others)
 
     def folder_of(self, cell: Cell) -> Path:
         """Return the folder of a cell's run."""
-        return self.job(cell).folder(data_kind=_data_kind(cell.dataset, self.data, self.unofficial_data, self.recipe))
+        kind = _data_kind(cell.dataset, self.data, self.unofficial_data)
+        return self.job(cell).folder(self.place(), data_kind=kind)
 
     def record_of(self, cell: Cell) -> RunRecord:
         """Return what the run of the cell has written; BadRecord where there is nothing to read."""
@@ -96,8 +101,8 @@ class Settings:
 
 
 @cache  # to know the kind of unofficial files takes a look at all of them
-def _data_kind(dataset: str, data: str | None, unofficial: bool, recipe: Recipe) -> str:
-    return Job(model="resnet32", dataset=dataset, recipe=recipe, data=data, unofficial_data=unofficial).data_kind
+def _data_kind(dataset: str, data: str | None, unofficial: bool) -> str:
+    return Place(data=data, unofficial_data=unofficial).data_kind(dataset)
 
 
 class Lost(RuntimeError):
@@ -110,10 +115,8 @@ def train_cell(
     """Train a cell in this process; `shared_by` cells share the device, in other processes too."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    return train(cell.model, cell.dataset, recipe=settings.recipe, seed=cell.seed, data=settings.data,
-                 runs=settings.runs, device=device, budget_seconds=settings.remaining_seconds(), shared_by=shared_by,
-                 unofficial_data=settings.unofficial_data, allow_mixed=settings.allow_mixed,
-                 execution=settings.execution, progress=progress)  # fmt: skip
+    place = settings.place(device=device, shared_by=shared_by, progress=progress)
+    return train(settings.job(cell), settings.execution, place, budget_seconds=settings.remaining_seconds())
 
 
 def in_turns(
@@ -141,10 +144,8 @@ def in_turns(
         map(settings.job, cells),
         at_once,
         stop=settings.stop(),
-        device=device,
         execution=settings.execution,
-        shared_by=shared_by,
-        progress=progress,
+        place=settings.place(device=device, shared_by=shared_by, progress=progress),
     )
     for job, outcome in outcomes:
         yield Cell(job.model, job.dataset, job.seed), outcome

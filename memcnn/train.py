@@ -49,7 +49,7 @@ from memcnn.training.preview import preview  # noqa: E402
 from memcnn.training.recipe import RECIPES, Recipe  # noqa: E402
 from memcnn.training.record import RunRecord  # noqa: E402
 from memcnn.training.state import MixedExecution  # noqa: E402
-from memcnn.training.trainer import BadArgument, CannotWrite, Job, pick_device, train  # noqa: E402
+from memcnn.training.trainer import BadArgument, CannotWrite, Job, Place, pick_device, train  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -92,14 +92,19 @@ def add_allow_mixed(option: Callable) -> None:
 
 def job_of(given: argparse.Namespace, recipe: Recipe) -> Job:
     """Return the run that the options ask for."""
-    names = ("model", "dataset", "seed", "data", "runs", "fresh", "disable", "unofficial_data", "allow_mixed")
+    names = ("model", "dataset", "seed", "fresh", "disable", "allow_mixed")
     return Job(recipe=recipe, **{name: getattr(given, name) for name in names})
+
+
+def place_of(given: argparse.Namespace) -> Place:
+    """Return where the options ask to read, write and compute."""
+    return Place(**{name: getattr(given, name) for name in ("data", "unofficial_data", "runs", "device")})
 
 
 def config(given: argparse.Namespace, recipe: Recipe) -> str:
     """Return all that decides what the run computes, as JSON."""
     values = {
-        "run": job_of(given, recipe).folder(processes=processes()).name,
+        "run": job_of(given, recipe).folder(place_of(given), processes=processes()).name,
         "model": given.model,
         "dataset": given.dataset,
         "seed": given.seed,
@@ -113,7 +118,8 @@ def config(given: argparse.Namespace, recipe: Recipe) -> str:
 def dry_run(given: argparse.Namespace, recipe: Recipe) -> str:
     """Return what would run, its memory, arithmetic and time."""
     device = pick_device(given.device, World())
-    return preview(job_of(given, recipe), device, execution_of(given).on(device)[0])
+    execution = execution_of(given).on(device)[0]
+    return preview(job_of(given, recipe), execution, place_of(given), device)
 
 
 def processes() -> int:
@@ -175,21 +181,7 @@ def run(arguments: list[str] | None) -> int:
     if launched():
         again = "the same torchrun command"
     try:
-        record = train(
-            given.model,
-            given.dataset,
-            recipe=recipe,
-            seed=given.seed,
-            data=given.data,
-            runs=given.runs,
-            device=given.device,
-            fresh=given.fresh,
-            budget_seconds=budget,
-            disable=given.disable,
-            unofficial_data=given.unofficial_data,
-            allow_mixed=given.allow_mixed,
-            execution=execution,
-        )
+        record = train(job_of(given, recipe), execution, place_of(given), budget_seconds=budget)
     except (BadArgument, BadCheckpoint, MixedExecution) as error:
         parser.error(str(error))
     except (BadData, DataNotFound, FolderBusy, CannotWrite, OSError) as error:

@@ -116,7 +116,7 @@ class Ground:
         folder, expected = runs / NAME, self.expected / NAME
         found, wanted = (checkpoint.read(each / "checkpoint.pt")[1] for each in (folder, expected))
         for part in ("model", "optimizer"):
-            torch.testing.assert_close(found[part], wanted[part], rtol=0, atol=0)
+            torch.testing.assert_close(getattr(found, part), getattr(wanted, part), rtol=0, atol=0)
         rows, wanted_rows = curve_of(folder), curve_of(expected)
         assert [without(row, "train_seconds") for row in rows] == [without(row, "train_seconds") for row in wanted_rows]
         one, other = (without(vars(record.load(each)), *OF_THE_SESSION) for each in (folder, expected))
@@ -130,7 +130,7 @@ class Ground:
         folder, last = runs / NAME, 0
         names = [name for name in ("checkpoint.pt", "checkpoint.previous.pt") if (folder / name).exists()]
         if names:
-            last = max(checkpoint.read(folder / name)[1]["iteration"] for name in names)  # none of them is half a file
+            last = max(checkpoint.read(folder / name)[1].iteration for name in names)  # none of them is half a file
         if (folder / "record.json").exists():
             record.load(folder)
             assert curve_of(folder)

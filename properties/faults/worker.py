@@ -25,7 +25,7 @@ from memcnn import AdditiveCoupling, InvertibleModuleWrapper
 from memcnn import train as command
 from memcnn.data import files, images
 from memcnn.models.resnet import MODELS
-from memcnn.training import loop
+from memcnn.training import environment
 from memcnn.training.recipe import Recipe
 from memcnn.training.step import EVALUATION_BATCHES
 
@@ -149,7 +149,7 @@ def main() -> None:
     MODELS["resnet32"] = Tiny
     images.generate = lambda num_classes: IMAGES
     EVALUATION_BATCHES["cpu"] = 20
-    loop.git_state = lambda: {"commit": None, "clean": None}  # three processes of git a run otherwise
+    environment.git_state = lambda: {"commit": None, "clean": None}  # three processes of git a run otherwise
     print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)

@@ -16,7 +16,7 @@ from memcnn.models.resnet import MODELS
 from memcnn.training.execution import Execution
 from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import load
-from memcnn.training.trainer import train
+from memcnn.training.trainer import Job, Place, train
 from properties.training.runs import tiny
 
 PACKAGE = Path(memcnn.__file__).resolve().parent
@@ -39,9 +39,12 @@ def test_a_budget_that_is_no_time_is_refused(text):
 def test_every_hyper_parameter_can_be_given(tmp_path, monkeypatch):
     given_to_train = {}
     monkeypatch.setattr(command, "STARTED", time.monotonic() - 20)
-    monkeypatch.setattr(
-        command, "train", lambda *names, **options: given_to_train.update(options, names=names) or 1 / 0
-    )
+
+    def train_nothing(*asked, **options):
+        given_to_train.update(options, asked=asked)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(command, "train", train_nothing)
     words = """revnet38 cifar100 --recipe smoke --seed 5 --data generated --runs there --device cpu --fresh --disable
         --batch-size 3 --iterations 40 --learning-rate 0.2 --milestones 8,9 --decay 0.5 --momentum 0.8
         --weight-decay 0 --pad 1 --no-flip --evaluate-every 4 --test-images all --budget 1m""".split()
@@ -52,11 +55,9 @@ def test_every_hyper_parameter_can_be_given(tmp_path, monkeypatch):
         SMOKE, batch_size=3, iterations=40, learning_rate=0.2, milestones=(8, 9), decay=0.5, momentum=0.8,
         weight_decay=0.0, pad=1, flip=False, evaluate_every=4, test_images=None,
     )  # fmt: skip
-    assert given_to_train == {
-        "names": ("revnet38", "cifar100"), "recipe": recipe, "seed": 5, "data": "generated", "runs": "there",
-        "device": "cpu", "fresh": True, "disable": True, "unofficial_data": False, "allow_mixed": False,
-        "execution": Execution(),
-    }  # fmt: skip
+    job = Job(model="revnet38", dataset="cifar100", recipe=recipe, seed=5, fresh=True, disable=True)
+    place = Place(data="generated", runs="there", device="cpu")
+    assert given_to_train == {"asked": (job, Execution(), place)}
 
 
 def tiny_command(runs, *more: str) -> int:

@@ -15,7 +15,7 @@ from memcnn.training import checkpoint, files
 from memcnn.training.checkpoint import BadCheckpoint
 from memcnn.training.files import FolderBusy, locked
 from memcnn.training.recipe import override
-from memcnn.training.trainer import BadArgument, train
+from memcnn.training.trainer import BadArgument
 from properties.training.runs import DATA, NAME, RECIPE, checkpoint_of, run
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
@@ -39,9 +39,9 @@ def test_a_bad_argument_is_refused_before_anything_is_written(tmp_path, options,
 
 def test_an_unknown_model_or_data_set_is_refused_with_the_choices(tmp_path):
     with pytest.raises(BadArgument, match="'resnet50': choose one of resnet32, "):
-        train("resnet50", "cifar10", recipe=RECIPE, data="generated", runs=tmp_path)
+        run(tmp_path, model="resnet50")
     with pytest.raises(BadArgument, match="'mnist': choose one of cifar10, cifar100"):
-        train("resnet32", "mnist", recipe=RECIPE, data="generated", runs=tmp_path)
+        run(tmp_path, dataset="mnist")
 
 
 def another_run(runs, name):
@@ -82,8 +82,8 @@ def test_a_run_on_other_generated_images_is_refused(tmp_path):
     run(tmp_path)
     (tmp_path / NAME / "record.json").unlink()
     content = torch.load(tmp_path / NAME / "checkpoint.pt", weights_only=True)
-    content["identity"]["data checksums"] = {"generated": "another"}
-    checkpoint.save(tmp_path / NAME, content["identity"], content["state"])
+    content["identity"]["data_checksums"] = {"generated": "another"}
+    checkpoint.write(tmp_path / NAME, content)
     with pytest.raises(BadCheckpoint, match="data checksums is {'generated': 'another'} there, .* here"):
         run(tmp_path)
 
@@ -107,7 +107,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     run(tmp_path)
     (tmp_path / NAME / "record.json").unlink()
     for _ in range(2):  # the checkpoint, and the one before
-        checkpoint.save(tmp_path / NAME, {}, {"model": Harmful()})
+        checkpoint.write(tmp_path / NAME, {"identity": {}, "state": {"model": Harmful()}})
     with pytest.raises(BadCheckpoint, match="no checkpoint .UnpicklingError.; .*no checkpoint .UnpicklingError."):
         run(tmp_path)
     assert not (tmp_path / "harm").exists()
@@ -125,7 +125,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", crash)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(folder, {}, {"iteration": 99})
+        checkpoint.write(folder, {"identity": {}, "state": {"iteration": 99}})
     assert (folder / "checkpoint.pt").read_bytes() == before
     assert checkpoint_of(folder)["iteration"] == 12
 
