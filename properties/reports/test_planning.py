@@ -178,9 +178,9 @@ def test_the_plan_is_printed_and_nothing_is_written(tmp_path, monkeypatch, capsy
 def test_a_budget_begins_what_can_finish_and_says_what_it_leaves_out(tmp_path, monkeypatch, capsys, full):
     begun = []
 
-    def train(model, dataset, **options):
-        begun.append(model)
-        return full(model=model, dataset=dataset, seed=options["seed"])
+    def train(job, execution, place, **options):
+        begun.append(job.model)
+        return full(model=job.model, dataset=job.dataset, seed=job.seed)
 
     monkeypatch.setattr(placement, "train", train)
     costs = {"resnet32": Cost(10.0, 1.0, 2.0, "timed"), "revnet38": Cost(900.0, 5.0, 2.0, "timed")}
