@@ -27,6 +27,7 @@ setup(
             "pytest",
             "pytest-benchmark",
             "pytest-xdist",
+            "scipy",
             "tabulate",
         ],
         "cluster": ["ray"],

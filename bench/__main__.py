@@ -33,10 +33,18 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
     parser.add_argument("--modes", action="store_true", help="bfloat16, channels_last, torch.compile on the CPU, too")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU (default: %(default)s; several "
-                        "make small kernels a hundred times slower on a machine that is busy)")
-    parser.add_argument("--clock", choices=["wall", "cpu"], help="cpu: seconds of this process alone, for a CPU shared "
-                        "with others; with --threads 1 (default: wall)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="of PyTorch on the CPU (default: %(default)s; several "
+        "make small kernels a hundred times slower on a machine that is busy)",
+    )
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        help="cpu: seconds of this process alone, for a CPU shared with others; with --threads 1 (default: wall)",
+    )
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("-k", metavar="EXPRESSION", help="run only the cases that match, as in pytest")
     parser.add_argument("--budget", type=duration, metavar="TIME", help="start no case after so much time: 3m")
@@ -66,7 +74,7 @@ def main() -> int:
         print(f"\nmeasurements: {result}")
         if target := args.report or _default_report(args, result, device):
             report.write(results, target, f"python -m bench.report FILE.json --out {_shown(target)}")
-            print(f"tables and figures: {target / 'page.html'}")
+            print(f"tables and figures: {target / 'summary.md'}, {folders.page_folder(target) / 'page.html'}")
     return int(status)
 
 

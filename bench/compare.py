@@ -1,15 +1,15 @@
-"""Two commits side by side: time in alternation, memory and evaluations of F and G exactly.
+"""Compare two commits: time in alternation, memory and evaluations of F and G exactly.
 
     python -m bench.compare HEAD~3 HEAD
     python -m bench.compare main .                     "." is the tree as it is, uncommitted changes included
     python -m bench.compare v1 v2 -k tiny --rounds 30  cases whose names contain "tiny"
 
-`memcnn` is that of either commit; the cases and the meters are this tree's. Each side is a process of its own; in every
-round both are timed, each time the other one first. Writes the table to standard output.
+Each side runs the ``memcnn`` of its commit, with the cases and meters of this tree, in a process of its own. Every
+round times both, and the one that goes first alternates. The table goes to standard output. Exit status: 0, or 1 if a
+side failed.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -25,12 +25,14 @@ from bench import measure
 from bench.cases import Chain
 from bench.networks import Network
 from bench.peer_tables import spread
+from bench.worker import Failed, Worker
 
 ROOT = Path(__file__).resolve().parents[1]
-METER = ("memory.py", "allocator.py")  # of memcnn/testing: they need nothing but torch, and older ones split no peak
+METERS = Path("memcnn") / "memory"  # it needs nothing but torch; older commits have no such meters, or other ones
 
 
 def cases() -> list:
+    """Return the cases that are compared."""
     return [
         *(Chain("chain", subject, 8, 4) for subject in ("plain", "keep-every-2", "wrapped", "reversible")),
         *(Chain("tiny", subject, 32, 2, 4, 4) for subject in ("plain", "wrapped", "reversible")),
@@ -39,7 +41,15 @@ def cases() -> list:
 
 
 def unpack(commit: str, folder: Path) -> str:
-    """Put `memcnn` of a commit and `bench` of this tree into the folder; what the commit is called."""
+    """Put ``memcnn`` of a commit, and ``bench`` and the meters of this tree, into a folder.
+
+    Args:
+        commit: any name that git knows, or "." for the tree as it is.
+        folder: an empty folder.
+
+    Returns:
+        The abbreviated hash of the commit, or "working tree".
+    """
     if commit == ".":
         name = "working tree"
         shutil.copytree(ROOT / "memcnn", folder / "memcnn")
@@ -49,8 +59,8 @@ def unpack(commit: str, folder: Path) -> str:
         archive.write_bytes(_git("archive", "--format=zip", name, "memcnn"))
         with zipfile.ZipFile(archive) as opened:
             opened.extractall(folder)
-        for name_of_file in METER:
-            shutil.copy(ROOT / "memcnn" / "testing" / name_of_file, folder / "memcnn" / "testing" / name_of_file)
+        shutil.rmtree(folder / METERS, ignore_errors=True)
+        shutil.copytree(ROOT / METERS, folder / METERS)
     shutil.copytree(ROOT / "bench", folder / "bench")
     return name
 
@@ -62,43 +72,26 @@ def _git(*arguments: str) -> bytes:
     return done.stdout
 
 
+def start(name: str, folder: Path, threads: int | None) -> Worker:
+    """Start a process that measures with the packages of a folder; ``Side`` answers."""
+    environment = {"KINETO_LOG_LEVEL": "99", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    return Worker(name, "bench.compare:Side", root=folder, environment=environment)
+
+
 class Side:
-    """A process that measures with the packages of a folder."""
+    """What a process measures; its methods answer the questions of ``bench.worker``."""
 
-    def __init__(self, folder: Path, threads: int | None):
-        command = [sys.executable, "-W", "ignore", "-m", "bench.compare", "--serve"]
-        environment = {**os.environ, "KINETO_LOG_LEVEL": "99"}
-        if threads:
-            environment["OMP_NUM_THREADS"] = str(threads)
-        self.process = subprocess.Popen(command, cwd=folder, env=environment, text=True, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE)
+    def __init__(self) -> None:
+        self.cases = {str(case): case for case in cases()}
 
-    def ask(self, question: str, case: str, device: str) -> dict:
-        """{"failed": why} where there is no answer."""
-        try:
-            print(json.dumps([question, case, device]), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        return json.loads(line) if line else {"failed": "its process has ended"}
+    def exact(self, case: str, device: str) -> dict:
+        """Measure the memory of a step, and count the evaluations of F and G."""
+        of, on = self.cases[case], torch.device(device)
+        return measure.memory(of, on) | measure.evaluations(of, on)
 
-    def end(self) -> None:
-        with self.process:  # closes its stdin, on which it ends
-            pass
-
-
-def serve() -> None:
-    """Answer questions from standard input: a line of JSON each."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    known = {str(case): case for case in cases()}
-    for line in sys.stdin:
-        question, case, device = json.loads(line)
-        try:
-            answer = QUESTIONS[question](known[case], torch.device(device))
-        except Exception as error:
-            answer = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
-        print(json.dumps(answer), file=answers, flush=True)
+    def seconds(self, case: str, device: str) -> dict:
+        """Return the median time of a step."""
+        return _seconds(self.cases[case], torch.device(device))
 
 
 def _seconds(case, device: torch.device) -> dict:
@@ -113,38 +106,37 @@ def _seconds(case, device: torch.device) -> dict:
     return {"seconds": pd.Series(seconds).median()}
 
 
-QUESTIONS = {"memory": measure.memory, "evaluations": measure.evaluations, "seconds": _seconds}
-
-
-def compared(sides: list[Side], case: str, rounds: int, device: str) -> dict:
-    """A row of the table."""
-    exact = [side.ask("memory", case, device) | side.ask("evaluations", case, device) for side in sides]
-    seconds: list[list[float]] = [[], []]
-    for number in range(-1, rounds):  # the first warms up
-        for i in (0, 1) if number % 2 else (1, 0):
-            answer = sides[i].ask("seconds", case, device)
-            exact[i] |= {"failed": answer["failed"]} if "failed" in answer else {}
-            if number >= 0:
-                seconds[i].append(answer.get("seconds", float("nan")))
-        if any("failed" in answer for answer in exact):
-            break
-    row = {"case": case}
-    for answer, name in zip(exact, "AB", strict=True):
-        if "failed" in answer:
-            row["time B / A"] = f"{name} failed: {answer['failed']}"
-    if "time B / A" not in row:
-        a, b = (pd.Series(values) for values in seconds)
-        row |= {"time B / A": spread(b / a, 3), "n": rounds, "A, ms": f"{1e3 * a.median():.2f}",
-                "B, ms": f"{1e3 * b.median():.2f}"}
-        for metric in ("peak_bytes", "evaluations"):
-            a, b = (answer[metric] for answer in exact)
-            row[metric] = f"{a:,}, the same" if a == b else f"{a:,} -> {b:,} ({100 * (b / a - 1):+.2f} %)"
+def compared(sides: list[Worker], case: str, rounds: int, device: str) -> dict:
+    """Return a row of the table."""
+    try:
+        exact = [side.ask("exact", case=case, device=device) for side in sides]
+        seconds: list[list[float]] = [[], []]
+        for number in range(-1, rounds):  # the first round warms up
+            for i in (0, 1) if number % 2 else (1, 0):
+                answer = sides[i].ask("seconds", case=case, device=device)
+                if number >= 0:
+                    seconds[i].append(answer["seconds"])
+    except Failed as failure:
+        return {"case": case, "time B / A": f"failed: {' '.join(str(failure).split())}"}
+    a, b = (pd.Series(values) for values in seconds)
+    row = {
+        "case": case,
+        "time B / A": spread(b / a, 3),
+        "n": rounds,
+        "A, ms": f"{1e3 * a.median():.2f}",
+        "B, ms": f"{1e3 * b.median():.2f}",
+    }
+    for metric in ("peak_bytes", "evaluations"):
+        a, b = (answer[metric] for answer in exact)
+        row[metric] = f"{a:,}, the same" if a == b else f"{a:,} -> {b:,} ({100 * (b / a - 1):+.2f} %)"
     return row
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="bench.compare", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Print the table; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("commits", metavar="COMMIT", nargs=2, help="any name that git knows; . is the tree as it is")
     parser.add_argument("-k", metavar="TEXT", default="", help="only cases whose names contain it")
     parser.add_argument("--rounds", type=int, default=15, help="(%(default)s)")
@@ -159,7 +151,7 @@ def main() -> int:
         for folder in folders:
             folder.mkdir()
         names = [unpack(commit, folder) for commit, folder in zip(options.commits, folders, strict=True)]
-        sides = [Side(folder, options.threads) for folder in folders]
+        sides = [start(name, folder, options.threads) for name, folder in zip("AB", folders, strict=True)]
         try:
             rows = []
             for number, case in enumerate(chosen, 1):
@@ -168,14 +160,13 @@ def main() -> int:
         finally:
             for side in sides:
                 side.end()
-    print(f"A is {names[0]}, B is {names[1]}; {options.device}, torch {torch.__version__}, load average "
-          f"{os.getloadavg()[0]:.1f}. Time: median [quartiles] of the ratio within a round.\n")
+    print(
+        f"A is {names[0]}, B is {names[1]}; {options.device}, torch {torch.__version__}, load average "
+        f"{os.getloadavg()[0]:.1f}. Time: median [quartiles] of the ratio within a round.\n"
+    )
     print(pd.DataFrame(rows).fillna("").to_markdown(index=False, disable_numparse=True))
     return int(any("failed" in row["time B / A"] for row in rows))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--serve"]:
-        serve()
-    else:
-        sys.exit(main())
+    sys.exit(main())

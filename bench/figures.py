@@ -72,8 +72,10 @@ def time_against_depth(results: pd.DataFrame) -> Figure | None:
 def where_it_loses(results: pd.DataFrame) -> Figure | None:
     """Time relative to plain autograd against batch and against width, and with tiny tensors."""
     table = time_table(results).assign(group="time")
-    panels = [(series_of(table, "time", series), column, label) for series, column, label in (
-        ("batch", "batch", "samples in the batch"), ("width", "channels", "channels"))]
+    panels = [
+        (series_of(table, "time", series), column, label)
+        for series, column, label in (("batch", "batch", "samples in the batch"), ("width", "channels", "channels"))
+    ]
     if any(rows.empty or rows.ratio.isna().all() for rows, *_ in panels):
         return None
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
@@ -107,13 +109,21 @@ def pareto_of_peers(peers: dict) -> Figure:
     blocks = times.blocks.min()
     groups = times[times.blocks == blocks].groupby("contender", sort=False).ratio
     memory = pd.DataFrame(peers["memory"])
-    rows = pd.DataFrame({
-        "ratio": groups.median(), "ratio_low": groups.quantile(0.25), "ratio_high": groups.quantile(0.75),
-        "memory": memory[memory.blocks == blocks].set_index("contender").peak_bytes / MIB})
+    rows = pd.DataFrame(
+        {
+            "ratio": groups.median(),
+            "ratio_low": groups.quantile(0.25),
+            "ratio_high": groups.quantile(0.75),
+            "memory": memory[memory.blocks == blocks].set_index("contender").peak_bytes / MIB,
+        }
+    )
     ours = {"ReversibleSequential": "reversible", "wrapped blocks": "wrapped", "upstream": "MemCNN 1.5.2"}
     case = "{batch} x {channels} x {side} x {side}".format(**peers["case"])
-    return _front(rows.rename(index=ours), f"{blocks} blocks, input {case}, float32, gradients of the parameters "
-                  f"included;\nbars: quartiles of n = {peers['rounds']} rounds")
+    return _front(
+        rows.rename(index=ours),
+        f"{blocks} blocks, input {case}, float32, gradients of the parameters "
+        f"included;\nbars: quartiles of n = {peers['rounds']} rounds",
+    )
 
 
 def depth_per_budget(results: pd.DataFrame) -> Figure | None:
@@ -149,15 +159,25 @@ def networks(results: pd.DataFrame) -> Figure | None:
             places = [names.index(name) + (offset if name.startswith("rev") else 0) for name in one.index]
             spread = [(one.median_s - one.low_s) / unit, (one.high_s - one.median_s) / unit] if rows is times else None
             label_of = {"plain": "plain autograd", "reversible": "reversible"}[subject]
-            axes.barh(places, one[column] / unit, 0.38, color="white" if hatch else STYLES[subject][0], hatch=hatch,
-                      edgecolor=STYLES[subject][0], label=label_of, xerr=spread, capsize=2)
+            axes.barh(
+                places,
+                one[column] / unit,
+                0.38,
+                color="white" if hatch else STYLES[subject][0],
+                hatch=hatch,
+                edgecolor=STYLES[subject][0],
+                label=label_of,
+                xerr=spread,
+                capsize=2,
+            )
         axes.set_xlabel(label)
         axes.set_yticks(range(len(names)), names)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     title = f"batch {memory.batch.iloc[0]:.0f}, float32, SGD; bars: quartiles of n = {span(times.n)} repeats"
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9, title=title,
-                  title_fontsize=8.5)
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9, title=title, title_fontsize=8.5
+    )
     return figure
 
 
@@ -209,8 +229,17 @@ def _front(rows: pd.DataFrame, title: str) -> Figure:
     figure, axes = _axes("peak activation memory, MiB", "time of a step / plain autograd")
     for name, row in rows.iterrows():
         colour, marker, _ = {**STYLES, **PEER_STYLES}[name]
-        axes.errorbar(row.memory, row.ratio, [[row.ratio - row.ratio_low], [row.ratio_high - row.ratio]], marker=marker,
-                      markersize=8, color=colour, linestyle="none", capsize=3, label=NAMES.get(name, name))
+        axes.errorbar(
+            row.memory,
+            row.ratio,
+            [[row.ratio - row.ratio_low], [row.ratio_high - row.ratio]],
+            marker=marker,
+            markersize=8,
+            color=colour,
+            linestyle="none",
+            capsize=3,
+            label=NAMES.get(name, name),
+        )
     front = rows.sort_values(["memory", "ratio"])
     front = front[front.ratio <= front.ratio.cummin()]
     axes.step(front.memory, front.ratio, where="post", color="black", linewidth=0.8, zorder=0, label="Pareto front")
@@ -236,8 +265,9 @@ def _finished(figure: Figure, axes: Axes, title: str) -> Figure:
     handles, labels = axes.get_legend_handles_labels()
     last = [labels.index(label) for label in labels if label.startswith(("Pareto", "4/3"))]
     order = [i for i in range(len(labels)) if i not in last] + last
-    figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside right upper", frameon=False,
-                  fontsize=9)
+    figure.legend(
+        [handles[i] for i in order], [labels[i] for i in order], loc="outside right upper", frameon=False, fontsize=9
+    )
     return figure
 
 
@@ -247,17 +277,15 @@ def draw(results: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
     return {name: (figure, title) for name, (figure, title) in drawn.items() if figure is not None}
 
 
-def save(figure: Figure, path: Path) -> list[Path]:
-    """As SVG and PNG; `path` has no suffix."""
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as SVG or PNG, as the path's suffix says, the same bytes each time; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    paths = [path.with_suffix(".svg"), path.with_suffix(".png")]
     with rc_context({"svg.hashsalt": "memcnn", "savefig.dpi": 144}):
-        figure.savefig(paths[0], metadata={"Date": None})
-        figure.savefig(paths[1], metadata={"Software": None})
-    return paths
+        figure.savefig(path, metadata={"Date" if path.suffix == ".svg" else "Software": None})
+    return path
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[2] if len(sys.argv) > 2 else ".")
     for name, (figure, _) in draw(load(sys.argv[1])).items():
-        print(*save(figure, folder / name))
+        print(*(save(figure, folder / f"{name}.{suffix}") for suffix in ("svg", "png")))

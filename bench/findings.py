@@ -17,17 +17,28 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from bench.peer.chains import ROOT
 from bench.peers import install
+from bench.worker import Failed, Worker
 from memcnn.training.environment import git_state
 
 VENV = ROOT / "results" / "findings-venv"
-PACKAGES = ("FrEIA==0.2", "normflows==1.7.3", "nflows==0.14", "zuko==1.6.0", "iunets==0.1", "revtorch==0.2.4",
-            "revlib==1.7.2", "flowtorch==0.8", "antsnormflows==1.0.0")
+PACKAGES = (
+    "FrEIA==0.2",
+    "normflows==1.7.3",
+    "nflows==0.14",
+    "zuko==1.6.0",
+    "iunets==0.1",
+    "revtorch==0.2.4",
+    "revlib==1.7.2",
+    "flowtorch==0.8",
+    "antsnormflows==1.0.0",
+)
 NEEDS = ("scipy==1.17.1", "UMNN==1.71")
 """What the packages import beside the running environment."""
 FILES = ("freia", "normflows", "nflows", "zuko", "iunets", "engines", "flowtorch", "antsnormflows")
@@ -62,20 +73,47 @@ NO_FINDINGS = """\
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([VENV / "bin" / "python", "-W", "ignore", *arguments], cwd=ROOT, env=environment,
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [VENV / "bin" / "python", "-W", "ignore", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
 
 
 def layers(package: str) -> list[dict]:
-    """A row for each layer and mode, see ``bench.finding.worker``."""
-    done = run("-m", "bench.finding.worker", package)
-    if done.returncode:
-        print(f"{package} ended early: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-    return [slim(json.loads(line)) for line in done.stdout.splitlines()]
+    """Return a row for each layer and mode, see ``bench.finding.worker``.
+
+    A layer whose check ends the process, or takes longer than the limit, is named; a new process checks the next one.
+    """
+    rows, worker = [], start(package)
+    try:
+        names = worker.ask("layers")["layers"]
+        for number, mode in product(range(len(names)), ("train", "eval")):
+            try:
+                rows.append(slim(worker.ask("check", number=number, mode=mode)))
+            except Failed as failure:
+                print(f"{names[number]} ({mode}) is left out: {failure}", file=sys.stderr)
+                worker.end()
+                worker = start(package)
+    except Failed as failure:
+        print(f"{package} is left out: {failure}", file=sys.stderr)
+    finally:
+        worker.end()
+    return rows
+
+
+def start(package: str) -> Worker:
+    """Start a process that checks the layers of one package, in the environment where it is installed."""
+    return Worker(
+        package,
+        "bench.finding.worker:Package",
+        package,
+        root=ROOT,
+        python=VENV / "bin" / "python",
+        environment={"OMP_NUM_THREADS": "1"},
+    )
 
 
 def slim(row: dict) -> dict:
-    """Failures in full, and of each column whether anything passed."""
+    """Return the row with all failures, and for each column one PASS if anything passed."""
     kept = ("verdict", "law", "claim", "error", "explanation", "scale")
     columns = {}
     for column, results in row.get("columns", {}).items():
@@ -88,12 +126,16 @@ def slim(row: dict) -> dict:
 def reproductions() -> Iterator[dict]:
     for file in sorted(REPRODUCTIONS.glob("*.py")):
         done = run(str(file))
-        yield {"file": file.name, "holds": done.returncode == 0, "output": done.stdout.strip(),
-               "error": done.stderr.strip()[-300:]}
+        yield {
+            "file": file.name,
+            "holds": done.returncode == 0,
+            "output": done.stdout.strip(),
+            "error": done.stderr.strip()[-300:],
+        }
 
 
 def verdict(row: dict, column: str) -> str:
-    """Of one layer in one mode: PASS, FAIL, what its package declares, or that it is right to float32 alone."""
+    """Return the verdict on one layer in one mode: PASS, **FAIL**, declared, float32, or why there is none."""
     if "refused" in row:
         return "does not run"
     results = [result for result in row["columns"].get(column, []) if result["verdict"] != "SKIP"]
@@ -110,14 +152,17 @@ def verdict(row: dict, column: str) -> str:
 
 
 def cell(rows: list[dict], column: str) -> str:
-    """One verdict, or one for each mode where they differ."""
+    """Return one verdict, or one for each mode where they differ."""
     by_mode = {row["mode"]: verdict(row, column) for row in rows if verdict(row, column)}
-    return next(iter(by_mode.values()), "") if len(set(by_mode.values())) < 2 else ", ".join(
-        f"{found} ({mode})" for mode, found in by_mode.items())
+    return (
+        next(iter(by_mode.values()), "")
+        if len(set(by_mode.values())) < 2
+        else ", ".join(f"{found} ({mode})" for mode, found in by_mode.items())
+    )
 
 
 def reason(rows: list[dict]) -> str:
-    """The first sentence of the first failure that nobody declares."""
+    """Return the first sentence of the first failure that is not declared."""
     for row in rows:
         if "refused" in row:
             return row["refused"].splitlines()[0][:160]
@@ -142,19 +187,38 @@ def render(result: dict) -> str:
     rows = result["layers"]
     packages = list(dict.fromkeys((row["package"], row["version"]) for row in rows))
     count = len({(row["package"], row["layer"]) for row in rows})
-    lines = ["# The checks on code that nobody here wrote", "",
-             f"{result['started']}: torch {result['torch']}, commit {result['commit']}; "
-             f"{count} layers of {', '.join(result['packages'])}.", "",
-             INTRODUCTION, "",
-             "## Findings", "",
-             "Each was reproduced by hand with the package and torch alone; program and output stand below it.", ""]
+    lines = [
+        "# The checks on code that nobody here wrote",
+        "",
+        f"{result['started']}: torch {result['torch']}, commit {result['commit']}; "
+        f"{count} layers of {', '.join(result['packages'])}.",
+        "",
+        INTRODUCTION,
+        "",
+        "## Findings",
+        "",
+        "Each was reproduced by hand with the package and torch alone; program and output stand below it.",
+        "",
+    ]
     for found in result["reproductions"]:
         code = (REPRODUCTIONS / found["file"]).read_text("utf-8")
         title, _, words = ast.get_docstring(ast.parse(code)).partition("\n")
         program = code.split('"""', 2)[2].strip()
         state = "" if found["holds"] else f"\n\n**Does not hold in this run**: {found['error'].splitlines()[-1:]}"
-        lines += [f"### {title}", "", words.strip() + state, "", "```python", program, "```", "", "```",
-                  found["output"], "```", ""]
+        lines += [
+            f"### {title}",
+            "",
+            words.strip() + state,
+            "",
+            "```python",
+            program,
+            "```",
+            "",
+            "```",
+            found["output"],
+            "```",
+            "",
+        ]
     lines += ["## Failures that are no findings", "", NO_FINDINGS, "", "## Layers", ""]
     for package, version in packages:
         lines += [f"### {package} {version}", "", *table([row for row in rows if row["package"] == package]), ""]
@@ -162,8 +226,9 @@ def render(result: dict) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="bench.findings", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bench.findings", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--install", action="store_true", help="first (re)make results/findings-venv")
     parser.add_argument("--render", action="store_true", help="write findings.md from the folder's findings.json")
     parser.add_argument("--out", type=Path, default=Path("results/findings"), help="folder of the files (%(default)s)")
@@ -175,8 +240,14 @@ def main() -> int:
     if not arguments.render:
         with ThreadPoolExecutor(2) as pool:
             rows = [row for of_package in pool.map(layers, FILES) for row in of_package]
-        result = {"started": datetime.now(timezone.utc).isoformat(timespec="minutes"), "torch": torch.__version__,
-                  "packages": PACKAGES, **git_state(), "layers": rows, "reproductions": list(reproductions())}
+        result = {
+            "started": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+            "torch": torch.__version__,
+            "packages": PACKAGES,
+            **git_state(),
+            "layers": rows,
+            "reproductions": list(reproductions()),
+        }
         file.write_text(json.dumps(result) + "\n", "utf-8")
     (arguments.out / "findings.md").write_text(render(json.loads(file.read_text("utf-8"))), "utf-8")
     return 0

@@ -10,6 +10,8 @@ import torch
 from memcnn.training.environment import device_info, git_state, software_versions
 
 MEASUREMENTS = Path(__file__).resolve().parents[1] / "reports" / "bench"
+PAGES = MEASUREMENTS.parent / "out" / "bench"
+"""Rendered pages, which git ignores."""
 ENVIRONMENT = "environment.json"
 
 
@@ -23,6 +25,12 @@ def slug(device: torch.device) -> str:
 def folder_of(device: torch.device, root: Path = MEASUREMENTS) -> Path:
     """Return the folder of a device's measurements, which may not exist yet."""
     return root / slug(device)
+
+
+def page_folder(folder: Path) -> Path:
+    """Return where the page of a report goes: beside its data, unless the data is to be committed."""
+    folder = folder.resolve()
+    return PAGES / folder.relative_to(MEASUREMENTS) if folder.is_relative_to(MEASUREMENTS) else folder
 
 
 def chosen(name: str | None) -> torch.device:

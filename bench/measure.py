@@ -10,8 +10,7 @@ import torch
 
 from bench.cases import branches
 from bench.modes import prepared
-from memcnn.testing.allocator import CUDA_BLOCK_BYTES
-from memcnn.testing.memory import measure_peak_split
+from memcnn.memory import CUDA_BLOCK_BYTES, measure_peak_split
 
 ROUND_SECONDS = 0.1  # of one repeat, in as many rounds as fit, but at least one
 MOST_ROUNDS = 50
@@ -72,10 +71,16 @@ def memory(case, device: torch.device) -> dict:
     model, step = prepared(case, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what earlier cases had reserved
-    return asdict(measure_peak_split(
-        model, step.run, optimizer=step.optimizer, batch=step.batch,
-        allocator=case.series not in ("law", "gate"),
-        block_bytes=CUDA_BLOCK_BYTES if device.type == "cuda" else 1))
+    return asdict(
+        measure_peak_split(
+            model,
+            step.run,
+            optimizer=step.optimizer,
+            batch=step.batch,
+            allocator=case.series not in ("law", "gate"),
+            block_bytes=CUDA_BLOCK_BYTES if device.type == "cuda" else 1,
+        )
+    )
 
 
 def evaluations(case, device: torch.device) -> dict:

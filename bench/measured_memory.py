@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import folders
+from memcnn.memory import StepMemory, TensorMeter, measure_step_memory
 from memcnn.models.resnet import MODELS
-from memcnn.testing.memory import StepMemory, TensorMeter, measure_step_memory
 from memcnn.training.execution import Execution
 from memcnn.training.files import write_by_rename
 from memcnn.training.options import count

@@ -21,8 +21,9 @@ def cell(row: dict) -> str:
 
 def messages(result: dict) -> list[tuple[str, str, str]]:
     """(contender, behaviour, first line of the message) of all errors, for the notes."""
-    return [(row["contender"], row["behaviour"], row["detail"]) for row in result["behaviours"]
-            if row["outcome"] == "error"]
+    return [
+        (row["contender"], row["behaviour"], row["detail"]) for row in result["behaviours"] if row["outcome"] == "error"
+    ]
 
 
 def ratios(times: list[dict]) -> pd.DataFrame:
@@ -41,15 +42,17 @@ def cost_table(result: dict) -> pd.DataFrame:
         columns[f"time / plain, {blocks} blocks"] = group.groupby("contender").ratio.agg(spread)
     memory = pd.DataFrame(result["memory"]).pivot(index="contender", columns="blocks", values="peak_bytes") / MIB
     for blocks in memory:
-        columns[f"peak MiB, {blocks}"] = memory[blocks].map("{:.1f}".format)
+        columns[f"peak MiB, {blocks}"] = memory[blocks].map("{:.1f}".format, na_action="ignore")
     work = pd.DataFrame(result["work"]).set_index("contender").flops
     columns["convolution work / plain"] = (work / work["plain"]).map("{:.4f}".format)
     evaluations = pd.DataFrame(result["evaluations"]).set_index("contender")
     columns["evaluations of F (and of G), forward + backward"] = [
-        f"{row.forward:g} + {row.backward:g}" for row in evaluations.itertuples()]
+        f"{row.forward:g} + {row.backward:g}" for row in evaluations.itertuples()
+    ]
     columns["evaluations of F (and of G), forward + backward"] = pd.Series(
-        columns["evaluations of F (and of G), forward + backward"], evaluations.index)
-    return _in_order(pd.DataFrame(columns), result["evaluations"], columns=False)
+        columns["evaluations of F (and of G), forward + backward"], evaluations.index
+    )
+    return _in_order(pd.DataFrame(columns).fillna(""), result["evaluations"], columns=False)
 
 
 def python_table(result: dict) -> pd.DataFrame:
@@ -59,11 +62,16 @@ def python_table(result: dict) -> pd.DataFrame:
     groups = frame[frame.contender != "plain"].groupby("contender")
     checkpoint = frame[frame.contender == "checkpoint"].set_index("round").own
     frame["relative"] = frame.own / checkpoint.reindex(frame["round"]).array
-    table = pd.DataFrame({
-        "step, us per block": frame.assign(us=frame.seconds / frame.blocks * 1e6).groupby("contender").us.agg(spread0),
-        "time / plain": frame.groupby("contender").ratio.agg(spread),
-        "above 4/3 of plain, us per block": groups.own.agg(spread0),
-        "of checkpoint's": frame[frame.contender != "plain"].groupby("contender").relative.agg(spread)})
+    table = pd.DataFrame(
+        {
+            "step, us per block": frame.assign(us=frame.seconds / frame.blocks * 1e6)
+            .groupby("contender")
+            .us.agg(spread0),
+            "time / plain": frame.groupby("contender").ratio.agg(spread),
+            "above 4/3 of plain, us per block": groups.own.agg(spread0),
+            "of checkpoint's": frame[frame.contender != "plain"].groupby("contender").relative.agg(spread),
+        }
+    )
     return _in_order(table.fillna(""), result["evaluations"], columns=False)
 
 
@@ -83,32 +91,51 @@ def render(result: dict) -> str:
     changes = "" if result["clean"] in (True, None) else " with uncommitted changes"
     shape = "{batch} x {channels} x {side} x {side}"
     lines = [
-        "# Reversible blocks compared with their peers", "",
+        "# Reversible blocks compared with their peers",
+        "",
         f"{result['started']}: {device['name']}, {device['cores']} cores, one thread for each contender; load average "
         f"(of the last minute, this run's own process included) {load} before and after. torch {software['torch']}, "
         f"Python {software['python']}, memcnn {software['memcnn']}, commit {(result['commit'] or 'unknown')[:12]}"
-        f"{changes}; peers: {', '.join(result['peers'].values())}.", "",
+        f"{changes}; peers: {', '.join(result['peers'].values())}.",
+        "",
         "Rerun: `python -m bench.peers --install --out reports`, `--quick` for a small case. `plain`, `checkpoint` "
         "(torch.utils.checkpoint per block, use_reentrant=False), `ReversibleSequential` and `wrapped blocks` "
-        "(in nn.Sequential) run from this tree, each peer from an environment of its own with the same torch.", "",
-        "## Behaviour", "",
+        "(in nn.Sequential) run from this tree, each peer from an environment of its own with the same torch.",
+        "",
+        "## Behaviour",
+        "",
         f"{len({row['behaviour'] for row in result['behaviours']})} small programs on a chain of two couplings, "
         "conv-BN-ReLU-conv-BN branches, float64, compared with plain autograd on the same weights. Wrong: with the "
         "largest relative error, or a count; right: an error below 1e-9. Peers run with their own options for "
         "dropout and for two backward passes (upstream preserve_rng_state, num_bwd_passes; RevTorch fix_random_seed, "
-        "eagerly_discard_variables) where a program needs them.", "",
-        behaviour_table(result).to_markdown(), "", "Messages of the errors:", "",
-        *(f"* {contender}, {behaviour}: `{message[:160]}`" for contender, behaviour, message in messages(result)), "",
-        "## Cost", "",
+        "eagerly_discard_variables) where a program needs them.",
+        "",
+        behaviour_table(result).to_markdown(),
+        "",
+        "Messages of the errors:",
+        "",
+        *(f"* {contender}, {behaviour}: `{message[:160]}`" for contender, behaviour, message in messages(result)),
+        "",
+        "## Cost",
+        "",
         f"One forward and backward pass, float32, input {shape.format(**case)} in two streams, the same branches. "
         f"Time: median [quartiles] of the ratio to plain within a round, n = {result['rounds']} interleaved rounds. "
         "Peak: above parameters, input and output gradient, by the allocator's events, parameter gradients "
-        "(0.14 MiB a block) and the input's gradient included; n = 1, bytes do not vary.", "",
-        cost_table(result).to_markdown(), "",
-        "## Python time", "",
+        "(0.14 MiB a block) and the input's gradient included; n = 1, bytes do not vary.",
+        "",
+        cost_table(result).to_markdown(),
+        "",
+        "## Python time",
+        "",
         f"A chain of {tiny['blocks']} blocks on {shape.format(**tiny)}, where tensor work is next to nothing; median "
-        f"[quartiles] of n = {3 * result['rounds']} interleaved rounds, a round being the best of 5 steps.", "",
-        python_table(result).to_markdown(), ""]
+        f"[quartiles] of n = {3 * result['rounds']} interleaved rounds, a round being the best of 5 steps.",
+        "",
+        python_table(result).to_markdown(),
+        "",
+    ]
+    if failures := result.get("failures"):  # older results have none
+        lines += ["## Failed", "", "Contenders that failed, and were left out from there on:", ""]
+        lines += [*(f"* {' '.join(failure['reason'].split())}" for failure in failures), ""]
     return "\n".join(lines)
 
 

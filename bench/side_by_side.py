@@ -1,8 +1,9 @@
 """The measurements of all devices in one page, with a group of columns for each device.
 
-    python -m bench.side_by_side      reads reports/bench/*/, writes README.md and page.html into reports/bench
+    python -m bench.side_by_side      reads reports/bench/*/, writes reports/bench/README.md and a page of it
 
-A device has the columns of what was measured on it; a dash stands for a case that was not measured.
+A device has columns for what was measured on it; a dash stands for a case that was not measured. The page, page.html,
+is rendered into reports/out/bench, which git ignores.
 """
 
 import argparse
@@ -15,20 +16,20 @@ import pandas as pd
 
 from bench import folders, speed_text, summary
 from bench.peer_tables import spread
-from bench.report import page as rendered_page
 from memcnn.training.files import write_by_rename
 from memcnn.training.text import clean
+from reports import page
+from reports.page import Page, Section
 from reports.tables import MEMORY_FILE
 
 TITLE = "What reversibility costs and saves, by device"
 COMMAND = "python -m bench.side_by_side"
-MEASUREMENTS = "measurements.csv"
 DASH = "\N{EM DASH}"
 
 
 @dataclass(frozen=True)
 class Device:
-    """What lies in one device's folder; an empty table where a kind of measurement is missing."""
+    """The measurements in one device's folder; a table is empty if its kind of measurement is missing."""
 
     name: str
     origin: str
@@ -45,11 +46,8 @@ def load(folder: Path) -> Device | None:
     """
     suites, speed, memory, origin = pd.DataFrame(), speed_text.read(folder), pd.DataFrame(), ""
     environment = folders.read_environment(folder)
-    if environment is not None and (folder / MEASUREMENTS).is_file():
-        suites = pd.read_csv(folder / MEASUREMENTS)
-        count = len(suites)
-        suites = suites.assign(device=[environment["device"]] * count, software=[environment["software"]] * count)
-        suites = suites.reindex(columns=list(dict.fromkeys([*suites, *summary.OPTIONAL])))
+    if environment is not None and (folder / summary.MEASUREMENTS).is_file():
+        suites = summary.load(folder)
         origin = f"chains and networks: {summary.origin(suites)}"
     if (folder / MEMORY_FILE).is_file():
         memory = pd.read_csv(folder / MEMORY_FILE)
@@ -91,6 +89,7 @@ MEMORY = "Batch 100. Peak: the worst instant beyond model, gradients and batch. 
 
 
 def chains(device: Device) -> pd.DataFrame:
+    """Return time and activations of chains of 16 blocks, relative to plain autograd."""
     if device.suites.empty:
         return pd.DataFrame()
     times = summary.series_of(summary.ratios(device.suites), "time", "depth")
@@ -104,6 +103,7 @@ def chains(device: Device) -> pd.DataFrame:
 
 
 def networks(device: Device) -> pd.DataFrame:
+    """Return the throughput of each network, and the time with the engine on relative to off."""
     if device.suites.empty:
         return pd.DataFrame()
     suites = device.suites
@@ -114,6 +114,7 @@ def networks(device: Device) -> pd.DataFrame:
 
 
 def training(device: Device) -> pd.DataFrame:
+    """Return the time of a training step in each execution."""
     rows = device.speed[device.speed["batch"] == 100]
     if rows.empty:
         return pd.DataFrame()
@@ -128,6 +129,7 @@ def training(device: Device) -> pd.DataFrame:
 
 
 def memory(device: Device) -> pd.DataFrame:
+    """Return the memory of a training step, in MiB."""
     if device.memory.empty:
         return pd.DataFrame()
     rows = device.memory[device.memory["batch"] == 100]
@@ -139,21 +141,22 @@ def memory(device: Device) -> pd.DataFrame:
     return pd.DataFrame({name: list(values.map(to_text)) for name, values in columns.items()}, index=index)
 
 
-def markdown(devices: Sequence[Device]) -> str:
-    """Return the page as Markdown."""
-    origins = "\n".join(f"* {device.name}: {device.origin}" for device in devices)
-    parts = [f"# {TITLE}", f"Made by `{COMMAND}`.", origins]
-    for title, note, table in sections(devices):
-        columns = ("left", *["right"] * (len(table.columns) - 1))
-        parts += [f"## {title}", note, table.to_markdown(index=False, disable_numparse=True, colalign=columns)]
-    return "\n\n".join(parts) + "\n"
+def page_of(devices: Sequence[Device]) -> Page:
+    """Return the page of all devices."""
+    return Page(
+        TITLE,
+        [Section(title, note=note, table=page.text_frame(table)) for title, note, table in sections(devices)],
+        origin=[f"{device.name}: {device.origin}" for device in devices],
+        commands=[COMMAND],
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page; return 0, 1 if a folder was left out, or 2 if there are no measurements."""
     parser = argparse.ArgumentParser(
         prog="bench.side_by_side", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, default=folders.MEASUREMENTS, help="of the devices' folders")
+    parser.add_argument("--folder", type=Path, default=folders.MEASUREMENTS, help="the folder of the devices' folders")
     root = parser.parse_args(arguments).folder
     devices, status = [], 0
     for folder in sorted(path for path in root.glob("*") if path.is_dir()):
@@ -166,13 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not devices:
         print(f"bench.side_by_side: no measurements in {root}; make some: python -m bench", file=sys.stderr)
         return 2
-    html = rendered_page(
-        title=TITLE, origin="; ".join(f"{device.name}: {device.origin}" for device in devices), headline=[],
-        sections=sections(devices), pictures=[], command=COMMAND,
-    )  # fmt: skip
-    for name, text in (("README.md", markdown(devices)), ("page.html", html)):
-        write_by_rename(root / name, text.encode())
-        print(root / name)
+    made, out = page_of(devices), folders.page_folder(root)
+    out.mkdir(parents=True, exist_ok=True)
+    for path, text in ((root / "README.md", page.markdown(made)), (out / "page.html", page.html(made))):
+        write_by_rename(path, text.encode())
+        print(path)
     return status
 
 

@@ -34,8 +34,8 @@ from torch.utils.flop_counter import flop_registry
 
 from bench import folders, measure, speed_text
 from memcnn import data as cifar
+from memcnn.memory import training_step
 from memcnn.models.resnet import MODELS
-from memcnn.testing.prediction import training_step
 from memcnn.training.execution import Execution
 from memcnn.training.files import write_by_rename
 from memcnn.training.options import count

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from bench import folders
 from bench.peer_tables import spread
 
 MIB = 2**20
@@ -29,17 +30,27 @@ Section = tuple[str, str, pd.DataFrame]
 """Title, what is to be known about it, and a table of text and numbers."""
 
 
-def load(path: str | Path) -> pd.DataFrame:
-    """One row per measurement: `group` ("time" or "memory"), `median_s`, `rounds`, and what is in its `extra_info`.
+OPTIONAL = (
+    "repeat", "depth", "batch", "channels", "side", "mode", "network", "load",
+    "peak_bytes", "activation_bytes", "allocated_bytes", "evaluations", "branches",
+)  # fmt: skip
+"""Columns that not every measurement has."""
+MEASUREMENTS = "measurements.csv"
 
-    ValueError for a file that holds no measurements of ``bench``.
+
+def load(path: str | Path) -> pd.DataFrame:
+    """Read a result of ``python -m bench``, or the folder that ``bench.report`` made of one.
+
+    Returns:
+        One row for each measurement: ``group`` ("time" or "memory"), ``median_s``, ``rounds``, and what is in its
+        ``extra_info``, such as case, device and versions.
+
+    Raises:
+        ValueError: when there are no measurements of ``bench``.
     """
+    path = Path(path)
     try:
-        benchmarks = json.loads(Path(path).read_text("utf-8"))["benchmarks"]
-        results = pd.DataFrame(
-            {"group": b["group"], "median_s": b["stats"]["median"], "rounds": b["stats"]["rounds"], **b["extra_info"]}
-            for b in benchmarks
-        )
+        results = _committed(path) if path.is_dir() else _measured(path)
         if results.empty or not {"group", "case", "comparison", "subject", "series"} <= set(results):
             raise KeyError("case")
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -47,10 +58,23 @@ def load(path: str | Path) -> pd.DataFrame:
     return results.reindex(columns=list(dict.fromkeys([*results, *OPTIONAL])))
 
 
+def _measured(path: Path) -> pd.DataFrame:
+    """Return the rows of a file of pytest-benchmark."""
+    benchmarks = json.loads(path.read_text("utf-8"))["benchmarks"]
+    return pd.DataFrame(
+        {"group": b["group"], "median_s": b["stats"]["median"], "rounds": b["stats"]["rounds"], **b["extra_info"]}
+        for b in benchmarks
+    )
 
-OPTIONAL = ("repeat", "depth", "batch", "channels", "side", "mode", "network", "load",
-            "peak_bytes", "activation_bytes", "allocated_bytes", "evaluations", "branches")
-"""Columns that not every measurement has."""
+
+def _committed(folder: Path) -> pd.DataFrame:
+    """Return the rows of a report's folder."""
+    environment = folders.read_environment(folder)
+    if environment is None or not (folder / MEASUREMENTS).is_file():
+        raise KeyError(MEASUREMENTS)
+    results = pd.read_csv(folder / MEASUREMENTS)
+    names = ("device", "software", "commit", "clean")
+    return results.assign(**{name: pd.Series([environment[name]] * len(results), dtype=object) for name in names})
 
 
 def ratios(results: pd.DataFrame) -> pd.DataFrame:
@@ -141,41 +165,70 @@ def sections(results: pd.DataFrame) -> list[Section]:
             found.append((title, note, table.reset_index(names="").round(3)))
 
     of_depth = series_of(memory, "memory", "depth")
-    add("Contenders", per_repeat + "Time relative to plain autograd; the arithmetic of one more evaluation of F and G "
+    add(
+        "Contenders",
+        per_repeat + "Time relative to plain autograd; the arithmetic of one more evaluation of F and G "
         "makes 4/3 = 1.33. Peak of the tensors beyond parameters, gradients and input, exact. Evaluations: 2 is once F "
-        "and once G.", contenders(results))
+        "and once G.",
+        contenders(results),
+    )
     if not of_depth.empty:
-        add("Peak activation memory against depth, MiB", "By blocks: what the worst instant of a step holds beyond "
+        add(
+            "Peak activation memory against depth, MiB",
+            "By blocks: what the worst instant of a step holds beyond "
             "parameters, gradients and input; tensors alone, equal on every machine.",
-            pivot(of_depth, "depth", "activation_bytes") / MIB)
+            pivot(of_depth, "depth", "activation_bytes") / MIB,
+        )
         scratch = of_depth.assign(scratch=of_depth.allocated_bytes - of_depth.peak_bytes)
-        add("What the allocator gave beyond that, MiB", "Scratch that kernels borrow, which is this machine's.",
-            pivot(scratch, "depth", "scratch") / MIB)
+        add(
+            "What the allocator gave beyond that, MiB",
+            "Scratch that kernels borrow, which is this machine's.",
+            pivot(scratch, "depth", "scratch") / MIB,
+        )
     of_law = series_of(memory, "memory", "law")
     if not of_law.empty:
-        add("The law of memory, KiB", f"Many blocks on small tensors, {size(of_law)}.",
-            pivot(of_law, "depth", "activation_bytes") / 1024)
+        add(
+            "The law of memory, KiB",
+            f"Many blocks on small tensors, {size(of_law)}.",
+            pivot(of_law, "depth", "activation_bytes") / 1024,
+        )
     fits = fit(of_depth)
     if not fits.empty:
         depths = {f"{budget} GiB": largest_depth(fits, budget * GIB) for budget in BUDGETS_GIB}
         terms = {"start, MiB": fits.a / MIB, "per block, MiB": fits.b / MIB}
         table = pd.DataFrame({**terms, "largest misfit, %": 100 * fits.misfit, **depths}).rename(index=NAMES)
-        add("Largest depth per memory budget", "Computed, not run: from the intercept and slope of the measured peaks "
+        add(
+            "Largest depth per memory budget",
+            "Computed, not run: from the intercept and slope of the measured peaks "
             f"(parameters, gradients and input included) at {size(of_depth)}. Left out: whose peak is no line.",
-            table)
+            table,
+        )
     of_depth_time = series_of(times, "time", "depth")
     if not of_depth_time.empty:
-        add("Time against depth", per_repeat + "Ratio to plain autograd, by blocks.",
-            pivot(of_depth_time, "depth", "ratio", spread))
+        add(
+            "Time against depth",
+            per_repeat + "Ratio to plain autograd, by blocks.",
+            pivot(of_depth_time, "depth", "ratio", spread),
+        )
     for series, column, what in (("batch", "batch", "by samples in the batch"), ("width", "channels", "by channels")):
         rows = series_of(times, "time", series)
         if not rows.empty:
-            add(f"Time against {series}", per_repeat + f"Ratio to plain autograd, {what}; {size(rows)}.",
-                pivot(rows, column, "ratio", spread))
-    add("Tiny tensors", per_repeat + "32 blocks on 2 x 4 x 4 x 4: what is measured is Python and the launching of "
-        "kernels.", tiny(times))
-    add("Training step of the CIFAR networks", per_repeat + "Forward, backward, SGD. Ratio: to the same network with "
-        "the engine off. Memory at the worst instant, tensors alone.", network_table(memory, times))
+            add(
+                f"Time against {series}",
+                per_repeat + f"Ratio to plain autograd, {what}; {size(rows)}.",
+                pivot(rows, column, "ratio", spread),
+            )
+    add(
+        "Tiny tensors",
+        per_repeat + "32 blocks on 2 x 4 x 4 x 4: what is measured is Python and the launching of kernels.",
+        tiny(times),
+    )
+    add(
+        "Training step of the CIFAR networks",
+        per_repeat + "Forward, backward, SGD. Ratio: to the same network with "
+        "the engine off. Memory at the worst instant, tensors alone.",
+        network_table(memory, times),
+    )
     add("Modes", per_repeat + "Milliseconds of a step.", mode_table(times))
     return found
 
@@ -186,8 +239,9 @@ def tiny(times: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame()
     rows = rows.assign(us=rows.median_s / rows.depth * 1e6)
     by_subject = rows.groupby("subject")
-    table = pd.DataFrame({"microseconds per block": by_subject.us.agg(spread, digits=0),
-                          "ratio to plain": by_subject.ratio.agg(spread)})
+    table = pd.DataFrame(
+        {"microseconds per block": by_subject.us.agg(spread, digits=0), "ratio to plain": by_subject.ratio.agg(spread)}
+    )
     return table.reindex([s for s in NAMES if s in table.index]).rename(index=NAMES)
 
 
@@ -228,7 +282,7 @@ def mode_table(times: pd.DataFrame) -> pd.DataFrame:
 
 
 def span(counts: pd.Series) -> str:
-    """"5", or "3 to 5" where they differ."""
+    """ "5", or "3 to 5" where they differ."""
     return " to ".join(str(count) for count in dict.fromkeys((counts.min(), counts.max())))
 
 

@@ -1,8 +1,7 @@
-"""Training curves as inline SVG, one picture for each data set, in the colours of the page around it."""
+"""Training curves as SVG, one picture for each data set, in the colours of the page around it."""
 
 import io
 import math
-import re
 from pathlib import Path
 
 import matplotlib
@@ -77,9 +76,4 @@ def _picture(title: str, runs: pd.DataFrame, curves: dict[str, pd.DataFrame]) ->
         axes.legend(frameon=False, fontsize=8.5, ncols=2)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    referred = set(re.findall(r"#([\w.-]+)", svg))  # the other names would be there twice in a page of two pictures
-    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in referred else "", svg)
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', svg, count=1)
+    return file.getvalue().replace(_INK, "currentColor")

@@ -31,6 +31,11 @@ RESULTS = (
     "recomputed 11 June 2018. A dash is a number that nobody measured.",
 )
 
+CURVES = (
+    "Test accuracy at every evaluation, a line for each run; runs with fewer than three evaluations are left out. "
+    "Dashed: generated data, or the reversible engine off."
+)
+
 MEMORY = (
     "One training step at batch 100, in MiB (1,048,576 bytes). The published table, in the MemCNN paper, is headed MB, "
     "but its parameter figures come out for all six models only as MiB: parameters and BatchNorm statistics in the "

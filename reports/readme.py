@@ -1,6 +1,6 @@
 """The table of results at the top of the README, made from the committed records.
 
-    python -m reports.readme    write it into README.md, between the two comments that mark its place
+python -m reports.readme    write it into README.md, between the two comments that mark its place
 """
 
 import sys

@@ -1,18 +1,17 @@
-"""A report as files and as terminal text."""
+"""The report on accuracy, time and memory, as files and as terminal text."""
 
-import re
 from pathlib import Path
 
-import jinja2
 import pandas as pd
 
 from memcnn.training.files import write_by_rename
 from memcnn.training.record import DATASETS
-from reports import cells, notes, text
+from reports import cells, notes, page, text
+from reports.page import Figure, Section
 from reports.report import Report
-from reports.verdict import DIFFERS, NOT_ENOUGH, REPRODUCED
 
 TITLE = "MemCNN: the published table, rebuilt"
+UNITS = "Test accuracy in per cent; training time in h:mm, or with its units."
 
 
 def write(report: Report, out: str | Path) -> list[Path]:
@@ -45,19 +44,32 @@ def write(report: Report, out: str | Path) -> list[Path]:
 
 def markdown(report: Report) -> str:
     """Return the whole report as Markdown for GitHub."""
-    parts = [f"# {TITLE}", f"{_origin(report)}", f"**{notes.summary(report.results)}**"]
-    for dataset in DATASETS:
-        parts += [f"## {cells.LABELS[dataset]}", text.markdown(cells.results(report.results, dataset))]
-    parts += ["\n".join(f"* {text.escape_markdown(note)}" for note in _result_notes(report))]
-    if command := notes.command(report.results):
-        parts += ["What is missing here is filled by", f"```sh\n{command}\n```"]
-    parts += ["## Memory of one training step", text.markdown(cells.memory(report.memory))]
-    parts += ["\n".join(f"* {text.escape_markdown(note)}" for note in notes.MEMORY)]
-    for title, explanation, frame in _run_lists(report):
-        parts += [f"## {title}", explanation, text.markdown(frame)]
+    return page.markdown(page_of(report))
+
+
+def html(report: Report) -> str:
+    """Return the whole report as one HTML page that needs no other file."""
+    return page.html(page_of(report))
+
+
+def page_of(report: Report) -> page.Page:
+    """Return the whole report as a page: tables with their notes, curves, memory, lists of runs, files left out."""
+    sections = [
+        Section(cells.LABELS[dataset], note=UNITS, table=cells.results(report.results, dataset), wide=True)
+        for dataset in DATASETS
+    ]
+    sections.append(Section("Accuracy and time", note=UNITS, cards=list(cells.cards(report.results).items())))
+    remarks = [*notes.executions(report.runs), *notes.RESULTS]
+    sections.append(Section("About these tables", notes=remarks, command=notes.command(report.results) or ""))
+    if report.curves:
+        figures = [Figure(title, svg) for title, svg in report.curves]
+        sections.append(Section("Training curves", note=notes.CURVES, figures=figures))
+    memory = cells.memory(report.memory)
+    sections.append(Section("Memory of one training step", note="Batch 100, MiB.", table=memory, notes=notes.MEMORY))
+    sections += [Section(title, note=explanation, table=frame) for title, explanation, frame in _run_lists(report)]
     if report.problems:
-        parts += ["## Left out", "\n".join(f"* {text.escape_markdown(problem)}" for problem in report.problems)]
-    return "\n\n".join(parts) + "\n"
+        sections.append(Section("Left out", notes=report.problems))
+    return page.Page(TITLE, sections, summary=[notes.summary(report.results)], origin=[_origin(report)])
 
 
 def latex(report: Report) -> str:
@@ -82,35 +94,6 @@ def latex(report: Report) -> str:
     )
     parts.append(text.latex(memory, caption=caption, label="tab:memory"))
     return "\n\n".join(parts) + "\n"
-
-
-def html(report: Report) -> str:
-    """Return one page that needs no other file."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
-        title=TITLE,
-        report=report,
-        origin=_origin(report),
-        summary=notes.summary(report.results),
-        command=notes.command(report.results),
-        results=[(cells.LABELS[dataset], cells.results(report.results, dataset)) for dataset in DATASETS],
-        cards=cells.cards(report.results),
-        memory=cells.memory(report.memory),
-        run_lists=_run_lists(report),
-        result_notes=_result_notes(report),
-        memory_notes=notes.MEMORY,
-        groups=text.groups,
-        left=text.LEFT,
-        verdicts=(REPRODUCED, DIFFERS, NOT_ENOUGH),
-        dash=cells.DASH,
-        unbroken=lambda cell: re.sub(r"(?<=\d) (?=min\b|s\b)|(?<=min) (?=\d)", "\N{NO-BREAK SPACE}", cell),
-    )
 
 
 def terminal(report: Report, *, width: int = 120) -> str:
@@ -144,10 +127,6 @@ def _origin(report: Report) -> str:
     full = int(report.runs["full"].sum())
     read = f"full runs {full}, other runs {len(report.runs) - full}, files left out {len(report.problems)}"
     return f"{report.made}. Rendered by {report.software}, commit {report.commit}. Read: {read}."
-
-
-def _result_notes(report: Report) -> list[str]:
-    return [*notes.executions(report.runs), *notes.RESULTS]
 
 
 def _run_lists(report: Report) -> list[tuple[str, str, pd.DataFrame]]:

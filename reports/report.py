@@ -34,9 +34,7 @@ class Report:
     software: str
 
 
-def build(
-    runs: str | Path = "runs", records: str | Path = RECORDS, measurements: str | Path = MEASUREMENTS
-) -> Report:
+def build(runs: str | Path = "runs", records: str | Path = RECORDS, measurements: str | Path = MEASUREMENTS) -> Report:
     """Read every record, and every measurement of memory on a GPU. No content of a file makes this fail.
 
     Args:

@@ -197,6 +197,11 @@ def _precision(execution: str) -> str:
     return "bf16" if execution.split(",")[0] == "bf16" else "float32"
 
 
+def _as_text(path: Path) -> str:
+    """Return the path with "?" for bytes that are no text: a column of strings may be Arrow's, which refuses them."""
+    return str(path).encode("utf-8", "replace").decode("utf-8")
+
+
 def _row(folder: Path, record: RunRecord, reasons: list[str]) -> tuple:
     device, software = record.device, record.software
     unit = f"{device['count']} x " if device["count"] > 1 else ""
@@ -206,7 +211,7 @@ def _row(folder: Path, record: RunRecord, reasons: list[str]) -> tuple:
     commit = "" if record.commit is None else record.commit[:10] + ("" if record.clean else " with local changes")
     name = f"{unit}{device['name']}{threads}"
     return (
-        str(folder), record.model, record.dataset, record.seed, record.recipe.name, record.recipe.batch_size,
+        _as_text(folder), record.model, record.dataset, record.seed, record.recipe.name, record.recipe.batch_size,
         record.iterations, record.recipe.iterations, record.test_accuracy, record.test_iteration, record.train_seconds,
         record.interruptions, record.parameter_bytes, record.peak_bytes, record.activation_bytes, record.engine,
         record.data_kind, clean(device["type"]), clean(name), clean(_executions(record)), record.mixed,

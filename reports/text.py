@@ -1,7 +1,8 @@
 """A frame of finished text as a Markdown, LaTeX or terminal table.
 
-Each function takes a frame from reports/cells.py, whose columns are (group, name) pairs and whose cells are lines of
-printable characters.
+Each function takes a frame whose columns are (group, name) pairs and whose cells are lines of printable characters; see
+``reports.cells``. tabulate lays out Markdown and pandas' Styler LaTeX. Escaping is our own: tabulate has none, and
+Styler's leaves ``<``, ``>``, ``|``, quotes, and signs that some font encodings lack.
 """
 
 import re
@@ -9,15 +10,25 @@ import textwrap
 from itertools import groupby
 
 import pandas as pd
+from tabulate import tabulate
 
 LEFT = {"", "model", "data set", "verdict", "data", "device", "execution", "torch", "commit", "why it does not count"}
+"""Names of columns that are aligned to the left; all others are aligned to the right."""
 NOTED = ("why it does not count", "device", "execution", "torch", "commit")
-IN_NOTES = ("batch", "data")  # `why it does not count` says them
+IN_NOTES = ("batch", "data")  # `why it does not count` contains them
 SHORT = {
-    "TensorFlow, published": "TensorFlow", "PyTorch, published": "PyTorch", "published (PyTorch)": "published",
-    "accuracy %": "acc. %", "parameters MiB": "param.", "activations MiB": "activ.", "of published": "of publ.",
-    "interruptions": "stops", "difference": "diff.", "measured on a GPU, activations MiB": "GPU activations",
-}  # fmt: skip
+    "TensorFlow, published": "TensorFlow",
+    "PyTorch, published": "PyTorch",
+    "published (PyTorch)": "published",
+    "accuracy %": "acc. %",
+    "parameters MiB": "param.",
+    "activations MiB": "activ.",
+    "of published": "of publ.",
+    "interruptions": "stops",
+    "difference": "diff.",
+    "measured on a GPU, activations MiB": "GPU activations",
+}
+"""Short names of groups and columns, for narrow terminals."""
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -35,7 +46,7 @@ def groups(columns: pd.MultiIndex) -> list[tuple[str, int]]:
 
 def escape_markdown(text: str) -> str:
     """Escape the text so that GitHub shows it as it is."""
-    text = re.sub(r"([\\`*\[\]|~#])", r"\\\1", text)
+    text = re.sub(r"([\\`*|~#]|\](?=\())", r"\\\1", text)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
@@ -45,38 +56,45 @@ def escape_latex(text: str) -> str:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """Return a GitHub table with aligned source. A name that several groups have is preceded by its group."""
+    """Return a GitHub table. A name that occurs in several groups is preceded by its group."""
     names = [name for _, name in frame.columns]
     head = [f"{SHORT.get(group, group)} {name}" if names.count(name) > 1 else name for group, name in frame.columns]
-    head = [escape_markdown(name) for name in head]
     rows = [[escape_markdown(cell) for cell in row] for row in frame.itertuples(index=False)]
-    widths = [max(3, *(len(row[place]) for row in [head, *rows])) for place in range(len(head))]
-    left = [name in LEFT for _, name in frame.columns]
-    rule = ["-" * width if is_left else "-" * (width - 1) + ":" for width, is_left in zip(widths, left, strict=True)]
-    return "\n".join(f"| {' | '.join(_align(row, widths, left))} |" for row in [head, rule, *rows])
+    align = ["left" if is_left else "right" for is_left in _left(frame)]
+    return tabulate(rows, map(escape_markdown, head), "pipe", colalign=align, headersalign=align, disable_numparse=True)
 
 
 def latex(frame: pd.DataFrame, *, caption: str, label: str) -> str:
-    """Return a table float in booktabs style."""
-    spec = "".join("l" if name in LEFT else "r" for _, name in frame.columns)
-    lines = [r"\begin{table}[ht]", r"\centering\footnotesize", rf"\caption{{{escape_latex(caption)}}}\label{{{label}}}"]
-    lines += [r"\setlength{\tabcolsep}{3pt}", rf"\begin{{tabular}}{{@{{}}{spec}@{{}}}}", r"\toprule"]
-    if any(group for group, _ in groups(frame.columns)):
-        cells, rules, place = [], [], 1
+    """Return a table float in the style of booktabs, with a rule under each group of columns."""
+    grouped = any(group for group, _ in groups(frame.columns))
+    left = _left(frame)
+    styler = (frame if grouped else frame.droplevel(0, axis=1)).style.hide(axis="index")
+    source = styler.format(escape_latex).format_index(escape_latex, axis=1).to_latex(
+        caption=escape_latex(caption),
+        label=label,
+        position="ht",
+        position_float="centering",
+        hrules=True,
+        multicol_align="c",
+        column_format=f"@{{}}{''.join('l' if is_left else 'r' for is_left in left)}@{{}}",
+    )  # fmt: skip
+    lines = source.rstrip().splitlines()
+    lines[lines.index(r"\centering")] = "\\centering\\footnotesize\n\\setlength{\\tabcolsep}{3pt}"
+    if grouped:
+        rules, place = [], 1
         for group, width in groups(frame.columns):
-            cells.append(rf"\multicolumn{{{width}}}{{c}}{{{escape_latex(group)}}}" if group else "& " * (width - 1))
-            rules.append(rf"\cmidrule(lr){{{place}-{place + width - 1}}}" if group else "")
+            rules += [rf"\cmidrule(lr){{{place}-{place + width - 1}}}"] if group else []
             place += width
-        lines += [" & ".join(cells) + r" \\", "".join(rules)]
-    lines += [" & ".join(escape_latex(name) for _, name in frame.columns) + r" \\", r"\midrule"]
-    lines += [" & ".join(map(escape_latex, row)) + r" \\" for row in frame.itertuples(index=False)]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
+        lines.insert(lines.index(r"\toprule") + 2, "".join(rules))
+    return "\n".join(lines)
 
 
 def terminal(frame: pd.DataFrame, width: int, *, short: bool = False) -> str:
-    """Return columns under their groups, two blanks apart; names are short if asked, or if long ones do not fit."""
-    rows = frame.values.tolist()
-    left = [name in LEFT for _, name in frame.columns]
+    """Return columns under their groups, two blanks apart; names are short if asked, or if long ones do not fit.
+
+    The layout is our own: neither tabulate nor rich has a heading over several columns, and both pad narrow ones.
+    """
+    rows, left = frame.values.tolist(), _left(frame)
     for names in (SHORT,) if short else ({}, SHORT):
         head = [names.get(name, name) for _, name in frame.columns]
         widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
@@ -107,6 +125,11 @@ def run_list(frame: pd.DataFrame, width: int) -> str:
 def wrap(line: str, width: int, *, indent: str = "") -> str:
     """Break the text into lines of at most ``width`` characters."""
     return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _left(frame: pd.DataFrame) -> list[bool]:
+    """Return which columns are aligned to the left."""
+    return [name in LEFT for _, name in frame.columns]
 
 
 def _align(row: list[str], widths: list[int], left: list[bool]) -> list[str]:

@@ -1,14 +1,7 @@
-"""Checks every layer of one package, in an environment where it is installed: one line of JSON a layer and mode.
+"""Checks every layer of one package, in an environment where it is installed; see ``Package``."""
 
-    python -m bench.finding.worker freia
-"""
-
-import argparse
-import contextlib
 import importlib
-import json
 import math
-import sys
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
@@ -76,26 +69,21 @@ def examine(layer: Layer, mode: str, *, own_engine: bool) -> dict:
     return {"columns": columns}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="bench.finding.worker", description=__doc__)
-    parser.add_argument("package", help="a file of bench/finding with LAYERS")
-    parser.add_argument("--only", default="", help="layers whose name contains this")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    package = importlib.import_module(f"bench.finding.{arguments.package}")
-    out = sys.stdout
-    for layer in package.LAYERS:
-        if arguments.only not in layer.name:
-            continue
-        for mode in ("train", "eval"):
-            with contextlib.redirect_stdout(sys.stderr):  # some layers print
-                found = examine(layer, mode, own_engine=getattr(package, "OWN_ENGINE", False))
-            row = {"package": package.PACKAGE, "version": version(package.PACKAGE), "layer": layer.name, "mode": mode,
-                   "known": layer.known or {}, **found}
-            print(json.dumps(row), file=out, flush=True)
-    return 0
+class Package:
+    """The layers of one package; its methods answer the questions of ``bench.worker``."""
 
+    def __init__(self, name: str) -> None:
+        torch.set_num_threads(1)
+        warnings.simplefilter("ignore")
+        self.package = importlib.import_module(f"bench.finding.{name}")
 
-if __name__ == "__main__":
-    sys.exit(main())
+    def layers(self) -> dict:
+        """Return the names of all layers."""
+        return {"layers": [layer.name for layer in self.package.LAYERS]}
+
+    def check(self, number: int, mode: str) -> dict:
+        """Return the row of one layer in one mode, "train" or "eval"."""
+        package, layer = self.package, self.package.LAYERS[number]
+        found = examine(layer, mode, own_engine=getattr(package, "OWN_ENGINE", False))
+        return {"package": package.PACKAGE, "version": version(package.PACKAGE), "layer": layer.name, "mode": mode,
+                "known": layer.known or {}, **found}

@@ -1,13 +1,11 @@
-"""One contender in a process of its own: a command in JSON on each line of stdin, its answer on a line of stdout.
+"""One contender in a process of its own: the methods of ``Worker`` answer the questions of ``bench.worker``.
 
-    {"command": "hello"}                                              versions
-    {"command": "behaviour", "title": ...}                            outcome; runs in a fork with a time limit
-    {"command": "evaluations"}                                        F's and G's in a step
-    {"command": "build", "blocks": ..., "batch": ..., "channels": ..., "side": ...}
-    {"command": "step", "repeat": ...}                                seconds of each training step of what was built
-    {"command": "memory"} {"command": "work"}                         peak bytes, floating-point operations of a step
-
-An answer is {"failed": message} where the command failed.
+    hello                                    versions
+    behaviour(title)                         outcome; runs in a fork with a time limit
+    evaluations                              evaluations of F and G in a step
+    build(blocks, batch, channels, side)     makes the model and its batch
+    step(repeat)                             seconds of each training step of the model
+    memory, work                             peak bytes and floating-point operations of a step
 """
 
 import importlib
@@ -34,6 +32,7 @@ class Worker:
     def __init__(self, contender: str):
         self.contender, self.build_chain = contender, partial(chain, contender)
         self.model = None
+        torch.set_num_threads(1)
 
     def hello(self) -> dict:
         importlib.import_module("sympy")  # which backward of a Function imports: once for all forks
@@ -91,8 +90,8 @@ class Work(TorchDispatchMode):
 
 
 def _memory_meter():
-    """memcnn.testing.memory of this project, which needs nothing but torch, under another name: see ``chains``."""
-    spec = importlib.util.spec_from_file_location("memory_meter", ROOT / "memcnn/testing/memory.py")
+    """Return ``memcnn.memory`` of this project, which needs nothing but torch, under another name; see ``chains``."""
+    spec = importlib.util.spec_from_file_location("memory_meter", ROOT / "memcnn/memory/__init__.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -119,17 +118,3 @@ def in_a_fork(function) -> dict:
         return json.loads(data)
     why = f"no answer within {LIMIT_SECONDS:g} s" if status == -signal.SIGKILL else f"ended by signal {-status}"
     return {"outcome": "error", "detail": why, "error": None}
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a contender prints is no answer
-    worker = Worker(sys.argv[1])
-    for line in sys.stdin:
-        arguments = json.loads(line)
-        try:
-            answer = getattr(worker, arguments.pop("command"))(**arguments)
-        except Exception as error:
-            answer = {"failed": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)

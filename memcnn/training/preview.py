@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from memcnn import data as cifar
+from memcnn.memory import predict_step_memory, step_flops
 from memcnn.models.resnet import MODELS
-from memcnn.testing.prediction import predict_step_memory, step_flops
 from memcnn.training import checkpoint
 from memcnn.training.environment import device_info
 from memcnn.training.execution import Execution

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from memcnn import data as cifar
-from memcnn.testing.memory import measure_step_memory
+from memcnn.memory import measure_step_memory
 from memcnn.training.execution import Execution
 
 

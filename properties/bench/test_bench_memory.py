@@ -1,4 +1,4 @@
-"""What fits is the most that fits, the old allocator is the old allocator, and the command says what is wrong."""
+"""``bench.memory`` predicts what is measured, finds what fits, and reports bad arguments; so does its table."""
 
 import json
 import re
@@ -8,15 +8,14 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from bench import activations, measured_memory, memory, memory_text
-from bench.allocator_2018 import Meter2018
-from bench.fitting import largest_that_fits
+from bench import measured_memory
+from bench.memory import options, published
+from bench.memory import subject as memory
+from bench.memory.__main__ import main
 from memcnn.models.resnet import MODELS
-from reports.tables import published
+from reports import tables
 
 MIB = 2**20
 OWN = f"{__name__}:own_model"
@@ -28,27 +27,6 @@ def own_model() -> nn.Module:
 
 def no_model() -> int:
     return 3
-
-
-@given(
-    steps=st.lists(st.integers(1, 100), min_size=2, max_size=60),
-    start=st.integers(1, 100),
-    share=st.floats(0, 1.2),
-    shift=st.integers(-1, 1),
-)
-def test_what_fits_is_the_most_that_fits(steps, start, share, shift):
-    sizes = {n: sum(steps[:n]) for n in range(1, len(steps) + 1)}  # any growing curve
-    budget = int(share * sizes[len(steps)]) + shift
-    found = largest_that_fits(sizes.__getitem__, budget, start=start, limit=len(steps))
-    n = found["largest"]
-    assert n == sum(size <= budget for size in sizes.values())
-    assert found["peak_bytes"] == sizes.get(n)
-    assert found["next_peak_bytes"] == sizes.get(n + 1)
-
-
-def test_where_memory_is_affine_four_evaluations_do():
-    found = largest_that_fits(lambda n: 1000 + 37 * n, 10**8, start=100, limit=2**24)
-    assert found["largest"] == (10**8 - 1000) // 37 and found["evaluations"] == 4
 
 
 def subject(**options) -> memory.Subject:
@@ -81,41 +59,19 @@ def test_depths_are_those_of_the_named_networks(name):
     assert memory.layers(name) * units + 2 == int(re.search(r"\d+", name)[0])
 
 
-def kilobytes(count: float) -> torch.Tensor:
-    return torch.empty(int(1024 * count), dtype=torch.uint8)
-
-
-def test_the_allocator_of_2018_rounds_and_does_not_split_small_rests():
-    with Meter2018() as meter:
-        held = [kilobytes(0.001), kilobytes(1.1)]
-        assert meter.allocated_bytes == 512 + 1536
-        held += [kilobytes(4096), kilobytes(1600)]  # 12.5 units
-        assert meter.allocated_bytes == 2048 + 4096 * 1024 + 13 * 2**17
-        held.clear()
-        assert meter.allocated_bytes == 0
-        held.append(kilobytes(1100))  # in the smallest free block that is large enough, of 13 units, and whole
-        assert meter.allocated_bytes == 13 * 2**17
-        held.append(kilobytes(1500))  # out of 4096, of which more than 1024 remain
-        assert meter.allocated_bytes == 13 * 2**17 + 12 * 2**17
-        del held[1]
-        held.append(kilobytes(3500))  # its rest has come together with it again, and 596 are not split off
-        assert meter.allocated_bytes == 13 * 2**17 + 4096 * 1024
-        assert meter.current_bytes == 4600 * 1024
-
-
 def test_the_published_activations_are_those_of_the_rules_of_2018():
-    values = published().dropna(subset="activations_mib").set_index("model").loc["resnet32"]
-    held = activations.held_after_forward(MODELS["resnet32"], 100)
+    values = tables.published().dropna(subset="activations_mib").set_index("model").loc["resnet32"]
+    held = published.held_after_forward(MODELS["resnet32"], 100)
     assert held["blocks of 2018"] / MIB == pytest.approx(values.activations_mib, abs=0.05)
     assert held["tensors"] / MIB < values.activations_mib - 1
-    assert activations.model_blocks(MODELS["resnet32"]) / MIB == pytest.approx(values.parameters_mib, abs=0.05)
+    assert published.model_blocks(MODELS["resnet32"]) / MIB == pytest.approx(values.parameters_mib, abs=0.05)
 
 
 def test_the_stems_relu_saves_one_map_that_a_reversible_first_unit_could_do_without():
     def without(name: str) -> int:
-        whole = activations.held_after_forward(MODELS[name], 4)["tensors"]
-        return whole - activations.held_after_forward(
-            lambda: activations.without_stem_relu(MODELS[name]()), 4)["tensors"]  # fmt: skip
+        whole = published.held_after_forward(MODELS[name], 4)["tensors"]
+        return whole - published.held_after_forward(
+            lambda: published.without_stem_relu(MODELS[name]()), 4)["tensors"]  # fmt: skip
 
     assert without("revnet38") == 4 * 32 * 32 * 32 * 4
     assert without("resnet32") == 0
@@ -126,13 +82,13 @@ def test_the_peak_beside_what_is_held_is_the_recorded_one():
 
     Records of RevNets from before recomputations left running statistics alone have 912 bytes more.
     """
-    assert activations.peak_activations(MODELS["resnet32"], 100) == 250_685_064
-    assert activations.peak_activations(MODELS["revnet38"], 100) == 108_139_144
+    assert published.peak_activations(MODELS["resnet32"], 100) == 250_685_064
+    assert published.peak_activations(MODELS["revnet38"], 100) == 108_139_144
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("80 GB", 80e9), ("1.5mib", 1.5 * MIB), ("7", 7)])
 def test_a_size_is_read(text, size):
-    assert memory_text.size(text) == size
+    assert options.size(text) == size
 
 
 BAD = {
@@ -159,7 +115,7 @@ BAD = {
 @pytest.mark.parametrize("arguments", BAD)
 def test_a_bad_argument_is_told_and_ends_with_status_two(arguments, capsys):
     with pytest.raises(SystemExit) as end:
-        memory.main(arguments.split())
+        main(arguments.split())
     assert end.value.code == 2
     assert BAD[arguments] in capsys.readouterr().err
 
@@ -167,7 +123,7 @@ def test_a_bad_argument_is_told_and_ends_with_status_two(arguments, capsys):
 def test_the_command_predicts_and_measures_its_error(tmp_path, capsys):
     path = tmp_path / "memory.json"
     command = f"{OWN} --shape 4,2,8,8 --device-memory 3MiB --reserve 2MiB --optimizer adam --json {path}"
-    assert memory.main(command.split()) == 0
+    assert main(command.split()) == 0
     result, out = json.loads(path.read_text()), capsys.readouterr().out
     (row,) = [row for row in result["check"] if row["device"] == "cpu"]
     assert row["predicted_bytes"] == row["tensor_bytes"] <= row["allocated_bytes"]
@@ -185,8 +141,8 @@ def test_the_bytes_that_are_measured_are_those_that_are_predicted(tmp_path, caps
     for engine in (True, False):
         make = partial(MODELS["revnet38"], disable=not engine)
         row = table.loc["float32", engine]
-        assert row.activation_bytes == pytest.approx(activations.peak_activations(make, 2), rel=0.02)
-        assert row.held_bytes == pytest.approx(activations.held_after_forward(make, 2)["tensors"], rel=0.02)
+        assert row.activation_bytes == pytest.approx(published.peak_activations(make, 2), rel=0.02)
+        assert row.held_bytes == pytest.approx(published.held_after_forward(make, 2)["tensors"], rel=0.02)
         assert row.peak_bytes > row.activation_bytes + 2 * row.parameter_bytes == row.activation_bytes + 8 * 573_994
     assert set(table.device_type) == {"cpu"} and set(table.meter) == {"tensors"} and table.commit.notna().all()
 
@@ -213,8 +169,8 @@ def test_on_a_gpu_what_is_held_is_the_rise_of_the_allocators_count_with_the_batc
 
 
 def test_the_page_of_activations_has_a_dash_where_nobody_measured_on_a_gpu(tmp_path):
-    values = published().dropna(subset="activations_mib").set_index("model")
-    none = activations.on_gpu(values, tmp_path / "none", tmp_path / "none")
+    values = tables.published().dropna(subset="activations_mib").set_index("model")
+    none = published.on_gpu(values, tmp_path / "none", tmp_path / "none")
     assert none.count("—") == 6 * 5
     (tmp_path / "gpu").mkdir()
     (tmp_path / "gpu" / "memory.csv").write_text(
@@ -222,7 +178,7 @@ def test_the_page_of_activations_has_a_dash_where_nobody_measured_on_a_gpu(tmp_p
         f"resnet32,float32,{240 * MIB},{238 * MIB},NVIDIA H100,cuda,100,True\n"
         f"revnet38,float32,{300 * MIB},{290 * MIB},NVIDIA H100,cuda,100,False\n"
     )
-    lines = activations.on_gpu(values, tmp_path, tmp_path / "none").splitlines()
+    lines = published.on_gpu(values, tmp_path, tmp_path / "none").splitlines()
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
         "resnet32", "238.6", "238.0", "240.0", "—", "—", "NVIDIA H100"]  # fmt: skip
     assert "\n".join(lines).count("—") == 5 * 5 + 2

@@ -1,6 +1,5 @@
 """Tables, figures and pages say what was measured, with unit, n and spread, and no more than that."""
 
-import base64
 import json
 import re
 from math import isqrt
@@ -8,14 +7,21 @@ from math import isqrt
 import pandas as pd
 import pytest
 
-from bench import figures, report, summary
+from bench import figures, folders, report, summary
 from bench.cases import SUBJECTS, Chain
 from bench.networks import Network
 from properties.bench.results import MACHINE, row, written
 
 MIB = 2**20
-SLOPES = {"plain": 10, "checkpoint": 3, "checkpoint-sqrt": 3, "keep-every-2": 6, "keep-every-4": 4, "wrapped": 1,
-          "reversible": 1}
+SLOPES = {
+    "plain": 10,
+    "checkpoint": 3,
+    "checkpoint-sqrt": 3,
+    "keep-every-2": 6,
+    "keep-every-4": 4,
+    "wrapped": 1,
+    "reversible": 1,
+}
 DEPTHS = (1, 4, 9, 16, 64)
 
 
@@ -26,8 +32,17 @@ def peak(subject: str, depth: int) -> int:
 
 def memory_row(case, mib: int, **more) -> dict:
     split = {"parameter_bytes": MIB, "gradient_bytes": MIB, "optimizer_bytes": MIB}
-    return row("memory", case, activation_bytes=mib * MIB, peak_bytes=(mib + 3) * MIB, allocated_bytes=(mib + 5) * MIB,
-               evaluations=4 * getattr(case, "depth", 4), branches=2 * getattr(case, "depth", 4), **split, **more)
+    return row(
+        "memory",
+        case,
+        activation_bytes=mib * MIB,
+        peak_bytes=(mib + 3) * MIB,
+        allocated_bytes=(mib + 5) * MIB,
+        evaluations=4 * getattr(case, "depth", 4),
+        branches=2 * getattr(case, "depth", 4),
+        **split,
+        **more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +52,22 @@ def results(tmp_path_factory) -> pd.DataFrame:
         for depth in DEPTHS:
             case = Chain("depth", subject, depth, 4)
             rows.append(memory_row(case, peak(subject, depth) - 3))
-            rows += [row("time", case, seconds * (1 if subject == "plain" else factor), repeat=repeat)
-                     for repeat, (seconds, factor) in enumerate([(1.0, 1.3), (2.0, 1.2), (4.0, 1.7)])]
+            rows += [
+                row("time", case, seconds * (1 if subject == "plain" else factor), repeat=repeat)
+                for repeat, (seconds, factor) in enumerate([(1.0, 1.3), (2.0, 1.2), (4.0, 1.7)])
+            ]
         rows += [memory_row(Chain("law", subject, depth, 2, 8, 8), 1) for depth in (50, 100)]
         rows.append(row("time", Chain("tiny", subject, 32, 2, 4, 4), 0.032, repeat=0))
         for series, sizes in (("batch", (1, 64)), ("width", (8, 256))):
-            rows += [row("time", Chain(series, subject, 8, size if series == "batch" else 4,
-                                       size if series == "width" else 64, 16), 0.1, repeat=0) for size in sizes]
+            rows += [
+                row(
+                    "time",
+                    Chain(series, subject, 8, size if series == "batch" else 4, size if series == "width" else 64, 16),
+                    0.1,
+                    repeat=0,
+                )
+                for size in sizes
+            ]
     for network, subject in (("resnet32", "plain"), ("revnet38", "plain"), ("revnet38", "reversible")):
         case = Network(network, subject, 8)
         rows += [memory_row(case, 7), row("time", case, 0.5, repeat=0)]
@@ -126,8 +150,9 @@ def test_no_two_contenders_look_the_same_without_colour():
 
 
 def test_the_front_leaves_out_who_is_beaten_in_both(results):
-    rows = pd.DataFrame({"memory": [1, 2, 3, 4], "ratio": [1.4, 1.5, 1.2, 1.0]},
-                        index=["reversible", "wrapped", "checkpoint", "plain"])
+    rows = pd.DataFrame(
+        {"memory": [1, 2, 3, 4], "ratio": [1.4, 1.5, 1.2, 1.0]}, index=["reversible", "wrapped", "checkpoint", "plain"]
+    )
     rows["ratio_low"], rows["ratio_high"] = rows.ratio - 0.1, rows.ratio + 0.1
     (front,) = [line for line in figures._front(rows, "").axes[0].lines if line.get_label() == "Pareto front"]
     assert list(front.get_xdata()) == [1, 3, 4]
@@ -139,15 +164,49 @@ def test_the_page_needs_no_other_file_and_escapes_what_was_measured(results, tmp
     written_files = report.write(tainted, tmp_path / "out", "python -m bench.report")
     page = (tmp_path / "out" / "page.html").read_text("utf-8")
     assert evil not in page and "&lt;script&gt;" in page
-    pictures = re.findall(r'src="data:image/svg\+xml;base64,([^"]*)"', page)
-    assert len(pictures) == len(figures.FIGURES) + 1  # the peers'
-    assert all(b"</svg>" in base64.b64decode(picture) for picture in pictures)
-    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert page.count("<svg") == page.count("</svg>") == len(figures.FIGURES) + 1  # the peers'
+    links = re.findall(r'(?:src|href)="([^"]*)"', page)
+    names = re.findall(r' id="([^"]*)"', page)
+    assert links and all(link.startswith("#") and link[1:] in names for link in links)
+    assert len(names) == len(set(names))
     names = {path.relative_to(tmp_path / "out").as_posix() for path in written_files}
     assert {"summary.md", "page.html", "measurements.csv", "figures/pareto.svg", "figures/pareto.png"} <= names
     text = (tmp_path / "out" / "summary.md").read_text("utf-8")
     assert all((tmp_path / "out" / link).is_file() for link in re.findall(r"\]\((\S+)\)", text))
     assert len(pd.read_csv(tmp_path / "out" / "measurements.csv")) == len(results)
+
+
+def test_what_is_committed_gives_the_same_page_again(results, tmp_path, monkeypatch):
+    root, pages = tmp_path / "bench", tmp_path / "out"
+    monkeypatch.setattr(folders, "MEASUREMENTS", root)
+    monkeypatch.setattr(folders, "PAGES", pages)
+    report.write(results, root / "cpu", "python -m bench.report")
+    kinds = {path.suffix for path in root.rglob("*") if path.is_file()}
+    assert kinds == {".md", ".svg", ".csv", ".json"}, "pages and PNGs are not committed"
+    first = (pages / "cpu" / "page.html").read_text("utf-8")
+    assert {path.stem for path in pages.rglob("*.png")} == {*figures.FIGURES, "pareto_of_peers"}
+    assert report.main([str(root / "cpu")]) == 0
+    command = f"python -m bench.report {root / 'cpu'}"
+    again = (pages / "cpu" / "page.html").read_text("utf-8").replace(command, "python -m bench.report")
+    assert again == first
+
+
+def test_whole_numbers_are_written_exactly(results):
+    table = results.assign(peak_bytes=[123_456_789.0, None] + [0] * (len(results) - 2), median_s=1 / 3)
+    text = report.measurements(table)
+    assert "123456789" in text and "0.333333," in text and "1.23457e" not in text
+
+
+@pytest.mark.parametrize("arguments", [["FILE.json"], [".", "--out", "somewhere"]])
+def test_a_report_needs_a_result_and_a_folder_or_a_report(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        report.main(arguments)
+    assert end.value.code == 2 and "wanted FILE.json with --out FOLDER" in capsys.readouterr().err
+
+
+def test_a_folder_without_measurements_is_refused_by_name(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert f"{tmp_path} holds no measurements" in capsys.readouterr().err
 
 
 def test_the_headline_says_where_reversibility_loses(results):

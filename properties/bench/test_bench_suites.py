@@ -22,8 +22,8 @@ from bench.cases import SUBJECTS, THREE, Chain, branches, chains
 from bench.conftest import in_turn
 from bench.modes import MODES, captured, modes, prepared, why_not
 from bench.networks import Network, networks
+from memcnn.memory import CUDA_BLOCK_BYTES, in_blocks
 from memcnn.models.resnet import revnet38
-from memcnn.testing.allocator import CUDA_BLOCK_BYTES, in_blocks
 from properties.devices import needs_cuda, reproducible_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,15 +70,18 @@ def test_a_mode_changes_how_a_step_runs_and_not_what_it_computes(device, mode):
         torch.testing.assert_close(ours / eager.abs().max(), eager / eager.abs().max(), **limit)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning",
-                            "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.* is deprecated:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+)
 def test_compiled_branches_are_compiled_once_for_all_blocks(monkeypatch):
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, compile=torch.nn.Module.compile: compile(
-        module, backend="aot_eager"))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, compile=torch.nn.Module.compile: compile(module, backend="aot_eager")
+    )
     gradients(small("reversible", 6, "compile-branches"))
     assert counters["frames"]["ok"] == counters["frames"]["total"] == 1
     torch._dynamo.reset()
@@ -93,8 +96,13 @@ def test_a_graph_is_captured_of_a_warm_step_and_keeps_its_tensors(monkeypatch):
             calls.append("replay")
 
     stream = SimpleNamespace(wait_stream=lambda other: calls.append("wait"))
-    fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": Graph,
-             "stream": nullcontext, "graph": lambda graph, stream: nullcontext()}
+    fakes = {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "CUDAGraph": Graph,
+        "stream": nullcontext,
+        "graph": lambda graph, stream: nullcontext(),
+    }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
 
@@ -136,10 +144,18 @@ def test_what_needs_a_gpu_says_so_and_the_rest_says_how_to_run_it():
     assert not any(why_not(case, cuda=False, everywhere=False) for case in chains(quick=True, cuda=False))
 
 
-@pytest.mark.parametrize(("subject", "per_branch"), [
-    ("plain", 1), ("checkpoint", 2), ("checkpoint-sqrt", 9 / 6), ("keep-every-2", 9 / 6), ("keep-every-4", 10 / 6),
-    ("wrapped", 2), ("reversible", 2),
-])
+@pytest.mark.parametrize(
+    ("subject", "per_branch"),
+    [
+        ("plain", 1),
+        ("checkpoint", 2),
+        ("checkpoint-sqrt", 9 / 6),
+        ("keep-every-2", 9 / 6),
+        ("keep-every-4", 10 / 6),
+        ("wrapped", 2),
+        ("reversible", 2),
+    ],
+)
 def test_evaluations_of_F_and_G_are_counted(device, subject, per_branch):
     counted = measure.evaluations(small(subject, 6), torch.device(device))
     assert counted == {"evaluations": 12 * per_branch, "branches": 12}
@@ -253,8 +269,18 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def test_the_command_line_measures_and_summarises(tmp_path):
-    command = [sys.executable, "-m", "bench", "--quick", "--device=cpu", "--threads=1", "--out", tmp_path,
-               "-k", "depth-depth4 and (plain or reversible) or mode-depth2 and plain"]
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "--quick",
+        "--device=cpu",
+        "--threads=1",
+        "--out",
+        tmp_path,
+        "-k",
+        "depth-depth4 and (plain or reversible) or mode-depth2 and plain",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(2))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SKIPPED" in done.stdout and "add --modes" in done.stdout
@@ -271,8 +297,17 @@ def test_the_command_line_measures_and_summarises(tmp_path):
 
 @needs_cuda
 def test_on_cuda_the_command_line_measures_time_and_memory(tmp_path):
-    command = [sys.executable, "-m", "bench", "--quick", "--device=cuda", "--out", tmp_path,
-               "-k", "depth-depth4 and (plain or reversible)"]
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "--quick",
+        "--device=cuda",
+        "--out",
+        tmp_path,
+        "-k",
+        "depth-depth4 and (plain or reversible)",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(1))
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*.json")
@@ -284,16 +319,42 @@ def test_on_cuda_the_command_line_measures_time_and_memory(tmp_path):
 
 
 def test_no_case_is_begun_after_the_budget(tmp_path):
-    command = [sys.executable, "-m", "bench", "--quick", "--device=cpu", "--out", tmp_path, "--budget", "0",
-               "-k", "gate-depth4", "--report", tmp_path / "report"]
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "--quick",
+        "--device=cpu",
+        "--out",
+        tmp_path,
+        "--budget",
+        "0",
+        "-k",
+        "gate-depth4",
+        "--report",
+        tmp_path / "report",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(1))
     assert "the budget is used up" in done.stdout and "7 skipped" in done.stdout, done.stderr
     assert done.returncode == 0 and not (tmp_path / "report").exists()
 
 
 def test_a_report_can_be_asked_for_of_a_narrowed_run(tmp_path):
-    command = [sys.executable, "-m", "bench", "--quick", "--device=cpu", "--out", tmp_path, "--budget", "9m",
-               "-k", "gate-depth4", "--report", tmp_path / "report"]
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "--quick",
+        "--device=cpu",
+        "--out",
+        tmp_path,
+        "--budget",
+        "9m",
+        "-k",
+        "gate-depth4",
+        "--report",
+        tmp_path / "report",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(1))
     assert done.returncode == 0, done.stderr
     found = folders.read_environment(tmp_path / "report")
@@ -311,8 +372,15 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_measured(tmp_p
 def test_ctrl_c_keeps_what_has_been_measured(tmp_path):
     command = [sys.executable, "-m", "bench", "--quick", "--device=cpu", "--out", tmp_path, "-k", "test_memory"]
     heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts with & inherits that it is not
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(1),
-                          text=True, preexec_fn=heeded) as process:
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment(1),
+        text=True,
+        preexec_fn=heeded,
+    ) as process:
         sent = -math.inf
         for line in process.stdout:
             # again if it still measures: Python ignores an interrupt in the callback of a weak reference

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from bench import folders, side_by_side, speed_text
+from reports import page
 
 CPU = folders.MEASUREMENTS / "cpu"
 MEMORY = (
@@ -67,4 +68,5 @@ def test_no_measurement_is_misuse(tmp_path, capsys):
 def test_the_committed_page_is_that_of_the_committed_measurements():
     devices = [side_by_side.load(path) for path in sorted(folders.MEASUREMENTS.glob("*")) if path.is_dir()]
     text = (folders.MEASUREMENTS / "README.md").read_text("utf-8")
-    assert side_by_side.markdown([device for device in devices if device]) == text, side_by_side.COMMAND
+    made = side_by_side.page_of([device for device in devices if device])
+    assert page.markdown(made) == text, side_by_side.COMMAND

@@ -9,8 +9,8 @@ import torch
 
 from bench import measure, speed, speed_text
 from bench.speed import UPDATE_BYTES, Work, work
+from memcnn.memory import step_flops
 from memcnn.models.resnet import MODELS, CifarResNet, basic_branch, resnet32
-from memcnn.testing.prediction import step_flops
 from memcnn.training.execution import Execution
 from properties.training.capture import Stream, stand_in
 

@@ -146,7 +146,7 @@ def test_markdown_tables_keep_their_shape_and_let_no_tag_through(report_with, wo
         lines = block.splitlines()
         assert len({len(line) for line in lines}) == 1
         assert len({len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines}) == 1
-        assert re.fullmatch(r"\|( -+:? \|)+", lines[1])
+        assert re.fullmatch(r"\|(:?-+:?\|)+", lines[1])
 
 
 @given(words=hostile_text, width=st.integers(60, 200))

@@ -68,8 +68,8 @@ def test_mean_sd_time_and_difference_of_three_runs_are_as_computed_by_hand(full)
     row = tables(*runs)[1].loc["cifar10", "resnet32"]
     assert (row["n"], row["mean_percent"], row["sd_percent"], row["seconds_mean"]) == (3, 93, 1, 3800)
     assert row["difference_points"] == pytest.approx(0.14)
-    assert row["low_percent"] == pytest.approx(93 - 4.9687, abs=1e-4)
-    assert row["high_percent"] == pytest.approx(93 + 4.9687, abs=1e-4)
+    assert row["low_percent"] == pytest.approx(93 - 4.96828, abs=1e-5)
+    assert row["high_percent"] == pytest.approx(93 + 4.96828, abs=1e-5)
     shown = cells.results(tables(*runs)[1], "cifar10").iloc[0]
     assert list(shown["this project"]) == ["93.00 ± 1.00", "3", "1:03", "88.03–97.97", "+0.14", "not enough runs"]
 

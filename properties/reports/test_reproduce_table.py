@@ -24,12 +24,13 @@ def trained(monkeypatch, full):
     """
     calls, outcomes = [], {}
 
-    def train(model, dataset, **options):
-        calls.append(((model, dataset, options["seed"]), options))
-        outcome = outcomes.get((model, dataset, options["seed"]), {})
+    def train(job, execution, place, **options):
+        cell = job.model, job.dataset, job.seed
+        calls.append((cell, {"recipe": job.recipe, "execution": execution, **vars(place), **options}))
+        outcome = outcomes.get(cell, {})
         if isinstance(outcome, BaseException):
             raise outcome
-        return full(model=model, dataset=dataset, seed=options["seed"], **outcome)
+        return full(model=job.model, dataset=job.dataset, seed=job.seed, **outcome)
 
     monkeypatch.setattr(placement, "train", train)
     return calls, outcomes
@@ -64,7 +65,7 @@ def test_without_train_the_tables_are_written_and_nothing_is_trained(run, traine
 
 
 def test_cells_run_seed_by_seed_with_the_like_side_by_side(run, trained):
-    status, lines = run("--train", "--seeds", "0-1")
+    status, lines = run("--train", "--seeds", "0-1", "--device", "cpu")
     wanted = [(model, dataset, seed) for seed in (0, 1) for dataset in DATASETS for model in MODELS]
     assert [cell for cell, _ in trained[0]] == wanted
     assert status == 0 and len(cell_lines(lines)) == 24
@@ -162,7 +163,7 @@ def test_seeds_are_read_as_a_list_of_numbers_and_ranges(text, seeds):
     assert reproduce_table.seed_list(text) == seeds
 
 
-SMOKE = ["--train", "--recipe", "smoke", "--data", "generated", "--models", "revnet38", "--datasets", "cifar10"]
+SMOKE = "--train --recipe smoke --data generated --models revnet38 --datasets cifar10 --device cpu".split()
 
 
 def test_a_real_smoke_run_ends_in_the_table_of_other_runs_and_is_not_repeated(run, tmp_path):
@@ -180,7 +181,10 @@ def test_a_real_smoke_run_ends_in_the_table_of_other_runs_and_is_not_repeated(ru
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT as a POSIX shell does")
 def test_ctrl_c_during_a_run_stops_cleanly_and_still_renders(tmp_path):
-    words = "--train --data generated --models resnet32 --datasets cifar10 --threads 1 --records records --out out"
+    words = (
+        "--train --data generated --models resnet32 --datasets cifar10 --device cpu --threads 1 --records records "
+        "--out out"
+    )
     how = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "stderr": subprocess.PIPE}
     command = [sys.executable, "-m", "bench.reproduce_table", *words.split()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, **how) as process:

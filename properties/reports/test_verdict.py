@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reports.verdict import DIFFERS, LEAST_RUNS, NOT_ENOUGH, REPRODUCED, T_975, WIDEST_POINTS, half_width, verdict
+from reports.verdict import DIFFERS, LEAST_RUNS, NOT_ENOUGH, REPRODUCED, WIDEST_POINTS, half_width, verdict
 
 percents = st.floats(0, 100)
 spreads = st.floats(0, 30)
@@ -21,20 +21,17 @@ def probability_within(t: float, degrees: int) -> float:
     return float((weights * density).sum() * (x[1] - x[0]) / 3)
 
 
-@pytest.mark.parametrize("degrees", T_975)
-def test_the_t_table_leaves_five_per_cent_outside(degrees):
-    assert probability_within(T_975[degrees], degrees) == pytest.approx(0.95, abs=1e-4)
-
-
-def test_the_t_table_serves_every_number_of_runs_up_to_31():
-    assert sorted(T_975) == list(range(LEAST_RUNS - 1, 31))
+@pytest.mark.parametrize("n", [*range(LEAST_RUNS, 32), 100])
+def test_the_interval_leaves_five_per_cent_of_further_runs_outside(n):
+    t = half_width(n, 1.0) / math.sqrt(1 + 1 / n)
+    assert probability_within(t, n - 1) == pytest.approx(0.95, abs=1e-6)
 
 
 def test_the_interval_of_92_93_94_is_as_computed_by_hand():
-    # mean 93, sd 1, t(2) = 4.303: 4.303 * sqrt(4 / 3) = 4.9687
-    assert half_width(3, 1.0) == pytest.approx(4.9687, abs=1e-4)
-    # n = 5, sd 0.2, t(4) = 2.776: 2.776 * 0.2 * sqrt(1.2) = 0.60819
-    assert half_width(5, 0.2) == pytest.approx(0.60819, abs=1e-5)
+    # mean 93, sd 1, t(2) = 4.302653: 4.302653 * sqrt(4 / 3) = 4.96828
+    assert half_width(3, 1.0) == pytest.approx(4.96828, abs=1e-5)
+    # n = 5, sd 0.2, t(4) = 2.776445: 2.776445 * 0.2 * sqrt(1.2) = 0.6082887
+    assert half_width(5, 0.2) == pytest.approx(0.6082887, abs=1e-6)
 
 
 def test_one_reproduction_in_twenty_is_called_different():

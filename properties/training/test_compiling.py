@@ -61,11 +61,11 @@ def cell(make, execution: Execution, *, seed: int = 0, num_classes: int = 10, st
 
 @pytest.mark.parametrize(
     ("make", "graphs_of_it", "execution"),
-    # of a RevNet: begin, end, and the unit that strides
+    # of a RevNet: begin, end, the unit that strides, the branches without activation in front, and those with it
     [
         (tiny_resnet, 1, BOTH),
-        (tiny_revnet, 3, BOTH),
-        (tiny_revnet, 3, Execution(compile=True, precision="bf16")),
+        (tiny_revnet, 5, BOTH),
+        (tiny_revnet, 5, Execution(compile=True, precision="bf16")),
         (functools.partial(tiny_revnet, disable=True), 1, COMPILED),
     ],
     ids=["CifarResNet", "RevNet", "RevNet in bf16", "RevNet with the engine off"],

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are those of PO
 PACKAGE = Path(memcnn.__file__).resolve().parent
 RECIPE = override(SMOKE, batch_size=4, iterations=24, milestones=(10, 20), evaluate_every=4, test_images=20)
 WORDS = """revnet38 cifar10 --recipe smoke --batch-size 4 --iterations 24 --milestones 10,20 --evaluate-every 4
-    --test-images 20 --data generated --threads 1""".split()
+    --test-images 20 --data generated --device cpu --threads 1""".split()
 NAME = run_name("revnet38", "cifar10", RECIPE, 0, data="generated")
 
 
@@ -48,7 +48,7 @@ def test_sigterm_and_the_same_command_again_give_the_same_bits(tmp_path):
     assert second.returncode == 0, err
     assert f"Going on from iteration {stopped.iterations} " in err
 
-    whole = run(tmp_path / "whole", model="revnet38", recipe=RECIPE, device=None)
+    whole = run(tmp_path / "whole", model="revnet38", recipe=RECIPE)
     resumed = load(record)
     of_the_session = ("train_seconds", "interruptions", "commit", "clean", "segments")
     assert resumed.interruptions == 1

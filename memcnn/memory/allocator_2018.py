@@ -1,22 +1,27 @@
-"""How CUDA's caching allocator of PyTorch 0.2 to 1.0 counted what it had handed out.
+"""CUDA's caching allocator of PyTorch 0.2 to 1.0, by which the published memory of 2018 was counted.
 
-A request below 1 MiB took blocks of 512 bytes out of segments of 1 MiB. A larger one took units of 128 KiB: the
-smallest free block that was large enough, whole unless more than 1 MiB of it remained, else a new one.
-`memory_allocated` was the sum of the blocks in use, so it counted what a block had over as well. Later versions round
-large requests to 512 bytes, too.
-Source: aten/src/THC/THCCachingAllocator.cpp.
+* A request below 1 MiB took blocks of 512 bytes out of segments of 1 MiB.
+* A larger request was rounded up to units of 128 KiB. It took the smallest free block that was large enough, else a
+  new one. The block was split only if more than 1 MiB of it remained.
+* ``memory_allocated`` was the sum of the blocks in use, so it counted the unused end of a block as well.
+
+Later versions round large requests to 512 bytes, too. Source: aten/src/THC/THCCachingAllocator.cpp.
 """
 
 import torch
 
-from memcnn.testing.memory import TensorMeter
+from .tensors import TensorMeter
 
 SMALL_BYTES = 2**20
 SMALL_UNIT_BYTES, LARGE_UNIT_BYTES = 512, 2**17
 
 
 class Meter2018(TensorMeter):
-    """A tensor meter that knows as `allocated_bytes` what that allocator would call allocated now."""
+    """A tensor meter that also counts as that allocator would.
+
+    Attributes:
+        allocated_bytes: what ``torch.cuda.memory_allocated`` would have returned now.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,13 +66,13 @@ class Meter2018(TensorMeter):
 
 
 class _Block:
-    """A stretch of a segment, between its neighbours there."""
+    """A part of a segment, linked to its neighbours there."""
 
     def __init__(self, size: int, small: bool, previous: "_Block | None" = None, next_: "_Block | None" = None) -> None:
         self.size, self.small, self.previous, self.next = size, small, previous, next_
 
     def split(self, size: int) -> "_Block":
-        """The rest behind the first `size` bytes, which stay in this block."""
+        """Keep the first ``size`` bytes in this block, and return the rest as a new one."""
         rest = _Block(self.size - size, self.small, self, self.next)
         if self.next is not None:
             self.next.previous = rest
@@ -75,7 +80,7 @@ class _Block:
         return rest
 
     def join(self, other: "_Block") -> "_Block":
-        """This block, with the one behind it."""
+        """Append the block behind this one, and return this one."""
         self.size, self.next = self.size + other.size, other.next
         if self.next is not None:
             self.next.previous = self

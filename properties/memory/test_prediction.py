@@ -11,10 +11,17 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import memcnn
+from memcnn.memory import (
+    PeakSplit,
+    TensorMeter,
+    allocator_total_bytes,
+    measure_peak_split,
+    predict_step_memory,
+    step_flops,
+    tensor_peak_bytes,
+    training_step,
+)
 from memcnn.models.resnet import MODELS
-from memcnn.testing.allocator import allocator_total_bytes
-from memcnn.testing.memory import PeakSplit, TensorMeter, measure_peak_split, tensor_peak_bytes
-from memcnn.testing.prediction import predict_step_memory, step_flops, training_step
 
 BYTES = ("parameter_bytes", "buffer_bytes", "gradient_bytes", "optimizer_bytes", "batch_bytes", "activation_bytes")
 

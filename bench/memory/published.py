@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from bench.allocator_2018 import Meter2018
+from memcnn.memory import CUDA_BLOCK_BYTES, TensorMeter, measure_step_memory, predict_step_memory
+from memcnn.memory.allocator_2018 import Meter2018
 from memcnn.models.resnet import MODELS
-from memcnn.testing.memory import CUDA_BLOCK_BYTES, TensorMeter, measure_step_memory
-from memcnn.testing.prediction import predict_step_memory
 from memcnn.training.record import load_all
 from reports import RECORDS, cells
 from reports.tables import GPU_PRECISIONS, MEASUREMENTS, MIB, gpu_measurements, memory_table, published, runs_table
@@ -61,6 +60,7 @@ def row(name: str, batch: int) -> dict:
 
 
 def make_batch(batch: int) -> tuple[Tensor, Tensor]:
+    """Return images of shape (N, 3, 32, 32) and labels of shape (N,)."""
     return torch.empty(batch, 3, 32, 32), torch.zeros(batch, dtype=torch.int64)
 
 
@@ -156,11 +156,14 @@ def on_gpu(values: pd.DataFrame, measurements: Path, records: Path) -> str:
 
 
 def _markdown(table: pd.DataFrame) -> str:
+    """Return numbers in MiB with one decimal as a Markdown table."""
     cells = table.map(lambda value: "–" if pd.isna(value) else f"{round(value, 1) + 0:,.1f}")  # + 0: no -0.0
     if "saved of the whole step" in cells:
         cells["saved of the whole step"] = [c if c == "–" else f"{c} %" for c in cells["saved of the whole step"]]
-    return cells.rename_axis("").reset_index().to_markdown(
-        index=False, colalign=("left", *["right"] * len(cells.columns)), disable_numparse=True
+    return (
+        cells.rename_axis("")
+        .reset_index()
+        .to_markdown(index=False, colalign=("left", *["right"] * len(cells.columns)), disable_numparse=True)
     )
 
 
@@ -184,7 +187,7 @@ Why they differ:
   would add twice the parameters. *Here* counts the same instant, tensor by tensor.
 * **The allocator of 2018** took requests above 1 MiB in units of 128 KiB. Maps of 100 x 64 x 8 x 8 float32 take 12.5
   units, so each was counted half a unit too large, and the batch, 9.4 units, as 10. *As counted in 2018* applies that
-  allocator's rules to the tensors of this forward pass (bench/allocator_2018.py).
+  allocator's rules to the tensors of this forward pass (memcnn/memory/allocator_2018.py).
 * **The stem's ReLU** ({stem} MiB, RevNet-38 and -110). Its output is saved for its own backward, and is the input of
   the first reversible unit. MemCNN 1.5 emptied the storage of a block's input, the saved output with it, and so did not
   count it; that is also why these two networks cannot be trained by it on today's PyTorch. This project never empties a

@@ -1,17 +1,27 @@
-"""The largest size that fits."""
+"""The largest size that fits into a number of bytes: a batch, a depth, a width."""
 
 from collections.abc import Callable
 
 
 def largest_that_fits(peak_bytes: Callable[[int], int], budget_bytes: int, *, start: int, limit: int) -> dict:
-    """The largest n from 0 to `limit` for which `peak_bytes(n)`, which grows with n, is at most `budget_bytes`.
+    """Find the largest n from 0 to ``limit`` for which ``peak_bytes(n)`` is at most ``budget_bytes``.
 
-    Found by bisection from `start`, guided by the line through the last two values, since memory is close to affine:
-    where it is, four evaluations do. Returned as `largest`, with `peak_bytes` there (None for 0) and
-    `next_peak_bytes` one further, which does not fit; that is None where `limit` itself fits.
+    The search is a bisection from ``start``, guided by the line through the last two values. Memory is close to affine,
+    and where it is affine, four evaluations are enough. (``scipy.optimize`` searches roots of real functions, not of
+    integers, and would evaluate each size several times.)
+
+    Args:
+        peak_bytes: returns the bytes for a size; it must grow with the size.
+        budget_bytes: the bytes that there are.
+        start: the size to evaluate first.
+        limit: the largest size to try.
+
+    Returns:
+        ``largest``, the size; ``peak_bytes`` at that size, None for 0; ``next_peak_bytes`` at the next size, which does
+        not fit, None where ``limit`` itself fits; ``limit``; and the number of ``evaluations``.
     """
     sizes: dict[int, int] = {0: 0}
-    low, high = 0, limit + 1  # fits, does not
+    low, high = 0, limit + 1  # the first fits, the second does not
     guess = min(max(start, 1), limit)
     while high - low > 1:
         sizes[guess] = peak_bytes(guess)

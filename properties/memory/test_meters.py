@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from memcnn.testing.allocator import in_blocks
-from memcnn.testing.memory import (
+from memcnn.memory import (
     CUDA_BLOCK_BYTES,
     TensorMeter,
     allocator_peak_bytes,
+    in_blocks,
     measure_step_memory,
     tensor_peak_bytes,
 )

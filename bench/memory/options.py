@@ -1,0 +1,65 @@
+"""The command line of ``bench.memory``."""
+
+import argparse
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from memcnn.training.options import count
+
+MIB = 2**20
+UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{k}iB": 2 ** (10 * i) for i, k in enumerate("KMGT", 1)},
+    **{f"{k}B": 1000**i for i, k in enumerate("KMGT", 1)},
+}
+
+
+def size(text: str) -> int:
+    """Return the bytes in "24GiB", "512 MiB" or "80GB"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    scale = {unit.lower(): factor for unit, factor in UNITS.items()}.get(match[2].lower()) if match else None
+    if scale is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a size like 24GiB, 512MiB or 80GB")
+    return int(float(match[1]) * scale)
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Return (100, 3, 32, 32) for "100,3,32,32"."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) >= 1 for word in words):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted whole numbers, the batch first, like 100,3,32,32")
+    return tuple(int(word) for word in words)
+
+
+def file(text: str) -> Path:
+    """Return the path of a file that can be written because its folder exists."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a file in a folder that exists")
+    return path
+
+
+def build_parser(text: str, *, optimizers: Iterable[str], dtypes: Iterable[str]) -> argparse.ArgumentParser:
+    """Return the parser of the command line, with ``text`` as its description."""
+    parser = argparse.ArgumentParser(
+        prog="bench.memory", description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="one of the six networks, or package.module:factory")
+    add("--batch", type=count, metavar="N", help="samples a step (default: 100, or as in --shape)")
+    add("--shape", type=shape, metavar="N,C,H,W", help="input shape of a model of your own")
+    add("--classes", type=count, default=10, metavar="N", help="classes of the six networks (default: %(default)s)")
+    add("--dtype", choices=dtypes, default="float32", help="bfloat16: under autocast, as in training")
+    add("--disable", action="store_true", help="run the reversible units by ordinary autograd")
+    add("--optimizer", choices=optimizers, default="sgd", help="sgd has momentum (default: %(default)s)")
+    add("--device-memory", type=size, metavar="SIZE", help="search what fits a device of this size, like 24GiB")
+    add("--reserve", type=size, default=MIB << 10, metavar="SIZE", help="keep so much free for what is not counted "
+        "(default: 1GiB)")  # fmt: skip
+    add("--most-units", type=count, default=64, metavar="N", help="search up to so many units a stage (%(default)s)")
+    add("--no-check", action="store_true", help="do not compute a step to measure the prediction's error")
+    add("--json", type=file, metavar="FILE", help="write all numbers to this file, in bytes")
+    add("--table", action="store_true", help="recompute the published table of activations")
+    add("--out", type=file, metavar="FILE", help="write the table to this file as well")
+    return parser

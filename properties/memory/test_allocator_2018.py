@@ -1,0 +1,27 @@
+"""The allocator of 2018 rounds requests and splits blocks by its own rules."""
+
+import torch
+
+from memcnn.memory.allocator_2018 import Meter2018
+
+
+def kilobytes(count: float) -> torch.Tensor:
+    return torch.empty(int(1024 * count), dtype=torch.uint8)
+
+
+def test_the_allocator_of_2018_rounds_and_does_not_split_small_rests():
+    with Meter2018() as meter:
+        held = [kilobytes(0.001), kilobytes(1.1)]
+        assert meter.allocated_bytes == 512 + 1536
+        held += [kilobytes(4096), kilobytes(1600)]  # 12.5 units
+        assert meter.allocated_bytes == 2048 + 4096 * 1024 + 13 * 2**17
+        held.clear()
+        assert meter.allocated_bytes == 0
+        held.append(kilobytes(1100))  # in the smallest free block that is large enough, of 13 units, and whole
+        assert meter.allocated_bytes == 13 * 2**17
+        held.append(kilobytes(1500))  # out of 4096, of which more than 1024 remain
+        assert meter.allocated_bytes == 13 * 2**17 + 12 * 2**17
+        del held[1]
+        held.append(kilobytes(3500))  # its rest has come together with it again, and 596 are not split off
+        assert meter.allocated_bytes == 13 * 2**17 + 4096 * 1024
+        assert meter.current_bytes == 4600 * 1024

@@ -1,0 +1,164 @@
+"""One page of tables, figures and notes, as HTML and as Markdown. The results and the benchmarks share it.
+
+page = Page("Title", [Section("Memory", table=frame, note="MiB")])
+html(page)        # needs no other file
+markdown(page)    # figures are links to their files
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+
+from reports import text
+from reports.cells import DASH
+from reports.verdict import DIFFERS, NOT_ENOUGH, REPRODUCED
+
+VERDICTS = (REPRODUCED, DIFFERS, NOT_ENOUGH)
+PROSE = ("device", "why it does not count")
+"""Names of columns whose cells may be broken into lines."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture.
+
+    Attributes:
+        title: what it shows.
+        svg: the picture itself.
+        link: where a Markdown page finds it; "" leaves it out there.
+    """
+
+    title: str
+    svg: str
+    link: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page, under a heading of its own.
+
+    Attributes:
+        title: the heading.
+        note: a paragraph above the table.
+        table: a frame of finished text, see ``reports.cells``.
+        cards: (title, frame) pairs that replace the tables on a narrow screen; Markdown leaves such a section out.
+        figures: pictures.
+        notes: a list of remarks below.
+        command: a command that fills what is missing.
+        wide: the section is left out on a narrow screen, where another section has its cards.
+    """
+
+    title: str
+    note: str = ""
+    table: pd.DataFrame | None = None
+    cards: Sequence[tuple[str, pd.DataFrame]] = ()
+    figures: Sequence[Figure] = ()
+    notes: Sequence[str] = ()
+    command: str = ""
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page.
+
+    Attributes:
+        title: its heading.
+        sections: its parts.
+        summary: what the page says, in a sentence or in several.
+        origin: where and with what it was measured: one text, or one for each device.
+        commands: the commands that make it, one after the other.
+    """
+
+    title: str
+    sections: Sequence[Section]
+    summary: Sequence[str] = ()
+    origin: Sequence[str] = ()
+    commands: Sequence[str] = ()
+
+
+def html(page: Page) -> str:
+    """Return the page as HTML that needs no other file. All text in it is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    functions = {"heads": _heads, "rows": _rows, "groups": text.groups, "inline": inline_svg}
+    return environment.get_template("page.html").render(page=page, **functions)
+
+
+def markdown(page: Page) -> str:
+    """Return the page as Markdown for GitHub."""
+    commands = ", then ".join(f"`{command}`" for command in page.commands)
+    parts = [f"# {page.title}", f"Made by {commands}." if commands else ""]
+    parts += [_list([text.escape_markdown(line) for line in page.origin]), _list(page.summary)]
+    for section in page.sections:
+        if section.cards:
+            continue
+        parts += [f"## {section.title}", section.note]
+        parts += [text.markdown(section.table) if section.table is not None else ""]
+        parts += [f"![{figure.title}]({figure.link})" for figure in section.figures if figure.link]
+        parts += ["\n".join(f"* {text.escape_markdown(note)}" for note in section.notes)]
+        if section.command:
+            parts += ["What is missing here is filled by", f"```sh\n{section.command}\n```"]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def text_frame(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a frame of numbers and text as a frame of finished text, with six significant digits.
+
+    Args:
+        table: one row for each line of the table; its columns have plain names.
+    """
+    columns = {("", str(name)): [_finished(value) for value in column] for name, column in table.items()}
+    return pd.DataFrame(columns, dtype=object)
+
+
+def inline_svg(svg: str, prefix: str) -> str:
+    """Return a picture that may stand within a page of several pictures.
+
+    Args:
+        svg: a picture as matplotlib writes it.
+        prefix: a name that no other picture of the page has. It precedes all names that the picture refers to.
+    """
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    referred = set(re.findall(r'(?:href="#|url\(#)([\w.-]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda name: f' id="{prefix}-{name[1]}"' if name[1] in referred else "", svg)
+    svg = re.sub(r'(href="#|url\(#)(?=[\w.-]+)', rf"\g<1>{prefix}-", svg)
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', svg, count=1)
+
+
+def _finished(value: object) -> str:
+    return value if isinstance(value, str) else DASH if pd.isna(value) else f"{value:.6g}"
+
+
+def _list(lines: Sequence[str]) -> str:
+    """Return one line as a paragraph, several as a list."""
+    return "\n".join(lines if len(lines) == 1 else (f"* {line}" for line in lines))
+
+
+def _heads(frame: pd.DataFrame) -> list[tuple[str, str]]:
+    """Return (name, class) of each column."""
+    return [(name, "left" if name in text.LEFT else "") for _, name in frame.columns]
+
+
+def _rows(frame: pd.DataFrame) -> list[list[tuple[str, str]]]:
+    """Return (text, classes) of each cell."""
+    names = [name for _, name in frame.columns]
+    return [[_cell(cell, name) for cell, name in zip(row, names, strict=True)] for row in frame.itertuples(index=False)]
+
+
+def _cell(cell: str, name: str) -> tuple[str, str]:
+    classes = ["left"] if name in text.LEFT else []
+    classes += ["prose"] if name in PROSE else []
+    classes += ["none"] if cell == DASH else []
+    classes += [cell.replace(" ", "-")] if cell in VERDICTS else []
+    unbroken = re.sub(r"(?<=\d) (?=min\b|s\b)|(?<=min) (?=\d)", "\N{NO-BREAK SPACE}", cell)
+    return unbroken, " ".join(classes)
