@@ -9,8 +9,8 @@ import torch
 
 from memcnn import data as cifar_data
 from memcnn import train as command
+from memcnn.memory import predict_step_memory, step_flops
 from memcnn.models.resnet import revnet38
-from memcnn.testing.prediction import predict_step_memory, step_flops
 from memcnn.training import files, record
 from memcnn.training.listing import list_runs
 from memcnn.training.recipe import SMOKE, Recipe, override
