@@ -30,6 +30,7 @@ if __package__ in (None, ""):  # run as a script: this folder's names (data, mod
 
 import torch  # noqa: E402
 
+from memcnn import cli  # noqa: E402
 from memcnn.data import DATASETS, BadData, DataNotFound  # noqa: E402
 from memcnn.migration import absent_names  # noqa: E402
 from memcnn.models.resnet import MODELS  # noqa: E402
@@ -40,8 +41,6 @@ from memcnn.training.listing import list_runs  # noqa: E402
 from memcnn.training.options import (  # noqa: E402
     add_execution_options,
     add_hyper_parameters,
-    count,
-    duration,
     execution_of,
     recipe_of,
 )
@@ -54,12 +53,7 @@ from memcnn.training.trainer import BadArgument, CannotWrite, Job, Place, pick_d
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="memcnn.train",
-        description=__doc__.split("\n\n")[0],
-        epilog=__doc__.split("\n\n")[-1],
-        allow_abbrev=False,
-    )
+    parser = cli.parser_from("memcnn.train", __doc__)
     parser.add_argument("model", nargs="?", choices=MODELS, metavar="MODEL", help=", ".join(MODELS))
     parser.add_argument("dataset", nargs="?", choices=DATASETS, metavar="DATASET", help=", ".join(DATASETS))
     option = parser.add_argument
@@ -70,8 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     option("--unofficial-data", action="store_true", help="train on files with wrong checksums too; the record says so")
     option("--runs", metavar="FOLDER", default="runs", help="folder of all runs (default: ./%(default)s)")
     option("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
-    option("--threads", type=count, help=f"CPU threads (default: {torch.get_num_threads()}, PyTorch's choice here)")
-    option("--budget", metavar="TIME", type=duration, help="stop cleanly before this is over: 90s, 9m, 1h30m")
+    option("--threads", type=cli.count, help=f"CPU threads (default: {torch.get_num_threads()}, PyTorch's choice here)")
+    option("--budget", metavar="TIME", type=cli.duration, help="stop cleanly before this is over: 90s, 9m, 1h30m")
     option("--fresh", action="store_true", help="begin anew, and move a run that is there already aside")
     option("--disable", action="store_true", help="train RevNets by plain autograd, with all activations stored")
     add_allow_mixed(option)
@@ -141,17 +135,16 @@ def summary(record: RunRecord, folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status. Of several processes only rank 0 prints, and only its status is that of the run."""
+    """Run the command; return the exit status. Of several processes only rank 0 prints, and only its status counts."""
     try:
         if speaks():
             return run(arguments)
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             with suppress(SystemExit):
                 run(arguments)
-        return 0
-    except ProcessLost as error:  # whoever is still there says so
-        print(error, file=sys.stderr)
-        return 1
+        return cli.DONE
+    except ProcessLost as error:  # every process that is still there reports it
+        return cli.fail(error)
 
 
 def run(arguments: list[str] | None) -> int:
@@ -160,21 +153,20 @@ def run(arguments: list[str] | None) -> int:
     given = parser.parse_args(arguments)
     if given.list:
         print(list_runs(Path(given.runs)))
-        return 0
+        return cli.DONE
     if given.dataset is None:
         parser.error("the following arguments are required: MODEL, DATASET")
     try:
         recipe, execution = recipe_of(given), execution_of(given)
     except ValueError as error:
         parser.error(str(error))
-    if given.threads is not None:
-        torch.set_num_threads(given.threads)
+    cli.use_threads(given.threads)
     if given.config or given.dry_run:
         try:
             print(config(given, recipe) if given.config else dry_run(given, recipe))
         except BadArgument as error:
             parser.error(str(error))
-        return 0
+        return cli.DONE
     budget = None if given.budget is None else given.budget - (time.monotonic() - STARTED)
     command = sys.orig_argv if arguments is None else [sys.executable, "-m", "memcnn.train", *arguments]
     again = shlex.join(word for word in command if word != "--fresh")
@@ -185,16 +177,15 @@ def run(arguments: list[str] | None) -> int:
     except (BadArgument, BadCheckpoint, MixedExecution) as error:
         parser.error(str(error))
     except (BadData, DataNotFound, FolderBusy, CannotWrite, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        return cli.fail(error)
     except KeyboardInterrupt:
         print(f"Interrupted before training began. Start it with: {again}", file=sys.stderr)
-        return 3
+        return cli.STOPPED
     print(summary(record, Path(given.runs) / record.name), end="" if record.reason else "\n")
     if record.reason:
         verb = "try again from the last good checkpoint" if record.status == "failed" else "go on"
         print(f" ({record.reason}); {verb} with: {again}")
-    return {"complete": 0, "failed": 1, "partial": 3}[record.status]
+    return {"complete": cli.DONE, "failed": cli.FAILED, "partial": cli.STOPPED}[record.status]
 
 
 __getattr__ = absent_names(__name__)

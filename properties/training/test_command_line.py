@@ -1,5 +1,6 @@
 """The command line: what it hands to training, what it says, and its exit statuses."""
 
+import argparse
 import re
 import runpy
 import sys
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import memcnn
+from memcnn import cli
 from memcnn import train as command
 from memcnn.models.resnet import MODELS
 from memcnn.training.execution import Execution
@@ -25,15 +27,15 @@ PACKAGE = Path(memcnn.__file__).resolve().parent
 @given(hours=st.integers(0, 99), minutes=st.integers(0, 99), seconds=st.integers(0, 99))
 def test_a_budget_is_read_as_written(hours, minutes, seconds):
     total = 3600 * hours + 60 * minutes + seconds
-    assert command.duration(f"{hours}h{minutes}m{seconds}s") == total
-    assert command.duration(f"{total}") == command.duration(f"{total}s") == total
-    assert command.duration(f"{hours}h{minutes}m") == total - seconds
+    assert cli.duration(f"{hours}h{minutes}m{seconds}s") == total
+    assert cli.duration(f"{total}") == cli.duration(f"{total}s") == total
+    assert cli.duration(f"{hours}h{minutes}m") == total - seconds
 
 
 @pytest.mark.parametrize("text", ["", "soon", "-5", "5d", "9m1h", "1.5h", "nan"])
 def test_a_budget_that_is_no_time_is_refused(text):
-    with pytest.raises(command.argparse.ArgumentTypeError, match="wanted a time like 90s, 9m or 1h30m"):
-        command.duration(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="wanted a time like 90s, 9m or 1h30m"):
+        cli.duration(text)
 
 
 def test_every_hyper_parameter_can_be_given(tmp_path, monkeypatch):
