@@ -16,10 +16,12 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     packages=find_packages(include=["memcnn", "memcnn.*"]),
+    package_data={"memcnn.training": ["record.schema.json"]},
     python_requires=">=3.10",
-    install_requires=["numpy", "tensorboardX", "torch>=2.11", "torchvision>=0.26", "tqdm"],
+    install_requires=["filelock", "numpy", "tensorboardX", "torch>=2.11", "torchvision>=0.26", "tqdm"],
     extras_require={
         "harness": [
+            "fastjsonschema",
             "hypothesis",
             "jinja2",
             "matplotlib",

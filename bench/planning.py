@@ -73,10 +73,10 @@ class Needs:
     def _cost(self, cell: Cell) -> tuple[Cost, Cost]:
         job, execution = self.settings.job(cell), self.settings.execution
         if self.use_records:
-            together = cost_of_records(job, self.device, execution, shared_by=self.at_once)
+            together = cost_of_records(job, execution, self.settings.place(shared_by=self.at_once), self.device)
             if together is not None:
                 return together, together
-        return timed(job, self.device, execution, at_once=self.at_once)
+        return timed(job, execution, self.settings.place(), self.device, at_once=self.at_once)
 
 
 def iterations_done(settings: Settings, cell: Cell) -> int:

@@ -12,15 +12,14 @@ from pathlib import Path
 
 import torch
 
+from memcnn import cli
 from memcnn.models.resnet import MODELS
 from memcnn.weights import convert_state_dict
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="memcnn.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
+    """Return the parser of the command line."""
+    parser = cli.parser_from("memcnn.convert", __doc__, whole=True)
     parser.add_argument("source", metavar="IN", type=Path, help="state dict of MemCNN 1.5")
     parser.add_argument("target", metavar="OUT", type=Path, help="file to write")
     parser.add_argument("--model", choices=MODELS, metavar="NAME", help=f"{', '.join(MODELS)} (default: what fits)")
@@ -53,6 +52,7 @@ def read_state(path: Path) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Convert the file; return the exit status."""
     parser = build_parser()
     given = parser.parse_args(arguments)
     if given.target.exists():
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     torch.save(state, given.target)
     print(f"{given.target}: {len(state)} tensors")
-    return 0
+    return cli.DONE
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Test accuracy and loss of a run's checkpoint, beside those in its record.
+"""Print test accuracy and loss of a run's checkpoint, beside those in its record.
 
     python -m memcnn.evaluate runs/revnet38-cifar10-published-s0
 
@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from memcnn import cli
 from memcnn import data as cifar
-from memcnn.archives import BadData, DataNotFound
+from memcnn.data import BadData, DataNotFound
 from memcnn.training.checkpoint import BadCheckpoint
 from memcnn.training.execution import Execution
 from memcnn.training.record import BadRecord, RunRecord
@@ -28,10 +29,10 @@ def evaluate(
     """Return mean loss (nats) and accuracy (percent) on the test images, evaluated as in training.
 
     Args:
-        model: on the device of ``data``; it is left in evaluation mode.
+        model: the network, on the device of ``data``. It is left in evaluation mode.
         data: the images.
         images: how many test images to evaluate, from the first; None for all.
-        execution: how to execute it; by default in float32.
+        execution: how the evaluation is executed; by default in float32.
     """
     model.eval().to(memory_format=torch.channels_last)
     how = execution or Execution()
@@ -45,27 +46,22 @@ def execution_of(record: RunRecord) -> Execution:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="memcnn.evaluate",
-        description=__doc__.split("\n\n")[0],
-        epilog=__doc__.split("\n\n")[-1],
-        allow_abbrev=False,
-    )
+    """Return the parser of the command line."""
+    parser = cli.parser_from("memcnn.evaluate", __doc__)
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="with record.json and checkpoint.pt")
     option = parser.add_argument
     option("--data", metavar="FOLDER", help='the CIFAR files, or the word "generated" (default: as in its training)')
     option("--unofficial-data", action="store_true", help="evaluate on files with wrong checksums too")
-    devices = [*(f"cuda:{index}" for index in range(torch.cuda.device_count())), "cpu"]
-    option("--device", choices=devices, default=devices[0], help="(default: %(default)s)")
+    option("--device", choices=cli.devices(), default=cli.devices()[0], help="(default: %(default)s)")
     option("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Evaluate the run; return the exit status."""
     parser = build_parser()
     given = parser.parse_args(arguments)
-    if given.threads is not None:
-        torch.set_num_threads(given.threads)
+    cli.use_threads(given.threads)
     try:
         model, record, iterations = load_run(given.folder, device=given.device)
         where = given.data or (cifar.GENERATED if record.data_kind == "generated" else None)
@@ -73,8 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (BadRecord, BadCheckpoint) as error:
         parser.error(str(error))
     except (BadData, DataNotFound, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        return cli.fail(error)
     images = record.recipe.test_images
     loss, accuracy = evaluate(model, data.to(given.device), images=images, execution=execution_of(record))
     count = f"{len(data.test_images[:images]):,} images"
@@ -85,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     if record.test_iteration is not None:
         there = f"{record.test_accuracy:.2f} %, loss {record.test_loss:.4f}, after iteration {record.test_iteration}"
         print(f"  in its record {there}{record.mark}")
-    return 0
+    return cli.DONE
 
 
 if __name__ == "__main__":

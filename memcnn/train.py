@@ -30,7 +30,8 @@ if __package__ in (None, ""):  # run as a script: this folder's names (data, mod
 
 import torch  # noqa: E402
 
-from memcnn.archives import DATASETS, BadData, DataNotFound  # noqa: E402
+from memcnn import cli  # noqa: E402
+from memcnn.data import DATASETS, BadData, DataNotFound  # noqa: E402
 from memcnn.migration import absent_names  # noqa: E402
 from memcnn.models.resnet import MODELS  # noqa: E402
 from memcnn.training.checkpoint import BadCheckpoint  # noqa: E402
@@ -40,8 +41,6 @@ from memcnn.training.listing import list_runs  # noqa: E402
 from memcnn.training.options import (  # noqa: E402
     add_execution_options,
     add_hyper_parameters,
-    count,
-    duration,
     execution_of,
     recipe_of,
 )
@@ -49,17 +48,12 @@ from memcnn.training.preview import preview  # noqa: E402
 from memcnn.training.recipe import RECIPES, Recipe  # noqa: E402
 from memcnn.training.record import RunRecord  # noqa: E402
 from memcnn.training.state import MixedExecution  # noqa: E402
-from memcnn.training.trainer import BadArgument, CannotWrite, Job, pick_device, train  # noqa: E402
+from memcnn.training.trainer import BadArgument, CannotWrite, Job, Place, pick_device, train  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="memcnn.train",
-        description=__doc__.split("\n\n")[0],
-        epilog=__doc__.split("\n\n")[-1],
-        allow_abbrev=False,
-    )
+    parser = cli.parser_from("memcnn.train", __doc__)
     parser.add_argument("model", nargs="?", choices=MODELS, metavar="MODEL", help=", ".join(MODELS))
     parser.add_argument("dataset", nargs="?", choices=DATASETS, metavar="DATASET", help=", ".join(DATASETS))
     option = parser.add_argument
@@ -70,8 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     option("--unofficial-data", action="store_true", help="train on files with wrong checksums too; the record says so")
     option("--runs", metavar="FOLDER", default="runs", help="folder of all runs (default: ./%(default)s)")
     option("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
-    option("--threads", type=count, help=f"CPU threads (default: {torch.get_num_threads()}, PyTorch's choice here)")
-    option("--budget", metavar="TIME", type=duration, help="stop cleanly before this is over: 90s, 9m, 1h30m")
+    option("--threads", type=cli.count, help=f"CPU threads (default: {torch.get_num_threads()}, PyTorch's choice here)")
+    option("--budget", metavar="TIME", type=cli.duration, help="stop cleanly before this is over: 90s, 9m, 1h30m")
     option("--fresh", action="store_true", help="begin anew, and move a run that is there already aside")
     option("--disable", action="store_true", help="train RevNets by plain autograd, with all activations stored")
     add_allow_mixed(option)
@@ -92,14 +86,19 @@ def add_allow_mixed(option: Callable) -> None:
 
 def job_of(given: argparse.Namespace, recipe: Recipe) -> Job:
     """Return the run that the options ask for."""
-    names = ("model", "dataset", "seed", "data", "runs", "fresh", "disable", "unofficial_data", "allow_mixed")
+    names = ("model", "dataset", "seed", "fresh", "disable", "allow_mixed")
     return Job(recipe=recipe, **{name: getattr(given, name) for name in names})
+
+
+def place_of(given: argparse.Namespace) -> Place:
+    """Return where the options ask to read, write and compute."""
+    return Place(**{name: getattr(given, name) for name in ("data", "unofficial_data", "runs", "device")})
 
 
 def config(given: argparse.Namespace, recipe: Recipe) -> str:
     """Return all that decides what the run computes, as JSON."""
     values = {
-        "run": job_of(given, recipe).folder(processes=processes()).name,
+        "run": job_of(given, recipe).folder(place_of(given), processes=processes()).name,
         "model": given.model,
         "dataset": given.dataset,
         "seed": given.seed,
@@ -113,7 +112,8 @@ def config(given: argparse.Namespace, recipe: Recipe) -> str:
 def dry_run(given: argparse.Namespace, recipe: Recipe) -> str:
     """Return what would run, its memory, arithmetic and time."""
     device = pick_device(given.device, World())
-    return preview(job_of(given, recipe), device, execution_of(given).on(device)[0])
+    execution = execution_of(given).on(device)[0]
+    return preview(job_of(given, recipe), execution, place_of(given), device)
 
 
 def processes() -> int:
@@ -135,17 +135,16 @@ def summary(record: RunRecord, folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status. Of several processes only rank 0 prints, and only its status is that of the run."""
+    """Run the command; return the exit status. Of several processes only rank 0 prints, and only its status counts."""
     try:
         if speaks():
             return run(arguments)
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             with suppress(SystemExit):
                 run(arguments)
-        return 0
-    except ProcessLost as error:  # whoever is still there says so
-        print(error, file=sys.stderr)
-        return 1
+        return cli.DONE
+    except ProcessLost as error:  # every process that is still there reports it
+        return cli.fail(error)
 
 
 def run(arguments: list[str] | None) -> int:
@@ -154,55 +153,39 @@ def run(arguments: list[str] | None) -> int:
     given = parser.parse_args(arguments)
     if given.list:
         print(list_runs(Path(given.runs)))
-        return 0
+        return cli.DONE
     if given.dataset is None:
         parser.error("the following arguments are required: MODEL, DATASET")
     try:
         recipe, execution = recipe_of(given), execution_of(given)
     except ValueError as error:
         parser.error(str(error))
-    if given.threads is not None:
-        torch.set_num_threads(given.threads)
+    cli.use_threads(given.threads)
     if given.config or given.dry_run:
         try:
             print(config(given, recipe) if given.config else dry_run(given, recipe))
         except BadArgument as error:
             parser.error(str(error))
-        return 0
+        return cli.DONE
     budget = None if given.budget is None else given.budget - (time.monotonic() - STARTED)
     command = sys.orig_argv if arguments is None else [sys.executable, "-m", "memcnn.train", *arguments]
     again = shlex.join(word for word in command if word != "--fresh")
     if launched():
         again = "the same torchrun command"
     try:
-        record = train(
-            given.model,
-            given.dataset,
-            recipe=recipe,
-            seed=given.seed,
-            data=given.data,
-            runs=given.runs,
-            device=given.device,
-            fresh=given.fresh,
-            budget_seconds=budget,
-            disable=given.disable,
-            unofficial_data=given.unofficial_data,
-            allow_mixed=given.allow_mixed,
-            execution=execution,
-        )
+        record = train(job_of(given, recipe), execution, place_of(given), budget_seconds=budget)
     except (BadArgument, BadCheckpoint, MixedExecution) as error:
         parser.error(str(error))
     except (BadData, DataNotFound, FolderBusy, CannotWrite, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        return cli.fail(error)
     except KeyboardInterrupt:
         print(f"Interrupted before training began. Start it with: {again}", file=sys.stderr)
-        return 3
+        return cli.STOPPED
     print(summary(record, Path(given.runs) / record.name), end="" if record.reason else "\n")
     if record.reason:
         verb = "try again from the last good checkpoint" if record.status == "failed" else "go on"
         print(f" ({record.reason}); {verb} with: {again}")
-    return {"complete": 0, "failed": 1, "partial": 3}[record.status]
+    return {"complete": cli.DONE, "failed": cli.FAILED, "partial": cli.STOPPED}[record.status]
 
 
 __getattr__ = absent_names(__name__)

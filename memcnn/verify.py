@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from memcnn import __version__
+from memcnn import __version__, cli
 from memcnn.testing.checks import LAWS
 from memcnn.testing.laws.result import Report
 from memcnn.testing.laws.subject import NotRunnable
@@ -35,8 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _verify(args)
     except Misuse as error:
-        print(f"memcnn.verify: {error}", file=sys.stderr)
-        return 2
+        cli.fail(f"memcnn.verify: {error}")
+        return cli.MISUSE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,7 +82,7 @@ def _verify(args: argparse.Namespace) -> int:
     try:
         laws = args.laws or [law for law in LAWS if law != "log_det" or hasattr(_made(make, base), "forward_log_det")]
         for law in laws:
-            _progress(f"{law} ...")
+            cli.progress(f"{law} ...")
             found = search(make, base, law, modes=MODES[args.mode], vary=args.vary, first_seed=args.seed,
                            max_examples=1 if law == "memory" else args.examples, options=options.get(law, {}))
             findings.append(found)
@@ -90,7 +90,7 @@ def _verify(args: argparse.Namespace) -> int:
     except (NotRunnable, TypeError, ValueError) as error:
         raise Misuse(f"{args.target}: {error}") from error
     finally:
-        _progress("")
+        cli.progress("")
 
     print(report)
     counts = ", ".join(f"{found.law} {found.examples}" for found in findings)
@@ -108,7 +108,7 @@ def _verify(args: argparse.Namespace) -> int:
             print("\n".join(f"    {line}".rstrip() for line in codes[found.law].splitlines()))
     if args.json:
         _write(args.json, args, report, codes, {found.law: found.examples for found in findings})
-    return 0 if report.passed else 1
+    return cli.DONE if report.passed else cli.FAILED
 
 
 def _made(make: object, base) -> nn.Module:
@@ -184,11 +184,6 @@ def _dimensions(text: str) -> tuple[int, ...]:
         return tuple(int(dimension) for dimension in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted numbers of dimensions, such as 0,2,3") from None
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _write(path: Path, args: argparse.Namespace, report: Report, codes: dict[str, str], examples: dict) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from memcnn.datasets import NUM_CLASSES
 from memcnn.models.resnet import MODELS
 from memcnn.training import checkpoint, record
-from memcnn.training.record import NUM_CLASSES, RunRecord
+from memcnn.training.identity import Identity
+from memcnn.training.record import RunRecord
 
 
 def load_trained(
@@ -43,12 +45,10 @@ def load_run(folder: Path, *, device: torch.device | str = "cpu") -> tuple[nn.Mo
     found = record.load(folder)
     path = folder / checkpoint.FILE_NAME
     identity, state = checkpoint.read(path, device=device)
-    wanted = {name: getattr(found, name) for name in ("model", "dataset", "seed", "engine")}
-    wanted |= {"recipe": found.recipe.to_dict(), "data checksums": found.data["checksums"]}
-    checkpoint.refuse_other_run(path, {name: identity.get(name) for name in wanted}, wanted)
+    checkpoint.refuse_other_run(path, identity, Identity.of_record(found), ignoring=["batch_norm_images"])
     model = MODELS[found.model](NUM_CLASSES[found.dataset], disable=not found.engine)
-    model.load_state_dict(state["model"])
-    return model.to(device).eval(), found, state["iteration"]
+    model.load_state_dict(state.model)
+    return model.to(device).eval(), found, state.iteration
 
 
 _ENDS = {"conv1": "stem.0", "bn1": "stem.1", "bn_final": "head.0", "fc": "head.4"}

@@ -13,7 +13,7 @@ from memcnn.training.recipe import Recipe
 from memcnn.training.record import RunRecord, load
 from memcnn.training.stopping import Stop
 from memcnn.training.together import train_together
-from memcnn.training.trainer import Job, train
+from memcnn.training.trainer import Job, Place, train
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,22 @@ class Settings:
 
     def job(self, cell: Cell) -> Job:
         """Return the run of a cell."""
-        return Job(model=cell.model, dataset=cell.dataset, seed=cell.seed, recipe=self.recipe, data=self.data,
-                   runs=self.runs, unofficial_data=self.unofficial_data, allow_mixed=self.allow_mixed)  # fmt: skip
+        return Job(
+            model=cell.model,
+            dataset=cell.dataset,
+            seed=cell.seed,
+            recipe=self.recipe,
+            allow_mixed=self.allow_mixed,
+        )
+
+    def place(self, **others) -> Place:
+        """Return where cells are trained; ``others`` are further fields of a ``Place``."""
+        return Place(data=self.data, unofficial_data=self.unofficial_data, runs=self.runs, **others)
 
     def folder_of(self, cell: Cell) -> Path:
         """Return the folder of a cell's run."""
-        return self.job(cell).folder(data_kind=_data_kind(cell.dataset, self.data, self.unofficial_data, self.recipe))
+        kind = _data_kind(cell.dataset, self.data, self.unofficial_data)
+        return self.job(cell).folder(self.place(), data_kind=kind)
 
     def record_of(self, cell: Cell) -> RunRecord:
         """Return the record of a cell's run.
@@ -83,8 +93,8 @@ class Settings:
 
 
 @cache  # for unofficial files all of them must be read
-def _data_kind(dataset: str, data: str | None, unofficial: bool, recipe: Recipe) -> str:
-    return Job(model="resnet32", dataset=dataset, recipe=recipe, data=data, unofficial_data=unofficial).data_kind
+def _data_kind(dataset: str, data: str | None, unofficial: bool) -> str:
+    return Place(data=data, unofficial_data=unofficial).data_kind(dataset)
 
 
 class Lost(RuntimeError):
@@ -97,10 +107,8 @@ def train_cell(
     """Train a cell in this process, while ``shared_by`` cells share the device."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    return train(cell.model, cell.dataset, recipe=settings.recipe, seed=cell.seed, data=settings.data,
-                 runs=settings.runs, device=device, budget_seconds=settings.remaining_seconds(), shared_by=shared_by,
-                 unofficial_data=settings.unofficial_data, allow_mixed=settings.allow_mixed,
-                 execution=settings.execution, progress=progress)  # fmt: skip
+    place = settings.place(device=device, shared_by=shared_by, progress=progress)
+    return train(settings.job(cell), settings.execution, place, budget_seconds=settings.remaining_seconds())
 
 
 def in_turns(
@@ -128,10 +136,8 @@ def in_turns(
         map(settings.job, cells),
         at_once,
         stop=settings.stop(),
-        device=device,
         execution=settings.execution,
-        shared_by=shared_by,
-        progress=progress,
+        place=settings.place(device=device, shared_by=shared_by, progress=progress),
     )
     for job, outcome in outcomes:
         yield Cell(job.model, job.dataset, job.seed), outcome

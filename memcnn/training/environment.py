@@ -8,6 +8,7 @@ import torch
 
 import memcnn
 from memcnn._torchvision import torchvision
+from memcnn.training.record import Segment
 
 _PACKAGE = Path(memcnn.__file__).resolve().parent
 
@@ -33,8 +34,8 @@ def software_versions() -> dict:
         "memcnn": memcnn.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "torchvision": torchvision.__version__,
-        "cuda": torch.version.cuda,
+        "torchvision": str(torchvision.__version__),
+        "cuda": torch.version.cuda and str(torch.version.cuda),
         "platform": platform.platform(),
     }
 
@@ -45,6 +46,28 @@ def git_state() -> dict:
         return {"commit": None, "clean": None}
     changes = _git("status", "--porcelain", "--", ".")
     return {"commit": _git("rev-parse", "HEAD"), "clean": None if changes is None else changes == ""}
+
+
+def segment_from(iteration: int, *, execution: str, device: torch.device, processes: int, shared_by: int) -> Segment:
+    """Return the segment that begins here and now, without any iterations yet.
+
+    Args:
+        iteration: iterations done before it.
+        execution: how its steps are executed, as ``str(Execution)``.
+        device: the device that trains.
+        processes: how many processes share each batch.
+        shared_by: how many runs share the device.
+    """
+    return Segment(
+        first=iteration,
+        last=iteration,
+        execution=execution,
+        device={**device_info(device), "count": processes},
+        software=software_versions(),
+        **git_state(),
+        shared_by=shared_by,
+        train_seconds=0.0,
+    )
 
 
 def _git(*arguments: str) -> str | None:

@@ -1,4 +1,4 @@
-"""A run's folder: files replaced so that nobody sees half of one, and one writer at a time."""
+"""A run's folder: files that are replaced as a whole, and one writer at a time."""
 
 import json
 import os
@@ -9,21 +9,26 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from memcnn.training.text import clean
 
-try:
-    import fcntl
-except ImportError:  # Windows: the folder is not locked
-    fcntl = None
-
 LOCK = ".lock"
+HOLDER = ".holder"
+"""Names the process that holds the lock. It is a file of its own: some systems let nobody read a locked file."""
 
 
 def write_by_rename(path: Path, content: bytes, *, keep: Path | None = None) -> None:
-    """Replace `path` by `content`: written beside it, flushed to the disk, then renamed over it.
+    """Replace the content of a file: write a new one beside it, flush that to the disk, rename it over the old one.
 
-    keep: where the file that was at `path` goes. Where writing fails, as on a full disk, both are as they were, and
-    nothing is left beside them.
+    If writing fails, as on a full disk, the old files stay as they were, and nothing is left beside them.
+
+    Args:
+        path: the file.
+        content: its new content.
+        keep: where to move the old file; None to drop it.
+    Raises:
+        OSError: the file cannot be written. The error names ``path``.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -38,7 +43,7 @@ def write_by_rename(path: Path, content: bytes, *, keep: Path | None = None) -> 
         with suppress(OSError):
             temporary.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
-    if os.name == "posix":  # the renaming itself reaches the disk
+    if os.name == "posix":  # flush the renaming as well
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -47,7 +52,8 @@ def write_by_rename(path: Path, content: bytes, *, keep: Path | None = None) -> 
 
 
 def move_aside(folder: Path) -> Path:
-    """Rename `folder` to the first free of NAME.old-1, NAME.old-2, ...; the new path."""
+    """Rename a folder to the first free one of NAME.old-1, NAME.old-2, ...; return the new path."""
+    (folder / HOLDER).unlink(missing_ok=True)
     number = 1
     while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
@@ -60,50 +66,57 @@ class FolderBusy(RuntimeError):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[str | None]:
-    """Hold `folder`, made when missing, for this process alone; FolderBusy, with the holder, while another one has it.
+    """Hold a folder for this process alone; create it if it is missing.
 
-    The lock is the kernel's and ends with its process, however that ends; on a network file system it is the server's
-    (Linux locks NFS files there). What is written in it only says who holds it. Yields who held it last and ended
-    without letting go, None where nobody did.
+    The operating system releases the lock when its process ends, however that ends. The holder's name lies in a file
+    beside the lock, for people to read. A name that is still there when the lock is free is that of a dead process.
+
+    Yields:
+        The process that held the folder last, if it ended without releasing it; None otherwise.
+    Raises:
+        FolderBusy: another process holds the folder. The message names it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield None
-        return
-    with _lock(folder) as file:
-        dead = _read(os.pread(file, 1000, 0))
+    lock, identity = _acquire(folder)
+    try:
+        dead = holder(folder)
         since = datetime.now(timezone.utc).isoformat()
-        _write(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+        content = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+        write_by_rename(folder / HOLDER, content.encode())
         try:
             yield None if dead is None else str(dead)
         finally:
-            with suppress(OSError):  # of a full disk, or one that has gone: the lock ends all the same
-                _write(file, "")
+            with suppress(OSError):  # the disk may have gone; the lock ends all the same
+                if os.path.samestat(folder.stat(), identity):  # not moved aside meanwhile
+                    (folder / HOLDER).unlink()
+    finally:
+        lock.release()
 
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[int]:
-    """The descriptor of the folder's lock file, locked."""
-    path = folder / LOCK
+def _acquire(folder: Path) -> tuple[FileLock, os.stat_result]:
+    """Return the lock of a folder, acquired, and the folder's identity.
+
+    Another process may move the folder aside between our opening its lock file and locking it. Then the lock is that of
+    the folder aside, and we try again with the one that has the name now.
+    """
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
         try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = _read(os.pread(file, 1000, 0)) or "another process"
-                raise FolderBusy(f"{holder} is training in {folder}") from None
-            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-                yield file
-                return
-        finally:
-            os.close(file)
-        folder.mkdir(parents=True, exist_ok=True)  # the folder was moved aside in between: lock the one that is there
+            identity = folder.stat()
+            lock.acquire()
+            if os.path.samestat(identity, folder.stat()):
+                return lock, identity
+        except Timeout:
+            raise FolderBusy(f"{holder(folder) or 'another process'} is training in {folder}") from None
+        except FileNotFoundError:
+            if folder.exists():
+                raise
+        lock.release()
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that has written itself into a folder's lock."""
+    """A process that holds a folder, or held it and ended without releasing it."""
 
     pid: int
     host: str
@@ -114,7 +127,7 @@ class Holder:
 
     @property
     def lives(self) -> bool | None:
-        """Whether there is such a process; None where that cannot be known, as of another machine."""
+        """Whether there is such a process; None if that cannot be known, as for another machine."""
         if self.host != socket.gethostname() or os.name != "posix":
             return None
         try:
@@ -127,21 +140,9 @@ class Holder:
 
 
 def holder(folder: Path) -> Holder | None:
-    """Who trains in the folder, or did and ended without letting go."""
+    """Return the process that holds the folder, or that ended without releasing it; None if there is none."""
     try:
-        return _read((folder / LOCK).read_bytes()[:1000])
-    except OSError:
-        return None
-
-
-def _read(content: bytes) -> Holder | None:
-    try:
-        values = json.loads(content)
+        values = json.loads((folder / HOLDER).read_bytes()[:1000])
         return Holder(int(values["pid"]), clean(values["host"]), datetime.fromisoformat(values["since"]))
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-
-
-def _write(file: int, text: str) -> None:
-    os.ftruncate(file, 0)
-    os.pwrite(file, text.encode(), 0)

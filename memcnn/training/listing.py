@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from memcnn.training.files import LOCK, holder
+from memcnn.training.files import HOLDER, holder
 from memcnn.training.record import RunRecord, load_all
 from memcnn.training.text import clean
 
@@ -15,7 +15,7 @@ def list_runs(folder: Path) -> str:
     records, problems = load_all(folder)
     rows = {path.name: (path, record) for path, record in records}
     bad = {Path(problem.partition(": ")[0]).parent.name for problem in problems}
-    begun = [path.parent for path in folder.glob(f"*/{LOCK}") if path.parent.name not in {*rows, *bad}]
+    begun = [path.parent for path in folder.glob(f"*/{HOLDER}") if path.parent.name not in {*rows, *bad}]
     rows |= {path.name: (path, None) for path in begun if holder(path)}
     if not rows and not problems:
         return f"no runs in {folder}"

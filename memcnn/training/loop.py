@@ -4,151 +4,125 @@ All randomness comes from the seed: the initial weights from torch's generator s
 flips of an epoch from the counter (seed, epoch). A checkpoint therefore needs no generator state.
 """
 
-import copy
-import csv
-import io
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 from memcnn import data as cifar
 from memcnn.models.resnet import MODELS
-from memcnn.testing.memory import measure_step_memory
 from memcnn.training import checkpoint, record
-from memcnn.training.distributed import World
-from memcnn.training.environment import device_info, git_state, software_versions
-from memcnn.training.execution import Execution
-from memcnn.training.files import write_by_rename
+from memcnn.training.environment import segment_from
+from memcnn.training.finite import NotFinite, check_weights
 from memcnn.training.progress import Progress
-from memcnn.training.recipe import Recipe
-from memcnn.training.record import RunRecord, Segment
+from memcnn.training.record import RunRecord
+from memcnn.training.results import COLUMNS, record_of, write_curve
+from memcnn.training.saving import Saving
+from memcnn.training.setting import Setting
+from memcnn.training.starting import Start
 from memcnn.training.state import State
 from memcnn.training.step import Evaluation, TrainingStep
-from memcnn.training.stopping import Stop
+from memcnn.training.step_memory import step_memory
 from memcnn.training.tensorboard import TensorBoard
-from memcnn.training.turns import Clock, Lane, Turns
+from memcnn.training.turns import Lane, Turns
 
-COLUMNS = ("iteration", "epoch", "learning_rate", "train_loss", "test_loss", "test_accuracy", "train_seconds")
-CHECKPOINT_SECONDS = 20.0
-"""Time between two checkpoints of a run in training, apart from those after evaluations."""
-CHECKPOINT_SHARE = 0.03
-"""Where saving is slow, checkpoints are written less often, so that they take at most this share of the time."""
 CHECKPOINT_DUE = "a checkpoint is due"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What the runs of a process have in common.
-
-    Attributes:
-        device: the device that trains.
-        execution: how steps are executed there; its settings are in force.
-        world: the processes that share each batch.
-        stop: the stop of all runs.
-        clock: the clock of training time.
-        shared_by: how many runs share the device at least; more if more than that are `running` here.
-        shown: whether progress is shown.
-        running: the runs that are under way in this process.
-        images: the images on the device, by data set and where they are from, which all runs read. They stay until the
-            last run has ended. Copying them waits for the copy, so that every stream may read them afterwards.
-    """
-
-    device: torch.device
-    execution: Execution
-    world: World
-    stop: Stop
-    clock: Clock = field(default_factory=Clock)
-    shared_by: int = 1
-    shown: bool = False
-    running: list["Run"] = field(default_factory=list)
-    images: dict[tuple, cifar.Data] = field(default_factory=dict)
-
-
 class Run:
-    """A run in memory: model, training step, counters, and the rows of its curve.
+    """A run in memory: model, training step, state, and the files that it writes.
 
     With several processes each has a Run, and all go through it in step. Only rank 0 reads and writes the folder; curve
     and counters are the same in all.
 
     Args:
-        folder: the run's folder, locked.
-        identity: what makes the run this run; its checkpoint must have the same.
-        recipe: what to compute.
-        data: the images, on the training device.
+        start: the job, its folder (locked), its identity and its images.
         setting: what the run has in common with the others of this process.
         lane: where the work of the run goes.
-        allow_mixed: go on even where the run was executed differently so far.
     Raises:
-        BadCheckpoint: when the folder holds another run, or a checkpoint that cannot be read.
-        MixedExecution: when the run was executed differently so far.
+        BadCheckpoint: the folder holds another run, or a checkpoint that cannot be read.
+        MixedExecution: the run was executed differently so far, and the job does not allow that.
     """
 
-    def __init__(
-        self, folder: Path, identity: dict, recipe: Recipe, data: cifar.Data, setting: Setting, lane: Lane,
-        *, allow_mixed: bool = False,
-    ) -> None:  # fmt: skip
-        self.folder, self.recipe, self.data, self.setting, self.lane = folder, recipe, data, setting, lane
-        self.device, self.world = setting.device, setting.world
-        self.identity = {**identity, "data checksums": data.checksums}
-        if self.world.size > 1 and not setting.execution.sync_batch_norm:
-            self.identity["images that BatchNorm sees"] = recipe.batch_size // self.world.size
-        self.batches = len(data.train_images) // recipe.batch_size  # of an epoch; the remainder is left out
-        self.plan_epoch, self.plan = None, None
-        self.save_seconds = 1.0  # what a stop allows for a checkpoint; a guess until the first
-        self.checkpoint_seconds = 0.0  # what the last checkpoint took
-        self.saved_at, self.saved_iteration = time.monotonic(), -1
+    def __init__(self, start: Start, setting: Setting, lane: Lane) -> None:
+        self.start, self.setting, self.lane = start, setting, lane
+        self.identity, self.recipe, self.data = start.identity, start.job.recipe, start.images
+        self.folder, self.device, self.world = start.folder, setting.device, setting.world
+        self.batches = len(self.data.train_images) // self.recipe.batch_size  # of an epoch; the remainder is left out
+        self.epoch_plan = 0, self._plan_of(0)
+        self.saving = Saving(self.folder if self.world.is_first else None, self.identity)
 
-        saved = self.world.from_first(lambda: checkpoint.load(folder, self.identity, device="cpu"))
-        here = self._segment_from(0 if saved is None else saved["iteration"])
+        saved = self.world.from_first(lambda: checkpoint.load(self.folder, self.identity, device="cpu"))
         if saved is not None:
-            self.state = State.from_checkpoint(saved, written=self.world.from_first(self._written), here=here)
-            self.state.begin(here, allow_mixed=allow_mixed)
-            self.state.interruptions += 1
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(identity["seed"])
-            self.model = MODELS[identity["model"]](data.num_classes, disable=not identity["engine"])
-        # on a CPU a step takes a fifth less time with the channels innermost, and a GPU's fast kernels want them there
-        self.model.to(self.device, memory_format=torch.channels_last).train()
-        if saved is None:
-            started = time.perf_counter()
-            self.state = State(memory=self._measure_memory(), step_seconds=time.perf_counter() - started)
-            self.state.begin(here, allow_mixed=False)
-        self.training_step = TrainingStep(
-            self.model, recipe, data, setting.execution, forward=self.world.spread(self.model, setting.execution)
-        )
+            self._take_up(saved)
+        self.model = self._new_model()
+        measured = None if saved is not None else self._measure_memory()
+        forward = self.world.spread(self.model, setting.execution)
+        self.training_step = TrainingStep(self.model, self.recipe, self.data, setting.execution, forward=forward)
         if saved is not None:
-            self._load(saved)
+            self._load_tensors(saved)
+        self.state = saved or self._new_state(*measured)
         self.evaluation = Evaluation(
-            self.model, data, setting.execution, images=recipe.test_images, share=self.world.share
+            self.model, self.data, setting.execution, images=self.recipe.test_images, share=self.world.share
         )
         self.progress = Progress(
-            folder.name,
-            iterations=recipe.iterations,
+            self.folder.name,
+            iterations=self.recipe.iterations,
             done=self.state.iteration,
-            batch_size=recipe.batch_size,
+            batch_size=self.recipe.batch_size,
             shown=setting.shown and self.world.is_first,
         )
         self.writer = None
         if self.world.is_first:
-            self.writer = TensorBoard(folder / "tensorboard", first=self.state.last_evaluation + 1)
+            self.writer = TensorBoard(self.folder / "tensorboard", first=self.state.last_evaluation + 1)
 
-    def _segment_from(self, iteration: int) -> Segment:
-        versions = software_versions().items()
-        return Segment(
-            first=iteration,
-            last=iteration,
-            execution=str(self.setting.execution),
-            device={**device_info(self.device), "count": self.world.size},
-            software={name: value and str(value) for name, value in versions},  # torch's own type cannot be saved
-            **git_state(),
-            shared_by=self.setting.shared_by,
-            train_seconds=0.0,
+    def _new_model(self) -> nn.Module:
+        """Return the network with the initial weights of its seed, on the device, in training mode."""
+        job = self.start.job
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(job.seed)
+            model = MODELS[job.model](self.data.num_classes, disable=job.disable)
+        # on a CPU a step takes a fifth less time with the channels innermost, and a GPU's fast kernels want them there
+        return model.to(self.device, memory_format=torch.channels_last).train()
+
+    def _take_up(self, state: State) -> None:
+        """Begin a new segment of a saved state."""
+        here = self._segment_from(state.iteration)
+        state.assign(written=self.world.from_first(self._written), here=here)
+        state.begin(here, allow_mixed=self.start.job.allow_mixed)
+        state.interruptions += 1
+
+    def _load_tensors(self, state: State) -> None:
+        self.model.load_state_dict(state.model)
+        self.training_step.load_state_dict(state.optimizer, iteration=state.iteration)
+        if self.world.is_first:  # it is the sum over all processes
+            self.training_step.totals.copy_(state.window)
+        state.take(**self._tensors())
+
+    def _new_state(self, memory: dict[str, int], step_seconds: float) -> State:
+        state = State(memory=memory, step_seconds=step_seconds, **self._tensors())
+        state.begin(self._segment_from(0), allow_mixed=False)
+        return state
+
+    def _tensors(self) -> dict:
+        """Return the tensors of a checkpoint as they are now."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.training_step.state_dict(),
+            "window": self.world.summed(self.training_step.totals),
+        }
+
+    def _segment_from(self, iteration: int) -> record.Segment:
+        setting = self.setting
+        return segment_from(
+            iteration,
+            execution=str(setting.execution),
+            device=self.device,
+            processes=self.world.size,
+            shared_by=setting.place.shared_by,
         )
 
     def _written(self) -> RunRecord | None:
@@ -157,23 +131,13 @@ class Run:
         except record.BadRecord:
             return None
 
-    def _measure_memory(self) -> dict:
-        model = copy.deepcopy(self.model)
-        images, labels = cifar.batch(self.data, self._batch_plan(0), pad=self.recipe.pad)
-        images = images.contiguous(memory_format=torch.channels_last)
-
-        def step() -> None:
-            with self.setting.execution.autocast(self.device):
-                loss = F.cross_entropy(model(images), labels)
-            loss.backward()
-
-        return asdict(measure_step_memory(model, step))
-
-    def _load(self, saved: dict) -> None:
-        self.model.load_state_dict(saved["model"])
-        self.training_step.load_state_dict(saved["optimizer"], iteration=self.state.iteration)
-        if self.world.is_first:  # it is the sum over all processes
-            self.training_step.totals.copy_(saved["window"])
+    def _measure_memory(self) -> tuple[dict[str, int], float]:
+        """Return the bytes of a step, and the seconds that measuring them took."""
+        started = time.perf_counter()
+        memory = step_memory(
+            self.model, self.data, self._batch_plan(0), pad=self.recipe.pad, execution=self.setting.execution
+        )
+        return memory, time.perf_counter() - started
 
     def turns(self) -> Turns[RunRecord]:
         """Train from where the run is to its end or its stop."""
@@ -191,7 +155,7 @@ class Run:
                     if self.state.iteration < self.recipe.iterations:
                         self._write_record("partial", None)
                 return self._write_record("complete", None)
-        except _NotFinite as fault:
+        except NotFinite as fault:
             return self._write_record("failed", str(fault))
 
     @contextmanager
@@ -216,7 +180,7 @@ class Run:
             return None
         if reason := self.world.agreed(self._stop_reason(0.0)):
             return reason
-        what, started = f"{words.capitalize()} {self.identity['model']}", time.perf_counter()
+        what, started = f"{words.capitalize()} {self.start.job.model}", time.perf_counter()
         self.progress.say(f"{what} ...")
         iteration = self.state.iteration
         try:
@@ -265,15 +229,17 @@ class Run:
             state.count(seconds=clock.now() - since, shared_by=shared_by)
 
     def _batch_plan(self, iteration: int) -> cifar.EpochPlan:
-        """Return what happens to the images that this process has in an iteration."""
+        """Return this process's share of the batch of an iteration."""
         epoch, index = divmod(iteration, self.batches)
-        recipe = self.recipe
-        if epoch != self.plan_epoch:
-            seed, images = self.identity["seed"], len(self.data.train_images)
-            plan = cifar.epoch_plan(seed, epoch, images, pad=recipe.pad, flip=recipe.flip)
-            self.plan, self.plan_epoch = self.lane.copy(plan), epoch
-        first, share = index * recipe.batch_size, self.world.share(recipe.batch_size)
-        return self.plan.part(first + share.start, first + share.stop)
+        if epoch != self.epoch_plan[0]:
+            self.epoch_plan = epoch, self._plan_of(epoch)
+        size, share = self.recipe.batch_size, self.world.share(self.recipe.batch_size)
+        return self.epoch_plan[1].part(index * size + share.start, index * size + share.stop)
+
+    def _plan_of(self, epoch: int) -> cifar.EpochPlan:
+        images = len(self.data.train_images)
+        plan = cifar.epoch_plan(self.start.job.seed, epoch, images, pad=self.recipe.pad, flip=self.recipe.flip)
+        return self.lane.copy(plan)
 
     def step(self) -> bool:
         """Launch one step; return whether it is time to look at the losses."""
@@ -299,23 +265,19 @@ class Run:
         if found:
             iteration, loss = min(found)
             self.state.iteration = int(iteration) - 1
-            raise _NotFinite(f"loss is {loss} at iteration {int(iteration)}")
+            raise NotFinite(f"loss is {loss} at iteration {int(iteration)}")
 
     def _stop_reason(self, needed_seconds: float) -> str | None:
         return self.setting.stop.reason(
-            needed_seconds=needed_seconds + sum(run.save_seconds for run in self.setting.running)
+            needed_seconds=needed_seconds + sum(run.saving.allowance_seconds for run in self.setting.running)
         )
 
     def _interruption(self, step_seconds: float) -> str | None:
         """Return why training must pause before a step: a stop, or a checkpoint that is due."""
         reason = self._stop_reason(step_seconds)
-        if reason is None and self.world.is_first and self._checkpoint_is_due():
+        if reason is None and self.world.is_first and self.saving.is_due(self.state.iteration):
             reason = CHECKPOINT_DUE
         return self.world.agreed(reason)
-
-    def _checkpoint_is_due(self) -> bool:
-        between = max(CHECKPOINT_SECONDS, self.checkpoint_seconds / CHECKPOINT_SHARE)
-        return time.monotonic() - self.saved_at > between and self.saved_iteration != self.state.iteration
 
     def _evaluate(self) -> Turns[str | None]:
         """Add a row to the curve; return why the run had to stop before that, None if it did not."""
@@ -338,7 +300,7 @@ class Run:
         loss, correct = self.world.summed(self.evaluation.totals).tolist()
         test_loss, test_accuracy = loss / count, 100 * correct / count
         if not math.isfinite(test_loss):
-            raise _NotFinite(f"test loss is {test_loss} at iteration {self.state.iteration}")
+            raise NotFinite(f"test loss is {test_loss} at iteration {self.state.iteration}")
         self._add_row(test_loss, test_accuracy)
         return None
 
@@ -366,57 +328,18 @@ class Run:
         started = time.perf_counter()
         self.check_losses()
         self.world.take_from_first(self.model.buffers())
-        self._check_weights()
-        saved = {**vars(self.state), "train_seconds": self.state.train_seconds}
-        saved["window"] = self.world.summed(self.training_step.totals)
-        saved |= {"model": self.model.state_dict(), "optimizer": self.training_step.state_dict()}
-        if self.world.is_first:
-            checkpoint.save(self.folder, self.identity, saved)
-        self.checkpoint_seconds = time.perf_counter() - started
-        self.save_seconds = 0.5 + self.checkpoint_seconds
-        self.saved_at, self.saved_iteration = time.monotonic(), self.state.iteration
-
-    def _check_weights(self) -> None:
-        values = {name: value for name, value in self.model.state_dict().items() if value.is_floating_point()}
-        finite = torch.stack([value.isfinite().all() for value in values.values()]).tolist()
-        for name, good in zip(values, finite, strict=True):
-            if not good:
-                raise _NotFinite(f"{name} is not finite after iteration {self.state.iteration}")
+        check_weights(self.model, self.state.iteration)
+        self.state.take(**self._tensors())
+        self.saving.save(self.state, started=started)
 
     def _write_record(self, status: str, reason: str | None) -> RunRecord:
-        state, here = self.state, self.state.segments[-1]
-        here["last"] = state.iteration  # a loss that is not finite takes iterations back
-        last = state.rows[-1] if state.rows else {}
-        result = RunRecord(
-            **{name: self.identity[name] for name in ("model", "dataset", "seed", "engine")},
-            recipe=self.recipe,
-            status=status,
-            reason=reason,
-            iterations=state.iteration,
-            test_accuracy=last.get("test_accuracy"),
-            test_loss=last.get("test_loss"),
-            test_iteration=last.get("iteration"),
-            train_seconds=state.train_seconds,
-            interruptions=state.interruptions,
-            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
-            **state.memory,
-            **{name: here[name] for name in ("device", "commit", "clean")},
-            software={**here["software"], "execution": here["execution"]},
-            data={"official": self.data.official, "checksums": self.data.checksums},
-            segments=tuple(Segment.from_dict(segment) for segment in state.segments),
+        """Write record and curve; return the record."""
+        self.state.count(seconds=0.0, shared_by=1)  # a loss that is not finite has taken iterations back
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        result = record_of(
+            self.state, self.identity, self.recipe, self.data, parameters=parameters, outcome=(status, reason)
         )
         if self.world.is_first:
-            self._write_curve()
+            write_curve(self.folder, self.state.rows)
             result.write(self.folder)
         return result
-
-    def _write_curve(self) -> None:
-        text = io.StringIO()
-        curve = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        curve.writeheader()
-        curve.writerows(self.state.rows)
-        write_by_rename(self.folder / "curve.csv", text.getvalue().encode())
-
-
-class _NotFinite(Exception):
-    """Training has failed: a loss or a weight is not finite."""

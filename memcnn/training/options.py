@@ -1,41 +1,25 @@
-"""Options of command lines that train: their types, the hyper-parameters of a recipe, and how steps are executed."""
+"""Options of command lines that train: the hyper-parameters of a recipe, and how steps are executed."""
 
 import argparse
 import os
-import re
 from dataclasses import fields, replace
 
 import torch
 
+from memcnn.cli import count, count_or_all, duration, iterations_list
 from memcnn.training.execution import PRECISIONS, Execution
 from memcnn.training.recipe import RECIPES, Recipe, override
 
-
-def duration(text: str) -> float:
-    """Return the seconds in "90", "90s", "9m", "1h30m"."""
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
-    if not match or not any(match.groups()):
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a time like 90s, 9m or 1h30m")
-    hours, minutes, seconds = (float(group or 0) for group in match.groups())
-    return 3600 * hours + 60 * minutes + seconds
-
-
-def iterations_list(text: str) -> tuple[int, ...]:
-    """Return the numbers in "40000,60000"."""
-    return tuple(int(word) for word in text.split(",") if word)
-
-
-def count(text: str) -> int:
-    """Return the number in ``text``, which must be at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number of at least 1")
-    return int(text)
-
-
-def count_or_all(text: str) -> int | None:
-    """Return the number in ``text``, or None for "all"."""
-    return None if text == "all" else count(text)
-
+__all__ = [
+    "HYPERPARAMETERS",
+    "add_execution_options",
+    "add_hyper_parameters",
+    "count",
+    "duration",
+    "execution_of",
+    "explicit_execution",
+    "recipe_of",
+]
 
 HYPERPARAMETERS = {
     "batch_size": (int, "images of an iteration"),
@@ -62,7 +46,7 @@ def add_hyper_parameters(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_of(given: argparse.Namespace) -> Recipe:
-    """Return the recipe that the options ask for; ValueError when a value is out of range."""
+    """Return the recipe that the options ask for; raise ValueError if a value is out of range."""
     changes = {name: value for name, value in vars(given).items() if name in HYPERPARAMETERS}
     return override(RECIPES[given.recipe], **changes)
 

@@ -1,6 +1,7 @@
 """What a run would be and need, before anything of it is written."""
 
 import time
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -9,23 +10,23 @@ import torch
 from torch import nn
 
 from memcnn import data as cifar
+from memcnn.memory import predict_step_memory, step_flops
 from memcnn.models.resnet import MODELS
-from memcnn.testing.prediction import predict_step_memory, step_flops
 from memcnn.training import checkpoint
 from memcnn.training.environment import device_info
 from memcnn.training.execution import Execution
 from memcnn.training.files import holder
+from memcnn.training.job import Job, Place
 from memcnn.training.recipe import Recipe
-from memcnn.training.record import NUM_CLASSES, load_all
+from memcnn.training.record import load_all
 from memcnn.training.step import FUSED_DEVICES, TrainingStep
-from memcnn.training.trainer import Job
 
 TIMED_STEPS, TIMED_SECONDS = 5, 10.0  # so many steps, unless they take longer
 LEAST_ITERATIONS = 100  # of a segment whose time is representative
 MIB = 2**20
 
 
-def preview(job: Job, device: torch.device, execution: Execution) -> str:
+def preview(job: Job, execution: Execution, place: Place, device: torch.device) -> str:
     """Return lines on a run: where it would go on, parameters, peak memory, arithmetic and time. Writes nothing.
 
     Memory and arithmetic are predicted on fake tensors. The time is that of an equal run, with the same model, batch,
@@ -33,14 +34,15 @@ def preview(job: Job, device: torch.device, execution: Execution) -> str:
 
     Args:
         job: the run.
-        device: the device that would train it.
-        execution: how steps would be executed there.
+        execution: how steps would be executed on the device.
+        place: where data and runs are.
+        device: the device that would train.
     """
-    folder, recipe = job.folder(), job.recipe
+    folder, recipe = job.folder(place), job.recipe
     left, state = _state(folder, recipe)
 
     def make_model() -> nn.Module:
-        return MODELS[job.model](NUM_CLASSES[job.dataset], disable=job.disable)
+        return MODELS[job.model](cifar.NUM_CLASSES[job.dataset], disable=job.disable)
 
     def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
         images = torch.zeros(recipe.batch_size, 3, 32, 32)
@@ -50,8 +52,8 @@ def preview(job: Job, device: torch.device, execution: Execution) -> str:
     autocast = torch.bfloat16 if execution.precision == "bf16" else None
     memory = predict_step_memory(make_model, make_batch, optimizer=sgd, autocast=autocast, device=device.type)
     flops = step_flops(make_model, make_batch, autocast=autocast)
-    timed = step_seconds_of_records(job, device, execution)
-    seconds, source = timed or _measured(make_model(), NUM_CLASSES[job.dataset], recipe, device, execution)
+    timed = step_seconds_of_records(job, execution, replace(place, shared_by=1), device)
+    seconds, source = timed or _measured(make_model(), cifar.NUM_CLASSES[job.dataset], recipe, device, execution)
     parameters = sum(parameter.numel() for parameter in make_model().parameters())
     mib, activation_mib = memory.peak_bytes / MIB, memory.activation_bytes / MIB
     lines = {
@@ -76,7 +78,7 @@ def _state(folder: Path, recipe: Recipe) -> tuple[int, str]:
     if not (folder / checkpoint.FILE_NAME).exists():
         return recipe.iterations, "would begin"
     try:
-        done = checkpoint.read(folder / checkpoint.FILE_NAME)[1]["iteration"]
+        done = checkpoint.read(folder / checkpoint.FILE_NAME)[1].iteration
     except checkpoint.BadCheckpoint as error:
         return recipe.iterations, str(error)
     if done == recipe.iterations:
@@ -85,20 +87,20 @@ def _state(folder: Path, recipe: Recipe) -> tuple[int, str]:
 
 
 def step_seconds_of_records(
-    job: Job, device: torch.device, execution: Execution, *, shared_by: int = 1
+    job: Job, execution: Execution, place: Place, device: torch.device
 ) -> tuple[float, str] | None:
     """Return the seconds a step in the longest segment that was executed like this job, and in which run that is.
 
     Args:
-        job: the model, its batch size, and the folder of runs to look in.
-        device: the device that trains; a segment counts only if it was computed on an equal one.
+        job: the model and its batch size.
         execution: how steps are executed.
-        shared_by: how many runs share the device.
+        place: the folder of runs to look in, and how many runs share the device.
+        device: the device that trains; a segment counts only if it was computed on an equal one.
     """
-    wanted = (device_info(device), str(execution), shared_by)
+    wanted = (device_info(device), str(execution), place.shared_by)
     alike = [
         (segment.iterations, segment.train_seconds / segment.iterations, f"in {folder.name}")
-        for folder, found in load_all(job.runs)[0]
+        for folder, found in load_all(place.runs)[0]
         if (found.model, found.recipe.batch_size, found.engine) == (job.model, job.recipe.batch_size, not job.disable)
         for segment in found.segments
         if segment.iterations >= LEAST_ITERATIONS

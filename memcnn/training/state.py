@@ -1,64 +1,101 @@
-"""The counters of a run, which its checkpoint holds beside weights, momenta and sums."""
+"""The state of a run: everything that it needs to go on, and exactly what its checkpoint holds."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
-from memcnn.training.record import RunRecord, Segment
+from torch import Tensor
+
+from memcnn.training.record import PLAIN, RunRecord, Segment
 
 
 class MixedExecution(ValueError):
     """A run would go on in another execution, or on another type of device, than it was computed with so far."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class State:
-    """How far a run is, and how it was computed.
+    """How far a run is, how it was computed, and the tensors from which it goes on.
+
+    The network itself changes at every step. `model`, `optimizer` and `window` are its values when the last checkpoint
+    was written or read.
 
     Attributes:
-        memory: bytes of one training step, as ``memcnn.testing.memory.StepMemory`` names them.
+        memory: bytes of one training step, as ``StepMemory`` names them.
         step_seconds: an upper estimate of the time between two steps.
+        model: the network's state dict.
+        optimizer: the optimizer's state dict, in the form that all executions share.
+        window: summed loss and correct predictions since the last evaluation, float64 of shape (2,).
         iteration: iterations done.
         rows: the rows of the curve, one for each evaluation.
         interruptions: how often the run was resumed.
-        segments: the segments of the record, each as a dict; the last one grows.
+        segments: how each part of the run was computed; the last one grows.
+        unassigned_seconds: training time that belongs to no segment. Only checkpoints of the first version have it,
+            until `assign` finds out how it was computed.
     """
 
-    memory: dict
+    memory: dict[str, int]
     step_seconds: float
+    model: dict[str, Tensor]
+    optimizer: dict
+    window: Tensor
     iteration: int = 0
     rows: list[dict] = field(default_factory=list)
     interruptions: int = 0
-    segments: list[dict] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    unassigned_seconds: float = 0.0
+
+    def to_dict(self) -> dict:
+        """Return plain values and tensors, as a checkpoint holds them. Tensors are not copied."""
+        return {**vars(self), "segments": [asdict(segment) for segment in self.segments]}
 
     @classmethod
-    def from_checkpoint(cls, values: dict, *, written: RunRecord | None, here: Segment) -> "State":
-        """Return the state in a checkpoint.
+    def from_dict(cls, values: dict) -> "State":
+        """Return the state in a checkpoint of this version or an earlier one.
 
-        Args:
-            values: the checkpoint's contents.
-            written: the record beside it, if there is one. Checkpoints of earlier versions hold the training time only,
-                without segments: how they were computed is in the record.
-            here: the segment that begins now, whose device stands for an unknown one.
+        Raises:
+            KeyError, TypeError, ValueError: the values are not those of a state.
         """
-        names = [one.name for one in fields(cls) if one.name != "segments"]
-        segments = values.get("segments")
-        if segments is None:
-            segments = _segments_of_earlier_versions(values, written, here)
-        return cls(**{name: values[name] for name in names}, segments=segments)
+        names = {one.name for one in fields(cls)} - {"segments", "unassigned_seconds"}
+        if "segments" in values:
+            segments, seconds = [Segment.from_dict(one) for one in values["segments"]], 0.0
+        else:
+            segments, seconds = [], values["train_seconds"]
+        return cls(**{name: values[name] for name in names}, segments=segments, unassigned_seconds=seconds)
 
     @property
     def train_seconds(self) -> float:
         """Seconds of training in all segments."""
-        return sum(segment["train_seconds"] for segment in self.segments)
+        return self.unassigned_seconds + sum(segment.train_seconds for segment in self.segments)
 
     @property
     def last_evaluation(self) -> int:
         """Iterations done at the last evaluation, 0 before the first."""
         return self.rows[-1]["iteration"] if self.rows else 0
 
+    def assign(self, *, written: RunRecord | None, here: Segment) -> None:
+        """Make one segment of everything that a checkpoint of the first version did.
+
+        Args:
+            written: the record beside the checkpoint, which says how its last part was computed. None if there is none;
+                then we assume the default execution.
+            here: the segment that begins now. Its device stands for an unknown one.
+        """
+        if self.segments or not self.iteration:
+            return
+        known = replace(here, execution=PLAIN) if written is None else written.segments[-1]
+        seconds, self.unassigned_seconds = self.unassigned_seconds, 0.0
+        self.segments = [replace(known, first=0, last=self.iteration, shared_by=1, train_seconds=seconds)]
+
     def begin(self, here: Segment, *, allow_mixed: bool) -> None:
-        """Append the segment that begins now; MixedExecution where it is computed differently and may not be."""
-        self.segments = [segment for segment in self.segments if segment["last"] > segment["first"]]
-        before = {(segment["execution"], segment["device"]["type"]) for segment in self.segments}
+        """Append the segment that begins now.
+
+        Args:
+            here: the segment.
+            allow_mixed: accept an execution, or a type of device, that differs from those of earlier segments.
+        Raises:
+            MixedExecution: it differs, and that is not allowed.
+        """
+        self.segments = [segment for segment in self.segments if segment.iterations]
+        before = {(segment.execution, segment.device["type"]) for segment in self.segments}
         if before - {(here.execution, here.device["type"])} and not allow_mixed:
             done = "; ".join(f"{execution} on {device}" for execution, device in sorted(before))
             raise MixedExecution(
@@ -66,21 +103,23 @@ class State:
                 f"{here.execution} on {here.device['type']}. Ask for the same execution, or give --allow-mixed: then "
                 "the record lists both, and the table marks the run. --fresh begins anew."
             )
-        self.segments.append(asdict(here))
+        self.segments.append(here)
+
+    def take(self, *, model: dict[str, Tensor], optimizer: dict, window: Tensor) -> None:
+        """Take the present tensors, for a checkpoint."""
+        self.model, self.optimizer, self.window = model, optimizer, window
 
     def count(self, *, seconds: float, shared_by: int) -> None:
-        """Add training time up to the present iteration, in which `shared_by` runs shared the device."""
-        segment = self.segments[-1]
-        segment["last"] = self.iteration
-        segment["train_seconds"] += seconds
-        segment["shared_by"] = max(segment["shared_by"], shared_by)
+        """Extend the last segment to the present iteration.
 
-
-def _segments_of_earlier_versions(values: dict, written: RunRecord | None, here: Segment) -> list[dict]:
-    """Return one segment for all that was done: its execution is the record's, or the default where there is none."""
-    known = here if written is None else written.segments[-1]
-    whole = {"first": 0, "last": values["iteration"], "shared_by": 1, "train_seconds": values["train_seconds"]}
-    if written is None:
-        whole["execution"] = "float32"
-    return [{**asdict(known), **whole}]
-
+        Args:
+            seconds: training time since the last call.
+            shared_by: number of runs that shared the device meanwhile.
+        """
+        now = self.segments[-1]
+        self.segments[-1] = replace(
+            now,
+            last=self.iteration,
+            train_seconds=now.train_seconds + seconds,
+            shared_by=max(now.shared_by, shared_by),
+        )

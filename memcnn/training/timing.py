@@ -11,11 +11,10 @@ import torch
 from memcnn import data as cifar
 from memcnn.models.resnet import MODELS
 from memcnn.training.execution import Execution
+from memcnn.training.job import Job, Place
 from memcnn.training.preview import step_seconds_of_records
 from memcnn.training.recipe import Recipe
-from memcnn.training.record import NUM_CLASSES
 from memcnn.training.step import EVALUATION_BATCHES, Evaluation, TrainingStep
-from memcnn.training.trainer import Job
 from memcnn.training.turns import Lane
 
 TIMED_SECONDS = 1.5
@@ -50,48 +49,50 @@ class Cost:
         return self.start_seconds + left * self.step_seconds + evaluations * self.evaluation_seconds
 
 
-def cost_of_records(job: Job, device: torch.device, execution: Execution, *, shared_by: int) -> Cost | None:
+def cost_of_records(job: Job, execution: Execution, place: Place, device: torch.device) -> Cost | None:
     """Return the cost of a job as an equal run's record has it, None without one.
 
     Records do not say how long start and evaluation took. A start is given its allowance, and an evaluation the time of
     a training step for each of its batches, although it needs a forward pass only.
     """
-    found = step_seconds_of_records(job, device, execution, shared_by=shared_by)
+    found = step_seconds_of_records(job, execution, place, device)
     if found is None:
         return None
     evaluation = found[0] * (job.recipe.test_images or TEST_IMAGES) / job.recipe.batch_size
     return Cost(START_SECONDS[execution.compile], found[0], evaluation, found[1])
 
 
-def timed(job: Job, device: torch.device, execution: Execution, *, at_once: int = 1) -> tuple[Cost, Cost]:
+def timed(
+    job: Job, execution: Execution, place: Place, device: torch.device, *, at_once: int = 1
+) -> tuple[Cost, Cost]:
     """Time a job's network on made-up images; return its cost alone, and as one of `at_once` runs on the device.
 
     On a GPU the runs are interleaved in this process, as training does it; on a CPU each has a process. Writes nothing.
     """
     with execution.settings(device):
-        first = _Copy(job, device, execution)
+        first = _Copy(job, execution, place, device)
         step, evaluation = _round_seconds([first]), first.evaluation_seconds()
         alone = Cost(first.start_seconds, step, evaluation, "timed")
         if at_once == 1:
             return alone, alone
         if device.type == "cuda":
-            copies = [first, *(_Copy(job, device, execution) for _ in range(at_once - 1))]
+            copies = [first, *(_Copy(job, execution, place, device) for _ in range(at_once - 1))]
             start = max(one.start_seconds for one in copies)
             return alone, Cost(start, _round_seconds(copies), at_once * evaluation, "timed")
-    return alone, _slowest_of_processes(job, device, execution, at_once)
+    return alone, _slowest_of_processes(job, execution, place, device, at_once)
 
 
 class _Copy:
     """A network that is trained on made-up images, and how long it took to start."""
 
-    def __init__(self, job: Job, device: torch.device, execution: Execution) -> None:
+    def __init__(self, job: Job, execution: Execution, place: Place, device: torch.device) -> None:
         started = time.perf_counter()
         recipe, batch = job.recipe, EVALUATION_BATCHES[device.type]
         self.lane = Lane(device, own_stream=True)
         self.evaluated_share = (recipe.test_images or TEST_IMAGES) / batch
         self.learning_rate = recipe.learning_rate
         with self.lane.turn():
-            classes = NUM_CLASSES[job.dataset]
+            classes = cifar.NUM_CLASSES[job.dataset]
             data = cifar.generate(classes, train=recipe.batch_size, test=batch).to(device)
             self.plan = self.lane.copy(
                 cifar.epoch_plan(0, 0, recipe.batch_size, pad=recipe.pad, flip=recipe.flip)
@@ -104,7 +105,7 @@ class _Copy:
             self.evaluation.prepare()
             self.launch()  # the first step of a process is slower
             self.wait()
-        reading = READING_SECONDS.get(cifar.whereabouts(job.data), READING_SECONDS["files"])
+        reading = READING_SECONDS.get(cifar.whereabouts(place.data), READING_SECONDS["files"])
         self.start_seconds = reading + time.perf_counter() - started
 
     def launch(self) -> None:
@@ -145,12 +146,14 @@ def _round_seconds(copies: list[_Copy]) -> float:
 _barrier = None  # of the processes that time a network at the same time
 
 
-def _slowest_of_processes(job: Job, device: torch.device, execution: Execution, count: int) -> Cost:
+def _slowest_of_processes(
+    job: Job, execution: Execution, place: Place, device: torch.device, count: int
+) -> Cost:
     """Time a job in `count` processes at once; return the slowest of each of its parts."""
     context = multiprocessing.get_context("spawn")
     arguments = (context.Barrier(count), torch.get_num_threads())
     with ProcessPoolExecutor(count, context, initializer=_join, initargs=arguments) as pool:
-        costs = list(pool.map(_timed_beside_others, [(job, device, execution)] * count))
+        costs = list(pool.map(_timed_beside_others, [(job, execution, place, device)] * count))
     parts = ("start_seconds", "step_seconds", "evaluation_seconds")
     return Cost(**{name: max(getattr(cost, name) for cost in costs) for name in parts}, source="timed")
 
@@ -161,6 +164,6 @@ def _join(barrier: object, threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _timed_beside_others(what: tuple[Job, torch.device, Execution]) -> Cost:
+def _timed_beside_others(what: tuple[Job, Execution, Place, torch.device]) -> Cost:
     _barrier.wait()  # so that each process has one of the tasks, and they compute at the same time
     return timed(*what)[0]

@@ -13,10 +13,12 @@ import torch
 
 from memcnn.training.distributed import World
 from memcnn.training.execution import Execution
-from memcnn.training.loop import Setting
+from memcnn.training.job import Job, Place
 from memcnn.training.record import RunRecord
+from memcnn.training.setting import Setting, setting_of
+from memcnn.training.starting import begin
 from memcnn.training.stopping import Stop
-from memcnn.training.trainer import PLAIN, Job, begin, setting_of, turns
+from memcnn.training.trainer import HERE, PLAIN, turns
 from memcnn.training.turns import Event, Lane, Turns
 
 Outcome = tuple[Job, RunRecord | Exception]
@@ -31,10 +33,8 @@ def train_together(
     at_once: int,
     *,
     stop: Stop,
-    device: str | None = None,
     execution: Execution = PLAIN,
-    shared_by: int = 1,
-    progress: bool = True,
+    place: Place = HERE,
 ) -> Iterator[Outcome]:
     """Train the jobs, `at_once` of them at a time; yield each with its record, or with its error, as it ends.
 
@@ -45,15 +45,14 @@ def train_together(
         jobs: taken one by one when there is room, so that a generator can choose by what time is left then.
         at_once: how many runs share the device.
         stop: stops all runs; entered here, and left at the end.
-        device: by default "cuda" where there is one, else "cpu".
-        execution: how the steps are run.
-        shared_by: how many processes share the device, each with as many runs as this one.
-        progress: show progress on standard error.
+        execution: how steps are executed.
+        place: where the data, the runs and the device are; ``shared_by`` counts the processes that share the device,
+            each with as many runs as this one.
     Raises:
         BadArgument: when there is no such device, or when the execution cannot be had on it.
         DeviceLost: when a run has left the GPU unusable. The runs can be resumed in another process.
     """
-    setting = setting_of(device, execution, World(), stop, shown=progress, shared_by=shared_by)
+    setting = setting_of(place, execution, World(), stop)
     with stop, setting.execution.settings(setting.device):
         group = _Group(iter(jobs), at_once, setting)
         try:

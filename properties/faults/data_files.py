@@ -7,12 +7,12 @@ from pathlib import Path
 from random import Random
 
 import reports
-from memcnn import archives
+from memcnn.data import files
 from memcnn.training import record
 from properties.faults.ground import Ground
 from properties.training.test_data import write_fake
 
-SOURCE = archives.DATASETS["cifar10"]
+SOURCE = files.DATASETS["cifar10"]
 FILES = [name for name, _ in [*SOURCE.train_list, *SOURCE.test_list]]
 ALL = ("--test-images", "all")
 

@@ -9,6 +9,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -172,7 +173,7 @@ def another_runs_checkpoint(ground: Ground, rng: Random, tries: int) -> Iterator
         (folder,) = other.iterdir()
         identity, state = checkpoint.read(folder / "checkpoint.pt")
         if not words:
-            identity["model"] = "revnet38"
+            identity = replace(identity, model="revnet38")
         checkpoint.save(runs / NAME, identity, state)
         ground.refuses(runs, status=2, says=f"checkpoint.pt belongs to another run: {says}")
         yield "refused, with what differs"

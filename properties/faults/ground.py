@@ -14,6 +14,7 @@ from random import Random
 import torch
 
 from memcnn.training import checkpoint, record
+from memcnn.training.files import HOLDER, LOCK
 from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import run_name
 from properties.training.runs import curve_of, scalars, without
@@ -27,7 +28,7 @@ RECIPE = override(
 )
 NAME = run_name("resnet32", "cifar10", RECIPE, 0, data="generated")
 OF_THE_SESSION = ("train_seconds", "interruptions", "segments")
-FILES = {"record.json", "curve.csv", "checkpoint.pt", "checkpoint.previous.pt", "tensorboard", ".lock"}
+FILES = {"record.json", "curve.csv", "checkpoint.pt", "checkpoint.previous.pt", "tensorboard", LOCK}
 
 
 class Ground:
@@ -115,13 +116,13 @@ class Ground:
         folder, expected = runs / NAME, self.expected / NAME
         found, wanted = (checkpoint.read(each / "checkpoint.pt")[1] for each in (folder, expected))
         for part in ("model", "optimizer"):
-            torch.testing.assert_close(found[part], wanted[part], rtol=0, atol=0)
+            torch.testing.assert_close(getattr(found, part), getattr(wanted, part), rtol=0, atol=0)
         rows, wanted_rows = curve_of(folder), curve_of(expected)
         assert [without(row, "train_seconds") for row in rows] == [without(row, "train_seconds") for row in wanted_rows]
         one, other = (without(vars(record.load(each)), *OF_THE_SESSION) for each in (folder, expected))
         assert one == other
         assert scalars(folder) == scalars(expected)
-        left = {path.name for path in folder.iterdir()} - {checkpoint.DAMAGED}
+        left = {path.name for path in folder.iterdir()} - {checkpoint.DAMAGED, HOLDER}  # of a process killed at its end
         assert left == FILES, f"left behind: {left ^ FILES}"
 
     def check_nothing_lost(self, runs: Path) -> int:
@@ -129,7 +130,7 @@ class Ground:
         folder, last = runs / NAME, 0
         names = [name for name in ("checkpoint.pt", "checkpoint.previous.pt") if (folder / name).exists()]
         if names:
-            last = max(checkpoint.read(folder / name)[1]["iteration"] for name in names)  # none of them is half a file
+            last = max(checkpoint.read(folder / name)[1].iteration for name in names)  # none of them is half a file
         if (folder / "record.json").exists():
             record.load(folder)
             assert curve_of(folder)
@@ -140,7 +141,7 @@ class Ground:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below `folder`, but for what a lock says."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in (LOCK, HOLDER)]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 

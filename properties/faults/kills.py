@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from random import Random
 
+from memcnn.training.files import HOLDER
 from properties.faults.ground import INTERVAL, ITERATIONS, NAME, Ground
 
 PAUSE = 0.1  # seconds of every step and part of an evaluation, so that a run is still going on when another one comes
@@ -72,8 +73,8 @@ def dead_holder(ground: Ground, rng: Random, tries: int) -> Iterator[str]:
     """the process that holds a run is killed, and another one comes"""
     for _ in range(tries):
         runs = ground.new_runs()
-        lock, process = runs / NAME / ".lock", ground.start(runs, pause_seconds=PAUSE)
-        while not (lock.exists() and lock.read_bytes()):
+        claim, process = runs / NAME / HOLDER, ground.start(runs, pause_seconds=PAUSE)
+        while not claim.exists():
             time.sleep(0.005)
         time.sleep(rng.uniform(0, ITERATIONS * PAUSE / 2))
         os.kill(process, signal.SIGKILL)

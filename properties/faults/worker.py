@@ -21,17 +21,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from memcnn import AdditiveCoupling, InvertibleModuleWrapper, archives
-from memcnn import data as cifar_data
+from memcnn import AdditiveCoupling, InvertibleModuleWrapper
 from memcnn import train as command
+from memcnn.data import files, images
 from memcnn.models.resnet import MODELS
-from memcnn.training import loop
+from memcnn.training import environment
 from memcnn.training.recipe import Recipe
 from memcnn.training.step import EVALUATION_BATCHES
 
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.truncate")  # of sys.addaudithook: what touches a folder
 LONGEST_SECONDS = 120  # a process that waits for ever is ended by the alarm, with exit status -14
-IMAGES = cifar_data.generate(10, train=40, test=50)
+IMAGES = images.generate(10, train=40, test=50)
 
 
 class Tiny(nn.Module):
@@ -98,7 +98,7 @@ def work(
         time.time_ns = lambda: int(1e9 * time.time())
     Tiny.pause_seconds = pause_seconds
     if official is not None:
-        archives.DATASETS["cifar10"] = _cifar(official)
+        files.DATASETS["cifar10"] = _cifar(official)
     try:
         return command.main(words)
     except SystemExit as end:
@@ -136,7 +136,7 @@ def _watch_operations(numbers: mmap.mmap, runs: Path, kill_at: int | None) -> No
 
 
 def _cifar(official: dict[str, str]) -> type:
-    source = archives.DATASETS["cifar10"]
+    source = files.DATASETS["cifar10"]
     lists = {
         name: [[file, official[file]] for file, _ in getattr(source, name)] for name in ("train_list", "test_list")
     }
@@ -147,9 +147,9 @@ def _cifar(official: dict[str, str]) -> type:
 def main() -> None:
     torch.set_num_threads(1)
     MODELS["resnet32"] = Tiny
-    cifar_data.generate = lambda num_classes: IMAGES
+    images.generate = lambda num_classes: IMAGES
     EVALUATION_BATCHES["cpu"] = 20
-    loop.git_state = lambda: {"commit": None, "clean": None}  # three processes of git a run otherwise
+    environment.git_state = lambda: {"commit": None, "clean": None}  # three processes of git a run otherwise
     print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)

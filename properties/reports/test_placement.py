@@ -12,7 +12,7 @@ import torch
 
 from bench.placement import Cell, Lost, Settings, on_cluster, on_devices, train_cell
 from bench.reproduce_table import main
-from memcnn.training.files import LOCK
+from memcnn.training.files import HOLDER
 from memcnn.training.recipe import RECIPES, override
 from memcnn.training.record import BadRecord, RunRecord, load, run_name
 
@@ -45,7 +45,7 @@ def when_under_way(runs: Path, cell: Cell, act) -> threading.Thread:
     def holder() -> int | None:
         try:
             if load(folder_of(runs, cell)).status == "partial":
-                return json.loads((folder_of(runs, cell) / LOCK).read_text())["pid"]
+                return json.loads((folder_of(runs, cell) / HOLDER).read_text())["pid"]
         except (BadRecord, ValueError, OSError):
             return None
 

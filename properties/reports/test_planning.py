@@ -1,6 +1,7 @@
 """A plan says what each missing cell needs, and a budget begins the longest cells that can finish."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from memcnn.training.execution import Execution
 from memcnn.training.recipe import PUBLISHED, SMOKE, override
 from memcnn.training.record import load
 from memcnn.training.timing import Cost, cost_of_records, timed
-from memcnn.training.trainer import Job
+from memcnn.training.trainer import Job, Place
 from properties.training.runs import RECIPE, run, tiny_training
 
 CPU = torch.device("cpu")
@@ -78,8 +79,8 @@ def tiny_runs():
 
 def test_times_are_measured_within_bounds_and_write_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    job = Job(model="revnet38", dataset="cifar10", recipe=SMOKE, data="generated", runs=tmp_path)
-    alone, together = timed(job, CPU, Execution())
+    job = Job(model="revnet38", dataset="cifar10", recipe=SMOKE)
+    alone, together = timed(job, Execution(), Place(data="generated", runs=tmp_path), CPU)
     assert alone == together and alone.source == "timed"
     assert 0.005 < alone.step_seconds < 10 and 0 < alone.evaluation_seconds < 60 and alone.start_seconds > 1
     assert not list(tmp_path.iterdir())
@@ -109,11 +110,12 @@ def test_steps_of_several_copies_are_interleaved_and_a_round_is_timed(monkeypatc
 def test_a_record_gives_the_time_only_of_an_equal_execution_and_as_many_runs(tiny_runs, tmp_path):
     recipe = override(RECIPE, iterations=120, evaluate_every=60)
     record = run(tmp_path, recipe=recipe)
-    job = Job(model="resnet32", dataset="cifar10", recipe=recipe, data="generated", runs=tmp_path)
-    cost = cost_of_records(job, CPU, Execution(), shared_by=1)
+    job = Job(model="resnet32", dataset="cifar10", recipe=recipe)
+    place = Place(data="generated", runs=tmp_path)
+    cost = cost_of_records(job, Execution(), place, CPU)
     assert cost.step_seconds == record.segments[0].train_seconds / 120 and cost.source.startswith("in resnet32")
-    assert cost_of_records(job, CPU, Execution(precision="bf16"), shared_by=1) is None
-    assert cost_of_records(job, CPU, Execution(), shared_by=2) is None
+    assert cost_of_records(job, Execution(precision="bf16"), place, CPU) is None
+    assert cost_of_records(job, Execution(), replace(place, shared_by=2), CPU) is None
 
 
 def settings(runs) -> Settings:
@@ -176,9 +178,9 @@ def test_the_plan_is_printed_and_nothing_is_written(tmp_path, monkeypatch, capsy
 def test_a_budget_begins_what_can_finish_and_says_what_it_leaves_out(tmp_path, monkeypatch, capsys, full):
     begun = []
 
-    def train(model, dataset, **options):
-        begun.append(model)
-        return full(model=model, dataset=dataset, seed=options["seed"])
+    def train(job, execution, place, **options):
+        begun.append(job.model)
+        return full(model=job.model, dataset=job.dataset, seed=job.seed)
 
     monkeypatch.setattr(cells, "train", train)
     costs = {"resnet32": Cost(10.0, 1.0, 2.0, "timed"), "revnet38": Cost(900.0, 5.0, 2.0, "timed")}

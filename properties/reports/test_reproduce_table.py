@@ -26,12 +26,13 @@ def trained(monkeypatch, full):
     """
     calls, outcomes = [], {}
 
-    def train(model, dataset, **options):
-        calls.append(((model, dataset, options["seed"]), options))
-        outcome = outcomes.get((model, dataset, options["seed"]), {})
+    def train(job, execution, place, **options):
+        cell = job.model, job.dataset, job.seed
+        calls.append((cell, {"recipe": job.recipe, "execution": execution, **vars(place), **options}))
+        outcome = outcomes.get(cell, {})
         if isinstance(outcome, BaseException):
             raise outcome
-        return full(model=model, dataset=dataset, seed=options["seed"], **outcome)
+        return full(model=job.model, dataset=job.dataset, seed=job.seed, **outcome)
 
     monkeypatch.setattr(cells, "train", train)
     return calls, outcomes

@@ -5,6 +5,7 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import nn
 
 from memcnn import data as cifar_data
+from memcnn.data import images
 from memcnn.models.resnet import MODELS
+from memcnn.training.execution import Execution
 from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import RunRecord, run_name
 from memcnn.training.step import EVALUATION_BATCHES
-from memcnn.training.trainer import train
+from memcnn.training.trainer import PLAIN, Job, Place, train
 
 DATA = cifar_data.generate(10, train=40, test=50)
 # five iterations an epoch; evaluations after 5, 10 and 12 iterations, in three parts; a milestone inside an epoch
@@ -36,7 +39,7 @@ def tiny_training() -> Iterator[pytest.MonkeyPatch]:
     """Within it every run is a tiny one: model resnet32, data "generated"."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "resnet32", tiny)
-        patch.setattr(cifar_data, "generate", lambda num_classes: DATA)
+        patch.setattr(images, "generate", lambda num_classes: DATA)
         patch.setitem(EVALUATION_BATCHES, "cpu", 20)
         yield patch
 
@@ -53,10 +56,24 @@ class Slow(nn.Module):
         return self.inner(images)
 
 
-def run(runs: Path, **options) -> RunRecord:
-    """The tiny run, with other options of `train` where given."""
-    defaults = {"recipe": RECIPE, "data": "generated", "device": "cpu", "progress": False}
-    return train("resnet32", "cifar10", **{**defaults, **options}, runs=runs)
+def run(runs: Path, *, execution: Execution = PLAIN, budget_seconds: float | None = None, **options) -> RunRecord:
+    """The tiny run; ``options`` are fields of a `Job` and a `Place`."""
+    return train(job_of(**options), execution, place_of(runs, **options), budget_seconds=budget_seconds)
+
+
+def job_of(**options) -> Job:
+    """The job of the tiny run, with the fields of a `Job` among ``options``."""
+    names = {field.name for field in fields(Job)}
+    given = {name: value for name, value in options.items() if name in names}
+    assert set(options) <= names | {field.name for field in fields(Place)}, options
+    return Job(**{"model": "resnet32", "dataset": "cifar10", "recipe": RECIPE} | given)
+
+
+def place_of(runs: Path, **options) -> Place:
+    """The place of the tiny run, with the fields of a `Place` among ``options``."""
+    names = {field.name for field in fields(Place)}
+    given = {name: value for name, value in options.items() if name in names}
+    return Place(**{"data": "generated", "device": "cpu", "progress": False} | given, runs=runs)
 
 
 def checkpoint_of(folder: Path) -> dict:

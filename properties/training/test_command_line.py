@@ -1,5 +1,6 @@
 """The command line: what it hands to training, what it says, and its exit statuses."""
 
+import argparse
 import re
 import runpy
 import sys
@@ -11,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import memcnn
+from memcnn import cli
 from memcnn import train as command
 from memcnn.models.resnet import MODELS
 from memcnn.training.execution import Execution
 from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import load
-from memcnn.training.trainer import train
+from memcnn.training.trainer import Job, Place, train
 from properties.training.runs import tiny
 
 PACKAGE = Path(memcnn.__file__).resolve().parent
@@ -25,23 +27,26 @@ PACKAGE = Path(memcnn.__file__).resolve().parent
 @given(hours=st.integers(0, 99), minutes=st.integers(0, 99), seconds=st.integers(0, 99))
 def test_a_budget_is_read_as_written(hours, minutes, seconds):
     total = 3600 * hours + 60 * minutes + seconds
-    assert command.duration(f"{hours}h{minutes}m{seconds}s") == total
-    assert command.duration(f"{total}") == command.duration(f"{total}s") == total
-    assert command.duration(f"{hours}h{minutes}m") == total - seconds
+    assert cli.duration(f"{hours}h{minutes}m{seconds}s") == total
+    assert cli.duration(f"{total}") == cli.duration(f"{total}s") == total
+    assert cli.duration(f"{hours}h{minutes}m") == total - seconds
 
 
 @pytest.mark.parametrize("text", ["", "soon", "-5", "5d", "9m1h", "1.5h", "nan"])
 def test_a_budget_that_is_no_time_is_refused(text):
-    with pytest.raises(command.argparse.ArgumentTypeError, match="wanted a time like 90s, 9m or 1h30m"):
-        command.duration(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="wanted a time like 90s, 9m or 1h30m"):
+        cli.duration(text)
 
 
 def test_every_hyper_parameter_can_be_given(tmp_path, monkeypatch):
     given_to_train = {}
     monkeypatch.setattr(command, "STARTED", time.monotonic() - 20)
-    monkeypatch.setattr(
-        command, "train", lambda *names, **options: given_to_train.update(options, names=names) or 1 / 0
-    )
+
+    def train_nothing(*asked, **options):
+        given_to_train.update(options, asked=asked)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(command, "train", train_nothing)
     words = """revnet38 cifar100 --recipe smoke --seed 5 --data generated --runs there --device cpu --fresh --disable
         --batch-size 3 --iterations 40 --learning-rate 0.2 --milestones 8,9 --decay 0.5 --momentum 0.8
         --weight-decay 0 --pad 1 --no-flip --evaluate-every 4 --test-images all --budget 1m""".split()
@@ -52,11 +57,9 @@ def test_every_hyper_parameter_can_be_given(tmp_path, monkeypatch):
         SMOKE, batch_size=3, iterations=40, learning_rate=0.2, milestones=(8, 9), decay=0.5, momentum=0.8,
         weight_decay=0.0, pad=1, flip=False, evaluate_every=4, test_images=None,
     )  # fmt: skip
-    assert given_to_train == {
-        "names": ("revnet38", "cifar100"), "recipe": recipe, "seed": 5, "data": "generated", "runs": "there",
-        "device": "cpu", "fresh": True, "disable": True, "unofficial_data": False, "allow_mixed": False,
-        "execution": Execution(),
-    }  # fmt: skip
+    job = Job(model="revnet38", dataset="cifar100", recipe=recipe, seed=5, fresh=True, disable=True)
+    place = Place(data="generated", runs="there", device="cpu")
+    assert given_to_train == {"asked": (job, Execution(), place)}
 
 
 def tiny_command(runs, *more: str) -> int:

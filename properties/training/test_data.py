@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from memcnn import archives
 from memcnn import data as loading
+from memcnn.data import files
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def no_network(monkeypatch):
 
 def test_missing_files_offline_say_where_and_how(tmp_path, no_network):
     wanted = tmp_path / "nowhere"
-    with pytest.raises(archives.DataNotFound) as raised:
+    with pytest.raises(files.DataNotFound) as raised:
         loading.load("cifar10", wanted)
     message = str(raised.value)
     for part in (
@@ -94,20 +94,20 @@ def test_files_are_read_in_torchvisions_order_and_their_checksums_returned(tmp_p
 
 def test_a_damaged_file_is_named(tmp_path, small_source, no_network):
     small_source(tmp_path, spoil="data_batch_3")
-    with pytest.raises(archives.DataNotFound, match="data_batch_3 has MD5 "):
+    with pytest.raises(files.DataNotFound, match="data_batch_3 has MD5 "):
         loading.load("cifar10", tmp_path)
 
 
 def test_a_missing_file_is_named(tmp_path, small_source, no_network):
     small_source(tmp_path)
     (tmp_path / "cifar-10-batches-py" / "test_batch").unlink()
-    with pytest.raises(archives.DataNotFound, match="test_batch is missing"):
+    with pytest.raises(files.DataNotFound, match="test_batch is missing"):
         loading.load("cifar10", tmp_path)
 
 
 def test_missing_files_are_downloaded(tmp_path, small_source, monkeypatch):
     small_source(tmp_path / "elsewhere")
-    utilities = archives.torchvision.datasets.utils
+    utilities = files.torchvision.datasets.utils
     monkeypatch.setattr(
         utilities, "download_and_extract_archive", lambda url, root, **names: (tmp_path / "elsewhere").rename(root)
     )

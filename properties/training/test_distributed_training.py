@@ -23,7 +23,7 @@ from memcnn.training import distributed
 from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import load, run_name
 from memcnn.training.stopping import Stop
-from memcnn.training.trainer import BadArgument, train
+from memcnn.training.trainer import BadArgument
 from properties.training.runs import NAME, RECIPE, checkpoint_of, curve_of, run, tiny, tiny_training, without
 from properties.training.test_fast import small_revnet
 
@@ -227,7 +227,7 @@ WORDS = """resnet32 cifar10 --recipe smoke --iterations 4000 --evaluate-every 2 
 
 
 def resumed(folder: Path):
-    return train("resnet32", "cifar10", recipe=LONG, data="generated", runs=folder, budget_seconds=0, progress=False)
+    return run(folder, recipe=LONG, device=None, budget_seconds=0)
 
 
 def test_under_torchrun_a_killed_process_ends_the_run_which_then_goes_on(tmp_path, ranks):

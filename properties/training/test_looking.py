@@ -9,8 +9,8 @@ import torch
 
 from memcnn import data as cifar_data
 from memcnn import train as command
+from memcnn.memory import predict_step_memory, step_flops
 from memcnn.models.resnet import revnet38
-from memcnn.testing.prediction import predict_step_memory, step_flops
 from memcnn.training import files, record
 from memcnn.training.listing import list_runs
 from memcnn.training.recipe import SMOKE, Recipe, override
@@ -31,7 +31,7 @@ def put(runs, name, content, *, holder=None):
         content.write(folder)
     if holder:
         values = {"pid": holder[0], "host": holder[1], "since": "2026-01-02T03:04:05+00:00"}
-        (folder / files.LOCK).write_text(json.dumps(values))
+        (folder / files.HOLDER).write_text(json.dumps(values))
 
 
 def test_the_list_tells_of_every_run_how_far_it_is(tmp_path, capsys):
@@ -83,7 +83,7 @@ def test_hostile_text_cannot_steer_the_terminal(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"pid": "x"}', '{"pid": 1, "host": 2, "since": 3}', "[" * 9999])
 def test_a_lock_that_says_nothing_is_nobodys(tmp_path, content):
-    (tmp_path / files.LOCK).write_text(content)
+    (tmp_path / files.HOLDER).write_text(content)
     assert files.holder(tmp_path) is None
     with files.locked(tmp_path) as dead:
         assert dead is None and files.holder(tmp_path).pid == os.getpid() and files.holder(tmp_path).lives

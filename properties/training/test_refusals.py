@@ -1,7 +1,10 @@
 """What a run refuses: bad arguments, and a folder that holds, or is held by, another run."""
 
+import fcntl
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +15,7 @@ from memcnn.training import checkpoint, files
 from memcnn.training.checkpoint import BadCheckpoint
 from memcnn.training.files import FolderBusy, locked
 from memcnn.training.recipe import override
-from memcnn.training.trainer import BadArgument, train
+from memcnn.training.trainer import BadArgument
 from properties.training.runs import DATA, NAME, RECIPE, checkpoint_of, run
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
@@ -36,9 +39,9 @@ def test_a_bad_argument_is_refused_before_anything_is_written(tmp_path, options,
 
 def test_an_unknown_model_or_data_set_is_refused_with_the_choices(tmp_path):
     with pytest.raises(BadArgument, match="'resnet50': choose one of resnet32, "):
-        train("resnet50", "cifar10", recipe=RECIPE, data="generated", runs=tmp_path)
+        run(tmp_path, model="resnet50")
     with pytest.raises(BadArgument, match="'mnist': choose one of cifar10, cifar100"):
-        train("resnet32", "mnist", recipe=RECIPE, data="generated", runs=tmp_path)
+        run(tmp_path, dataset="mnist")
 
 
 def another_run(runs, name):
@@ -79,8 +82,8 @@ def test_a_run_on_other_generated_images_is_refused(tmp_path):
     run(tmp_path)
     (tmp_path / NAME / "record.json").unlink()
     content = torch.load(tmp_path / NAME / "checkpoint.pt", weights_only=True)
-    content["identity"]["data checksums"] = {"generated": "another"}
-    checkpoint.save(tmp_path / NAME, content["identity"], content["state"])
+    content["identity"]["data_checksums"] = {"generated": "another"}
+    checkpoint.write(tmp_path / NAME, content)
     with pytest.raises(BadCheckpoint, match="data checksums is {'generated': 'another'} there, .* here"):
         run(tmp_path)
 
@@ -104,7 +107,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     run(tmp_path)
     (tmp_path / NAME / "record.json").unlink()
     for _ in range(2):  # the checkpoint, and the one before
-        checkpoint.save(tmp_path / NAME, {}, {"model": Harmful()})
+        checkpoint.write(tmp_path / NAME, {"identity": {}, "state": {"model": Harmful()}})
     with pytest.raises(BadCheckpoint, match="no checkpoint .UnpicklingError.; .*no checkpoint .UnpicklingError."):
         run(tmp_path)
     assert not (tmp_path / "harm").exists()
@@ -122,7 +125,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", crash)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(folder, {}, {"iteration": 99})
+        checkpoint.write(folder, {"identity": {}, "state": {"iteration": 99}})
     assert (folder / "checkpoint.pt").read_bytes() == before
     assert checkpoint_of(folder)["iteration"] == 12
 
@@ -144,7 +147,7 @@ def test_a_busy_folder_names_its_holder(tmp_path):
 
 def test_a_folder_that_is_moved_aside_meanwhile_is_not_the_one_that_is_held(tmp_path, monkeypatch):
     """Between opening the lock and locking it, another process may begin the run anew."""
-    folder, flock = tmp_path / "run", files.fcntl.flock
+    folder, flock = tmp_path / "run", fcntl.flock
     (folder / "tensorboard").mkdir(parents=True)
 
     def late(*arguments):
@@ -152,13 +155,44 @@ def test_a_folder_that_is_moved_aside_meanwhile_is_not_the_one_that_is_held(tmp_
         files.move_aside(folder)
         flock(*arguments)
 
-    monkeypatch.setattr(files.fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with locked(folder):
         assert not (folder / "tensorboard").exists(), "the folder is the old one"
         assert files.holder(folder).pid == os.getpid()
         with pytest.raises(FolderBusy), locked(folder):
             pass
     assert files.holder(tmp_path / "run.old-1") is None
+
+
+def test_a_folder_that_is_set_aside_is_held_by_nobody(tmp_path):
+    run(tmp_path)
+    assert run(tmp_path, fresh=True).interruptions == 0
+    assert {path.name for path in tmp_path.iterdir()} == {NAME, f"{NAME}.old-1"}
+    for folder in tmp_path.iterdir():
+        assert files.holder(folder) is None
+    with locked(tmp_path / f"{NAME}.old-1"):
+        pass
+
+
+def test_a_lock_outlives_no_process_and_the_dead_one_is_named(tmp_path):
+    """A killed process leaves its name, and no lock."""
+    code = f"""
+from pathlib import Path
+from memcnn.training.files import locked
+with locked(Path({str(tmp_path / NAME)!r})):
+    print("held", flush=True)
+    input()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(FolderBusy, match=f"^process {process.pid} on "), locked(tmp_path / NAME):
+            pass
+    finally:
+        process.kill()
+        process.communicate()
+    with locked(tmp_path / NAME) as dead:
+        assert dead.startswith(f"process {process.pid} on ")
 
 
 def test_a_complete_run_on_other_unofficial_files_is_refused(tmp_path, monkeypatch):

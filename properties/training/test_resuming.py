@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from memcnn.models.resnet import MODELS
-from memcnn.training import checkpoint, loop
+from memcnn.training import checkpoint, saving
 from memcnn.training.execution import Execution
 from memcnn.training.recipe import override
 from memcnn.training.record import RunRecord, load
 from memcnn.training.state import MixedExecution
 from memcnn.training.stopping import Stop
-from properties.training.runs import NAME, RECIPE, Slow, checkpoint_of, curve_of, run, scalars, tiny, without
+from properties.training.runs import DATA, NAME, RECIPE, Slow, checkpoint_of, curve_of, run, scalars, tiny, without
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
 
@@ -50,8 +52,8 @@ def run_in_parts(runs, parts: list[tuple[int, str]], checkpoint_seconds: float) 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Stop, "reason", reason)
             patch.setattr(checkpoint, "save", save_or_die)
-            patch.setattr(loop, "CHECKPOINT_SECONDS", checkpoint_seconds)
-            patch.setattr(loop, "CHECKPOINT_SHARE", 1e9)
+            patch.setattr(saving, "CHECKPOINT_SECONDS", checkpoint_seconds)
+            patch.setattr(saving, "CHECKPOINT_SHARE", 1e9)
             try:
                 record = run(runs)
             except Killed:
@@ -198,8 +200,8 @@ def killed_after(runs, questions: int) -> int:
 def test_a_kill_loses_no_more_than_the_time_between_two_checkpoints(tmp_path, monkeypatch):
     """Steps of 50 ms, a checkpoint every 0.3 s: after six steps or fewer, or seven where one is being asked about."""
     monkeypatch.setitem(MODELS, "resnet32", lambda num_classes, *, disable: Slow())
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.3)
-    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", 1.0)
+    monkeypatch.setattr(saving, "CHECKPOINT_SECONDS", 0.3)
+    monkeypatch.setattr(saving, "CHECKPOINT_SHARE", 1.0)
     done = killed_after(tmp_path, 31)
     assert 16 <= done < 31, "checkpoints of training are missing, or a kill loses nothing"
     record = load(tmp_path / LONG_NAME)
@@ -214,13 +216,13 @@ def test_checkpoints_take_a_small_share_of_the_time_where_saving_is_slow(tmp_pat
     save, saved = checkpoint.save, []
 
     def slow(*arguments):
-        saved.append(arguments[2]["iteration"])
+        saved.append(arguments[2].iteration)
         time.sleep(0.2)
         save(*arguments)
 
     monkeypatch.setitem(MODELS, "resnet32", lambda num_classes, *, disable: Slow())
     monkeypatch.setattr(checkpoint, "save", slow)
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.1)
+    monkeypatch.setattr(saving, "CHECKPOINT_SECONDS", 0.1)
     run(tmp_path, recipe=LONG)
     assert len(saved) == 2 and saved[-1] == 60, saved
 
@@ -260,14 +262,30 @@ def test_an_execution_that_has_computed_nothing_is_not_mixed(tmp_path):
     assert not record.mixed and [part.execution for part in record.segments] == ["bf16"]
 
 
+OLD_NAMES = {
+    "official_data": "official data", "data_checksums": "data checksums",
+    "batch_norm_images": "images that BatchNorm sees",
+}  # fmt: skip
+
+
+def as_in_version_2_dev(content: dict, *, segments: bool) -> dict:
+    """A checkpoint as the code before the classes `Identity` and `State` wrote it; with or without segments."""
+    identity = {OLD_NAMES.get(name, name): value for name, value in content["identity"].items() if value is not None}
+    state = without(content["state"], "unassigned_seconds")
+    state["train_seconds"] = sum(segment["train_seconds"] for segment in state["segments"])
+    return {"identity": identity, "state": state if segments else without(state, "segments")}
+
+
 @pytest.mark.parametrize("with_record", [True, False])
-def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path, uninterrupted, with_record):
+@pytest.mark.parametrize("segments", [True, False])
+def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path, uninterrupted, with_record, segments):
     seconds = stopped(tmp_path).train_seconds
     content = torch.load(tmp_path / NAME / "checkpoint.pt", weights_only=True)
-    del content["state"]["segments"]
+    old = as_in_version_2_dev(content, segments=segments)
     names = "iteration interruptions memory model optimizer rows step_seconds train_seconds window"
-    assert set(content["state"]) == set(names.split())
-    checkpoint.save(tmp_path / NAME, content["identity"], content["state"])
+    assert set(old["state"]) == set(names.split()) | ({"segments"} if segments else set())
+    assert set(old["identity"]) == {"model", "dataset", "seed", "recipe", "engine", "official data", "data checksums"}
+    checkpoint.write(tmp_path / NAME, old)
     if not with_record:
         (tmp_path / NAME / "record.json").unlink()
     record = run(tmp_path)
@@ -276,3 +294,23 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path, uninterrupted, 
     assert record.segments[0].train_seconds == seconds
     expected = checkpoint_of(uninterrupted[0] / NAME)
     torch.testing.assert_close(checkpoint_of(tmp_path / NAME)["model"], expected["model"], rtol=0, atol=0)
+
+
+OLD_CHECKPOINT = Path(__file__).parent / "files" / "checkpoint_before_state.pt"
+
+
+def test_a_checkpoint_that_the_code_before_wrote_is_resumed(tmp_path, monkeypatch):
+    """Written by commit 236d046 after 7 iterations of the tiny run. The images may differ by machine, not the rest."""
+    identity, state = checkpoint.read(OLD_CHECKPOINT)
+    assert (identity.model, identity.dataset, identity.seed, identity.engine) == ("resnet32", "cifar10", 0, True)
+    assert identity.recipe == RECIPE.to_dict() and identity.official_data is False
+    assert (state.iteration, state.last_evaluation, state.interruptions) == (7, 5, 0)
+    assert [(part.first, part.last, part.execution) for part in state.segments] == [(0, 7, "float32")]
+    assert state.window.tolist()[1] == 12 and state.memory["parameter_bytes"] == 11_096
+    images = replace(DATA, checksums=identity.data_checksums)
+    monkeypatch.setattr("memcnn.data.images.generate", lambda num_classes: images)
+    (tmp_path / NAME).mkdir()
+    (tmp_path / NAME / "checkpoint.pt").write_bytes(OLD_CHECKPOINT.read_bytes())
+    record = run(tmp_path)
+    assert record.status == "complete" and [part.first for part in record.segments] == [0, 7]
+    assert record.segments[0].train_seconds == state.train_seconds

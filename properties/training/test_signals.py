@@ -13,8 +13,7 @@ import torch
 import memcnn
 from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import load, run_name
-from memcnn.training.trainer import train
-from properties.training.runs import checkpoint_of, curve_of, without
+from properties.training.runs import checkpoint_of, curve_of, run, without
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX; run on Linux or macOS")
 PACKAGE = Path(memcnn.__file__).resolve().parent
@@ -49,8 +48,7 @@ def test_sigterm_and_the_same_command_again_give_the_same_bits(tmp_path):
     assert second.returncode == 0, err
     assert f"Going on from iteration {stopped.iterations} " in err
 
-    options = {"recipe": RECIPE, "data": "generated", "device": "cpu", "progress": False}
-    whole = train("revnet38", "cifar10", runs=tmp_path / "whole", **options)
+    whole = run(tmp_path / "whole", model="revnet38", recipe=RECIPE)
     resumed = load(record)
     of_the_session = ("train_seconds", "interruptions", "commit", "clean", "segments")
     assert resumed.interruptions == 1

@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,23 +18,23 @@ from memcnn.training.record import load
 from memcnn.training.state import MixedExecution
 from memcnn.training.stopping import Stop
 from memcnn.training.together import train_together
-from memcnn.training.trainer import BadArgument, Job
+from memcnn.training.trainer import BadArgument
 from memcnn.training.turns import STEPS_BETWEEN_EVENTS, Clock, Lane
 from properties.devices import needs_cuda
-from properties.training.runs import RECIPE, checkpoint_of, curve_of, run, scalars, tiny, without
+from properties.training.runs import RECIPE, checkpoint_of, curve_of, job_of, place_of, run, scalars, tiny, without
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
 
 
-def job(runs, seed: int, **changes) -> Job:
-    return Job(**{"model": "resnet32", "dataset": "cifar10", "recipe": RECIPE, "data": "generated"} | changes,
-               runs=runs, seed=seed)  # fmt: skip
+def folder(runs, seed: int) -> Path:
+    """The folder of the tiny run with that seed."""
+    return job_of(seed=seed).folder(place_of(runs))
 
 
 def together(runs, seeds, at_once: int = 2, *, stop: Stop | None = None, **changes) -> dict:
     """The outcome of each seed, in the order in which they ended."""
-    jobs = [job(runs, seed, **changes) for seed in seeds]
-    outcomes = train_together(jobs, at_once, stop=stop or Stop(), device="cpu", progress=False)
+    jobs = [job_of(seed=seed, **changes) for seed in seeds]
+    outcomes = train_together(jobs, at_once, stop=stop or Stop(), place=place_of(runs))
     return {one.seed: outcome for one, outcome in outcomes}
 
 
@@ -47,16 +48,16 @@ def alone(tmp_path_factory, tiny_runs):
 
 
 def assert_as_alone(runs, alone, seed: int) -> None:
-    folder, expected = job(runs, seed).folder(), job(alone, seed).folder()
-    assert load(folder).status == "complete"
-    state, wanted = checkpoint_of(folder), checkpoint_of(expected)
+    mine, expected = folder(runs, seed), folder(alone, seed)
+    assert load(mine).status == "complete"
+    state, wanted = checkpoint_of(mine), checkpoint_of(expected)
     for part in ("model", "optimizer"):
         torch.testing.assert_close(state[part], wanted[part], rtol=0, atol=0)
-    rows, wanted_rows = curve_of(folder), curve_of(expected)
+    rows, wanted_rows = curve_of(mine), curve_of(expected)
     assert [without(row, "train_seconds") for row in rows] == [without(row, "train_seconds") for row in wanted_rows]
     of_the_session = ("train_seconds", "interruptions", "commit", "clean", "segments")
-    assert without(vars(load(folder)), *of_the_session) == without(vars(load(expected)), *of_the_session)
-    assert scalars(folder) == scalars(expected)
+    assert without(vars(load(mine)), *of_the_session) == without(vars(load(expected)), *of_the_session)
+    assert scalars(mine) == scalars(expected)
 
 
 class Watched(nn.Module):
@@ -84,20 +85,21 @@ def test_two_runs_end_with_the_bits_that_each_has_alone(tmp_path, alone):
     assert set(together(tmp_path, [0, 1])) == {0, 1}
     for seed in (0, 1):
         assert_as_alone(tmp_path, alone, seed)
-        assert load(job(tmp_path, seed).folder()).shared_by == 2
+        assert load(folder(tmp_path, seed)).shared_by == 2
 
 
 @needs_cuda
 @pytest.mark.parametrize("graph", [False, True], ids=["eager on cuda", "captured on cuda"])
 def test_on_a_gpu_runs_that_take_turns_end_as_each_does_alone(tmp_path, graph):
     execution = Execution(graph=graph, deterministic=True)
-    jobs = [job(tmp_path / "together", seed) for seed in (0, 1)]
-    outcomes = dict(train_together(jobs, 2, stop=Stop(), device="cuda", execution=execution, progress=False))
+    jobs = [job_of(seed=seed) for seed in (0, 1)]
+    place = place_of(tmp_path / "together", device="cuda")
+    outcomes = dict(train_together(jobs, 2, stop=Stop(), execution=execution, place=place))
     assert [outcome.status for outcome in outcomes.values()] == ["complete"] * 2, outcomes
     for one in jobs:
         run(tmp_path / "alone", seed=one.seed, device="cuda", execution=execution)
-        alone = job(tmp_path / "alone", one.seed).folder()
-        state, expected = checkpoint_of(one.folder()), checkpoint_of(alone)
+        alone = folder(tmp_path / "alone", one.seed)
+        state, expected = checkpoint_of(one.folder(place)), checkpoint_of(alone)
         torch.testing.assert_close(state["model"], expected["model"], rtol=0, atol=0)
 
 
@@ -117,8 +119,8 @@ def test_after_a_stop_of_all_the_runs_go_on_together_with_the_same_bits(tmp_path
             outcomes = together(tmp_path, [0, 1, 2])
         assert {one.reason for one in outcomes.values() if one.status == "partial"} == {"interrupted"}
         for seed, record in outcomes.items():
-            assert record == load(job(tmp_path, seed).folder())
-            assert record.iterations == checkpoint_of(job(tmp_path, seed).folder())["iteration"]
+            assert record == load(folder(tmp_path, seed))
+            assert record.iterations == checkpoint_of(folder(tmp_path, seed))["iteration"]
     together(tmp_path, [0, 1, 2])
     for seed in (0, 1, 2):
         assert_as_alone(tmp_path, alone, seed)
@@ -151,10 +153,10 @@ def test_a_run_that_fails_makes_room_for_the_next_and_the_other_goes_on(tmp_path
 
     def jobs():
         for seed in (0, 1, 2):
-            under_way.append([load(job(tmp_path, s).folder()).status for s in (0, 1) if folder_exists(tmp_path, s)])
-            yield job(tmp_path, seed)
+            under_way.append([load(folder(tmp_path, s)).status for s in (0, 1) if folder_exists(tmp_path, s)])
+            yield job_of(seed=seed)
 
-    ended = train_together(jobs(), 2, stop=Stop(), device="cpu", progress=False)
+    ended = train_together(jobs(), 2, stop=Stop(), place=place_of(tmp_path))
     outcomes = {one.seed: outcome for one, outcome in ended}
     if how == "error":
         assert isinstance(outcomes[1], torch.OutOfMemoryError) and next(iter(outcomes)) == 1
@@ -169,12 +171,12 @@ def test_a_run_that_fails_makes_room_for_the_next_and_the_other_goes_on(tmp_path
 
 
 def folder_exists(runs, seed: int) -> bool:
-    return (job(runs, seed).folder() / "record.json").exists()
+    return (folder(runs, seed) / "record.json").exists()
 
 
 def test_bad_data_of_one_run_is_its_error_alone(tmp_path, alone):
-    jobs = [job(tmp_path, 0), job(tmp_path, 1, recipe=override(RECIPE, batch_size=41)), job(tmp_path, 2)]
-    ended = train_together(jobs, 2, stop=Stop(), device="cpu", progress=False)
+    jobs = [job_of(seed=0), job_of(seed=1, recipe=override(RECIPE, batch_size=41)), job_of(seed=2)]
+    ended = train_together(jobs, 2, stop=Stop(), place=place_of(tmp_path))
     outcomes = {one.seed: outcome for one, outcome in ended}
     assert isinstance(outcomes[1], BadArgument) and "there are only 40 images" in str(outcomes[1])
     for seed in (0, 2):
@@ -194,7 +196,7 @@ def test_one_signal_stops_all_and_nothing_is_begun_after_it(tmp_path, seen):
         outcomes = together(tmp_path, [0, 1, 2])
     assert {seed: record.reason for seed, record in outcomes.items()} == {0: "interrupted", 1: "interrupted"}
     assert len(marked) == 12, "a step was begun after the signal"
-    assert not job(tmp_path, 2).folder().exists()
+    assert not folder(tmp_path, 2).exists()
 
 
 class Later:
@@ -306,7 +308,7 @@ def test_a_run_in_another_execution_is_refused_in_the_group_as_alone(tmp_path):
         patch.setattr(Stop, "reason", lambda self, needed_seconds: None if next(asked, None) is not None else "x")
         together(tmp_path, [0], recipe=recipe)
     bf16 = Execution(precision="bf16")
-    jobs = [job(tmp_path, 0, recipe=recipe)]
-    [(_, refused)] = train_together(jobs, 1, stop=Stop(), device="cpu", execution=bf16, progress=False)
+    jobs = [job_of(recipe=recipe)]
+    [(_, refused)] = train_together(jobs, 1, stop=Stop(), execution=bf16, place=place_of(tmp_path))
     assert isinstance(refused, MixedExecution)
-    assert checkpoint.read(jobs[0].folder() / "checkpoint.pt")[1]["segments"][-1]["execution"] == "float32"
+    assert checkpoint.read(jobs[0].folder(place_of(tmp_path)) / "checkpoint.pt")[1].segments[-1].execution == "float32"

@@ -109,7 +109,7 @@ def test_misuse_and_missing_data_have_the_statuses_of_training(runs, tmp_path, m
         with pytest.raises(SystemExit) as raised:
             command.main(words)
         assert raised.value.code == 2
-    monkeypatch.setattr(memcnn.archives.torchvision.datasets.utils, "download_and_extract_archive", _no_network)
+    monkeypatch.setattr(memcnn.data.files.torchvision.datasets.utils, "download_and_extract_archive", _no_network)
     assert command.main([str(runs / NAME), "--data", str(tmp_path)]) == 1
     assert "CIFAR10 was looked for in" in capsys.readouterr().err
 

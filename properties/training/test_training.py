@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from memcnn import data as cifar_data
+from memcnn.memory import measure_step_memory
 from memcnn.models.resnet import MODELS
-from memcnn.testing.memory import measure_step_memory
 from memcnn.training.loop import COLUMNS, Run
 from memcnn.training.recipe import override
 from memcnn.training.record import RunRecord, load

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from memcnn._torchvision import torchvision
-from memcnn.training.record import NUM_CLASSES
+from memcnn.datasets import NUM_CLASSES
 
 DATASETS = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+"""torchvision's classes, which know the names and checksums of the files."""
 
 
 class DataNotFound(RuntimeError):

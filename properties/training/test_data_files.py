@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memcnn import archives
 from memcnn import data as loading
+from memcnn.data import files
 from properties.training.test_data import no_network, small_source  # noqa: F401
 
 FOLDER = "cifar-10-batches-py"
@@ -41,7 +41,7 @@ def batch(**changes) -> bytes:
 def read(tmp_path, content: bytes):
     (tmp_path / FOLDER).mkdir(exist_ok=True)
     (tmp_path / FOLDER / "test_batch").write_bytes(content)
-    return archives.read("cifar10", tmp_path, train=False)
+    return files.read("cifar10", tmp_path, train=False)
 
 
 @pytest.mark.parametrize("place", ["alone", "as the images", "as a label", "beside"])
@@ -54,7 +54,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, place):
             "as a label": batch(labels=[hostile, 3]),
             "beside": batch(more=hostile),
         }
-        with pytest.raises(archives.BadData, match="test_batch is not a batch .* which no plain array needs"):
+        with pytest.raises(files.BadData, match="test_batch is not a batch .* which no plain array needs"):
             read(tmp_path, places[place])
         assert not harm.exists()
         pickle.loads(places["alone"])  # it would have
@@ -67,17 +67,17 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, place):
     [
         ("builtins", "eval"), ("os", "system"), ("numpy", "load"), ("numpy", "fromfile"), ("numpy", "ndarray.tofile"),
         ("numpy.core.multiarray", "scalar"), ("numpy.core.numpy", "dtype"), ("_codecs", "decode"),
-        ("memcnn.archives", "_Array"), ("numpy.core.multiarray", "_reconstruct.__globals__"), ("torch", "load"),
+        ("memcnn.data.files", "_Array"), ("numpy.core.multiarray", "_reconstruct.__globals__"), ("torch", "load"),
     ],
 )  # fmt: skip
 def test_no_name_outside_of_arrays_is_known(tmp_path, module, name):
-    with pytest.raises(archives.BadData, match="which no plain array needs"):
+    with pytest.raises(files.BadData, match="which no plain array needs"):
         read(tmp_path, global_name(module, name))
 
 
 @given(content=st.binary(max_size=60) | st.binary().map(lambda words: b"\x80\x02" + words + b"."))
 def test_whatever_a_file_holds_it_is_a_batch_or_named(tmp_path_factory, content):
-    with pytest.raises(archives.BadData, match="test_batch is not a batch of CIFAR images"):
+    with pytest.raises(files.BadData, match="test_batch is not a batch of CIFAR images"):
         read(tmp_path_factory.mktemp("data"), content)
 
 
@@ -110,7 +110,7 @@ def test_arrays_come_out_as_numpy_would_read_them(tmp_path, protocol, order):
     ],
 )
 def test_a_file_that_is_no_batch_is_named_with_the_reason(tmp_path, content, reason):
-    with pytest.raises(archives.BadData, match=f"{FOLDER}/test_batch is not a batch of CIFAR images .*{reason}"):
+    with pytest.raises(files.BadData, match=f"{FOLDER}/test_batch is not a batch of CIFAR images .*{reason}"):
         read(tmp_path, content)
 
 
@@ -119,8 +119,8 @@ def test_a_wrong_checksum_is_refused_and_nothing_is_downloaded_over_it(tmp_path,
     changed = tmp_path / FOLDER / "data_batch_2"
     changed.write_bytes(changed.read_bytes().replace(b"\x01", b"\x02"))
     (tmp_path / FOLDER / "data_batch_4").unlink()
-    monkeypatch.setattr(archives.torchvision.datasets.utils, "download_and_extract_archive", lambda *a, **b: 1 / 0)
-    with pytest.raises(archives.DataNotFound, match="data_batch_4 is missing; data_batch_2 has MD5 "):
+    monkeypatch.setattr(files.torchvision.datasets.utils, "download_and_extract_archive", lambda *a, **b: 1 / 0)
+    with pytest.raises(files.DataNotFound, match="data_batch_4 is missing; data_batch_2 has MD5 "):
         loading.load("cifar10", tmp_path)
 
 
@@ -128,7 +128,7 @@ def test_unofficial_files_are_read_when_asked_for_and_not_passed_off_as_official
     sums = small_source(tmp_path)
     assert loading.load("cifar10", tmp_path, unofficial=True).official
     (tmp_path / FOLDER / "test_batch").write_bytes(batch())
-    with pytest.raises(archives.DataNotFound, match="(?s)test_batch has MD5 .*--unofficial-data"):
+    with pytest.raises(files.DataNotFound, match="(?s)test_batch has MD5 .*--unofficial-data"):
         loading.load("cifar10", tmp_path)
     data = loading.load("cifar10", tmp_path, unofficial=True)
     assert not data.official and len(data.test_labels) == 2
@@ -136,9 +136,9 @@ def test_unofficial_files_are_read_when_asked_for_and_not_passed_off_as_official
 
 
 def test_the_official_files_come_out_as_torchvision_reads_them(cifar):
-    for name, source in archives.DATASETS.items():
+    for name, source in files.DATASETS.items():
         for train in (True, False):
-            images, labels = archives.read(name, cifar, train=train)
+            images, labels = files.read(name, cifar, train=train)
             theirs = source(cifar, train=train)
             assert torch.equal(images, torch.from_numpy(theirs.data).permute(0, 3, 1, 2))
             assert labels.tolist() == theirs.targets

@@ -1,0 +1,86 @@
+"""From a job to a run that can begin: its folder, its identity and its images."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from memcnn import data as cifar
+from memcnn.training import checkpoint, record
+from memcnn.training.identity import Identity
+from memcnn.training.job import BadArgument, Job
+from memcnn.training.recipe import Recipe
+from memcnn.training.record import RunRecord
+from memcnn.training.setting import Setting
+
+
+@dataclass(frozen=True)
+class Start:
+    """A job that can be trained.
+
+    Attributes:
+        job: the job.
+        folder: the run's folder.
+        identity: what makes the run this run.
+        images: the images, on the device.
+    """
+
+    job: Job
+    folder: Path
+    identity: Identity
+    images: cifar.Data
+
+
+def begin(job: Job, setting: Setting) -> Start | RunRecord:
+    """Check a job and load its images; return the record instead if the run is complete. Write nothing.
+
+    Raises:
+        BadArgument: the recipe asks for more images than there are.
+        BadCheckpoint: the folder holds the record of another run.
+    """
+    world, place = setting.world, setting.place
+    images = None
+    if place.unofficial_data:  # only the files can say what they are
+        images = setting.images_of(job)
+    kind = place.data_kind(job.dataset) if images is None else images.kind
+    folder = job.folder(place, data_kind=kind, processes=world.size)
+    shares = world.size > 1 and not setting.execution.sync_batch_norm
+    known = {
+        "model": job.model,
+        "dataset": job.dataset,
+        "seed": job.seed,
+        "recipe": job.recipe.to_dict(),
+        "engine": not job.disable,
+        "official_data": kind == "official",
+        "batch_norm_images": job.recipe.batch_size // world.size if shares else None,
+    }
+    if not job.fresh:
+        wanted = Identity(**known, data_checksums=None if images is None else images.checksums)
+        if done := world.from_first(lambda: _finished(folder, wanted)):
+            if setting.shown:
+                print(f"{folder} is already complete; --fresh trains it anew.", file=sys.stderr)
+            return done
+    images = images or setting.images_of(job)
+    _check_sizes(job.recipe, images)
+    return Start(job, folder, Identity(**known, data_checksums=images.checksums), images)
+
+
+def _finished(folder: Path, wanted: Identity) -> RunRecord | None:
+    """Return the record in the folder if the run is complete; raise BadCheckpoint if it is another run's."""
+    try:
+        found = record.load(folder)
+    except record.BadRecord:
+        return None
+    if found.status != "complete":
+        return None
+    unknown = {"batch_norm_images"} | ({"data_checksums"} if wanted.data_checksums is None else set())
+    checkpoint.refuse_other_run(folder / record.FILE_NAME, Identity.of_record(found), wanted, ignoring=unknown)
+    return found
+
+
+def _check_sizes(recipe: Recipe, data: cifar.Data) -> None:
+    for name, wanted, there in (
+        ("batch_size", recipe.batch_size, len(data.train_images)),
+        ("test_images", recipe.test_images or 1, len(data.test_images)),
+    ):
+        if wanted > there:
+            raise BadArgument(f"{name}: got {wanted}, but there are only {there} images")
