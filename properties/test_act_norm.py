@@ -9,8 +9,8 @@ from torch import nn
 
 from memcnn import ActNorm, AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.tolerances import relative_error, tolerance
+from properties.support.twin import assert_like_twin, backward, images, weighted_sum
 from properties.test_flows import seeded
-from properties.twin import assert_like_twin, backward, images, weighted_sum
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

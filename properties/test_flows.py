@@ -1,7 +1,6 @@
 """The layers of flows one by one: what each computes and refuses, and the flat memory of their chains."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 
 from memcnn import (
     ActNorm,
-    AdditiveCoupling,
     AffineAdapterExp,
     AffineCoupling,
     ChannelPermutation,
@@ -22,8 +20,9 @@ from memcnn import (
     SpaceToDepth,
 )
 from memcnn.testing.tolerances import relative_error, tolerance
-from properties.test_memory import step_bytes
-from properties.twin import assert_like_twin, backward, conv_branch, images, plain_twin, run
+from properties.support.flows import glow, nice
+from properties.support.memory import assert_flat
+from properties.support.twin import assert_like_twin, backward, images, run
 
 LAYERS = {"ActNorm": lambda: ActNorm(6), "InvertibleConv1x1": lambda: InvertibleConv1x1(6),
           "ChannelPermutation": lambda: ChannelPermutation([3, 1, 4, 0, 5, 2]), "SpaceToDepth": SpaceToDepth,
@@ -121,29 +120,9 @@ def test_a_permutation_moves_each_channel_to_its_place():
 # Training
 
 
-def glow(depth: int, channels: int = 8) -> ReversibleSequential:
-    """Steps of Glow (arXiv:1807.03039), of which any number nearly keeps the size of its input."""
-    def branch():
-        half = channels // 2
-        return nn.Sequential(nn.Conv2d(half, half, 3, padding=1), nn.Tanh(), nn.Conv2d(half, 2 * half, 3, padding=1))
-
-    adapter = partial(AffineAdapterExp, bound=0.1)
-    return ReversibleSequential(*(layer for _ in range(depth) for layer in (
-        ActNorm(channels), InvertibleConv1x1(channels), AffineCoupling(branch(), branch(), adapter))))
-
-
-def nice(depth: int, channels: int = 8) -> ReversibleSequential:
-    """Additive couplings and permutations, which preserve volume, and a change of resolution there and back."""
-    return ReversibleSequential(*(layer for _ in range(depth) for layer in (
-        AdditiveCoupling(conv_branch(channels // 2)), ChannelPermutation(torch.randperm(channels)),
-        SpaceToDepth(), DepthToSpace())))
-
-
 @pytest.mark.parametrize("chain", [glow, nice])
 def test_a_further_step_costs_less_than_a_hundredth_of_its_activations(chain):
-    stored = (step_bytes(plain_twin(chain(6))) - step_bytes(plain_twin(chain(2)))) / 4
-    assert stored > 12 * 4 * 8 * 16 * 16, "the twin must store at least twelve maps a step"
-    assert (step_bytes(chain(32)) - step_bytes(chain(4))) / 28 < stored / 100
+    assert_flat(chain, least_maps=3)
 
 
 def test_a_multi_scale_flow_trains_as_its_twin():

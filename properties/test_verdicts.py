@@ -66,7 +66,7 @@ def test_where_rounding_may_be_as_large_as_the_values_nothing_is_said(check):
     assert not any(result.skipped for result in checked(-3.0, check))
     hopeless = checked(-40.0, check)
     assert hopeless.passed
-    undecided = [result for result in hopeless if result.skipped.startswith("rounding may be as large as the values: the")]
+    undecided = [r for r in hopeless if r.skipped.startswith("rounding may be as large as the values: the condition")]
     assert undecided, hopeless
     summary = (hopeless + checked(-40.0, check_state)).summary()
     holds, rest = summary.split("; undecided: ")

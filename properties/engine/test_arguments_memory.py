@@ -17,7 +17,7 @@ from properties.engine.test_arguments import (
     rows,
     wrapped,
 )
-from properties.twin import weighted_sum
+from properties.support.twin import weighted_sum
 
 
 def test_arguments_that_are_kept_are_no_cycle():

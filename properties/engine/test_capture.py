@@ -6,7 +6,7 @@ from torch import nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper
 from memcnn.models import capture, replay
-from properties.twin import backward, block, conv_branch, images, plain_twin
+from properties.support.twin import backward, block, conv_branch, images, plain_twin
 
 DROPOUT = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 3, 1))
 

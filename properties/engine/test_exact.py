@@ -7,7 +7,7 @@ from torch import nn
 from memcnn import AdditiveCoupling, AffineCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.models.exact import Grid
 from memcnn.models.tape import _fingerprint
-from properties.twin import conv_branch, images, plain_twin, weighted_sum
+from properties.support.twin import conv_branch, images, plain_twin, weighted_sum
 
 
 def chain(depth: int = 4, exact=True, branch=conv_branch, composition=ReversibleSequential) -> nn.Module:

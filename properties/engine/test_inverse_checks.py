@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, is_invertible_module
-from properties.twin import assert_like_twin, backward, block, conv_branch, images, weighted_sum
+from properties.support.twin import assert_like_twin, backward, block, conv_branch, images, weighted_sum
 
 
 class Halves(nn.Module):

@@ -11,8 +11,8 @@ from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequenti
 from memcnn.models import engine, tape
 from memcnn.testing.tolerances import tolerance
 from properties.engine.test_errors import net, rows
-from properties.test_state import held_bytes, living
-from properties.twin import assert_same, backward, block, plain_twin, run, weighted_sum
+from properties.support.held import held_bytes, living
+from properties.support.twin import assert_same, backward, block, plain_twin, run, weighted_sum
 
 
 class Failing(nn.Module):

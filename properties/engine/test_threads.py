@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memcnn.testing.tolerances import relative_error, tolerance
-from properties.twin import (
+from properties.support.twin import (
     block,
     images,
     plain_twin,

@@ -13,8 +13,17 @@ from torch.utils.checkpoint import checkpoint
 from memcnn.models import engine
 from memcnn.models.engine import Cell, Handle
 from memcnn.testing.tolerances import relative_error, tolerance
-from properties.test_state import living
-from properties.twin import assert_like_twin, assert_same, block, conv_branch, images, plain_twin, run, weighted_sum
+from properties.support.held import living
+from properties.support.twin import (
+    assert_like_twin,
+    assert_same,
+    block,
+    conv_branch,
+    images,
+    plain_twin,
+    run,
+    weighted_sum,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")  # torch's own use
 

@@ -53,7 +53,7 @@ def weighted_sum(*outputs: Tensor, seed: int = 0) -> Tensor:
     return sum(terms[1:], terms[0])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
     """What a program computed and what it left behind."""
 
