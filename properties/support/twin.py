@@ -11,7 +11,7 @@ from memcnn.testing.laws.twin import FLOOR, Outcome, plain_twin, run, weighted_s
 from memcnn.testing.tolerances import tolerance
 
 __all__ = ["FLOOR", "Container", "OnlyInvertible", "Outcome", "assert_like_twin", "assert_same", "backward", "block",
-           "conv_branch", "images", "plain_twin", "run", "weighted_sum"]
+           "conv_branch", "data", "images", "plain_twin", "run", "weighted_sum"]
 
 
 def assert_same(actual: Outcome, expected: Outcome, *, limit: float) -> None:
@@ -62,3 +62,8 @@ def images(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, requi
     """Return normally distributed values, of shape (2, 6, 5, 4) if none is given."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape or (2, 6, 5, 4), generator=generator, dtype=dtype).requires_grad_(requires_grad)
+
+
+def data(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return the same values as ``images``, which require no gradient."""
+    return images(*shape, dtype=dtype, requires_grad=False)

@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ def check_copies(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool |
         "a deep copy": copy.deepcopy,
     }
     if make is not None:
-        copies["a module that loads the state"] = lambda module: _loaded(make(), module)
+        copies["a module that loads the state"] = lambda module: _loaded(
+            replace(subject, module=make()).trained(), module)
     return Report(tuple(_compare(subject, f"{name} trains on as the module", duplicate)
                         for name, duplicate in copies.items()))
 
