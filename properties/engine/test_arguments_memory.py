@@ -17,7 +17,7 @@ from properties.engine.test_arguments import (
     rows,
     wrapped,
 )
-from properties.twin import weighted_sum
+from properties.support.twin import weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
