@@ -1,6 +1,7 @@
 """The limits of errors: what the condition number counts, what it excuses, and how drawn networks are judged by it."""
 
 import math
+from itertools import islice, repeat
 from unittest.mock import patch
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from memcnn.testing import Report, Result
 from memcnn.testing.cases import Block, Branch, Chain, Network, Values
 from memcnn.testing.laws.limits import Limit
-from memcnn.testing.laws.rounding import Rounding, condition_number, named
+from memcnn.testing.laws.rounding import Rounding, condition_numbers, named
 from memcnn.testing.laws.subject import Subject
 from memcnn.testing.laws.twin import NamedTensors
 from memcnn.testing.tolerances import tolerance
@@ -37,8 +38,13 @@ def trained_by_twin(subject: Subject) -> NamedTensors:
     return named(subject.run(subject.plain()))
 
 
-def amplified(network: Network, directions: int = 6) -> float:
-    return condition_number(subject_of(network), trained, trained_by_twin, directions=directions)
+def condition_number(*arguments: object, changes: int = 6) -> float:
+    """Return the condition number after a number of random changes."""
+    return list(islice(condition_numbers(*arguments), changes))[-1]
+
+
+def amplified(network: Network) -> float:
+    return condition_number(subject_of(network), trained, trained_by_twin)
 
 
 class Scaled(nn.Module):
@@ -58,7 +64,7 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("c", [0.0, 1e3, 1e5])
 def test_a_condition_number_counts_the_digits_that_an_operation_loses(c: float):
     subject = Subject(Scaled(c), (torch.full((50,), 0.5, dtype=torch.float32),))
-    found = condition_number(subject, lambda s: {"y": s.evaluated(s.fresh(), s.inputs)[0]}, directions=3)
+    found = condition_number(subject, lambda s: {"y": s.evaluated(s.fresh(), s.inputs)[0]}, changes=3)
     assert max(1, c) <= found <= 4 * max(1, 2 * c)
 
 
@@ -113,11 +119,12 @@ def test_a_cast_to_a_lower_precision_is_no_amplification(dtype: torch.dtype):
         def forward(self, x: Tensor) -> Tensor:
             return x.bfloat16().to(x)
     subject = Subject(Rounded(0.0), (torch.randn(100, dtype=dtype),))
-    assert condition_number(subject, lambda s: {"y": s.evaluated(s.fresh(), s.inputs)[0]}, directions=6) < 100
+    assert condition_number(subject, lambda s: {"y": s.evaluated(s.fresh(), s.inputs)[0]}) < 100
 
 
 def judged(error: float, *, depth: int = 1, condition: float = 1.0) -> Result:
-    return Limit(torch.float32, depth, condition=lambda _: condition).judge("gradients", "a claim", error, "buffer 3")
+    limit = Limit(torch.float32, depth, conditions=repeat(condition))
+    return limit.judge("gradients", "a claim", error, "buffer 3")
 
 
 def test_an_error_beyond_what_rounding_explains_fails_whatever_the_blocks_are():

@@ -11,7 +11,7 @@ from torch import Tensor
 from memcnn.testing.laws.hints import but_right_without
 from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.result import Result
-from memcnn.testing.laws.rounding import condition_number, named
+from memcnn.testing.laws.rounding import condition_numbers, named
 from memcnn.testing.laws.subject import Subject
 from memcnn.testing.laws.twin import FLOOR, Outcome
 
@@ -73,8 +73,8 @@ def like_finite_differences(subject: Subject, *, explain: bool = True) -> Result
     if worst.error <= limit:
         return Result("gradients", DIFFERENCES, worst.error, limit, source)
     # the gradient may be as far off as the activations that backward rebuilds
-    rounding = Limit(torch.float64, 2 * subject.depth, condition=lambda directions: condition_number(
-        subject, lambda s: named(s.run(s.trained())), directions=directions))
+    rounding = Limit(torch.float64, 2 * subject.depth, conditions=condition_numbers(
+        subject, lambda s: named(s.run(s.trained()))))
     result = rounding.judge("gradients", DIFFERENCES, worst.error)
     if not result.failed:
         return result

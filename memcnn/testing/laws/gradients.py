@@ -14,7 +14,7 @@ from memcnn.testing.laws.differences import DIFFERENCES, like_finite_differences
 from memcnn.testing.laws.hints import but_right_without
 from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.result import Report, Result
-from memcnn.testing.laws.rounding import condition_number, named
+from memcnn.testing.laws.rounding import condition_numbers, named
 from memcnn.testing.laws.subject import NotRunnable, Subject
 from memcnn.testing.laws.twin import NamedTensors, Outcome, is_dense, relative_errors, worst
 from memcnn.testing.tolerances import distance
@@ -72,8 +72,8 @@ def _like_plain(subject: Subject, where: str = "", *, explain: bool = True) -> l
     if not wanted.is_finite:
         return [Result("gradients", claims["gradients of inputs"],
                        skipped="plain backpropagation gives values that are not finite here")]
-    limit = Limit(subject.dtype, 2 * subject.depth, subject.autocast, lambda directions: condition_number(
-        subject, _of_training, _of_plain_training, directions=directions))
+    limit = Limit(subject.dtype, 2 * subject.depth, subject.autocast, condition_numbers(
+        subject, _of_training, _of_plain_training))
     gradient_errors = relative_errors(got.gradients, wanted.gradients)
     output_errors = relative_errors(_numbered(got), _numbered(wanted))
     results = []
@@ -128,8 +128,8 @@ def _added(subject: Subject) -> list[Result]:
     errors = {name: distance([got[name]], [wanted[name] + 1]) for name in names}
     name, error = worst(errors)
     shown = subject.input_names[int(name.split()[1])] if name.startswith("input ") else name
-    limit = Limit(subject.dtype, subject.depth, subject.autocast, lambda directions: condition_number(
-        subject, _of_training, _of_plain_training, directions=directions))
+    limit = Limit(subject.dtype, subject.depth, subject.autocast, condition_numbers(
+        subject, _of_training, _of_plain_training))
     return [limit.judge("gradients", "gradients are added to earlier ones", error,
                         f"the gradient of {shown} is not added to the one that is there")]
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from memcnn.testing.laws.growth import DEEPEST, growth
 from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.result import Report, Result
-from memcnn.testing.laws.rounding import condition_number
+from memcnn.testing.laws.rounding import condition_numbers
 from memcnn.testing.laws.subject import NotRunnable, Subject, reordered, without_dropout
-from memcnn.testing.laws.twin import NamedTensors
+from memcnn.testing.laws.twin import NamedTensors, is_finite
 from memcnn.testing.tolerances import distance, tolerance
 
 SHARE = 0.25
@@ -66,7 +66,7 @@ def _inverse_undoes_forward(subject: Subject, where: str = "") -> Result:
     module = subject.fresh()
     note = "dropout was off for this check" if without_dropout(module) else ""
     y = subject.evaluated(module, x)
-    if not _finite(y):
+    if not is_finite(y):
         return Result("inverse", claim, skipped="forward gives values that are not finite here")
     try:
         back = subject.evaluated(module.inverse, y)
@@ -93,13 +93,13 @@ def _forward_undoes_inverse(subject: Subject) -> Result:
         x = subject.evaluated(module.inverse, y)
     except Exception as error:
         return Result("inverse", BACK, math.inf, 0.0, explanation=f"raised {_name(error)}")
-    if not _finite(x):
+    if not is_finite(x):
         return Result("inverse", BACK, skipped=NO_INVERSE)
     try:
         forth = subject.evaluated(module, x)
     except Exception as error:
         return Result("inverse", BACK, math.inf, 0.0, explanation=f"forward raised {_name(error)}")
-    if not _finite(forth):  # as where a scale that the inverse divides by has overflowed
+    if not is_finite(forth):  # as where a scale that the inverse divides by has overflowed
         return Result("inverse", BACK, skipped=NO_INVERSE)
     result = _compared(subject, BACK, forth, y, inverse_first=True)
     if not result.failed or result.explanation:
@@ -119,8 +119,7 @@ def _compared(subject: Subject, claim: str, got: Sequence[Tensor], wanted: Seque
         return Result("inverse", claim, math.inf, 0.0,
                       explanation=f"{name} gives {_words(got)}, not {_words(wanted)}")
     compute = partial(_there_and_back, start=wanted, inverse_first=inverse_first)
-    limit = Limit(subject.dtype, subject.depth, subject.autocast,
-                  lambda directions: condition_number(subject, compute, directions=directions))
+    limit = Limit(subject.dtype, subject.depth, subject.autocast, condition_numbers(subject, compute))
     return limit.judge("inverse", claim, distance(got, wanted))
 
 
@@ -139,7 +138,7 @@ def _what_it_does_instead(subject: Subject, module: nn.Module, x: Sequence[Tenso
                           back: Sequence[Tensor]) -> str:
     """Explain what ``back``, which the inverse made of y, is in place of x."""
     close = 1e3 * tolerance(subject.dtype, depth=subject.depth)
-    if not _finite(back):
+    if not is_finite(back):
         return "inverse gives values that are not finite"
     if not _deterministic(subject):
         return NOT_DETERMINISTIC
@@ -193,10 +192,6 @@ def _but_right_elsewhere(subject: Subject, x: Sequence[Tensor], error: float) ->
     if right(subject.fresh(), [0.01 * value if value.is_floating_point() else value for value in x]):
         return "; for inputs a hundredth as large it is right"
     return ""
-
-
-def _finite(values: Sequence[Tensor]) -> bool:
-    return all(bool(value.isfinite().all()) for value in values)
 
 
 def _kinds(values: Sequence[Tensor]) -> list[tuple]:

@@ -1,17 +1,18 @@
 """The largest error that rounding explains: that of well-conditioned blocks, or else of these very blocks."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass
+from itertools import tee
 
 import torch
 
 from memcnn.testing.laws.result import HOPELESS, Result
 from memcnn.testing.tolerances import describe, tolerance
 
-DIRECTIONS = 1, 6, 30
-"""Numbers of random changes from which the condition number is measured, until the error is explained."""
-FAR_BEYOND = 1e3
-"""An error that is more than this many times its limit is not explained by further changes."""
+FAR_BEYOND = {1: 1e3, 3: 1e2, 6: 10.0, 30: 1.0}
+"""After so many random changes, an error is not explained by more of them if it exceeds its limit by this factor."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,17 @@ class Limit:
     values, and nothing can be said.
 
     Attributes:
-        condition: measures the condition number from a number of random changes. It is called only where it matters.
+        conditions: the condition number, measured with one random change, two, three, ... Values are taken only where
+            they matter, and kept for further errors of the same computation.
     """
 
     dtype: torch.dtype
     depth: int = 1
     autocast: torch.dtype | None = None
-    condition: Callable[[int], float] = lambda directions: 1.0
+    conditions: Iterable[float] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "conditions", tee(self.conditions, 1)[0])
 
     def judge(self, law: str, claim: str, error: float, explanation: str | Callable[[], str] = "") -> Result:
         """Return the result of a claim.
@@ -42,14 +47,13 @@ class Limit:
         """
         precision = {"dtype": self.dtype, "autocast": self.autocast}
         limit, source = tolerance(**precision, depth=self.depth), describe(**precision, depth=self.depth)
-        for directions in () if error <= limit else DIRECTIONS:
-            condition = self.condition(directions)
+        for changes, condition in enumerate(() if error <= limit else copy(self.conditions), 1):
             limit = tolerance(**precision, depth=self.depth, condition=condition)
             source = describe(**precision, depth=self.depth, condition=condition)
             if limit >= 1:
                 return Result(law, claim, error, limit, source,
                               skipped=f"{HOPELESS}the condition number is {condition:.2g}")
-            if error <= limit or error > FAR_BEYOND * limit:
+            if error <= limit or error > FAR_BEYOND.get(changes, math.inf) * limit or changes == max(FAR_BEYOND):
                 break
         if not error <= limit and callable(explanation):
             explanation = explanation()

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.result import Report, Result
-from memcnn.testing.laws.rounding import condition_number
+from memcnn.testing.laws.rounding import condition_numbers
 from memcnn.testing.laws.subject import Subject, sample_by_sample, without_dropout
-from memcnn.testing.laws.twin import NamedTensors, relative_errors, worst
+from memcnn.testing.laws.twin import NamedTensors, is_finite, relative_errors, worst
 from memcnn.testing.tolerances import distance, tolerance
 
 FAR_OFF = 1e-2
@@ -98,7 +98,8 @@ def _of_batch(claim: str, subject: Subject, method: str, values: Tensor, prepare
 def _compared(claim: str, subject: Subject, method: str, reported: Tensor, jacobians: Tensor) -> Result:
     wanted, reported = torch.linalg.slogdet(jacobians).logabsdet.cpu(), reported.cpu().double()
     error = ((reported - wanted).abs().max() / max(1.0, wanted.abs().max().item())).item()
-    limit = Limit(torch.float64, subject.depth, condition=lambda _: torch.linalg.cond(jacobians).max().item())
+    limit = Limit(torch.float64, subject.depth, conditions=(
+        torch.linalg.cond(matrices).max().item() for matrices in [jacobians]))
     return limit.judge("log_det", claim, error, _explain(method, reported, wanted, error))
 
 
@@ -138,7 +139,7 @@ def _consistent(claim: str, subject: Subject, methods: list[str]) -> Result:
             del wanted["x"]
     if "sum" in got:
         wanted["sum"] = torch.zeros_like(got["sum"])
-    if not all(bool(value.isfinite().all()) for value in wanted.values()):
+    if not is_finite(wanted.values()):
         return Result("log_det", claim, skipped="values are not finite here")
     errors = relative_errors(got, wanted)
     if "sum" in got:
@@ -146,8 +147,7 @@ def _consistent(claim: str, subject: Subject, methods: list[str]) -> Result:
     name, error = worst(errors)
     explanation = {"y": "forward_log_det gives other values than forward", "x": "inverse_log_det gives other values "
                    "than inverse", "sum": "the log-determinants of the two directions do not cancel"}[name]
-    limit = Limit(subject.dtype, 2 * subject.depth,
-                  condition=lambda directions: condition_number(subject, compute, directions=directions))
+    limit = Limit(subject.dtype, 2 * subject.depth, conditions=condition_numbers(subject, compute))
     return limit.judge("log_det", claim, error, explanation)
 
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.result import Result
-from memcnn.testing.laws.rounding import condition_number
+from memcnn.testing.laws.rounding import condition_numbers
 from memcnn.testing.laws.subject import Subject, reordered
-from memcnn.testing.laws.twin import NamedTensors, leaf_like, relative_errors, worst
+from memcnn.testing.laws.twin import NamedTensors, is_finite, leaf_like, relative_errors, worst
 
 NOT_FINITE = "gradients are not finite here"
 
@@ -17,7 +17,7 @@ NOT_FINITE = "gradients are not finite here"
 def two_steps_do_not_mix(subject: Subject, claim: str) -> Result:
     """Compare two forward passes followed by their backward passes, in either order, with one step after the other."""
     wanted = _gradients_of_two_steps(subject, subject.trained(), ())
-    if not _finite(wanted):
+    if not is_finite(wanted.values()):
         return Result("state", claim, skipped=NOT_FINITE)
     errors = {}
     for order in (0, 1), (1, 0):
@@ -70,7 +70,7 @@ def graphs_can_be_retained(subject: Subject, claim: str) -> Result:
     except Exception as error:
         return Result("state", claim, skipped=f"plain backpropagation raised {type(error).__name__}: {error}")
     first, second = _gradients_of_two_passes(subject, subject.trained())
-    if not _finite(first):
+    if not is_finite(first.values()):
         return Result("state", claim, skipped=NOT_FINITE)
     limit = _limit(subject, lambda s: _gradients_of_two_passes(s, s.trained())[1],
                    lambda s: _gradients_of_two_passes(s, s.plain())[1])
@@ -99,8 +99,4 @@ def _gradients_of_two_passes(subject: Subject, module: nn.Module) -> tuple[Named
 def _limit(subject: Subject, compute: Callable[[Subject], NamedTensors],
            plain: Callable[[Subject], NamedTensors]) -> Limit:
     return Limit(subject.dtype, 2 * subject.depth, subject.autocast,
-                 lambda directions: condition_number(subject, compute, plain, directions=directions))
-
-
-def _finite(gradients: NamedTensors) -> bool:
-    return all(bool(g.isfinite().all()) for g in gradients.values() if g is not None)
+                 condition_numbers(subject, compute, plain))

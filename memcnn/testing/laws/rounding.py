@@ -9,15 +9,17 @@ same with and without them.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from memcnn.testing.laws.subject import NotRunnable, Subject, without_dropout
-from memcnn.testing.laws.twin import NamedTensors, Outcome, relative_errors, worst
+from memcnn.testing.laws.twin import NamedTensors, Outcome, is_finite, relative_errors, worst
 from memcnn.testing.tolerances import distance
 
 LEAST_STEP = 1e-14
@@ -53,7 +55,7 @@ class Rounding(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
-        if _rounds(function, args):
+        if _may_round(function) and any(isinstance(x, Tensor) and x.is_floating_point() for x in tree_leaves(args)):
             tree_map_only(Tensor, self.change, results)
         return results
 
@@ -62,36 +64,36 @@ class Rounding(TorchDispatchMode):
         if not x.is_floating_point() or not x.numel():
             return
         if self.step:
-            signs = torch.randint(2, x.shape, generator=self.generator, dtype=torch.int8, device="cpu").to(x)
-            x.add_((2 * signs - 1) * x, alpha=self.step)
+            signs = torch.randint(2, x.shape, generator=self.generator, dtype=x.dtype, device="cpu").to(x.device)
+            x.mul_(signs.mul_(2 * self.step).add_(1 - self.step))
         else:
             self.largest = max(self.largest, torch.nan_to_num(x, 0.0, 0.0, 0.0).abs().max().item())
 
 
-def _rounds(function: torch._ops.OpOverload, args: tuple) -> bool:
+@cache
+def _may_round(function: torch._ops.OpOverload) -> bool:
+    """Return whether the operation computes values that are no entries of its arguments, and draws none at random."""
     name = function.overloadpacket.__name__
     is_view = any(value.alias_info is not None and not value.alias_info.is_write for value in function._schema.returns)
     draws = torch.Tag.nondeterministic_seeded in function.tags
-    given = any(isinstance(x, Tensor) and x.is_floating_point() for x in torch.utils._pytree.tree_leaves(args))
-    return given and not is_view and not draws and name.removesuffix("_") not in EXACT
+    return not is_view and not draws and name.removesuffix("_") not in EXACT
 
 
-def condition_number(subject: Subject, compute: Computation, twin: Computation | None = None, *,
-                     directions: int = 1) -> float:
-    """Return by how much ``compute`` amplifies rounding, at least 1.
+def condition_numbers(subject: Subject, compute: Computation, twin: Computation | None = None) -> Iterator[float]:
+    """Yield by how much ``compute`` amplifies rounding, at least 1, as measured with one random change, two, three, ...
 
-    It is measured with the very weights and masks of ``subject``, in float64 if the module runs in it.
+    It is measured with the very weights and masks of ``subject``, in float64 if the module runs in it. Few changes give
+    a rough value, which may miss what is amplified most.
 
     Args:
         subject: whose dtype decides the size of a rounding.
         compute: runs the law's computation.
         twin: runs the same under ordinary autograd, if there is such a twin.
-        directions: the number of random changes; one gives a rough value, which may miss what is amplified most.
 
-    Returns:
-        The largest relative effect of a change, divided by its size. Infinite where nothing can be said: a value does
-        not fit into the dtype, or is lost by the twin and the inverses alone as well. 1 where ``compute`` alone gives
-        values that are not finite, or refuses every change, which excuses nothing.
+    Yields:
+        The largest relative effect of a change so far, divided by its size. Infinite where nothing can be said: a value
+        does not fit into the dtype, or is lost by the twin and the inverses alone as well. 1 where ``compute`` alone
+        gives values that are not finite, or refuses every change, which excuses nothing. The last two are yielded once.
     """
     eps = torch.finfo(subject.dtype).eps
     try:
@@ -103,13 +105,17 @@ def condition_number(subject: Subject, compute: Computation, twin: Computation |
         with Rounding() as unchanged:
             base = compute(exact)
     except Exception:  # another claim reports it
-        return 1.0
+        yield 1.0
+        return
     if unchanged.largest > torch.finfo(subject.dtype).max:
-        return math.inf
-    if not _is_finite(base):
-        return 1.0 if twin is None or _is_right_without_engine(exact, twin) else math.inf
-    step = max(eps, least)
-    return max(1.0, *(_amplification(exact, compute, base, step, seed) for seed in range(directions)))
+        yield math.inf
+    elif not is_finite(base.values()):
+        yield 1.0 if twin is None or _is_right_without_engine(exact, twin) else math.inf
+    else:
+        found = 1.0
+        for seed in count():
+            found = max(found, _amplification(exact, compute, base, max(eps, least), seed))
+            yield found
 
 
 def _amplification(subject: Subject, compute: Computation, base: NamedTensors, step: float, seed: int) -> float:
@@ -122,7 +128,7 @@ def _amplification(subject: Subject, compute: Computation, base: NamedTensors, s
     def effect(size: float) -> float:
         with Rounding(size, seed):
             changed = compute(subject)
-        return worst(relative_errors(changed, base))[1] if _is_finite(changed) else math.inf
+        return worst(relative_errors(changed, base))[1] if is_finite(changed.values()) else math.inf
 
     found = []
     for size in (step, math.sqrt(step), LEAST_STEP):
@@ -157,13 +163,9 @@ def _is_right_without_engine(subject: Subject, twin: Computation) -> bool:
             subject.evaluated(module, subject.inputs)
             for part, x, y in list(calls):
                 errors.append(distance([part.inverse(y)], [x]))
-        return _is_finite(twin(subject)) and all(error < HALF_OF_THE_DIGITS for error in errors)
+        return is_finite(twin(subject).values()) and all(error < HALF_OF_THE_DIGITS for error in errors)
     except Exception:
         return False
-
-
-def _is_finite(tensors: NamedTensors) -> bool:
-    return all(bool(x.isfinite().all()) for x in tensors.values() if x is not None)
 
 
 def named(outcome: Outcome) -> NamedTensors:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.result import Report, Result
-from memcnn.testing.laws.rounding import condition_number, named
+from memcnn.testing.laws.rounding import condition_numbers, named
 from memcnn.testing.laws.subject import Subject
 from memcnn.testing.laws.twin import worst
 
@@ -74,7 +74,6 @@ def check_training(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool
     if not wanted.is_finite:
         return Report((Result("training", claim, skipped="plain training gives values that are not finite here"),))
     name, error = worst(got.errors(wanted))
-    limit = Limit(subject.dtype, 2 * steps * subject.depth, condition=lambda directions: condition_number(
-        subject, lambda s: named(s.run(s.trained(), train)), lambda s: named(s.run(s.plain(), train)),
-        directions=directions))
+    limit = Limit(subject.dtype, 2 * steps * subject.depth, conditions=condition_numbers(
+        subject, lambda s: named(s.run(s.trained(), train)), lambda s: named(s.run(s.plain(), train))))
     return Report((limit.judge("training", claim, error, f"{name} differs from that of plain training"),))

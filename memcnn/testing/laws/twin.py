@@ -4,7 +4,7 @@ Every law that compares a module with ordinary backpropagation does so with thes
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -69,8 +69,7 @@ class Outcome:
 
     @property
     def is_finite(self) -> bool:
-        tensors = (*self.results, *self.gradients.values(), *self.buffers.values())
-        return all(bool(value.isfinite().all()) for value in tensors if value is not None)
+        return is_finite((*self.results, *self.gradients.values(), *self.buffers.values()))
 
     def errors(self, expected: "Outcome") -> dict[str, float]:
         """Return the relative error of every result, gradient and buffer, and of the generators' state, by name.
@@ -157,6 +156,11 @@ def relative_errors(actual: NamedTensors, expected: NamedTensors) -> dict[str, f
     floating = [wanted for wanted in expected.values() if wanted is not None and _is_inexact(wanted)]
     largest = max((wanted.detach().abs().max().item() for wanted in floating if wanted.numel()), default=0.0)
     return {name: _error(actual.get(name), wanted, FLOOR * largest) for name, wanted in expected.items()}
+
+
+def is_finite(tensors: Iterable[Tensor | None]) -> bool:
+    """Return whether every entry of every tensor is finite."""
+    return all(bool(x.isfinite().all()) for x in tensors if x is not None)
 
 
 def worst(errors: Mapping[str, float]) -> tuple[str, float]:
