@@ -47,6 +47,17 @@ class WrongSecondBackward(Engine):
         return super().back(pair, before, y, self.passes * dy, found)
 
 
+class RightOnce(InvertibleModuleWrapper):
+    """Loses the gradients of every forward pass after the first."""
+
+    passes = 0
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        self.passes += 1
+        y = super().forward(*inputs)
+        return y if self.passes == 1 or self.disable else y.detach() + 0 * next(self.parameters()).sum()
+
+
 class InverseWithoutGradients(Own):
     @torch.no_grad()
     def inverse(self, y: Tensor) -> Tensor:
@@ -136,6 +147,11 @@ RETAINED = "a retained graph is differentiated again"
 def test_an_engine_that_cannot_differentiate_a_retained_graph_breaks_the_law_of_state(engine):
     assert RETAINED in failing(check_state, engine(Pair()), wrap=False)
     assert not failing(check_state, Engine(Pair()), wrap=False)
+
+
+def test_a_second_step_is_compared_with_plain_backpropagation():
+    assert failing(check_gradients, RightOnce(Own())) == {"gradients of a second step = plain backpropagation's"}
+    assert not failing(check_state, RightOnce(Own())) & {"two steps under way do not mix"}
 
 
 def test_training_through_an_inverse_without_gradients_is_seen():

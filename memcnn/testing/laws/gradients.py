@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from memcnn.testing.laws.differences import DIFFERENCES, like_finite_differences
 from memcnn.testing.laws.hints import but_right_without
 from memcnn.testing.laws.limits import Limit
+from memcnn.testing.laws.passes import second_step_is_plain
 from memcnn.testing.laws.result import Report, Result
 from memcnn.testing.laws.rounding import condition_numbers, named
 from memcnn.testing.laws.subject import NotRunnable, Subject
@@ -41,7 +42,7 @@ def check_gradients(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: boo
         autocast: run forward under autocast to this dtype. Then plain backpropagation is the only reference.
     """
     subject = Subject(module, inputs, seed, wrap, autocast)
-    results = [*_like_plain(subject), *_added(subject)]
+    results = [*_like_plain(subject), *second_step_is_plain(subject), *_added(subject)]
     if autocast:
         return Report(tuple(results))
     try:

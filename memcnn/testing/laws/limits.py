@@ -11,7 +11,7 @@ import torch
 from memcnn.testing.laws.result import HOPELESS, Result
 from memcnn.testing.tolerances import describe, tolerance
 
-FAR_BEYOND = {1: 1e3, 3: 1e2, 6: 10.0, 30: 1.0}
+FAR_BEYOND = {1: 1e3, 3: 1e2, 6: 10.0, 12: 3.0, 30: 1.0}
 """After so many random changes, an error is not explained by more of them if it exceeds its limit by this factor."""
 
 

@@ -1,5 +1,6 @@
-"""Claims of the law of state about several passes: steps that are under way at once, and retained graphs."""
+"""Claims about several passes: a second step, two steps that are under way at once, and retained graphs."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,47 +12,78 @@ from memcnn.testing.laws.rounding import condition_numbers
 from memcnn.testing.laws.subject import Subject, reordered
 from memcnn.testing.laws.twin import NamedTensors, is_finite, leaf_like, relative_errors, worst
 
+FIRST, SECOND = "first step: ", "second step: "
 NOT_FINITE = "gradients are not finite here"
 
 
 def two_steps_do_not_mix(subject: Subject, claim: str) -> Result:
     """Compare two forward passes followed by their backward passes, in either order, with one step after the other."""
-    wanted = _gradients_of_two_steps(subject, subject.trained(), ())
+    wanted = gradients_of_two_steps(subject, subject.trained())
     if not is_finite(wanted.values()):
         return Result("state", claim, skipped=NOT_FINITE)
     errors = {}
     for order in (0, 1), (1, 0):
-        got = _gradients_of_two_steps(subject, subject.trained(), order)
+        got = gradients_of_two_steps(subject, subject.trained(), order)
         errors |= {f"{name} {order}": error for name, error in relative_errors(got, wanted).items()}
-    limit = _limit(subject, lambda s: _gradients_of_two_steps(s, s.trained(), (0, 1)),
-                   lambda s: _gradients_of_two_steps(s, s.plain(), (0, 1)))
+    limit = _limit(subject, lambda s: gradients_of_two_steps(s, s.trained(), (0, 1)),
+                   lambda s: gradients_of_two_steps(s, s.plain(), (0, 1)))
     return limit.judge("state", claim, worst(errors)[1],
                        "a second forward pass before the backward pass of the first changes the gradients: the module "
                        "keeps a pass's values on itself")
 
 
-def _gradients_of_two_steps(subject: Subject, module: nn.Module, order: Sequence[int]) -> NamedTensors:
+def second_step_is_plain(subject: Subject) -> list[Result]:
+    """Compare the gradients of a second step, on other values, with plain backpropagation's, if there is a twin.
+
+    It belongs to the law of gradients: a module may be right once, and then use what it kept of its first step.
+    """
+    claim = "gradients of a second step = plain backpropagation's"
+    if (twin := subject.plain()) is None:
+        return []
+
+    def second(subject: Subject, module: nn.Module) -> NamedTensors:
+        gradients = gradients_of_two_steps(subject, module)
+        return {name: gradient for name, gradient in gradients.items() if name.startswith(SECOND)}
+
+    which = "plain backpropagation"
+    try:
+        wanted = second(subject, twin)
+        which = "a second training step"
+        got = second(subject, subject.trained())
+    except Exception as error:
+        return [Result("gradients", claim, math.inf, 0.0,
+                       explanation=f"{which} raised {type(error).__name__}: {error}")]
+    if not is_finite(wanted.values()):
+        return [Result("gradients", claim, skipped=NOT_FINITE)]
+    name, error = worst(relative_errors(got, wanted))
+    limit = _limit(subject, lambda s: second(s, s.trained()), lambda s: second(s, s.plain()))
+    return [limit.judge("gradients", claim, error, f"in a second step the gradient of {name.removeprefix(SECOND)} is "
+                                                   "another one than plain backpropagation's")]
+
+
+def gradients_of_two_steps(subject: Subject, module: nn.Module, order: Sequence[int] = ()) -> NamedTensors:
     """Run two steps on different batches, and return the gradients of both.
 
     Args:
-        subject: gives the first batch; the second is its samples in reverse order.
+        subject: gives the first batch; the second is its samples in reverse order, with other random numbers.
         module: a copy of the subject's.
         order: in which the backward passes follow both forward passes; () for each right after its forward pass.
     """
     losses, leaves, gradients = [], [], {}
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    names = [name for name, _ in subject.module.named_parameters()]
+    parameters = {name: p for name, p in zip(names, module.parameters(), strict=True) if p.requires_grad}
 
     def differentiate(i: int) -> None:
-        for parameter in parameters:
+        for parameter in parameters.values():
             parameter.grad = None
         if losses[i].requires_grad:
             losses[i].backward()
-        gradients.update({f"pass {i}, {j}": torch.zeros_like(x) if x.grad is None else x.grad
-                          for j, x in enumerate((*leaves[i], *parameters))})
+        gradients.update({f"{(FIRST, SECOND)[i]}{name}": torch.zeros_like(x) if x.grad is None else x.grad
+                          for name, x in (leaves[i] | parameters).items()})
 
     for i, batch in enumerate((subject.inputs, [reordered(x) for x in subject.inputs])):
         made = [leaf_like(x.detach().requires_grad_(x.is_floating_point())) for x in batch]
-        leaves.append([leaf for leaf, _ in made if leaf.requires_grad])
+        leaves.append({f"input {j}": leaf for j, (leaf, _) in enumerate(made) if leaf.requires_grad})
         with subject.seeded(run=i):
             losses.append(subject.loss(subject.call(module, *(x for _, x in made))))
         if not order:

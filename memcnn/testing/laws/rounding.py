@@ -9,14 +9,13 @@ same with and without them.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import count
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from memcnn.testing.laws.subject import NotRunnable, Subject, without_dropout
 from memcnn.testing.laws.twin import NamedTensors, Outcome, is_finite, relative_errors, worst
@@ -55,8 +54,9 @@ class Rounding(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
-        if _may_round(function) and any(isinstance(x, Tensor) and x.is_floating_point() for x in tree_leaves(args)):
-            tree_map_only(Tensor, self.change, results)
+        if _may_round(function) and any(x.is_floating_point() for x in _tensors(args)):
+            for result in _tensors([results]):
+                self.change(result)
         return results
 
     def change(self, x: Tensor) -> None:
@@ -68,6 +68,15 @@ class Rounding(TorchDispatchMode):
             x.mul_(signs.mul_(2 * self.step).add_(1 - self.step))
         else:
             self.largest = max(self.largest, torch.nan_to_num(x, 0.0, 0.0, 0.0).abs().max().item())
+
+
+def _tensors(values: Sequence) -> Iterator[Tensor]:
+    """Yield the tensors in ``values`` and in the lists and tuples there."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
 
 
 @cache
