@@ -1,6 +1,5 @@
 """The module under test with its inputs: its copies, its plain twin, and its runs from one and the same state."""
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from memcnn.models.coupling import Coupling
 from memcnn.models.revop import InvertibleModuleWrapper
-from memcnn.testing.laws.twin import Outcome, is_wrapped, leaf_like, plain_twin, run, seeded, weighted_sum
+from memcnn.testing.laws.twin import Outcome, duplicate, is_wrapped, leaf_like, plain_twin, run, seeded, weighted_sum
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
             nn.MultiheadAttention)
@@ -83,7 +82,7 @@ class Subject:
 
     def fresh(self) -> nn.Module:
         """Return a copy of the module as it was given."""
-        return copy.deepcopy(self.module)
+        return duplicate(self.module)
 
     def initialised(self) -> "Subject":
         """Return the same after a plain forward pass, if one sets parameters, as ActNorm's first does."""

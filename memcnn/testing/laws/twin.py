@@ -4,6 +4,7 @@ Every law that compares a module with ordinary backpropagation does so with thes
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +25,20 @@ NamedTensors = Mapping[str, Tensor | None]
 
 def plain_twin(module: nn.Module) -> nn.Module:
     """Return a deep copy whose wrapped blocks run under ordinary autograd and store every activation."""
-    twin = copy.deepcopy(module)
+    twin = duplicate(module)
     for part in twin.modules():
         if isinstance(part, InvertibleModuleWrapper):
             part.disable = True
     return twin
+
+
+def duplicate(module: nn.Module) -> nn.Module:
+    """Return ``copy.deepcopy(module)`` in about half the time.
+
+    Much of that time goes to the empty collections of hooks that every module has. The memo is given new ones.
+    """
+    values = [value for part in module.modules() for value in vars(part).values()]
+    return copy.deepcopy(module, {id(x): type(x)() for x in values if type(x) in (OrderedDict, dict, set) and not x})
 
 
 def is_wrapped(module: nn.Module) -> bool:
