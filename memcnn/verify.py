@@ -27,7 +27,7 @@ MODES = {"both": (True, False), "train": (True,), "eval": (False,)}
 
 
 class Misuse(Exception):
-    """What was asked for cannot be done; the message says what could."""
+    """The request cannot be carried out; the message says what can."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -119,7 +119,7 @@ def _made(make: object, base) -> nn.Module:
 
 
 def _options(args: argparse.Namespace) -> dict[str, dict]:
-    """Of each law's check."""
+    """Return the options of each law's check."""
     wrap = {"wrap": False} if args.as_is else {}
     chain = {"chain": _load(args.chain)} if args.chain else {}
     differences = {"finite_differences": False} if args.no_finite_differences else {}
@@ -144,7 +144,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def _load(target: str) -> object:
-    """What ``package.module:name`` or ``path.py:name`` stands for."""
+    """Import and return the object that ``package.module:name`` or ``path.py:name`` names."""
     place, colon, name = target.partition(":")
     if not (place and colon and name):
         raise Misuse(f"target: got {target!r}, wanted package.module:factory or path/to/file.py:factory")
@@ -158,7 +158,7 @@ def _load(target: str) -> object:
     except AttributeError as error:
         raise Misuse(f"{target}: {error}") from error
     if not callable(found):
-        raise Misuse(f"{target}: got a {type(found).__name__}, wanted a module or what makes one")
+        raise Misuse(f"{target}: got a {type(found).__name__}, wanted a module or a function that makes one")
     return found
 
 

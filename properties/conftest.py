@@ -12,8 +12,8 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 import memcnn
-from properties import laws
 from properties.devices import DEVICES, reproducible_kernels
+from properties.support import errors
 
 torch.set_num_threads(1)
 
@@ -39,21 +39,21 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The largest errors that the laws met, next to their limits."""
-    if laws.LARGEST:
+    if errors.LARGEST:
         terminalreporter.section("largest errors, their limits, and the share of the limit")
-        for line in laws.table():
+        for line in errors.table():
             terminalreporter.write_line(line)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist
-        session.config.workeroutput["largest errors"] = [(*key, *value) for key, value in laws.LARGEST.items()]
+        session.config.workeroutput["largest errors"] = [(*key, *value) for key, value in errors.LARGEST.items()]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node) -> None:
     for *key, error, limit in getattr(node, "workeroutput", {}).get("largest errors", ()):
-        laws.remember(tuple(key), error, limit)
+        errors.remember(tuple(key), error, limit)
 
 
 @pytest.fixture(scope="session", params=DEVICES)

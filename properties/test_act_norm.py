@@ -9,8 +9,7 @@ from torch import nn
 
 from memcnn import ActNorm, AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.tolerances import relative_error, tolerance
-from properties.test_flows import seeded
-from properties.twin import assert_like_twin, backward, images, weighted_sum
+from properties.support.twin import assert_like_twin, backward, data, images, weighted_sum
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
@@ -18,7 +17,7 @@ from properties.twin import assert_like_twin, backward, images, weighted_sum
 def test_the_first_pass_in_training_normalises_its_result(wrapped, direction):
     layer = ActNorm(6).double()
     block = InvertibleModuleWrapper(layer) if wrapped else layer
-    x = 5 + 3 * seeded(4, 6, 5, 4)
+    x = 5 + 3 * data(4, 6, 5, 4)
     result = getattr(block, direction)(x)
     assert layer.initialised
     assert relative_error(result.mean((0, 2, 3)), torch.zeros(6), least_scale=1) <= tolerance(x.dtype)
@@ -39,7 +38,7 @@ def test_a_recomputation_does_not_initialise_again():
             optimiser.step()
         return [p.detach().clone() for p in module.parameters()]
 
-    x = 5 + 3 * seeded(4, 6, 5, 4)
+    x = 5 + 3 * data(4, 6, 5, 4)
     inside = nn.Sequential(ActNorm(3), nn.Conv2d(3, 3, 1), nn.Tanh())  # a branch may hold one too
     chain = ReversibleSequential(ActNorm(6), AdditiveCoupling(inside), ActNorm(6)).double()
     assert_like_twin(chain, steps, x.requires_grad_(), depth=6)
@@ -48,40 +47,40 @@ def test_a_recomputation_does_not_initialise_again():
 def test_the_first_pass_may_be_one_without_gradients():
     layer = InvertibleModuleWrapper(ActNorm(6).double())
     with torch.no_grad():
-        layer(5 + 3 * seeded(4, 6, 5, 4))
+        layer(5 + 3 * data(4, 6, 5, 4))
     assert layer._fn.initialised
     assert_like_twin(layer, backward, images(4, 6, 5, 4))
 
 
 def test_the_first_pass_satisfies_a_check_of_the_inverse():
     layer = InvertibleModuleWrapper(ActNorm(6), check_inverse=tolerance(torch.float64)).double()
-    assert_like_twin(layer, backward, (5 + 3 * seeded(4, 6, 5, 4)).requires_grad_())
+    assert_like_twin(layer, backward, (5 + 3 * data(4, 6, 5, 4)).requires_grad_())
 
 
 def test_in_evaluation_nothing_is_initialised():
     layer = ActNorm(6).double().eval()
-    x = seeded(4, 6, 5, 4)
+    x = data(4, 6, 5, 4)
     assert torch.equal(layer(x), x) and torch.equal(layer.inverse(x), x)
     assert not layer.initialised
 
 
 def test_being_initialised_is_part_of_the_state():
     layer = ActNorm(6)
-    layer(seeded(4, 6, 5, 4, dtype=torch.float32))
+    layer(data(4, 6, 5, 4, dtype=torch.float32))
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
     restored = ActNorm(6)
     restored.load_state_dict(torch.load(file))
     assert restored.initialised and copy.deepcopy(layer).initialised
-    restored(5 + seeded(4, 6, 5, 4, dtype=torch.float32))
+    restored(5 + data(4, 6, 5, 4, dtype=torch.float32))
     assert torch.equal(restored.shift, layer.shift)
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.1])
 def test_a_constant_channel_keeps_its_scale(constant):
     layer = ActNorm(2)
-    x = seeded(4, 2, 5, 4, dtype=torch.float32)
+    x = data(4, 2, 5, 4, dtype=torch.float32)
     x[:, 0] = constant
     y = layer(x)
     assert layer.log_scale[0] == 0 and layer.log_scale[1] != 0
@@ -90,7 +89,7 @@ def test_a_constant_channel_keeps_its_scale(constant):
 
 def test_a_channel_that_is_constant_but_for_a_rounding_keeps_its_scale():
     layer = ActNorm(2)
-    x = seeded(4, 2, 5, 4, dtype=torch.float32)
+    x = data(4, 2, 5, 4, dtype=torch.float32)
     x[:, 0] = 1000
     x[0, 0, 0, 0] = torch.nextafter(torch.tensor(1000.0), torch.tensor(2000.0))
     layer(x)
@@ -98,7 +97,7 @@ def test_a_channel_that_is_constant_but_for_a_rounding_keeps_its_scale():
 
 
 def test_statistics_of_inputs_in_half_precision_are_those_of_the_parameters_precision():
-    x = (5 + seeded(4, 2, 5, 4, dtype=torch.float32)).bfloat16()
+    x = (5 + data(4, 2, 5, 4, dtype=torch.float32)).bfloat16()
     layer, wanted = ActNorm(2), ActNorm(2)
     layer(x)
     wanted(x.float())
@@ -108,7 +107,7 @@ def test_statistics_of_inputs_in_half_precision_are_those_of_the_parameters_prec
 def test_a_graph_from_before_the_initialisation_is_not_differentiated_wrongly():
     block = InvertibleModuleWrapper(ActNorm(6).double()).eval()
     loss = weighted_sum(block(images(4, 6, 5, 4)))
-    block.train()(seeded(4, 6, 5, 4))
+    block.train()(data(4, 6, 5, 4))
     with pytest.raises(RuntimeError, match="'log_scale' of shape .* was modified between forward and backward"):
         loss.backward()
 

@@ -1,7 +1,6 @@
 """The layers of flows one by one: what each computes and refuses, and the flat memory of their chains."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 
 from memcnn import (
     ActNorm,
-    AdditiveCoupling,
     AffineAdapterExp,
     AffineCoupling,
     ChannelPermutation,
@@ -22,23 +20,20 @@ from memcnn import (
     SpaceToDepth,
 )
 from memcnn.testing.tolerances import relative_error, tolerance
-from properties.test_memory import step_bytes
-from properties.twin import assert_like_twin, backward, conv_branch, images, plain_twin, run
+from properties.support.flows import glow, nice
+from properties.support.memory import assert_flat
+from properties.support.twin import assert_like_twin, backward, data, images, run
 
 LAYERS = {"ActNorm": lambda: ActNorm(6), "InvertibleConv1x1": lambda: InvertibleConv1x1(6),
           "ChannelPermutation": lambda: ChannelPermutation([3, 1, 4, 0, 5, 2]), "SpaceToDepth": SpaceToDepth,
           "DepthToSpace": DepthToSpace}
 
 
-def seeded(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return images(*shape, dtype=dtype, requires_grad=False)
-
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_takes_any_number_of_spatial_dimensions(name):
     for spatial in [(4,), (4, 2), (2, 4, 2), (2, 2, 2, 2)] + [()] * (name not in ("SpaceToDepth", "DepthToSpace")):
         layer = LAYERS[name]()
-        x = seeded(3, 6 if name != "DepthToSpace" else 16, *spatial, dtype=torch.float32)
+        x = data(3, 6 if name != "DepthToSpace" else 16, *spatial, dtype=torch.float32)
         with torch.no_grad():
             assert relative_error(layer.inverse(layer(x)), x) <= tolerance(x.dtype)
 
@@ -63,7 +58,7 @@ def test_the_weight_starts_orthogonal_and_its_inverse_is_exact_to_rounding(chann
 
 def test_a_1x1_convolution_is_a_convolution():
     layer = InvertibleConv1x1(6).double()
-    x = seeded(2, 6, 5, 4)
+    x = data(2, 6, 5, 4)
     expected = nn.functional.conv2d(x, layer.weight()[..., None, None])
     assert relative_error(layer(x), expected) <= tolerance(x.dtype)
 
@@ -76,7 +71,7 @@ def test_a_1x1_convolution_keeps_the_memory_format(memory_format):
 
 
 def test_under_autocast_the_stream_stays_in_float32():
-    x = seeded(2, 6, 5, 4, dtype=torch.float32)
+    x = data(2, 6, 5, 4, dtype=torch.float32)
     chain = glow(2, channels=6)
     with torch.no_grad():
         chain(x)
@@ -90,7 +85,7 @@ def test_under_autocast_the_stream_stays_in_float32():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_keeps_a_stream_in_half_precision(name, dtype):
-    x = seeded(2, 6 if name != "DepthToSpace" else 16, 4, 4).to(dtype)
+    x = data(2, 6 if name != "DepthToSpace" else 16, 4, 4).to(dtype)
     with torch.no_grad():
         for module in (LAYERS[name](), LAYERS[name]().to(dtype)):
             y = module(x)
@@ -102,15 +97,15 @@ def test_a_layer_keeps_a_stream_in_half_precision(name, dtype):
 
 
 def test_space_to_depth_has_the_order_of_pixel_unshuffle():
-    x = seeded(2, 3, 6, 12)
+    x = data(2, 3, 6, 12)
     for factor in (1, 2, 3):
         assert torch.equal(SpaceToDepth(factor)(x), nn.functional.pixel_unshuffle(x, factor))
-        deep = seeded(2, 2 * factor**2, 3, 5)
+        deep = data(2, 2 * factor**2, 3, 5)
         assert torch.equal(DepthToSpace(factor)(deep), nn.functional.pixel_shuffle(deep, factor))
 
 
 def test_a_permutation_moves_each_channel_to_its_place():
-    x = seeded(2, 6, 3)
+    x = data(2, 6, 3)
     order = [3, 1, 4, 0, 5, 2]
     y = ChannelPermutation(order)(x)
     assert all(torch.equal(y[:, i], x[:, source]) for i, source in enumerate(order))
@@ -121,29 +116,9 @@ def test_a_permutation_moves_each_channel_to_its_place():
 # Training
 
 
-def glow(depth: int, channels: int = 8) -> ReversibleSequential:
-    """Steps of Glow (arXiv:1807.03039), of which any number nearly keeps the size of its input."""
-    def branch():
-        half = channels // 2
-        return nn.Sequential(nn.Conv2d(half, half, 3, padding=1), nn.Tanh(), nn.Conv2d(half, 2 * half, 3, padding=1))
-
-    adapter = partial(AffineAdapterExp, bound=0.1)
-    return ReversibleSequential(*(layer for _ in range(depth) for layer in (
-        ActNorm(channels), InvertibleConv1x1(channels), AffineCoupling(branch(), branch(), adapter))))
-
-
-def nice(depth: int, channels: int = 8) -> ReversibleSequential:
-    """Additive couplings and permutations, which preserve volume, and a change of resolution there and back."""
-    return ReversibleSequential(*(layer for _ in range(depth) for layer in (
-        AdditiveCoupling(conv_branch(channels // 2)), ChannelPermutation(torch.randperm(channels)),
-        SpaceToDepth(), DepthToSpace())))
-
-
 @pytest.mark.parametrize("chain", [glow, nice])
 def test_a_further_step_costs_less_than_a_hundredth_of_its_activations(chain):
-    stored = (step_bytes(plain_twin(chain(6))) - step_bytes(plain_twin(chain(2)))) / 4
-    assert stored > 12 * 4 * 8 * 16 * 16, "the twin must store at least twelve maps a step"
-    assert (step_bytes(chain(32)) - step_bytes(chain(4))) / 28 < stored / 100
+    assert_flat(chain, least_maps=3)
 
 
 def test_a_multi_scale_flow_trains_as_its_twin():

@@ -3,16 +3,9 @@
 import pytest
 
 from memcnn.testing.checks import LAWS
-from memcnn.testing.laws import conditioning
 from properties.zoo.faults import FAULTS
 from properties.zoo.healthy import HEALTHY
 from properties.zoo.specimen import Fault, Specimen, named_by
-
-
-@pytest.fixture(autouse=True)
-def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The growth of errors with depth decides nothing here, and takes its time."""
-    monkeypatch.setattr(conditioning, "DEEPEST", 2)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.specimen.name)

@@ -50,26 +50,10 @@ class Flow(nn.Module):
 
     @staticmethod
     def pair(returned: tuple, x: Tensor) -> Pair:
-        """A log-determinant that is one number for all samples is spread over them."""
+        """Expand a log-determinant that is one number for all samples to one value a sample."""
         values, log_det = returned
         log_det = torch.as_tensor(log_det, device=x.device)
         return values, log_det.expand(len(x)) if log_det.dim() == 0 or log_det.shape == (1,) else log_det
-
-
-class WithLogDet(nn.Module):
-    """(x, l) -> (y, l + log|det|): a flow whose log-determinant takes part in the loss."""
-
-    def __init__(self, flow: Flow):
-        super().__init__()
-        self.flow = flow
-
-    def forward(self, x: Tensor, so_far: Tensor) -> Pair:
-        y, log_det = self.flow.forward_log_det(x)
-        return y, so_far.to(log_det) + log_det
-
-    def inverse(self, y: Tensor, so_far: Tensor) -> Pair:
-        x, log_det = self.flow.inverse_log_det(y)
-        return x, so_far.to(log_det) + log_det
 
 
 def dense(inputs: int, outputs: int, hidden: int = 16) -> nn.Module:
@@ -81,10 +65,10 @@ def convolutional(inputs: int, outputs: int, hidden: int = 8) -> nn.Module:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Within (0, 1)."""
+    """Return values within (0, 1)."""
     return 0.02 + 0.96 * torch.sigmoid(x)
 
 
 def bounded(x: Tensor) -> Tensor:
-    """Within (-1, 1)."""
+    """Return values within (-1, 1)."""
     return 0.95 * torch.tanh(x)

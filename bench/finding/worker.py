@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench.finding.layers import Flow, Layer, WithLogDet
-from memcnn.testing import Report, Result, check_gradients, check_inverse, check_log_det, check_state
+from bench.finding.layers import Flow, Layer
+from memcnn.testing import Report, Result, WithLogDet, check_gradients, check_inverse, check_log_det, check_state
 from memcnn.testing.laws.subject import NotRunnable
 
 CASES = ((0, 1.0), (1, 0.1), (2, 4.0))
@@ -31,7 +31,7 @@ def made(layer: Layer, seed: int) -> nn.Module:
 
 
 def checked(module: nn.Module, inputs: torch.Tensor, *, wrap: bool) -> dict[str, Report]:
-    """The results by column of the table. ``wrapped`` is the layer in this project's engine, the rest the layer itself.
+    """Return the results by column of the table: ``wrapped`` for the layer in this project's engine, else as it is.
 
     The gradient of a flow is that of a loss in which its log-determinant takes part.
     """
@@ -55,7 +55,7 @@ def _guarded(column: str, check: Callable[[], Report]) -> Report:
 
 
 def examine(layer: Layer, mode: str, *, own_engine: bool) -> dict:
-    """{"columns": {column: [result, ...]}}, each result with its seed and scale; or {"refused": why}."""
+    """Return {"columns": {column: [result, ...]}}, each result with its seed and scale; or {"refused": why}."""
     columns: dict[str, list[dict]] = {}
     for seed, scale in CASES[:1] if mode == "eval" else CASES:
         try:

@@ -1,6 +1,6 @@
-"""What a training program may do with a chain, each as a small program whose outcome plain autograd knows.
+"""What a training program may do with a chain: small programs whose outcome under plain autograd is the right one.
 
-A program is given a chain and a leaf input, both in float64, and returns what must be as under plain autograd.
+A program gets a chain and a leaf input, both in float64, and returns tensors that must be as under plain autograd.
 """
 
 import copy
@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .chains import chain, conv_branch
-
-LIMIT = 1e-9
-"""The largest relative error of float64 that is called right: rounding gives less than 1e-12 here."""
+from .shared import relative_errors, tolerance, weighted_sum, worst
 
 BLOCKS, CHANNELS = 2, 6
+LIMIT = tolerance(torch.float64, depth=2 * BLOCKS)
+"""The largest relative error that counts as right, as for every block that the laws check."""
+
 Found = dict[str, Tensor]
 
 
@@ -32,9 +33,9 @@ class Behaviour:
 
 
 class Masked(nn.Module):
-    """A branch behind dropout. ``drawn`` is every mask so far in this process.
+    """A branch behind dropout, which records every mask that it draws in this process.
 
-    Plain autograd, which goes second, is given the masks of the forward passes, whatever seeds a contender set there.
+    Plain autograd runs second and reuses the masks of the forward passes, whatever seeds a contender has set.
     """
 
     drawn: list[Tensor] = []
@@ -64,13 +65,7 @@ class Probed(nn.Module):
 
 
 def differentiate(y: Tensor) -> None:
-    loss(y).backward()
-
-
-def loss(y: Tensor) -> Tensor:
-    """A scalar whose gradient varies from entry to entry."""
-    weights = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).sin().to(y.dtype)
-    return (y * weights.view(y.shape)).sum()
+    weighted_sum(y).backward()
 
 
 def parameters(model: nn.Module) -> Found:
@@ -82,7 +77,7 @@ def gradients(model: nn.Module, x: Tensor) -> Found:
 
 
 def around(before: Callable = torch.clone, after: Callable = lambda y: y) -> Callable:
-    """The program that differentiates after(model(before(x)))."""
+    """Return the program that differentiates after(model(before(x)))."""
     def program(model: nn.Module, x: Tensor) -> Found:
         y = after(model(before(x)))
         differentiate(y)
@@ -118,7 +113,7 @@ def accumulated(model, x):
 
 
 def intact(name: str, tensor: Tensor) -> Found:
-    """The values, if the storage is there."""
+    """Return the size of the storage, and the values if it has any."""
     bytes_there = tensor.untyped_storage().nbytes()
     return {"bytes": torch.tensor(bytes_there), **({name: tensor} if bytes_there else {})}
 
@@ -149,7 +144,7 @@ def inference(model, x):
 
 
 def moves(model, x):
-    """How often the first BatchNorm moved in a step."""
+    """Return how often the first BatchNorm moved in a step."""
     differentiate(model(x.clone()))
     return {"moves": next(b for name, b in model.branches.named_buffers() if name.endswith("num_batches_tracked"))}
 
@@ -166,7 +161,7 @@ def two_forwards_one_backward(model, x):
 
 
 def two_forwards_two_backwards(model, x):
-    first, second = loss(model(x.clone())), loss(model(x.flip(0)))
+    first, second = weighted_sum(model(x.clone())), weighted_sum(model(x.flip(0)))
     first.backward()
     second.backward()
     return gradients(model, x)
@@ -186,24 +181,24 @@ def input_used_elsewhere(model, x):
 
 def autograd_grad(model, x):
     wanted = [x, *model.branches.parameters()]
-    return {str(i): g for i, g in enumerate(torch.autograd.grad(loss(model(x.clone())), wanted))}
+    return {str(i): g for i, g in enumerate(torch.autograd.grad(weighted_sum(model(x.clone())), wanted))}
 
 
 def backward_inputs(model, x):
     first = next(model.branches.parameters())
-    loss(model(x.clone())).backward(inputs=[first])
+    weighted_sum(model(x.clone())).backward(inputs=[first])
     return gradients(model, x)
 
 
 def retained(model, x):
-    value = loss(model(x.clone()))
+    value = weighted_sum(model(x.clone()))
     value.backward(retain_graph=True)
     value.backward()
     return gradients(model, x)
 
 
 def double_backward(model, x):
-    (gradient,) = torch.autograd.grad(loss(model(x.clone()).sin()), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(weighted_sum(model(x.clone()).sin()), x, create_graph=True)
     gradient.square().sum().backward()
     return gradients(model, x)
 
@@ -253,7 +248,7 @@ def module_backward_hook_calls(model, x):
 
 
 def parameters_changed(model, x):
-    value = loss(model(x.clone()))
+    value = weighted_sum(model(x.clone()))
     with torch.no_grad():
         for p in model.branches.parameters():
             p.mul_(1.5)
@@ -299,7 +294,7 @@ BEHAVIOURS = {behaviour.title: behaviour for behaviour in (
 
 
 def examine(build: Callable[..., nn.Module], behaviour: Behaviour) -> dict:
-    """{"outcome": right, wrong or error, "detail": why, "error": the relative one, where there is one}."""
+    """Return the "outcome" (right, wrong or error), its "detail" and, where there is one, the relative "error"."""
     try:
         found = _run(build, behaviour, behaviour.program)
     except Exception as error:
@@ -318,35 +313,26 @@ def gradients_by_plain(model: nn.Module, x: Tensor) -> Found:
 
 
 def compare(found: Found, wanted: Found) -> dict:
-    """Integers must be equal, other tensors up to ``LIMIT``, relative to the largest entry of what is wanted.
+    """Compare integers exactly, and other tensors up to ``LIMIT`` as ``memcnn.testing`` does."""
+    for name, right in wanted.items():
+        if not right.is_floating_point() and name in found and found[name] != right:
+            return _wrong(f"{found[name].item()} {name}, not {right.item()}")
+        if name not in found:
+            return _wrong(f"{name} is missing")
+        if found[name].shape != right.shape:
+            return _wrong(f"{name} has shape {tuple(found[name].shape)}")
+    if extra := sorted(found.keys() - wanted.keys()):
+        return _wrong(f"{extra[0]} where there should be none")
+    name, error = worst(relative_errors(found, wanted))
+    return {"outcome": "right" if error <= LIMIT else "wrong", "error": error, "detail": name}
 
-    A gradient that cancels to zero, as that of a bias before BatchNorm, is seen at 1e-3 of the largest.
-    """
-    for name, right in wanted.items():
-        if not right.is_floating_point() and found[name] != right:
-            return {"outcome": "wrong", "error": None, "detail": f"{found[name].item()} {name}, not {right.item()}"}
-    if found.keys() != wanted.keys():
-        missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-        return {"outcome": "wrong", "error": None,
-                "detail": f"{missing[0]} is missing" if missing else f"{extra[0]} where there should be none"}
-    floor = 1e-3 * max((t.abs().max().item() for t in wanted.values() if t.is_floating_point()), default=0.0)
-    worst, where = 0.0, ""
-    for name, right in wanted.items():
-        got = found[name]
-        if not right.is_floating_point():
-            continue
-        if got.shape != right.shape:
-            return {"outcome": "wrong", "error": None, "detail": f"{name} has shape {tuple(got.shape)}"}
-        scale = max(right.abs().max().item(), floor)
-        error = (got.double() - right.double()).abs().max().item() / scale
-        if not error <= worst:
-            worst, where = error, name
-    right = worst <= LIMIT
-    return {"outcome": "right" if right else "wrong", "error": worst, "detail": where}
+
+def _wrong(why: str) -> dict:
+    return {"outcome": "wrong", "error": None, "detail": why}
 
 
 def evaluations(build: Callable[..., nn.Module]) -> dict[str, float]:
-    """How often F and G are evaluated in a step, a branch on average."""
+    """Return how often a branch is evaluated, on average, in the forward and the backward pass of a step."""
     class Counted(nn.Module):
         def __init__(self, channels: int):
             super().__init__()

@@ -9,7 +9,6 @@
 """
 
 import importlib
-import importlib.util
 import json
 import os
 import select
@@ -23,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .behaviours import BEHAVIOURS, evaluations, examine
-from .chains import ROOT, chain, conv_branch
+from .chains import chain, conv_branch
+from .shared import memory
 
 LIMIT_SECONDS = 60.0
 
@@ -55,8 +55,8 @@ class Worker:
         return {"seconds": [self._timed() for _ in range(repeat)]}
 
     def memory(self) -> dict:
-        """Above parameters, input and the output's gradient; the gradients of parameters and input are inside."""
-        peak_bytes = _memory_meter().allocator_peak_bytes(self._fresh_step())
+        """Measure a step above parameters, input and the output's gradient; other gradients are inside."""
+        peak_bytes = memory.allocator_peak_bytes(self._fresh_step())
         return {"peak_bytes": peak_bytes, "gradient_bytes": sum(p.nbytes for p in self.model.branches.parameters())}
 
     def work(self) -> dict:
@@ -71,7 +71,7 @@ class Worker:
         return time.perf_counter() - start
 
     def _fresh_step(self):
-        """A forward and backward pass from a new leaf, with no gradients there."""
+        """Return a forward and backward pass from a new leaf, without earlier gradients."""
         self.model.zero_grad()
         x = self.data.clone().requires_grad_()
         return lambda: self.model(x).backward(self.output_gradient)
@@ -89,16 +89,8 @@ class Work(TorchDispatchMode):
         return result
 
 
-def _memory_meter():
-    """Return ``memcnn.memory`` of this project, which needs nothing but torch, under another name; see ``chains``."""
-    spec = importlib.util.spec_from_file_location("memory_meter", ROOT / "memcnn/memory/__init__.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def in_a_fork(function) -> dict:
-    """function(), or why there is no answer: what crashes or hangs does so alone."""
+    """Return ``function()``, run in a process of its own, or why there is no answer: a crash or a hang stays there."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

@@ -36,7 +36,7 @@ class Values:
     layout: str = "contiguous"
 
     def leaf(self, device: str = "cpu") -> Tensor:
-        """The memory of which ``laid_out`` makes the tensor."""
+        """Return the memory from which ``laid_out`` makes the tensor."""
         n, *others, last = self.shape
         shape = {"sliced": (n, *others, 2 * last), "expanded": (1, *others, last)}.get(self.layout, self.shape)
         if self.layout == "transposed":
@@ -47,7 +47,7 @@ class Values:
         return (self.scale * values).to(device, self.dtype)
 
     def laid_out(self, leaf: Tensor) -> Tensor:
-        """The tensor, of shape ``shape``, as a differentiable function of its memory."""
+        """Return the tensor, of shape ``shape``, as a differentiable function of its memory."""
         match self.layout:
             case "channels_last":
                 formats = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -90,7 +90,7 @@ class Doubled(nn.Module):
 
 
 class OnlyInvertible(nn.Module):
-    """A block of which a wrapper knows nothing but ``forward`` and ``inverse``."""
+    """A block that shows a wrapper only ``forward`` and ``inverse``."""
 
     def __init__(self, coupling: nn.Module):
         super().__init__()
@@ -151,7 +151,7 @@ ACTIVATIONS: dict[str, Callable[[Shape], nn.Module]] = {
 NESTED = "nested blocks"
 BUILDERS = {**NORMS, **MIXERS, **ACTIVATIONS, "dropout": lambda _: nn.Dropout(0.4)}
 LAYERS = (*BUILDERS, NESTED)
-"""What a branch is made of."""
+"""The layers that branches are made of."""
 RANDOM_LAYERS = ("dropout", "attention with dropout")
 KINKED_LAYERS = ("relu", "relu in place")
 """A rounding may carry a value across their kink and change a gradient by all of itself."""
@@ -160,7 +160,7 @@ LEAST_STATISTICS = 8
 
 
 def fitting_layers(shape: Shape, layers: Collection[str] = LAYERS) -> list[str]:
-    """Those of ``layers`` that can be given inputs of ``shape``, (N, C, ...)."""
+    """Return those of ``layers`` that accept inputs of ``shape``, (N, C, ...)."""
     n, channels, *sizes = shape
     of_channel, of_sample = n * prod(sizes), channels * prod(sizes)
     values = {"batch norm": of_channel, "act norm": of_channel, "group norm": of_sample, "layer norm": of_sample,
@@ -289,11 +289,11 @@ class Network:
 
     @property
     def output(self) -> Values:
-        """Values of the shape of the chain's output, to be inverted."""
+        """Values of the shape of the chain's output, as inputs of the inverse."""
         return replace(self.input, shape=self.chain.blocks[-1].output_shape)
 
     def build(self, device: str = "cpu") -> nn.Module:
-        """The module, on ``device``; torch's generators stay as they were."""
+        """Return the module on ``device``; the state of torch's generators is as before."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.input.seed)
             module = self.chain.build().to(self.dtype)
@@ -309,5 +309,5 @@ class Network:
         return module.to(device).train(self.training)
 
     def context(self, device: str = "cpu") -> AbstractContextManager:
-        """In which its forward pass runs."""
+        """Return the context in which its forward pass runs."""
         return torch.autocast(torch.device(device).type, torch.bfloat16) if self.autocast else nullcontext()

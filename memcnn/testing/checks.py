@@ -15,33 +15,36 @@ from memcnn.testing.laws.state import check_state
 LAWS = {"inverse": check_inverse, "gradients": check_gradients, "state": check_state, "memory": check_memory,
         "log_det": check_log_det}
 UNWRAPPED = ("inverse", "log_det")
-"""Laws about the module itself, whoever runs it."""
+"""Laws about the module itself, with whatever engine it runs."""
+OPTIONS = {"inverse": ("deepest", "autocast"), "gradients": ("finite_differences", "autocast"), "state": ("autocast",),
+           "memory": ("depths", "chain", "passes", "allowance")}
+"""The options of the laws' checks, beside ``seed`` and ``wrap``."""
 
 
 def check_all(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool | None = None,
               laws: Collection[str] | None = None, **options) -> Report:
-    """The results of every law that applies: inverse, gradients, state, memory, and log_det where the module has one.
+    """Check every law that applies: inverse, gradients, state, memory, and log_det where the module has one.
 
     Args:
-        module: with ``forward`` and ``inverse``, wrapped or not; it is left as it was.
-        inputs: what ``forward`` takes. Random ones find more faults than constant ones.
+        module: with ``forward`` and ``inverse``, wrapped or not; only copies of it are run.
+        inputs: the arguments of ``forward``. Random ones find more faults than constant ones.
         seed: of torch's generators at every evaluation.
         wrap: run it in an `InvertibleModuleWrapper`, as it would be trained. None: if nothing in it is wrapped yet;
             False: it has an engine of its own.
         laws: only these.
-        options: ``finite_differences`` of `check_gradients`, ``depths`` and ``chain`` of `check_memory`.
+        options: those of the single checks, such as ``finite_differences`` of `check_gradients` or ``depths`` and
+            ``chain`` of `check_memory`; each check gets those that it has.
     """
     unknown = set(laws or ()) - set(LAWS)
     if unknown:
         raise ValueError(f"laws: got {', '.join(sorted(unknown))}; choose from {', '.join(LAWS)}")
-    of = {"gradients": ("finite_differences",), "memory": ("depths", "chain")}
-    if strange := set(options) - {name for names in of.values() for name in names}:
+    if strange := set(options) - {name for names in OPTIONS.values() for name in names}:
         raise TypeError(f"unknown options: {', '.join(sorted(strange))}")
     report = Report(())
     for law, check in LAWS.items():
         wanted = law in laws if laws is not None else law != "log_det" or _has_log_det(module)
         if wanted:
-            own = {name: options[name] for name in of.get(law, ()) if name in options}
+            own = {name: options[name] for name in OPTIONS.get(law, ()) if name in options}
             report += check(module, *inputs, seed=seed, **own, **({} if law in UNWRAPPED else {"wrap": wrap}))
     return report
 

@@ -40,7 +40,7 @@ class Example:
                 for shape in self.shapes]
 
     def code(self, law: str, target: str, called: bool, options: dict) -> str:
-        """A script that builds the example and checks ``law``; ``target`` is package.module:name."""
+        """Return a script that builds the example and checks ``law``; ``target`` is package.module:name."""
         package, _, name = target.partition(":")
         root = name.partition(".")[0]
         shapes = ", ".join(f"{scaled}torch.randn({shape}, generator=generator)" if len(shape) > 1 else
@@ -63,11 +63,11 @@ class Example:
 
 @dataclass
 class Findings:
-    """What the examples of one law showed."""
+    """The results of all examples of one law."""
 
     law: str
     examples: int = 0
-    worst: dict[str, Result] = field(default_factory=dict)  # by claim, the one closest to its limit or beyond
+    worst: dict[str, Result] = field(default_factory=dict)  # by claim: the result closest to its limit or beyond it
     failing: tuple[Example, Report] | None = None  # the smallest found
     not_runnable: str = ""  # why examples were left out
 
@@ -85,9 +85,20 @@ class Findings:
 
 def search(make: Callable[[], nn.Module] | nn.Module, base: Example, law: str, *, modes: Collection[bool], vary:
            Collection[int], max_examples: int, first_seed: int, options: dict) -> Findings:
-    """The findings of ``base`` in every mode and of drawn variants, down to the smallest that fails.
+    """Check ``base`` in every mode and drawn variants of it, and reduce a failing one to the smallest that fails.
 
-    vary: dimensions whose sizes are drawn between 1 and that of ``base``. Raises `NotRunnable` if ``base`` is not.
+    Args:
+        make: makes the module, or is the module.
+        base: the first example.
+        law: the name of the law.
+        modes: training modes that are drawn.
+        vary: dimensions whose sizes are drawn between 1 and that of ``base``.
+        max_examples: the number of variants.
+        first_seed: of the search.
+        options: of the law's check.
+
+    Raises:
+        NotRunnable: if ``base`` does not run.
     """
     found = Findings(law)
 
@@ -138,7 +149,7 @@ def _sizes(draw: st.DrawFn, shape: Sequence[int], vary: Collection[int]) -> Iter
 
 
 def _badness(result: Result) -> float:
-    """Larger the further the error lies beyond its limit; skipped results come last."""
+    """Return a number that grows with the error's share of its limit; skipped results come last."""
     if result.skipped:
         return -1.0
     if result.error <= result.limit:

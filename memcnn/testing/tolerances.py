@@ -1,4 +1,4 @@
-"""The one table of tolerances. An error is relative to the largest entry of what was expected (``relative_error``)."""
+"""The one table of tolerances. An error is relative to the largest expected entry (``relative_error``)."""
 
 from collections.abc import Sequence
 
@@ -10,35 +10,46 @@ from memcnn.engine.rounding import relative_error
 __all__ = ["ROUNDINGS_PER_BLOCK", "describe", "distance", "relative_error", "tolerance"]
 
 ROUNDINGS_PER_BLOCK = 1_000
-"""How many unit roundings of the dtype a block may add. A block evaluates some ten operations of a few hundred terms
-each, and one inversion; correct blocks of the shipped kinds stay below a tenth of this."""
+"""The number of unit roundings of the dtype that a block may add. A block evaluates about ten operations of a few
+hundred terms each, and one inversion. Correct blocks of the shipped kinds stay below a tenth of this."""
+ROUNDINGS_PER_OPERATION = 100
+"""The number of unit roundings that one operation may add: the condition number counts every operation."""
 
 
-def tolerance(dtype: torch.dtype, *, depth: int = 1, condition: float = 1.0,
+def tolerance(dtype: torch.dtype, *, depth: int = 1, condition: float = 0.0,
               autocast: torch.dtype | None = None) -> float:
-    """The largest relative error allowed after ``depth`` blocks computed in ``dtype``.
+    """Return the largest relative error allowed after ``depth`` blocks computed in ``dtype``.
 
-    condition: by how much the computation amplifies a relative change of its input.
-    autocast: the dtype of the branches. A value between two of its numbers may be rounded to the one in the forward
-        pass and to the other in the recomputation, so each of a block's two branches may add one rounding, of a value
-        up to twice as large as the streams, which are its sum and its difference.
+    Args:
+        dtype: of the residual stream.
+        depth: the number of blocks.
+        condition: the condition number of the computation, if it was measured: the effect of a relative change of every
+            operation's result (``memcnn.testing.laws.rounding``). The larger of the two limits counts.
+        autocast: the dtype of the branches. A value between two of its numbers may be rounded to one of them in the
+            forward pass and to the other in the recomputation. So each of a block's two branches may add one rounding,
+            of a value up to twice as large as the streams.
     """
-    eps = ROUNDINGS_PER_BLOCK * torch.finfo(dtype).eps + (4 * torch.finfo(autocast).eps if autocast else 0.0)
-    return eps * depth * condition
+    eps, branches = torch.finfo(dtype).eps, 4 * torch.finfo(autocast).eps if autocast else 0.0
+    return max((ROUNDINGS_PER_BLOCK * eps + branches) * depth, (ROUNDINGS_PER_OPERATION * eps + branches) * condition)
 
 
-def describe(dtype: torch.dtype, *, depth: int = 1, condition: float = 1.0) -> str:
-    """Where a ``tolerance`` comes from, in words."""
+def describe(dtype: torch.dtype, *, depth: int = 1, condition: float = 0.0,
+             autocast: torch.dtype | None = None) -> str:
+    """Explain where a ``tolerance`` comes from."""
     eps, name = torch.finfo(dtype).eps, str(dtype).removeprefix("torch.")
-    words = f"{ROUNDINGS_PER_BLOCK} roundings of {name}, {eps:.1e}"
-    words += f", x {depth} blocks" if depth > 1 else ""
-    return words + (f" x condition number {condition:.3g}" if condition > 1 else "")
+    measured = tolerance(dtype, depth=depth, condition=condition, autocast=autocast) > tolerance(
+        dtype, depth=depth, autocast=autocast)
+    words = f"{ROUNDINGS_PER_OPERATION if measured else ROUNDINGS_PER_BLOCK} roundings of {name}, {eps:.1e}"
+    words += f" and 4 of {str(autocast).removeprefix('torch.')}" if autocast else ""
+    if measured:
+        return f"{words}, x condition number {condition:.3g}"
+    return words + (f", x {depth} blocks" if depth > 1 else "")
 
 
 def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The relative error of several tensors: the largest difference anywhere over the largest expected entry of all.
+    """Return the relative error of several tensors: the largest difference over the largest expected entry of all.
 
-    Tensors of other dtypes than floating point must be equal, else it is infinite.
+    It is infinite where tensors of integers or booleans differ.
     """
     if not all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True) if not e.is_floating_point()):
         return float("inf")

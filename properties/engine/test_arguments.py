@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.tolerances import relative_error, tolerance
-from properties.twin import (
+from properties.support.twin import (
     OnlyInvertible,
     assert_like_twin,
     block,

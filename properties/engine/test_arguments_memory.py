@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memcnn import InvertibleModuleWrapper
-from memcnn.testing.memory import TensorMeter
+from memcnn.memory import TensorMeter
 from properties.engine.test_arguments import (
     Conditioned,
     ListOfStreams,
@@ -17,7 +17,7 @@ from properties.engine.test_arguments import (
     rows,
     wrapped,
 )
-from properties.twin import weighted_sum
+from properties.support.twin import weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

@@ -12,7 +12,7 @@ from torch import nn
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper
 from memcnn.engine import capture, replay
 from properties.devices import needs_cuda, reproducible_kernels
-from properties.twin import backward, block, conv_branch, images, plain_twin
+from properties.support.twin import backward, block, conv_branch, images, plain_twin
 
 DROPOUT = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 3, 1))
 

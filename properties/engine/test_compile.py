@@ -10,9 +10,9 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
-from memcnn.testing.memory import TensorMeter
+from memcnn.memory import TensorMeter
 from memcnn.testing.tolerances import relative_error, tolerance
-from properties.twin import FLOOR, OnlyInvertible, conv_branch, images, plain_twin, weighted_sum
+from properties.support.twin import FLOOR, OnlyInvertible, conv_branch, images, plain_twin, weighted_sum
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None,
                                     reason="inductor needs a C++ compiler: install g++")

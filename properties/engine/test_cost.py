@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from memcnn import InvertibleModuleWrapper, ReversibleSequential
-from properties.twin import OnlyInvertible, block, images, plain_twin, weighted_sum
+from properties.support.twin import OnlyInvertible, block, images, plain_twin, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel, replicate
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.tolerances import relative_error, tolerance
-from properties.twin import FLOOR, images, plain_twin
+from properties.support.twin import FLOOR, images, plain_twin
 
 RANKS = 2
 DEPTH = 3

@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd import Variable
 
 import memcnn
-from properties.twin import conv_branch
+from properties.support.twin import conv_branch
 
 NAMES = {
     "memcnn": ["AdditiveCoupling", "AffineCoupling", "AffineAdapterNaive", "AffineAdapterSigmoid",

@@ -22,7 +22,7 @@ from memcnn import (
 from memcnn.engine.chain import thread_state
 from memcnn.models.coupling import Coupling
 from memcnn.testing.tolerances import tolerance
-from properties.twin import assert_same, backward, block, images, plain_twin, run, weighted_sum
+from properties.support.twin import assert_same, backward, block, images, plain_twin, run, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

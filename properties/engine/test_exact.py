@@ -7,7 +7,7 @@ from torch import nn
 from memcnn import AdditiveCoupling, AffineCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.engine.couple import fingerprint
 from memcnn.engine.exact import Grid
-from properties.twin import conv_branch, images, plain_twin, weighted_sum
+from properties.support.twin import conv_branch, images, plain_twin, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

@@ -10,9 +10,17 @@ from torch import Tensor, nn
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.engine import retained
 from memcnn.engine.chain import Value
-from properties.test_memory import step_bytes
-from properties.test_state import held_bytes, living
-from properties.twin import OnlyInvertible, assert_like_twin, block, conv_branch, images, plain_twin, weighted_sum
+from properties.support.held import held_bytes, living
+from properties.support.memory import step_bytes
+from properties.support.twin import (
+    OnlyInvertible,
+    assert_like_twin,
+    block,
+    conv_branch,
+    images,
+    plain_twin,
+    weighted_sum,
+)
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

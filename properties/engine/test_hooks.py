@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from memcnn import ReversibleSequential
-from properties.twin import (
+from properties.support.twin import (
     OnlyInvertible,
     assert_like_twin,
     backward,

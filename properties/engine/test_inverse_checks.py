@@ -9,7 +9,7 @@ from torch import nn
 import memcnn
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper
 from properties.devices import rng_state
-from properties.twin import assert_like_twin, backward, block, conv_branch, images, weighted_sum
+from properties.support.twin import assert_like_twin, backward, block, conv_branch, images, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from memcnn import AdditiveCoupling, ReversibleSequential
-from memcnn.testing.memory import TensorMeter
-from properties.twin import assert_like_twin, backward, block, conv_branch, images, weighted_sum
+from memcnn.memory import TensorMeter
+from properties.support.twin import assert_like_twin, backward, block, conv_branch, images, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

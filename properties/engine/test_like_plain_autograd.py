@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.nn.utils.parametrizations import spectral_norm
 
-from properties.twin import assert_like_twin, backward, block, conv_branch, images, weighted_sum
+from properties.support.twin import assert_like_twin, backward, block, conv_branch, images, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

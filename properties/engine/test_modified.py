@@ -8,7 +8,16 @@ from torch import nn
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.tolerances import tolerance
 from properties.engine.test_errors import Doubling, net, refused, rows, wrapped
-from properties.twin import assert_like_twin, assert_same, backward, block, images, plain_twin, run, weighted_sum
+from properties.support.twin import (
+    assert_like_twin,
+    assert_same,
+    backward,
+    block,
+    images,
+    plain_twin,
+    run,
+    weighted_sum,
+)
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, ChannelPermutation, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.engine.retained import KEPT_LINKS
-from properties.test_state import held_bytes
-from properties.twin import (
+from properties.support.held import held_bytes
+from properties.support.twin import (
     Container,
     OnlyInvertible,
     assert_like_twin,

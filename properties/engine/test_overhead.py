@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import memcnn
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.models.resnet import revnet38
-from properties.twin import assert_like_twin, backward, block, conv_branch, images
+from properties.support.twin import assert_like_twin, backward, block, conv_branch, images
 
 REVERSIBLE_UNITS = 3, 2, 2
 """Of each stage of a RevNet-38. A unit has two branches, a branch two convolutions; 26 of the 28 have a BatchNorm."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from properties.engine.test_arguments import DEPTH, net
 from properties.engine.test_errors import refused
-from properties.twin import (
+from properties.support.twin import (
     assert_like_twin,
     backward,
     block,

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.tolerances import tolerance
-from properties.twin import OnlyInvertible, assert_same, backward, conv_branch, images, plain_twin, run, weighted_sum
+from properties.support.twin import (
+    OnlyInvertible,
+    assert_same,
+    backward,
+    conv_branch,
+    images,
+    plain_twin,
+    run,
+    weighted_sum,
+)
 
 DEPTH = 4
 LOW = [torch.bfloat16, torch.float16]

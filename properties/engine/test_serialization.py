@@ -19,7 +19,7 @@ from memcnn import (
 )
 from memcnn.models.resnet import MODELS
 from memcnn.testing.tolerances import tolerance
-from properties.twin import assert_same, backward, block, conv_branch, images, run, weighted_sum
+from properties.support.twin import assert_same, backward, block, conv_branch, images, run, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

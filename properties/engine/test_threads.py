@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from memcnn.testing.tolerances import relative_error, tolerance
 from properties.devices import rng_state
-from properties.twin import (
+from properties.support.twin import (
     block,
     images,
     plain_twin,

@@ -14,8 +14,17 @@ from memcnn.engine import retained
 from memcnn.engine.chain import Value
 from memcnn.engine.recompute import Activation
 from memcnn.testing.tolerances import relative_error, tolerance
-from properties.test_state import living
-from properties.twin import assert_like_twin, assert_same, block, conv_branch, images, plain_twin, run, weighted_sum
+from properties.support.held import living
+from properties.support.twin import (
+    assert_like_twin,
+    assert_same,
+    block,
+    conv_branch,
+    images,
+    plain_twin,
+    run,
+    weighted_sum,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("on_device"),

@@ -19,7 +19,7 @@ from memcnn.models.affine import AffineAdapterNaive, AffineBlock
 from memcnn.models.resnet import BasicBlock, Bottleneck, CifarResNet, ResNet, RevBasicBlock, RevBottleneck
 from memcnn.testing import check_all
 from properties.migration.write_files import FILES
-from properties.twin import conv_branch
+from properties.support.twin import conv_branch
 
 OLD = json.loads((FILES / "names.json").read_text("utf-8"))
 NAMES = [(module, name) for module, names in OLD["defined"].items() for name in names]

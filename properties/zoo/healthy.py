@@ -21,7 +21,7 @@ from memcnn import (
     SpaceToDepth,
 )
 from memcnn.models.resnet import CifarResNet, basic_branch, bottleneck_branch
-from properties.twin import Container
+from properties.support.twin import Container
 from properties.zoo.engine import Engine, Pair, chain_of
 from properties.zoo.specimen import LARGE, Own, Specimen, branch, dropping, normalised
 

@@ -11,6 +11,8 @@ from memcnn.testing import Report, Result, check_all
 
 DEPTHS = 2, 4
 """Of the chains that the law of memory compares: what grows, grows with every block."""
+DEEPEST = 2
+"""The growth of errors with depth decides nothing here, and takes its time."""
 SHAPE = 3, 4, 3, 4
 LARGE = 4, 4, 24, 24
 """So that what a further block keeps stands out from a generator's state."""
@@ -42,15 +44,15 @@ class Specimen:
             module = self.make().to(dtype)
             chain = self.chain and (lambda depth: self.chain(depth).to(dtype))
             report = check_all(module, x, seed=seed, wrap=self.wrap, depths=DEPTHS, chain=chain,
-                               finite_differences=self.finite_differences)
+                               finite_differences=self.finite_differences, deepest=DEEPEST)
         return Report(tuple(r for r in report.results if not (self.stores and r.law == "memory")))
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a specimen, and how the checks must tell.
+    """A specimen's fault, and how the checks must report it.
 
-    law, claim: that name the fault; the claim by its beginning.
+    law, claim: those that name the fault; the claim by its beginning.
     says: a regular expression for words of the explanation.
     also: the laws in which it shows as a consequence.
     """
@@ -65,12 +67,12 @@ class Fault:
 
 def fault(name: str, what: str, make: Callable[[], nn.Module], law: str, claim: str, says: str, *also: str,
           **options) -> Fault:
-    """A fault of the module that ``make`` gives; the options are those of `Specimen`."""
+    """Return a fault of the module that ``make`` makes; the options are those of `Specimen`."""
     return Fault(Specimen(name, make, **options), what, law, claim, says, frozenset(also))
 
 
 def named_by(of: Fault, report: Report) -> Result | None:
-    """What names the fault in the report: a failure of its law and claim, in its words."""
+    """Return the result that names the fault: a failure of its law and claim, in its words."""
     return next((result for result in report.failures if result.law == of.law and result.claim.startswith(of.claim)
                  and re.search(of.says, result.explanation)), None)
 

@@ -1,4 +1,4 @@
-"""Of the law of state: what is computed again in backward is computed in the number formats of the forward pass."""
+"""A claim of the law of state: what backward computes again, it computes in the number formats of the forward pass."""
 
 import warnings
 from collections import Counter
@@ -19,7 +19,7 @@ PRODUCTS = {aten.convolution.default, aten.mm.default, aten.addmm.default, aten.
 
 
 class _Products(TorchDispatchMode):
-    """Notes the dtypes in which convolutions and matrix products are computed."""
+    """Records the dtypes in which convolutions and matrix products are computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,8 @@ class _Products(TorchDispatchMode):
 
 def products_keep_their_dtype(subject: Subject, claim: str) -> Result:
     device = subject.inputs[0].device.type
-    module, leaves, forward, backward = subject.trained(), subject.leaves(), _Products(), _Products()
+    module, forward, backward = subject.trained(), _Products(), _Products()
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in subject.inputs]
     if subject.dtype != torch.float32 or not torch.amp.is_autocast_available(device):
         return Result("state", claim, skipped="autocast acts on float32 inputs")
     with _quiet(), subject.seeded():
@@ -65,11 +66,14 @@ def _rebuilds(module: nn.Module) -> bool:
 
 
 def _products_of_plain_backward(subject: Subject) -> set[torch.dtype]:
-    """That of a matrix inverse, for one, is computed in the dtype of the matrix, under autocast, too."""
+    """Return the dtypes of products in plain backpropagation.
+
+    The derivative of a matrix inverse, for one, is computed in the dtype of the matrix, under autocast as well.
+    """
     twin, products = subject.plain(), _Products()
     if twin is None:
         return set()
-    leaves = subject.leaves()
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in subject.inputs]
     with torch.autocast(leaves[0].device.type, torch.bfloat16):
         outputs = as_tuple(twin(*leaves))
     with products:
@@ -83,7 +87,7 @@ def _dtype(dtype: torch.dtype) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that a stream in bfloat16 drifts: only dtypes are looked at."""
+    """Suppress the warning that a stream in bfloat16 drifts: only dtypes are looked at."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

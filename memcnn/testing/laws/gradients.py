@@ -1,6 +1,6 @@
 """The law of gradients: those of plain backpropagation, and those of finite differences in float64.
 
-Plain backpropagation tells whether rebuilding activations changes a gradient; finite differences tell whether the plain
+Plain backpropagation shows whether rebuilding activations changes a gradient. Finite differences show whether the plain
 gradient is the derivative of ``forward`` at all, which matters for blocks with a backward pass of their own.
 """
 
@@ -10,33 +10,41 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from memcnn.testing.laws.conditioning import hopeless, inverse_condition_number
 from memcnn.testing.laws.differences import DIFFERENCES, like_finite_differences
+from memcnn.testing.laws.hints import but_right_without
+from memcnn.testing.laws.limits import Limit
+from memcnn.testing.laws.passes import second_step_is_plain
 from memcnn.testing.laws.result import Report, Result
-from memcnn.testing.laws.step import FLOOR, Gradients, but_right_without, gradients_of
+from memcnn.testing.laws.rounding import condition_numbers, named
 from memcnn.testing.laws.subject import NotRunnable, Subject
-from memcnn.testing.tolerances import describe, distance, tolerance
+from memcnn.testing.laws.twin import NamedTensors, Outcome, is_dense, relative_errors, worst
+from memcnn.testing.tolerances import distance
 
 KINDS = "outputs", "gradients of inputs", "gradients of parameters"
 
 
 def check_gradients(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool | None = None,
-                    finite_differences: bool = True) -> Report:
-    """Whether a training step has the gradients of plain backpropagation, for the inputs and every parameter.
+                    finite_differences: bool = True, autocast: torch.dtype | None = None) -> Report:
+    """Check that a training step has the gradients of plain backpropagation, for the inputs and every parameter.
 
-    Runs on copies, with the same random numbers at every evaluation, so that dropout is compared mask for mask.
+    Runs on copies, with the same random numbers at every evaluation, so that dropout is compared mask for mask. The
+    limit is that of `memcnn.testing.laws.limits.Limit` for twice the number of blocks. To check training through the
+    inverse, check `memcnn.testing.adapters.Inverted`.
 
     Args:
         module: with ``forward`` and ``inverse``.
-        inputs: what ``forward`` takes.
+        inputs: the arguments of ``forward``, of any shapes and strides.
         seed: of torch's generators at every evaluation.
         wrap: run it in an ``InvertibleModuleWrapper``; None: if nothing in it is wrapped yet. False for a module with
             an engine of its own, which is compared with finite differences alone.
         finite_differences: False for a module whose gradient is no derivative by design (spectral norm, a
             straight-through estimator).
+        autocast: run forward under autocast to this dtype. Then plain backpropagation is the only reference.
     """
-    subject = Subject(module, inputs, seed, wrap)
-    results = [*_like_plain(subject), *_added(subject)]
+    subject = Subject(module, inputs, seed, wrap, autocast)
+    results = [*_like_plain(subject), *second_step_is_plain(subject), *_added(subject)]
+    if autocast:
+        return Report(tuple(results))
     try:
         exact = subject.in_double()
     except NotRunnable as error:
@@ -49,82 +57,86 @@ def check_gradients(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: boo
 
 
 def _like_plain(subject: Subject, where: str = "", *, explain: bool = True) -> list[Result]:
+    """Compare a training step with that of the plain twin."""
     twin = subject.plain()
     if twin is None:
         return []
     claims = {kind: f"{kind} = plain backpropagation's{where}" for kind in KINDS}
-    outputs_of, of_inputs, of_parameters = KINDS
     which = "plain backpropagation"
     try:
-        wanted = gradients_of(subject, twin)
+        wanted = subject.run(twin)
         which = "the training step"
-        got = gradients_of(subject, subject.trained())
+        got = subject.run(subject.trained())
     except Exception as error:
-        return [Result("gradients", claims[of_inputs], math.inf, 0.0,
+        return [Result("gradients", claims["gradients of inputs"], math.inf, 0.0,
                        explanation=f"{which} raised {type(error).__name__}: {error}")]
-    condition = inverse_condition_number(subject)
-    scale = {"depth": 2 * subject.depth, "condition": condition}
-    limit, source = tolerance(subject.dtype, **scale), describe(subject.dtype, **scale)
-    outputs = {f"output {i}": y for i, y in enumerate(wanted.outputs)}
-    pairs = {outputs_of: (dict(zip(outputs, got.outputs, strict=True)), outputs),
-             of_inputs: (_of_inputs(got), _of_inputs(wanted)),
-             of_parameters: (_of_parameters(got), _of_parameters(wanted))}
-    largest = max((g.abs().max().item() for g in wanted.by_name.values() if g is not None and g.numel()), default=0.0)
+    if not wanted.is_finite:
+        return [Result("gradients", claims["gradients of inputs"],
+                       skipped="plain backpropagation gives values that are not finite here")]
+    limit = Limit(subject.dtype, 2 * subject.depth, subject.autocast, condition_numbers(
+        subject, _of_training, _of_plain_training))
+    gradient_errors = relative_errors(got.gradients, wanted.gradients)
+    output_errors = relative_errors(_numbered(got), _numbered(wanted))
     results = []
-    for kind, (actual, expected) in pairs.items():
-        if expected:
-            least = FLOOR * largest if kind != outputs_of else 0.0
-            name, error = _worst(actual, expected, least)
-            explanation = "" if error <= limit else _told(name, actual[name], expected[name])
-            results.append(Result("gradients", claims[kind], error, limit, source, explanation,
-                                  hopeless(limit, condition)))
+    for kind, names, errors, actual, expected in (
+            (KINDS[0], output_errors, output_errors, _numbered(got), _numbered(wanted)),
+            (KINDS[1], wanted.input_gradients, gradient_errors, got.gradients, wanted.gradients),
+            (KINDS[2], wanted.parameter_gradients, gradient_errors, got.gradients, wanted.gradients)):
+        if names:
+            name, error = worst({name: errors[name] for name in names})
+            explanation = _explain(_readable(name, kind, subject), actual[name], expected[name])
+            results.append(limit.judge("gradients", claims[kind], error, explanation))
     if explain and any(result.failed for result in results):
         hint = but_right_without(subject, lambda other: not any(r.failed for r in _like_plain(other, explain=False)))
         results = [replace(r, explanation=r.explanation + hint) if r.failed else r for r in results]
     return results
 
 
+def _of_training(subject: Subject) -> NamedTensors:
+    return named(subject.run(subject.trained()))
+
+
+def _of_plain_training(subject: Subject) -> NamedTensors:
+    return named(subject.run(subject.plain()))
+
+
+def _numbered(outcome: Outcome) -> NamedTensors:
+    return {f"output {i}": y for i, y in enumerate(outcome.results)}
+
+
+def _readable(name: str, kind: str, subject: Subject) -> str:
+    if kind == "outputs":
+        return name
+    return f"the gradient of {subject.input_names[int(name.split()[1])] if kind == 'gradients of inputs' else name}"
+
+
 def _added(subject: Subject) -> list[Result]:
-    """Whether a step adds its gradients to those of an earlier one, as accumulation over batches needs it."""
+    """Check that a step adds its gradients to those of an earlier one, as accumulation over batches needs it."""
+    def onto_ones(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
+        for tensor in (*inputs, *module.parameters()):
+            if tensor.requires_grad and tensor.is_leaf:
+                tensor.grad = torch.ones_like(tensor)
+        return subject.step(module, *inputs)
+
     try:
-        wanted = gradients_of(subject, subject.trained()).by_name
-        got = gradients_of(subject, subject.trained(), start=1.0).by_name
-    except Exception:  # another claim tells of a step that does not run
+        wanted = subject.run(subject.trained()).gradients
+        got = subject.run(subject.trained(), onto_ones).gradients
+    except Exception:  # another claim reports a step that does not run
         return []
-    names = [name for name, gradient in wanted.items() if gradient is not None and gradient.isfinite().all()]
+    leaves = {f"input {i}" for i, x in enumerate(subject.inputs) if is_dense(x)}
+    names = [name for name, gradient in wanted.items() if gradient is not None and gradient.isfinite().all()
+             and (name in leaves or not name.startswith("input "))]
     errors = {name: distance([got[name]], [wanted[name] + 1]) for name in names}
-    name, error = max(errors.items(), key=lambda item: item[1], default=("", 0.0))
-    limit = tolerance(subject.dtype, depth=subject.depth)
-    explanation = f"the gradient of {name.removeprefix('parameter ')} is not added to the one that is there"
-    return [Result("gradients", "gradients are added to earlier ones", error, limit,
-                   describe(subject.dtype, depth=subject.depth), explanation if error > limit else "")]
+    name, error = worst(errors)
+    shown = subject.input_names[int(name.split()[1])] if name.startswith("input ") else name
+    limit = Limit(subject.dtype, subject.depth, subject.autocast, condition_numbers(
+        subject, _of_training, _of_plain_training))
+    return [limit.judge("gradients", "gradients are added to earlier ones", error,
+                        f"the gradient of {shown} is not added to the one that is there")]
 
 
-def _of_inputs(gradients: Gradients) -> dict[str, Tensor | None]:
-    return {name: g for name, g in gradients.by_name.items() if not name.startswith("parameter ")}
-
-
-def _of_parameters(gradients: Gradients) -> dict[str, Tensor | None]:
-    return {name: g for name, g in gradients.by_name.items() if name.startswith("parameter ")}
-
-
-def _worst(actual: dict[str, Tensor | None], expected: dict[str, Tensor | None], least: float) -> tuple[str, float]:
-    errors = {name: _error(actual[name], wanted, least) for name, wanted in expected.items()}
-    return max(errors.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
-
-
-def _error(got: Tensor | None, wanted: Tensor | None, least: float) -> float:
-    if got is None or wanted is None:
-        return 0.0 if got is wanted else math.inf
-    if got.shape != wanted.shape or got.dtype != wanted.dtype:
-        return math.inf
-    difference = (got - wanted).abs().max().item() if got.numel() else 0.0
-    return difference and difference / max(wanted.abs().max().item(), least, torch.finfo(got.dtype).tiny)
-
-
-def _told(name: str, got: Tensor | None, wanted: Tensor | None) -> str:
-    """What is wrong with one gradient, in words."""
-    what = name if name.startswith("output") else f"the gradient of {name.removeprefix('parameter ')}"
+def _explain(what: str, got: Tensor | None, wanted: Tensor | None) -> str:
+    """Explain what is wrong with one gradient or output."""
     if got is None or wanted is None:
         return f"{what} is missing" if got is None else f"{what} should be None, and is not"
     if got.shape != wanted.shape or got.dtype != wanted.dtype:

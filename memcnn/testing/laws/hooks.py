@@ -1,4 +1,4 @@
-"""Of the law of state: a forward hook is called as often as a plain forward pass evaluates its module."""
+"""A claim of the law of state: a forward hook is called as often as a plain forward pass evaluates its module."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -7,37 +7,36 @@ import torch
 from torch import nn
 
 from memcnn.testing.laws.result import Result, nothing_differs
-from memcnn.testing.laws.step import gradients_of
 from memcnn.testing.laws.subject import Subject
 
 
 def forward_hooks_are_called_once(subject: Subject, claim: str) -> Result:
-    calls = _calls(subject, subject.trained(), lambda module: gradients_of(subject, module))
+    calls = _calls(subject, subject.trained(), subject.run)
     with torch.no_grad():
         wanted = _calls(subject, subject.fresh(), lambda module: subject.evaluated(module, subject.inputs))
     faults = [f"the forward hook of {name or type(subject.module).__name__} was called {calls[name]} times a step, not "
               f"{wanted[name]}" for name in wanted if calls[name] != wanted[name]]
-    faults += _unheard(subject)
+    faults += _hooks_left_out(subject)
     return nothing_differs(claim, faults)
 
 
-def _unheard(subject: Subject) -> list[str]:
-    """Parts whose hooks a plain forward pass leaves out, as one does that calls ``part.forward(x)``."""
-    module, evaluated, heard = subject.fresh(), Counter(), Counter()
+def _hooks_left_out(subject: Subject) -> list[str]:
+    """Name the parts whose hooks a plain forward pass leaves out, as one does that calls ``part.forward(x)``."""
+    module, evaluated, called = subject.fresh(), Counter(), Counter()
     for name, part in module.named_modules():
         def counted(*args, name: str = name, forward: Callable = part.forward, **kwargs):
             evaluated.update([name])
             return forward(*args, **kwargs)
         part.forward = counted
-        part.register_forward_hook(lambda *_, name=name: heard.update([name]))
+        part.register_forward_hook(lambda *_, name=name: called.update([name]))
     with torch.no_grad():
         subject.evaluated(module, subject.inputs)
-    return [f"the forward hook of {name or type(subject.module).__name__} is called {heard[name]} times in a forward "
-            f"pass that evaluates it {times} times" for name, times in evaluated.items() if heard[name] < times]
+    return [f"the forward hook of {name or type(subject.module).__name__} is called {called[name]} times in a forward "
+            f"pass that evaluates it {times} times" for name, times in evaluated.items() if called[name] < times]
 
 
 def _calls(subject: Subject, module: nn.Module, run: Callable[[nn.Module], object]) -> Counter:
-    """How often each part of ``subject.module`` is called in ``run``, by its name there."""
+    """Count the calls of each part of ``subject.module`` in ``run``, by its name there."""
     calls: Counter = Counter()
     offset = len(list(module.modules())) - len(list(subject.module.modules()))  # a wrapper around it
     for (name, _), part in zip(subject.module.named_modules(), list(module.modules())[offset:], strict=True):

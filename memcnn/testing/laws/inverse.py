@@ -1,118 +1,144 @@
 """The law of inversion: inverse(forward(x)) = x and forward(inverse(y)) = y, up to rounding.
 
-The limit is what rounding explains: ``tolerance`` of the dtype and of the number of blocks, times the condition number
-of the direction back. A block that amplifies rounding (badly conditioned) is therefore right, and is told from one that
-inverts something else by the same comparison in float64, where rounding is nine digits smaller.
+A block that amplifies rounding (badly conditioned) is right: its limit is larger. It is told apart from a block whose
+inverse is wrong by the same comparison in float64, where rounding is nine digits smaller.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from memcnn.testing.laws.conditioning import condition_number, growth, hopeless
+from memcnn.testing.laws.growth import DEEPEST, growth
+from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.result import Report, Result
+from memcnn.testing.laws.rounding import condition_numbers
 from memcnn.testing.laws.subject import NotRunnable, Subject, reordered, without_dropout
-from memcnn.testing.tolerances import describe, distance, tolerance
+from memcnn.testing.laws.twin import NamedTensors, is_finite
+from memcnn.testing.tolerances import distance, tolerance
 
 SHARE = 0.25
-"""Of another sample's output in the values from which the inverse starts: they lie between outputs, and so within the
-range of a layer whose range is an interval."""
+"""Share of another sample's output in the values from which the inverse starts. They lie between outputs, and so within
+the range of a layer whose range is an interval."""
+FORTH = "inverse(forward(x)) = x"
+BACK = "forward(inverse(y)) = y"
+NOT_DETERMINISTIC = "forward is not deterministic: the same input and seed give another output"
+NO_INVERSE = "values between outputs have no inverse here"
 
 
 @torch.no_grad()
-def check_inverse(module: nn.Module, *inputs: Tensor, seed: int = 0) -> Report:
-    """Whether ``module.inverse`` undoes ``module`` and the other way round, in the inputs' dtype and in float64.
+def check_inverse(module: nn.Module, *inputs: Tensor, seed: int = 0, deepest: int = DEEPEST,
+                  autocast: torch.dtype | None = None) -> Report:
+    """Check that ``module.inverse`` undoes ``module`` and the other way round, in the inputs' dtype and in float64.
 
-    Runs on copies, in the module's mode, with dropout off (a mask drawn anew is another function). The explanation of a
-    pass tells when the block is badly conditioned; that of a failure, what the inverse does instead.
+    Runs on copies, in the module's mode, with dropout off (a mask drawn anew is another function). Errors are relative
+    to the largest entry of what should come back; their limit is that of `memcnn.testing.laws.limits.Limit`. The
+    explanation of a pass says if the block is badly conditioned; that of a failure, what the inverse does instead.
 
     Args:
         module: with ``forward`` and ``inverse``, from tensors to a tensor or a tuple of tensors.
-        inputs: what ``forward`` takes.
+        inputs: the arguments of ``forward``, of any shapes and strides.
         seed: of torch's generators at every evaluation.
+        deepest: the number of blocks in a row for which a pass says whether they can still be rebuilt.
+        autocast: run both directions under autocast to this dtype.
     """
-    subject = Subject(module, inputs, seed)
-    results = [_inverse_undoes_forward(subject), _forward_undoes_inverse(subject)]
-    if subject.dtype != torch.float64:
+    subject = Subject(module, inputs, seed, autocast=autocast)
+    forth, back = _inverse_undoes_forward(subject), _forward_undoes_inverse(subject)
+    if not forth.failed and not forth.skipped and (remark := growth(subject, deepest)):
+        forth = _with(forth, remark)
+    results = [forth, back]
+    if subject.dtype != torch.float64 and not autocast:
         try:
             exact = _inverse_undoes_forward(subject.in_double(), " in float64")
-            told_there = results[0].skipped and exact.verdict == "PASS"
-            results.append(_with(exact, growth(subject)) if told_there else exact)
+            if forth.skipped and exact.verdict == "PASS":
+                exact = _with(exact, growth(subject, deepest))
+            results.append(exact)
         except NotRunnable as error:
             results.append(Result("inverse", f"{FORTH} in float64", skipped=f"in float64 {error}"))
     return Report(tuple(results))
 
 
-FORTH = "inverse(forward(x)) = x"
-BACK = "forward(inverse(y)) = y"
-NOT_DETERMINISTIC = "forward is not deterministic: the same input and seed give another output"
-
-
 def _inverse_undoes_forward(subject: Subject, where: str = "") -> Result:
+    claim, x = FORTH + where, subject.inputs
     module = subject.fresh()
     note = "dropout was off for this check" if without_dropout(module) else ""
-    x = subject.inputs
     y = subject.evaluated(module, x)
-    if not _finite(y):
-        return Result("inverse", FORTH + where, skipped="forward gives values that are not finite here")
-    result, back = _compared(subject, FORTH + where, module.inverse, y, x)
-    if result.failed and back is not None:
-        if where and result.error <= tolerance(torch.float32):
-            return _with(result, f"in float64 the inverse is {result.error:.1g} off, as in float32: something in it, a "
-                                 "constant or a cast, is of float32")
-        return _with(result, _what_it_does_instead(subject, module, x, y, back)
-                     + _but_right_elsewhere(subject, x, result.error))
-    if not result.failed and not result.skipped and not where:
-        return _with(result, growth(subject) or note)
-    return result
+    if not is_finite(y):
+        return Result("inverse", claim, skipped="forward gives values that are not finite here")
+    try:
+        back = subject.evaluated(module.inverse, y)
+    except Exception as error:
+        return Result("inverse", claim, math.inf, 0.0, explanation=f"inverse raised {_name(error)}")
+    result = _compared(subject, claim, back, x, inverse_first=False)
+    if not result.failed:
+        return _with(result, note) if not where and not result.skipped else result
+    if result.explanation:
+        return result
+    if where and result.error <= tolerance(torch.float32):
+        return _with(result, f"in float64 the inverse is {result.error:.1g} off, as in float32: something in it, a "
+                             "constant or a cast, is of float32")
+    return _with(result, _what_it_does_instead(subject, module, x, y, back)
+                 + _but_right_elsewhere(subject, x, result.error))
 
 
 def _forward_undoes_inverse(subject: Subject) -> Result:
     module = subject.fresh()
     without_dropout(module)
     try:
-        y = [subject.representable((1 - SHARE) * value + SHARE * reordered(value))
+        y = [subject.on_grid((1 - SHARE) * value + SHARE * reordered(value))
              if value.is_floating_point() else value for value in subject.evaluated(module, subject.inputs)]
         x = subject.evaluated(module.inverse, y)
     except Exception as error:
-        return Result("inverse", BACK, math.inf, 0.0, explanation=f"raised {_said(error)}")
-    if not _finite(x):
-        return Result("inverse", BACK, skipped="values between outputs have no inverse here")
-    result, forth = _compared(subject, BACK, module, x, y)
-    if forth is not None and not _finite(forth):  # as where a scale that the inverse divides by has overflowed
-        return Result("inverse", BACK, skipped="values between outputs have no inverse here")
-    if result.failed and not _deterministic(subject):
+        return Result("inverse", BACK, math.inf, 0.0, explanation=f"raised {_name(error)}")
+    if not is_finite(x):
+        return Result("inverse", BACK, skipped=NO_INVERSE)
+    try:
+        forth = subject.evaluated(module, x)
+    except Exception as error:
+        return Result("inverse", BACK, math.inf, 0.0, explanation=f"forward raised {_name(error)}")
+    if not is_finite(forth):  # as where a scale that the inverse divides by has overflowed
+        return Result("inverse", BACK, skipped=NO_INVERSE)
+    result = _compared(subject, BACK, forth, y, inverse_first=True)
+    if not result.failed or result.explanation:
+        return result
+    if not _deterministic(subject):
         return _with(result, NOT_DETERMINISTIC)
-    if result.failed and [t.shape for t in x] == [t.shape for t in subject.inputs] and not distance(x, subject.inputs):
+    if [t.shape for t in x] == [t.shape for t in subject.inputs] and not distance(x, subject.inputs):
         return _with(result, "inverse returns the last input of forward, whatever it is asked to invert")
     return result
 
 
-def _compared(subject: Subject, claim: str, function: Callable, values: Sequence[Tensor], wanted: Sequence[Tensor]
-              ) -> tuple[Result, Sequence[Tensor] | None]:
-    """Whether function(values) = wanted, and function(values)."""
-    name = "inverse" if claim.startswith(FORTH) else "forward"
-    try:
-        got = subject.evaluated(function, values)
-    except Exception as error:
-        return Result("inverse", claim, math.inf, 0.0, explanation=f"{name} raised {_said(error)}"), None
-    if [(t.shape, t.dtype, t.device) for t in got] != [(t.shape, t.dtype, t.device) for t in wanted]:
-        explanation = f"{name} gives {_kinds(got)}, not {_kinds(wanted)}"
-        return Result("inverse", claim, math.inf, 0.0, explanation=explanation), None
-    condition = condition_number(subject, function, values)
-    limit = tolerance(subject.dtype, depth=subject.depth, condition=condition)
-    source = describe(subject.dtype, depth=subject.depth, condition=condition)
-    return Result("inverse", claim, distance(got, wanted), limit, source, skipped=hopeless(limit, condition)), got
+def _compared(subject: Subject, claim: str, got: Sequence[Tensor], wanted: Sequence[Tensor], *,
+              inverse_first: bool) -> Result:
+    """Compare what came back from one direction and then the other with what they started from."""
+    if _kinds(got) != _kinds(wanted):
+        name = "forward" if inverse_first else "inverse"
+        return Result("inverse", claim, math.inf, 0.0,
+                      explanation=f"{name} gives {_words(got)}, not {_words(wanted)}")
+    compute = partial(_there_and_back, start=wanted, inverse_first=inverse_first)
+    limit = Limit(subject.dtype, subject.depth, subject.autocast, condition_numbers(subject, compute))
+    return limit.judge("inverse", claim, distance(got, wanted))
+
+
+def _there_and_back(subject: Subject, *, start: Sequence[Tensor], inverse_first: bool) -> NamedTensors:
+    """Return what comes back; the values in between are rounded as well, even if no operation has made them."""
+    module = subject.fresh()
+    without_dropout(module)
+    start = [x.to(subject.dtype) if x.is_floating_point() else x for x in start]
+    there, back = (module.inverse, module) if inverse_first else (module, module.inverse)
+    middle = subject.evaluated(there, start)
+    end = subject.evaluated(back, [1 * y if y.is_floating_point() else y for y in middle])
+    return {"end": torch.cat([x.flatten() for x in end if x.is_floating_point()])}
 
 
 def _what_it_does_instead(subject: Subject, module: nn.Module, x: Sequence[Tensor], y: Sequence[Tensor],
                           back: Sequence[Tensor]) -> str:
-    """What ``back``, which inverse made of y, is in place of x."""
+    """Explain what ``back``, which the inverse made of y, is in place of x."""
     close = 1e3 * tolerance(subject.dtype, depth=subject.depth)
-    if not _finite(back):
+    if not is_finite(back):
         return "inverse gives values that are not finite"
     if not _deterministic(subject):
         return NOT_DETERMINISTIC
@@ -130,7 +156,7 @@ def _what_it_does_instead(subject: Subject, module: nn.Module, x: Sequence[Tenso
 
 
 def _deterministic(subject: Subject) -> bool:
-    """Whether forward, asked twice with the same random numbers and buffers, gives the same."""
+    """Return whether forward, run twice with the same random numbers and buffers, gives the same."""
     module = subject.fresh()
     without_dropout(module)
     first = subject.evaluated(module, subject.inputs)
@@ -140,7 +166,7 @@ def _deterministic(subject: Subject) -> bool:
 
 
 def _where(x: Tensor, back: Tensor) -> str:
-    """In which part of x, if that is a part along one dimension, else in how many of its entries."""
+    """Explain which part of x is wrong, if it is a part along one dimension, else how many of its entries."""
     wrong = (back - x).abs() > 1e-2 * (back - x).abs().max()
     for dim, size in enumerate(x.shape):
         at = wrong.movedim(dim, 0).flatten(1).any(1).nonzero().flatten().tolist()
@@ -156,7 +182,7 @@ def _but_right_elsewhere(subject: Subject, x: Sequence[Tensor], error: float) ->
         without_dropout(module)
         try:
             back = subject.evaluated(module.inverse, subject.evaluated(module, inputs))
-            limit = tolerance(subject.dtype, depth=subject.depth, condition=10)
+            limit = 10 * tolerance(subject.dtype, depth=subject.depth)
             return distance(back, inputs) <= min(limit, error / 10)
         except Exception:
             return False
@@ -168,15 +194,15 @@ def _but_right_elsewhere(subject: Subject, x: Sequence[Tensor], error: float) ->
     return ""
 
 
-def _finite(values: Sequence[Tensor]) -> bool:
-    return all(bool(value.isfinite().all()) for value in values)
+def _kinds(values: Sequence[Tensor]) -> list[tuple]:
+    return [(value.shape, value.dtype, value.device) for value in values]
 
 
-def _kinds(values: Sequence[Tensor]) -> str:
+def _words(values: Sequence[Tensor]) -> str:
     return ", ".join(f"{tuple(value.shape)} of {value.dtype} on {value.device}" for value in values)
 
 
-def _said(error: Exception) -> str:
+def _name(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 

@@ -1,87 +1,197 @@
-"""The law of the log-determinant: what a flow layer reports is that of its Jacobian, computed column by column."""
+"""The law of the log-determinant: a flow reports that of its Jacobian, and its two directions cancel."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from memcnn.testing.laws.conditioning import hopeless
+from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.result import Report, Result
-from memcnn.testing.laws.subject import Subject, sample_by_sample
-from memcnn.testing.tolerances import describe, tolerance
+from memcnn.testing.laws.rounding import condition_numbers
+from memcnn.testing.laws.subject import Subject, sample_by_sample, without_dropout
+from memcnn.testing.laws.twin import NamedTensors, is_finite, relative_errors, worst
+from memcnn.testing.tolerances import distance, tolerance
 
+FAR_OFF = 1e-2
+"""Relative error of an inverse beyond which the law of inversion reports it, and its log-determinant is that of another
+point."""
+METHODS = "forward_log_det", "inverse_log_det"
 LARGEST_SAMPLE = 1024
-"""Entries of a sample beyond which its Jacobian is not computed."""
+"""Entries of a sample, or of a batch whose samples mix, beyond which no Jacobian is computed."""
 
 
 def check_log_det(module: nn.Module, *inputs: Tensor, seed: int = 0) -> Report:
-    """Whether ``forward_log_det`` and ``inverse_log_det`` report log|det| of the Jacobian of each sample, in float64.
+    """Check that ``forward_log_det`` and ``inverse_log_det`` report log|det| of the Jacobian, in float64.
+
+    Each sample's value is compared with that of its own Jacobian, with batch normalisation in eval mode. Where samples
+    mix, no sample has a Jacobian of its own: then the sum is compared with the Jacobian of the batch. Values and
+    log-determinants are also compared with those of ``forward`` and ``inverse`` and of the other direction, in the
+    inputs' dtype. Dropout is off. The error of a log-determinant is absolute where the true one is below 1. The
+    determinant of the dense Jacobian loses digits, for which the limit allows by the Jacobian's condition number.
 
     Args:
         module: whose ``forward_log_det(x)`` gives y and (N,) values, and whose ``inverse_log_det(y)``, if it has one,
-            gives x and (N,) values. Runs in its own mode, but with dropout off, and batch normalisation in eval mode:
-            with the statistics of the batch, no sample has a Jacobian of its own.
+            gives x and (N,) values.
         inputs: one tensor (N, ...) of at most 1024 entries a sample.
+        seed: of torch's generators at every evaluation.
     """
     subject = Subject(module, inputs, seed)
     if not callable(getattr(module, "forward_log_det", None)):
         raise TypeError(f"the module must have forward_log_det(x), giving y and a log-determinant for each sample: "
                         f"{type(module).__name__} has none")
-    (x, *others), results = inputs, []
+    x, *others = inputs
     if others or not x.numel() or x[0].numel() > LARGEST_SAMPLE:
         reason = f"wants one input of at most {LARGEST_SAMPLE} entries a sample"
         return Report((Result("log_det", "forward_log_det", skipped=reason),))
+    methods = [name for name in METHODS if callable(getattr(module, name, None))]
     exact = subject.in_double()
-    with exact.seeded():
-        start = exact.fresh()
-        sample_by_sample(start)
-        y = start(exact.inputs[0]).detach()
-    for method, values in (("forward_log_det", exact.inputs[0]), ("inverse_log_det", y)):
-        if callable(getattr(module, method, None)):
-            results.append(_compared(exact, method, values))
-    return Report(tuple(results))
+    results = [_guarded(f"{method} is log|det| of the Jacobian", _like_jacobian, exact, method, sample_by_sample)
+               for method in methods]
+    if module.training:
+        results += [_guarded(f"{method} sums to log|det| of the batch's Jacobian", _like_jacobian_of_batch, exact,
+                             method) for method in methods]
+    results.append(_guarded("forward_log_det gives what forward gives", _consistent, subject.initialised(), methods))
+    return Report(tuple(result for result in results if result is not None))
 
 
-def _compared(subject: Subject, method: str, values: Tensor) -> Result:
-    module = subject.fresh()
-    sample_by_sample(module)
-    function = getattr(module, method)
-    claim = f"{method} is log|det| of the Jacobian"
+def _guarded(claim: str, check: Callable[..., Result | None], *arguments: object) -> Result | None:
     try:
-        with torch.no_grad(), subject.seeded():
-            reported = function(values)[1]
-        if reported.shape != values.shape[:1]:
-            return Result("log_det", claim, math.inf, 0.0,
-                          explanation=f"got shape {tuple(reported.shape)}, wanted one value a sample: "
-                                      f"({values.shape[0]},)")
-        jacobians = _jacobians(subject, method, values)
+        return check(claim, *arguments)
     except Exception as error:
         return Result("log_det", claim, math.inf, 0.0, explanation=f"raised {type(error).__name__}: {error}")
-    wanted = torch.linalg.slogdet(jacobians).logabsdet.cpu()
-    scale = {"depth": subject.depth, "condition": max(1.0, torch.linalg.cond(jacobians).max().item())}
-    limit, source = tolerance(torch.float64, **scale), describe(torch.float64, **scale)
-    difference = reported.cpu().double() - wanted
-    error = (difference.abs().max() / max(1.0, wanted.abs().max().item())).item()
-    told = f"{method} says {_numbers(reported)}, the Jacobian {_numbers(wanted)}"
-    if wanted.any():
-        ratio = ((reported.cpu().double() * wanted).sum() / wanted.square().sum()).item()
-        if error <= tolerance(torch.float32):
-            told = f"{method} is {error:.1g} off in float64, as in float32: something in it is of float32"
-        elif (reported.cpu() + wanted).abs().max() < 1e-6 * wanted.abs().max():
-            told += ": the sign is reversed"
-        elif (reported.cpu() - ratio * wanted).abs().max() < 1e-6 * wanted.abs().max():
-            told += f": {ratio:.4g} times as much"
-    return Result("log_det", claim, error, limit, source, "" if error <= limit else told,
-                  hopeless(limit, scale["condition"]))
 
 
-def _jacobians(subject: Subject, method: str, values: Tensor) -> Tensor:
-    """Of each sample, (N, D, D), by plain backpropagation of one output entry of all samples at a time."""
-    twin = subject.plain() or subject.fresh()
-    sample_by_sample(twin)
-    x = values.detach().clone().requires_grad_()
+def _like_jacobian(claim: str, subject: Subject, method: str, prepare: Callable[[nn.Module], object]) -> Result:
+    """Compare with the Jacobian of each sample, or of the batch where samples mix."""
+    values = _start(subject, method, prepare)
+    reported = _reported(subject, method, values, prepare)
+    if reported.shape != values.shape[:1]:
+        return Result("log_det", claim, math.inf, 0.0, explanation=f"got shape {tuple(reported.shape)}, wanted one "
+                                                                   f"value a sample: ({values.shape[0]},)")
+    if _mixes_samples(subject, method, values, prepare):
+        return _of_batch(claim, subject, method, values, prepare)
+    jacobians = _jacobians_of_samples(subject, method, values, prepare)
+    return _compared(claim, subject, method, reported, jacobians)
+
+
+def _like_jacobian_of_batch(claim: str, subject: Subject, method: str) -> Result | None:
+    """Compare the sum with the Jacobian of the batch, in the module's own mode; None where samples do not mix."""
+    values = _start(subject, method, without_dropout)
+    if not _mixes_samples(subject, method, values, without_dropout):
+        return None
+    return _of_batch(claim, subject, method, values, without_dropout)
+
+
+def _of_batch(claim: str, subject: Subject, method: str, values: Tensor, prepare: Callable) -> Result:
+    if values.numel() > LARGEST_SAMPLE:
+        return Result("log_det", claim, skipped=f"samples mix, and the batch has more than {LARGEST_SAMPLE} entries")
+    reported = _reported(subject, method, values, prepare).sum()[None]
+    module, x = _prepared(subject, prepare, plain=True), values.detach().clone().requires_grad_()
     with subject.seeded():
-        y = getattr(twin, method)(x)[0].flatten(1)
+        y = getattr(module, method)(x)[0].flatten()
+    rows = [torch.autograd.grad(entry, x, retain_graph=True)[0].flatten() for entry in y.unbind()]
+    return _compared(claim, subject, method, reported, torch.stack(rows)[None])
+
+
+def _compared(claim: str, subject: Subject, method: str, reported: Tensor, jacobians: Tensor) -> Result:
+    wanted, reported = torch.linalg.slogdet(jacobians).logabsdet.cpu(), reported.cpu().double()
+    error = ((reported - wanted).abs().max() / max(1.0, wanted.abs().max().item())).item()
+    limit = Limit(torch.float64, subject.depth, conditions=(
+        torch.linalg.cond(matrices).max().item() for matrices in [jacobians]))
+    return limit.judge("log_det", claim, error, _explain(method, reported, wanted, error))
+
+
+def _explain(method: str, reported: Tensor, wanted: Tensor, error: float) -> str:
+    said = f"{method} says {_numbers(reported)}, the Jacobian {_numbers(wanted)}"
+    if not wanted.any():
+        return said
+    if error <= tolerance(torch.float32):
+        return f"{method} is {error:.1g} off in float64, as in float32: something in it is of float32"
+    largest = wanted.abs().max()
+    if (reported + wanted).abs().max() < 1e-6 * largest:
+        return f"{said}: the sign is reversed"
+    ratio = ((reported * wanted).sum() / wanted.square().sum()).item()
+    return f"{said}: {ratio:.4g} times as much" if (reported - ratio * wanted).abs().max() < 1e-6 * largest else said
+
+
+def _consistent(claim: str, subject: Subject, methods: list[str]) -> Result:
+    """Compare values with those of forward and inverse, and the log-determinants of both directions."""
+    entries = subject.inputs[0][0].numel()
+
+    def compute(subject: Subject) -> NamedTensors:
+        run = partial(_with_log_det, subject)
+        y, log_det = run("forward_log_det", *subject.inputs)
+        if "inverse_log_det" not in methods:
+            return {"y": y}
+        x, back = run("inverse_log_det", y)
+        if distance([x], subject.inputs) > FAR_OFF:
+            return {"y": y, "x": x}
+        # absolute errors where all log-determinants are below 1 an entry
+        return {"y": y, "x": x, "sum": (log_det + back) / max(entries, log_det.abs().max().item())}
+
+    got, wanted = compute(subject), {}
+    (wanted["y"],) = subject.evaluated(_prepared(subject, without_dropout), subject.inputs)
+    if "x" in got:
+        (wanted["x"],) = subject.evaluated(_prepared(subject, without_dropout).inverse, [got["y"]])
+        if distance([wanted["x"]], subject.inputs) > FAR_OFF:
+            del wanted["x"]
+    if "sum" in got:
+        wanted["sum"] = torch.zeros_like(got["sum"])
+    if not is_finite(wanted.values()):
+        return Result("log_det", claim, skipped="values are not finite here")
+    errors = relative_errors(got, wanted)
+    if "sum" in got:
+        errors["sum"] = got["sum"].abs().max().item()
+    name, error = worst(errors)
+    explanation = {"y": "forward_log_det gives other values than forward", "x": "inverse_log_det gives other values "
+                   "than inverse", "sum": "the log-determinants of the two directions do not cancel"}[name]
+    limit = Limit(subject.dtype, 2 * subject.depth, conditions=condition_numbers(subject, compute))
+    return limit.judge("log_det", claim, error, explanation)
+
+
+@torch.no_grad()
+def _with_log_det(subject: Subject, method: str, values: Tensor) -> tuple[Tensor, Tensor]:
+    return subject.evaluated(getattr(_prepared(subject, without_dropout), method), [values])
+
+
+def _prepared(subject: Subject, prepare: Callable[[nn.Module], object], *, plain: bool = False) -> nn.Module:
+    """Return a copy of the module that ``prepare`` has changed; with ``plain``, of its plain twin."""
+    module = (plain and subject.plain()) or subject.fresh()
+    prepare(module)
+    return module
+
+
+@torch.no_grad()
+def _start(subject: Subject, method: str, prepare: Callable[[nn.Module], object]) -> Tensor:
+    """Return the values to which ``method`` is applied: the input, or an output."""
+    if method == "forward_log_det":
+        return subject.inputs[0]
+    (y,) = subject.evaluated(_prepared(subject, prepare), subject.inputs)
+    return y
+
+
+@torch.no_grad()
+def _reported(subject: Subject, method: str, values: Tensor, prepare: Callable[[nn.Module], object]) -> Tensor:
+    with subject.seeded():
+        return getattr(_prepared(subject, prepare), method)(values)[1]
+
+
+def _mixes_samples(subject: Subject, method: str, values: Tensor, prepare: Callable[[nn.Module], object]) -> bool:
+    """Return whether the result for the first sample depends on another one."""
+    module, x = _prepared(subject, prepare, plain=True), values.detach().clone().requires_grad_()
+    with subject.seeded():
+        y = getattr(module, method)(x)[0]
+    (gradient,) = torch.autograd.grad(subject.loss([y[0]]), x)
+    return bool(gradient[1:].any())
+
+
+def _jacobians_of_samples(subject: Subject, method: str, values: Tensor, prepare: Callable) -> Tensor:
+    """Return (N, D, D), by plain backpropagation of one output entry of all samples at a time."""
+    module, x = _prepared(subject, prepare, plain=True), values.detach().clone().requires_grad_()
+    with subject.seeded():
+        y = getattr(module, method)(x)[0].flatten(1)
     if y.shape != x.flatten(1).shape:
         raise ValueError(f"an output of {y.shape[1]} entries a sample for an input of {x[0].numel()}")
     rows = [torch.autograd.grad(entry.sum(), x, retain_graph=True)[0].flatten(1) for entry in y.unbind(1)]

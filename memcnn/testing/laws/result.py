@@ -1,11 +1,11 @@
-"""What a check found: one `Result` for each claim, and a `Report` of many."""
+"""The results of a check: one `Result` for each claim, and a `Report` of many."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-TOLD = 3
-"""Of faults of one kind, as many as are told one by one."""
+MOST_LISTED = 3
+"""Maximum number of similar faults to list."""
 BADLY_CONDITIONED = "right, but badly conditioned: "
 HOPELESS = "rounding may be as large as the values: "
 
@@ -14,15 +14,22 @@ HOPELESS = "rounding may be as large as the values: "
 class Result:
     """One claim about a module, the error measured, and the largest error that rounding explains.
 
-    `skipped` says why nothing could be measured; such a result neither holds nor fails.
+    Attributes:
+        law: inverse, gradients, state, memory, log_det, training or copies.
+        claim: what should hold.
+        error: relative to the largest expected entry, or a number of bytes or faults.
+        limit: the largest error that still passes.
+        limit_from: where the limit comes from.
+        explanation: of a failure: what is wrong; of a success: what is worth knowing.
+        skipped: why nothing could be measured; such a result neither holds nor fails.
     """
 
-    law: str  # inverse, gradients, state, memory or log_det
+    law: str
     claim: str
     error: float = math.nan
     limit: float = math.nan
     limit_from: str = ""
-    explanation: str = ""  # of a failure: what is wrong; of a success: what is worth knowing
+    explanation: str = ""
     skipped: str = ""
 
     @property
@@ -62,32 +69,31 @@ class Report:
         return Report(tuple(result for result in self.results if result.law == law))
 
     def summary(self) -> str:
-        """One sentence: what holds, and what is wrong."""
+        """Return one sentence: what holds, and what is wrong."""
         if self.passed:
             laws = ", ".join(dict.fromkeys(result.law for result in self.results if not result.skipped))
             notes = [r.explanation for r in self.results if r.explanation.startswith(BADLY_CONDITIONED)][:1]
             hopeless = [result for result in self.results if result.skipped.startswith(HOPELESS)]
             if hopeless:
-                notes.append(f"not told: {_some([r.claim for r in hopeless], ', ')}: {hopeless[-1].skipped}")
-            held = "what is told holds" if hopeless else "all laws hold"
+                notes.append(f"undecided: {_some([r.claim for r in hopeless], ', ')}: {hopeless[-1].skipped}")
+            held = "everything that could be checked holds" if hopeless else "all laws hold"
             return "; ".join([f"{held}: {laws}", *notes]) if laws else "nothing could be checked"
         held = {result.law for result in self.results if not result.skipped} - self.failed_laws
         right = [law for law in ("inverse", "gradients") if law in held]
         beginning = f"the {right[0]} {'is' if right[0] == 'inverse' else 'are'} right, but " if right else ""
-        told: list[str] = []
+        found: list[str] = []
         for law in dict.fromkeys(result.law for result in self.failures):
             words = self.of(law)._first_failure()
-            if not any(words in earlier for earlier in told):  # a step that raises fails several laws
-                told.append(words)
-        return beginning + "; ".join(told)
+            if not any(words in earlier for earlier in found):  # a step that raises fails several laws
+                found.append(words)
+        return beginning + "; ".join(found)
 
     def _first_failure(self) -> str:
-        """In words; a gradient is told of by the words that name a parameter or an input."""
         result = self.failures[0]
         return result.explanation or f"{result.claim} does not hold: error {result.error:.2g}, limit {result.limit:.2g}"
 
     def to_dicts(self) -> list[dict]:
-        """The results with their verdicts, for JSON; an error that is no finite number as text."""
+        """Return the results with their verdicts, for JSON. Errors that are not finite become text."""
         def plain(value: object) -> object:
             return str(value) if isinstance(value, float) and not math.isfinite(value) else value
         return [{key: plain(value) for key, value in (asdict(result) | {"verdict": result.verdict}).items()}
@@ -100,7 +106,7 @@ class Report:
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                  for row in (header, *rows)]
-        remarks: dict[str, str] = {}  # by text, of those that say the same the first
+        remarks: dict[str, str] = {}  # by text: of results that say the same, only the first is shown
         for r in self.results:
             text = r.skipped or r.explanation
             source = f"\n     limit: {r.limit_from}" if r.failed and r.limit_from else ""
@@ -110,11 +116,10 @@ class Report:
 
 
 def nothing_differs(claim: str, faults: Sequence[str]) -> Result:
-    """Of the law of state: it holds where there are no ``faults``, which are told in words."""
-    told = list(dict.fromkeys(faults))
-    return Result("state", claim, len(faults), 0, "nothing may differ", _some(told, "; "))
+    """Return the result of a claim of the law of state that holds if there are no ``faults``, each given in words."""
+    return Result("state", claim, len(faults), 0, "nothing may differ", _some(list(dict.fromkeys(faults)), "; "))
 
 
-def _some(told: Sequence[str], separator: str) -> str:
-    rest = [f"and {len(told) - TOLD} more"] if len(told) > TOLD else []
-    return separator.join([*told[:TOLD], *rest])
+def _some(words: Sequence[str], separator: str) -> str:
+    rest = [f"and {len(words) - MOST_LISTED} more"] if len(words) > MOST_LISTED else []
+    return separator.join([*words[:MOST_LISTED], *rest])

@@ -8,27 +8,32 @@ from torch import Tensor, nn
 
 from memcnn.testing.laws.autocast import products_keep_their_dtype
 from memcnn.testing.laws.hooks import forward_hooks_are_called_once
+from memcnn.testing.laws.limits import Limit
+from memcnn.testing.laws.passes import graphs_can_be_retained, two_steps_do_not_mix
 from memcnn.testing.laws.result import Report, Result, nothing_differs
-from memcnn.testing.laws.step import gradients_of
-from memcnn.testing.laws.subject import Subject, as_tuple, reordered
-from memcnn.testing.tolerances import describe, distance, tolerance
+from memcnn.testing.laws.subject import Subject
+from memcnn.testing.laws.twin import is_dense, leaf_like
+from memcnn.testing.tolerances import distance
 
 
-def check_state(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool | None = None) -> Report:
-    """Whether a training step changes nothing that a plain forward pass does not, gradients apart.
+def check_state(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool | None = None,
+                autocast: torch.dtype | None = None) -> Report:
+    """Check that a training step changes nothing that a plain forward pass does not change, gradients apart.
 
-    Looked at are: the caller's inputs and outputs (values, versions, storage), buffers, parameters, modes, torch's
-    generators, how often forward hooks are called, the dtype of products under autocast, evaluation under ``no_grad``,
-    the argument of ``inverse``, and two forward passes that are under way at once. Arguments as for `check_gradients`.
+    It looks at the caller's inputs and outputs (values, versions, strides, storage), buffers, parameters, modes,
+    torch's generators, the number of calls of forward hooks, two forward passes that are under way at once, retained
+    graphs, the dtype of products under autocast, evaluation under ``no_grad``, and the argument of ``inverse``. Most of
+    it must not differ at all; gradients and buffers have the limits of rounding. Arguments as for `check_gradients`.
     """
-    subject = Subject(module, inputs, seed, wrap)
-    claims: dict[str, Callable[[Subject], Result]] = {
+    subject = Subject(module, inputs, seed, wrap, autocast)
+    claims: dict[str, Callable[[Subject, str], Result]] = {
         "the caller's tensors are untouched": _callers_tensors,
         "buffers move once a step": _buffers,
         "parameters, modes and requires_grad stay": _rest_of_the_module,
         "random generators move as in a forward pass": _generators,
         "forward hooks are called once": forward_hooks_are_called_once,
-        "two steps under way do not mix": _two_steps,
+        "two steps under way do not mix": two_steps_do_not_mix,
+        "a retained graph is differentiated again": graphs_can_be_retained,
         "products keep autocast's dtype in backward": products_keep_their_dtype,
     }
     return Report(tuple(_guarded(subject, claim, check) for claim, check in claims.items()))
@@ -42,41 +47,56 @@ def _guarded(subject: Subject, claim: str, check: Callable[[Subject, str], Resul
 
 
 def _callers_tensors(subject: Subject, claim: str) -> Result:
-    faults = []
-    for training in (True, False):
-        module, leaves = subject.trained(), subject.leaves()
-        held = [(x * 1 if training else x.detach(), name) for x, name in zip(leaves, subject.input_names, strict=True)]
-        before = [_seen(x) for x, _ in held]
-        with torch.set_grad_enabled(training), subject.seeded():
-            outputs = as_tuple(module(*(x for x, _ in held)))
+    return nothing_differs(claim, [*_changed_by_training(subject), *_changed_without_gradients(subject)])
+
+
+def _changed_by_training(subject: Subject) -> list[str]:
+    module = subject.trained()
+    held = [(_intermediate(x), name) for x, name in zip(subject.inputs, subject.input_names, strict=True)]
+    before = [_seen(x) for x, _ in held]
+    with subject.seeded():
+        outputs = subject.call(module, *(x for x, _ in held))
         after = [_seen(y) for y in outputs]
-        if training:
-            subject.loss(outputs).backward()
-        else:
-            faults += _changes(held, before, "without gradients")
-            arguments = [(y.clone(), "the argument of inverse") for y in outputs]
-            values = [_seen(y) for y, _ in arguments]
-            with torch.no_grad(), subject.seeded():
-                module.inverse(*(y for y, _ in arguments))
-            faults += _changes(arguments, values, "by inverse")
-            continue
-        faults += _changes(held, before, "by a training step")
-        faults += _changes([(y, f"output {i}") for i, y in enumerate(outputs)], after, "by backward")
-    return nothing_differs(claim, faults)
+        subject.differentiate(outputs)
+    return [*_changes(held, before, "by a training step"),
+            *_changes([(y, f"output {i}") for i, y in enumerate(outputs)], after, "by backward")]
 
 
-def _seen(x: Tensor) -> tuple[Tensor, int, int, int]:
-    return x.detach().clone(), x._version, x.data_ptr(), x.untyped_storage().nbytes()
+def _intermediate(x: Tensor) -> Tensor:
+    """Return a tensor with the values and strides of x that is computed from a leaf."""
+    leaf, _ = leaf_like(x.detach().requires_grad_(x.is_floating_point()))
+    value = leaf * 1
+    return value if is_dense(x) else value.as_strided(x.shape, x.stride())
+
+
+def _changed_without_gradients(subject: Subject) -> list[str]:
+    module = subject.trained()
+    held = [(leaf_like(x.detach())[1], name) for x, name in zip(subject.inputs, subject.input_names, strict=True)]
+    before = [_seen(x) for x, _ in held]
+    with torch.no_grad(), subject.seeded():
+        outputs = subject.call(module, *(x for x, _ in held))
+    faults = _changes(held, before, "without gradients")
+    arguments = [(y.clone(), "the argument of inverse") for y in outputs]
+    before = [_seen(y) for y, _ in arguments]
+    with torch.no_grad(), subject.seeded():
+        subject.call(module.inverse, *(y for y, _ in arguments))
+    return [*faults, *_changes(arguments, before, "by inverse")]
+
+
+def _seen(x: Tensor) -> tuple[Tensor, int, int, int, tuple[int, ...]]:
+    return x.detach().clone(), x._version, x.data_ptr(), x.untyped_storage().nbytes(), x.stride()
 
 
 def _changes(held: Sequence[tuple[Tensor, str]], before: Sequence[tuple], when: str) -> list[str]:
     faults = []
-    for (x, name), (value, version, address, size) in zip(held, before, strict=True):
+    for (x, name), (value, version, address, size, strides) in zip(held, before, strict=True):
         if x.untyped_storage().nbytes() != size:
             faults.append(f"the storage of {name} was changed from {size} bytes to "
                           f"{x.untyped_storage().nbytes()} {when}")
         elif x.data_ptr() != address:
             faults.append(f"the storage of {name} was exchanged {when}")
+        elif x.stride() != strides:
+            faults.append(f"the strides of {name} were changed {when}")
         elif not torch.equal(x.detach(), value) and not value.isnan().any():
             faults.append(f"{name} was overwritten {when}")
         elif x._version != version:
@@ -85,30 +105,23 @@ def _changes(held: Sequence[tuple[Tensor, str]], before: Sequence[tuple], when: 
 
 
 def _buffers(subject: Subject, claim: str) -> Result:
-    """Compared with a plain forward pass; those of evaluation with what they were."""
-    trained, plain = subject.trained(), subject.fresh()
-    gradients_of(subject, trained)
+    """Compare the buffers after a step with those after a plain forward pass; in eval mode, with those before it."""
+    plain = subject.fresh()
     with torch.no_grad():
         subject.evaluated(plain, subject.inputs)
-    error, name = _difference(_named(subject, trained), dict(plain.named_buffers()))
-    told = name and _told_of_buffer(name, *(dict(m.named_buffers())[name] for m in (subject.module, plain)),
-                                    _named(subject, trained)[name])
-    evaluated = subject.trained().eval()
-    gradients_of(subject, evaluated)
-    in_eval, name = _difference(_named(subject, evaluated), dict(subject.module.named_buffers()))
-    if not told and in_eval:
-        error, told = in_eval, f"in eval mode a step changes buffer {name}"
-    return Result("state", claim, error, tolerance(subject.dtype), describe(subject.dtype),
-                  told if not error <= tolerance(subject.dtype) else "")
-
-
-def _named(subject: Subject, trained: nn.Module) -> dict[str, Tensor]:
-    names = [name for name, _ in subject.module.named_buffers()]
-    return dict(zip(names, trained.buffers(), strict=True))
+    before, wanted = dict(subject.module.named_buffers()), dict(plain.named_buffers())
+    got = subject.run(subject.trained()).buffers
+    error, name = _difference(got, wanted)
+    explanation = name and _explain_buffer(name, before[name], wanted[name], got[name])
+    in_eval, name = _difference(subject.run(subject.trained().eval()).buffers, before)
+    if not explanation and in_eval:
+        error, explanation = in_eval, f"in eval mode a step changes buffer {name}"
+    limit = Limit(subject.dtype, subject.depth, subject.autocast)
+    return limit.judge("state", claim, error, explanation)
 
 
 def _difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest error, and the buffer that has it."""
+    """Return the largest error, and the buffer that has it."""
     worst, of = 0.0, ""
     for name, wanted in expected.items():
         error = distance([actual[name]], [wanted])
@@ -117,7 +130,7 @@ def _difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple
     return worst, of
 
 
-def _told_of_buffer(name: str, before: Tensor, wanted: Tensor, got: Tensor) -> str:
+def _explain_buffer(name: str, before: Tensor, wanted: Tensor, got: Tensor) -> str:
     if wanted.numel() == 1:
         return (f"a step takes buffer {name} from {before.item():.6g} to {got.item():.6g}, a forward pass to "
                 f"{wanted.item():.6g}")
@@ -131,7 +144,7 @@ def _rest_of_the_module(subject: Subject, claim: str) -> Result:
     module, faults = subject.trained(), []
     modes = [(part, part.training) for part in module.modules()]
     parameters = [(p, p.detach().clone(), p.requires_grad) for p in module.parameters()]
-    gradients_of(subject, module)
+    subject.run(module)
     faults += [f"{type(part).__name__} was put in {'training' if part.training else 'eval'} mode"
                for part, training in modes if part.training != training]
     names = [name for name, _ in subject.module.named_parameters()]
@@ -144,7 +157,7 @@ def _rest_of_the_module(subject: Subject, claim: str) -> Result:
 
 
 def _initialises_itself(subject: Subject) -> bool:
-    """Whether a plain forward pass sets parameters, as ActNorm's first does."""
+    """Return whether a plain forward pass sets parameters, as ActNorm's first does."""
     plain = subject.fresh()
     with torch.no_grad():
         subject.evaluated(plain, subject.inputs)
@@ -162,47 +175,13 @@ def _generators(subject: Subject, claim: str) -> Result:
 
     def training_step() -> None:
         module = subject.trained()  # alive until backward, as hooks on it want
-        subject.loss(as_tuple(module(*subject.leaves()))).backward()
+        subject.differentiate(subject.call(module, *_leaves(subject)))
 
-    plain = state_after(lambda: subject.fresh()(*subject.leaves()))
+    plain = state_after(lambda: subject.call(subject.fresh(), *_leaves(subject)))
     same = all(torch.equal(a, b) for a, b in zip(state_after(training_step), plain, strict=True))
-    told = "a training step draws other random numbers than a forward pass, so that whatever is drawn next differs"
-    return nothing_differs(claim, [] if same else [told])
+    fault = "a training step draws other random numbers than a forward pass, so that whatever is drawn next differs"
+    return nothing_differs(claim, [] if same else [fault])
 
 
-def _two_steps(subject: Subject, claim: str) -> Result:
-    """Two forward passes, then their backward passes in either order, against one after the other."""
-    others = [reordered(x) for x in subject.inputs]
-    batches = (subject.inputs, others)
-
-    def gradients(order: Sequence[int] | None) -> list[Tensor]:
-        module, steps, found = subject.trained(), [], {}
-        parameters = [p for p in module.parameters() if p.requires_grad]
-
-        def differentiate(i: int) -> None:
-            loss, leaves = steps[i]
-            for parameter in parameters:
-                parameter.grad = None
-            loss.backward()
-            found[i] = [torch.zeros_like(x) if x.grad is None else x.grad for x in (*leaves, *parameters)]
-
-        for i, batch in enumerate(batches):
-            leaves = [x.detach().clone().requires_grad_() for x in batch if x.is_floating_point()]
-            floating = iter(leaves)
-            with subject.seeded(run=i):
-                outputs = module(*(next(floating) if x.is_floating_point() else x for x in batch))
-                steps.append((subject.loss(as_tuple(outputs)), leaves))
-            if order is None:
-                differentiate(i)
-        for i in order or ():
-            differentiate(i)
-        return [*found[0], *found[1]]
-
-    wanted = gradients(None)
-    if not all(g.isfinite().all() for g in wanted):
-        return Result("state", claim, skipped="gradients are not finite here")
-    error = max(distance(gradients(order), wanted) for order in ((0, 1), (1, 0)))
-    limit = tolerance(subject.dtype, depth=subject.depth)
-    return Result("state", claim, error, limit, describe(subject.dtype, depth=subject.depth),
-                  "a second forward pass before the backward pass of the first changes the gradients: the module keeps "
-                  "a pass's values on itself" if not error <= limit else "")
+def _leaves(subject: Subject) -> list[Tensor]:
+    return [leaf_like(x.detach().requires_grad_(x.is_floating_point()))[1] for x in subject.inputs]

@@ -1,8 +1,7 @@
-"""The module under test: its copies, its runs from one and the same state, its plain twin."""
+"""The module under test with its inputs: its copies, its plain twin, and its runs from one and the same state."""
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,27 +10,36 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from memcnn.models.coupling import Coupling
 from memcnn.models.revop import InvertibleModuleWrapper
+from memcnn.testing.laws.twin import Outcome, duplicate, is_wrapped, leaf_like, plain_twin, run, seeded, weighted_sum
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
             nn.MultiheadAttention)
 
 
 class NotRunnable(ValueError):
-    """The module cannot be run on the inputs, so that nothing can be said about it."""
+    """The module does not run on the inputs, so that no law can be checked."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A module with ``forward`` and ``inverse``, the inputs on which it is tested, and the seed of every evaluation.
+    """A module with ``forward`` and ``inverse``, and how it is tested.
 
-    Inputs of a module with an exact coupling are rounded to its grid, as it does itself (``memcnn.engine.exact``).
-    wrap: run it in an `InvertibleModuleWrapper`, as it would be trained. None: if nothing in it is wrapped yet.
+    Inputs of a module with an exact coupling are rounded to its grid, as the coupling does (``memcnn.engine.exact``).
+
+    Attributes:
+        module: is never run itself, only copies of it.
+        inputs: of any strides, which every copy of them keeps.
+        seed: of torch's generators at every evaluation.
+        wrap: run the module in an `InvertibleModuleWrapper`, as it would be trained. None: if nothing in it is wrapped
+            yet. False: it has an engine of its own.
+        autocast: run forward and inverse under autocast to this dtype.
     """
 
     module: nn.Module
     inputs: tuple[Tensor, ...]
     seed: int = 0
     wrap: bool | None = None
+    autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, nn.Module) or not callable(getattr(self.module, "inverse", None)):
@@ -49,10 +57,10 @@ class Subject:
             shapes = ", ".join(str(tuple(x.shape)) for x in self.inputs)
             raise NotRunnable(f"forward raised {type(error).__name__} for inputs of shape {shapes}, {self.dtype}: "
                               f"{error}") from error
-        object.__setattr__(self, "inputs", tuple(map(self.representable, self.inputs)))
+        object.__setattr__(self, "inputs", tuple(map(self.on_grid, self.inputs)))
 
-    def representable(self, x: Tensor) -> Tensor:
-        """x, or the nearest value on the grid of the module's exact couplings."""
+    def on_grid(self, x: Tensor) -> Tensor:
+        """Return the nearest value on the grid of the module's exact couplings; x itself if it has none."""
         grids = [part.grid for part in self.module.modules() if isinstance(part, Coupling) and part.grid is not None]
         return max(grids, key=lambda grid: grid.step).snap(x) if grids and x.is_floating_point() else x
 
@@ -62,22 +70,22 @@ class Subject:
 
     @property
     def depth(self) -> int:
-        """How many blocks the module is a chain of: its smallest parts with an inverse."""
+        """The number of blocks: parts with an inverse of which no part has one, nested blocks included."""
         def blocks(module: nn.Module) -> int:
             return sum(map(blocks, module.children())) or callable(getattr(module, "inverse", None))
         return max(1, blocks(self.module))
 
     def in_double(self) -> "Subject":
-        """The same in float64; `NotRunnable` if it cannot be."""
+        """Return the same in float64 and without autocast. Raises `NotRunnable` if the module does not run in it."""
         inputs = tuple(x.double() if x.is_floating_point() else x for x in self.inputs)
         return Subject(self.fresh().double(), inputs, self.seed, self.wrap)
 
     def fresh(self) -> nn.Module:
-        """A copy of the module as it was given."""
-        return copy.deepcopy(self.module)
+        """Return a copy of the module as it was given."""
+        return duplicate(self.module)
 
     def initialised(self) -> "Subject":
-        """The same after a plain forward pass, where one sets parameters, as ActNorm's first does."""
+        """Return the same after a plain forward pass, if one sets parameters, as ActNorm's first does."""
         once = self.fresh()
         with torch.no_grad():
             self.evaluated(once, self.inputs)
@@ -85,65 +93,69 @@ class Subject:
         return replace(self, module=once) if changed else self
 
     def plain(self) -> nn.Module | None:
-        """A copy under ordinary autograd; None where the module has an engine of its own."""
-        if self.wrap is False and not is_wrapped(self.module):
-            return None
-        twin = self.fresh()
-        for part in twin.modules():
-            if isinstance(part, InvertibleModuleWrapper):
-                part.disable = True
-        return twin
+        """Return the plain twin; None where the module has an engine of its own."""
+        return None if self.wrap is False and not is_wrapped(self.module) else plain_twin(self.module)
 
     def trained(self) -> nn.Module:
-        """A copy that runs as in training: wrapped, or as it is."""
+        """Return a copy that runs as in training: wrapped, or as it is."""
         wrap = not is_wrapped(self.module) if self.wrap is None else self.wrap
         return InvertibleModuleWrapper(self.fresh()) if wrap else self.fresh()
 
-    def leaves(self) -> list[Tensor]:
-        """Copies of the inputs, those of floating point with requires_grad."""
-        return [x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.is_floating_point())
-                for x in self.inputs]
+    def seeded(self, run: int = 0) -> AbstractContextManager:
+        """Return a context in which random numbers are as at every evaluation, or others for another ``run``."""
+        return seeded(self.inputs, self.seed + run)
 
-    @contextmanager
-    def seeded(self, run: int = 0) -> Iterator[None]:
-        """Random numbers as at every evaluation, or others for another ``run``; torch's generators are left alone."""
-        cuda = {x.device for x in self.inputs if x.device.type == "cuda"}
-        with torch.random.fork_rng(devices=list(cuda)):
-            # torch.manual_seed also notes a stack trace for each kind of device that is not there
-            torch.default_generator.manual_seed(self.seed + run)
-            for device in cuda:
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(self.seed + run)
-            yield
+    def context(self) -> AbstractContextManager:
+        """Return the autocast context in which forward and inverse run."""
+        return torch.autocast(self.inputs[0].device.type, self.autocast) if self.autocast else nullcontext()
+
+    def call(self, function: Callable, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return ``function(*inputs)``, forward or inverse, as a tuple of tensors."""
+        with self.context():
+            return as_tuple(function(*inputs))
 
     def evaluated(self, function: Callable, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """``function(*inputs)`` as a tuple of tensors; it is given copies, since a faulty one writes to them."""
+        """Return ``function(*copies of inputs)``, with the random numbers of every evaluation."""
         with self.seeded():
-            return as_tuple(function(*(x.clone() for x in inputs)))
+            return self.call(function, *(leaf_like(x.detach())[1] for x in inputs))
+
+    def run(self, module: nn.Module, program: Callable[..., object] | None = None) -> Outcome:
+        """Run ``program``, by default one training step, on ``module``, a copy of this one, and copies of the inputs.
+
+        Gradients and buffers of the outcome have the names that they have in ``self.module``.
+        """
+        inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in self.inputs]
+        return run(module, program or self.step, inputs, self.seed, named_like=self.module)
+
+    def step(self, module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run a forward and a backward pass."""
+        outputs = self.call(module, *inputs)
+        self.differentiate(outputs)
+        return outputs
+
+    def differentiate(self, outputs: Sequence[Tensor], **options) -> None:
+        """Run the backward pass of the loss; nothing where nothing requires a gradient."""
+        loss = self.loss(outputs)
+        if loss.requires_grad:
+            loss.backward(**options)
 
     def loss(self, outputs: Sequence[Tensor]) -> Tensor:
-        """A scalar whose gradient varies from entry to entry of every output."""
-        generator = torch.Generator().manual_seed(self.seed + 1)
-        terms = [(y * torch.randn(y.shape, generator=generator, dtype=torch.float64, device="cpu").to(y)).sum()
-                 for y in outputs if y.is_floating_point()]
-        return torch.stack(terms).sum()
+        """Return a scalar whose gradient differs from entry to entry of every output."""
+        return weighted_sum(*outputs, seed=self.seed)
 
     @property
     def input_names(self) -> list[str]:
+        """How messages call the inputs."""
         return ["the input"] if len(self.inputs) == 1 else [f"input {i}" for i in range(len(self.inputs))]
 
 
 def reordered(x: Tensor) -> Tensor:
-    """Other values of the same range: the samples in reverse order; of a single sample, the entries."""
+    """Return other values of the same range: the samples in reverse order, or the entries of a single sample."""
     return x.flip(0 if len(x) > 1 else tuple(range(x.dim()))) if x.dim() else x
 
 
-def is_wrapped(module: nn.Module) -> bool:
-    return any(isinstance(part, InvertibleModuleWrapper) for part in module.modules())
-
-
 def without_dropout(module: nn.Module) -> bool:
-    """Puts dropout layers in evaluation mode, and tells whether one drew masks before."""
+    """Put dropout layers in evaluation mode, and return whether one drew masks before."""
     active = [part for part in module.modules()
               if isinstance(part, DROPOUTS) and part.training and getattr(part, "dropout", 1.0)]
     for part in active:
@@ -152,7 +164,7 @@ def without_dropout(module: nn.Module) -> bool:
 
 
 def sample_by_sample(module: nn.Module) -> None:
-    """Puts in evaluation mode what draws masks, or mixes the samples of a batch."""
+    """Put dropout and batch normalisation in evaluation mode: the one draws masks, the other mixes samples."""
     without_dropout(module)
     for part in module.modules():
         if isinstance(part, _BatchNorm):
@@ -160,7 +172,7 @@ def sample_by_sample(module: nn.Module) -> None:
 
 
 def as_tuple(values: object) -> tuple[Tensor, ...]:
-    """The tensors that a module returned. TypeError for anything else."""
+    """Return the tensors that a module returned as a tuple. Raises TypeError for anything else."""
     values = tuple(values) if isinstance(values, (tuple, list)) else (values,)
     if not all(isinstance(value, Tensor) for value in values):
         raise TypeError("forward and inverse must return a tensor or a tuple of tensors: got "

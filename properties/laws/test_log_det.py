@@ -1,12 +1,12 @@
-"""Log-determinants are those of the dense Jacobian, and train with flat memory."""
+"""The law of the log-determinant: those of the dense Jacobian, which cancel, and train with flat memory."""
 
 import math
-from collections.abc import Sequence
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from memcnn import (
@@ -19,85 +19,55 @@ from memcnn import (
     InvertibleModuleWrapper,
     ReversibleSequential,
 )
+from memcnn.testing import Inverted, Report, WithLogDet, check_gradients, check_log_det
 from memcnn.testing.cases import LAYERS, RANDOM_LAYERS, Network
 from memcnn.testing.strategies import networks
 from memcnn.testing.tolerances import relative_error, tolerance
-from properties.laws import assert_network_like_twin, condition_number, differentiated, hold, worst
-from properties.test_flows import glow, nice
-from properties.test_memory import step_bytes
-from properties.twin import assert_like_twin, conv_branch, images, plain_twin, weighted_sum
+from properties.support.errors import assert_holds
+from properties.support.flows import glow, nice
+from properties.support.memory import assert_flat
+from properties.support.networks import run_check
+from properties.support.twin import assert_like_twin, conv_branch, images, weighted_sum
 
 DETERMINISTIC = [name for name in LAYERS if name not in RANDOM_LAYERS]
 flows = partial(networks, split_batch=False, compositions=["sequence", "sequences in a sequence"])
-small_flows = partial(flows, layers=DETERMINISTIC, dtypes=[torch.float64], max_depth=3, max_size=2)
+small_flows = partial(flows, max_depth=3, max_size=2)
 
 
-def jacobian(function, x: Tensor) -> Tensor:
-    """(N, entries of a sample in the result, N, entries of a sample in x)."""
-    J = torch.autograd.functional.jacobian(function, x)
-    return J.reshape(len(x), -1, len(x), x[0].numel())
-
-
-def assert_log_det(flow: Network, actual: Tensor, jacobians: list[Tensor],
-                   law: str = "log-det of the Jacobian") -> None:
-    """Absolute errors: where the true value is zero, the sum of many logarithms is not.
-
-    The reference, a determinant of a dense matrix, loses the digits of the matrix's condition number.
-    """
-    expected = torch.stack([J.slogdet()[1] for J in jacobians])
-    assert actual.shape == expected.shape
-    hold(law, flow, relative_error(actual, expected, least_scale=1.0), depth=flow.depth,
-         condition=lambda _: max(torch.linalg.cond(J).item() for J in jacobians))
-
-
-@given(small_flows(mix_samples=False))
+@pytest.mark.parametrize("mix_samples", [False, True], ids=["samples apart", "samples mix"])
+@given(data=st.data())
 @settings(max_examples=10)
-def test_each_samples_value_is_that_of_its_dense_jacobian(flow: Network):
-    module, x = flow.build(), flow.input.build()
-    y, log_det = module.forward_log_det(x)  # what initialises itself has done so now, and J is that of one function
-    J = jacobian(module, x)
-    assert_log_det(flow, log_det, [J[i, :, i] for i in range(len(x))])
-    J = jacobian(module.inverse, y.detach())
-    assert_log_det(flow, module.inverse_log_det(y)[1], [J[i, :, i] for i in range(len(x))],
-                   "log-det of the inverse's Jacobian")
+def test_log_determinants_are_those_of_the_dense_jacobian_and_cancel(mix_samples: bool, data: st.DataObject):
+    flow = data.draw(small_flows(mix_samples=mix_samples))
+    assert_holds(run_check(check_log_det, flow), flow, "log-det")
 
 
-@given(small_flows())
-@settings(max_examples=10)
-def test_where_samples_mix_the_sum_is_that_of_the_batchs_dense_jacobian(flow: Network):
-    module, x = flow.build(), flow.input.build()
-    y, log_det = module.forward_log_det(x)
-    assert_log_det(flow, log_det.sum()[None], [jacobian(module, x).reshape(x.numel(), -1)])
+def check_with_log_det(module: nn.Module, x: Tensor, *, inverse: bool, **options) -> Report:
+    """Check the gradients of a loss in which the result and its log-determinant take part."""
+    flow = WithLogDet(module)
+    return check_gradients(Inverted(flow) if inverse else flow, x, torch.zeros(len(x)).to(x), **options)
 
 
-def log_dets_of_both(flow: Network):
-    """y and the log-determinant, the input again and that of the inverse."""
-    @torch.no_grad()
-    def program(module, leaf):
-        y, log_det = module.forward_log_det(flow.input.laid_out(leaf))
-        return [y, log_det, *module.inverse_log_det(y)]
-    return program
+each_direction = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 
 
-def largest_error(actual: Sequence[Tensor], expected: Sequence[Tensor], entries: int) -> float:
-    """Of y, x and the sum of the two log-determinants of samples of so many ``entries``."""
-    (y, log_det, x, inverse_log_det), (wanted_y, wanted_log_det, wanted_x, wanted_inverse) = actual, expected
-    total, wanted = log_det + inverse_log_det, wanted_log_det + wanted_inverse
-    return worst([relative_error(y, wanted_y), relative_error(x, wanted_x),
-                  (total - wanted).abs().max().item() / max(entries, wanted_log_det.abs().max().item())])
+@each_direction
+@given(flow=flows(frozen=True))
+def test_gradients_are_the_twins(inverse: bool, device: str, flow: Network):
+    assert_gradients(flow, device, inverse, finite_differences=False)
 
 
-@given(flows(layers=DETERMINISTIC))
-def test_outputs_are_those_without_log_determinants_and_directions_cancel(flow: Network):
-    module, x = flow.build(), flow.input.build()
-    y, log_det, _, inverse_log_det = both = log_dets_of_both(flow)(module, flow.input.leaf())
-    with torch.no_grad():
-        expected = module(x), log_det, module.inverse(y), -log_det
-    assert log_det.shape == inverse_log_det.shape == (len(x),) and log_det.dtype == flow.dtype
-    # not the same bits: without log-determinants a sequence hands on halves, and a kernel's rounding depends on strides
-    hold("log-dets cancel", flow, largest_error(both, expected, x[0].numel()), depth=2 * flow.depth,
-         condition=partial(condition_number, flow, log_dets_of_both, difference=lambda changed, unchanged:
-                           largest_error(changed.results, unchanged.results, x[0].numel())))
+@each_direction
+@given(flow=small_flows(dtypes=[torch.float64], mix_samples=False))
+@settings(max_examples=5)
+def test_gradients_are_those_of_finite_differences(inverse: bool, flow: Network):
+    assert_gradients(flow, "cpu", inverse)
+
+
+def assert_gradients(flow: Network, device: str, inverse: bool, **options) -> None:
+    module, values = flow.build(device), flow.output if inverse else flow.input
+    report = check_with_log_det(module, values.build(device), inverse=inverse, seed=flow.input.seed, **options)
+    assert_holds(report, flow, "gradients of log-det, inverse" if inverse else "gradients of log-det")
 
 
 @given(networks(split_batch=False, compositions=["sequence"], layers=DETERMINISTIC))
@@ -110,37 +80,6 @@ def test_each_block_computes_the_same_bits_with_its_log_determinant(flow: Networ
         for actual, expected in ((block.forward_log_det(x)[0], y), (block.inverse_log_det(y)[0], block.inverse(y))):
             torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
         x = y
-
-
-def likelihood(method: str, values: str):
-    """A step that needs the log-determinant and the result."""
-    def of_flow(flow: Network):
-        def program(module, leaf):
-            result, log_det = getattr(module, method)(getattr(flow, values).laid_out(leaf))
-            differentiated(weighted_sum(result) + weighted_sum(log_det))
-            return result, log_det
-        return program
-    return of_flow
-
-
-@given(flows(frozen=True))
-def test_gradients_are_the_twins(device: str, flow: Network):
-    assert_network_like_twin("gradients of log-det", flow, likelihood("forward_log_det", "input"), device)
-
-
-@given(flows(frozen=True))
-def test_training_through_the_inverse_is_the_twins(device: str, flow: Network):
-    assert_network_like_twin("gradients of log-det, inverse", flow, likelihood("inverse_log_det", "output"), device,
-                             inverse=True)
-
-
-@given(small_flows(mix_samples=False, layouts=["contiguous"]))
-@settings(max_examples=10)
-def test_gradients_are_those_of_finite_differences(flow: Network):
-    module = flow.build().eval()
-    for function, x in ((module.forward_log_det, flow.input.leaf()), (module.inverse_log_det, flow.output.leaf())):
-        inputs = x.requires_grad_(), *list(module.parameters())[:3]
-        assert torch.autograd.gradcheck(lambda x, *_, function=function: function(x), inputs, fast_mode=True)
 
 
 def log_det_alone(module, x):
@@ -206,9 +145,7 @@ def test_a_step_of_maximum_likelihood_is_flat_in_depth(chain):
             y, log_det = self.flow.forward_log_det(x)
             return 0.5 * y.square().flatten(1).sum(1) - log_det
 
-    stored = (step_bytes(Likelihood(plain_twin(chain(6)))) - step_bytes(Likelihood(plain_twin(chain(2))))) / 4
-    assert stored > 12 * 4 * 8 * 16 * 16, "the twin must store at least twelve maps a step"
-    assert (step_bytes(Likelihood(chain(32))) - step_bytes(Likelihood(chain(4)))) / 28 < stored / 100
+    assert_flat(lambda depth: Likelihood(chain(depth)), least_maps=3)
 
 
 @pytest.mark.parametrize("coupling", [AdditiveCoupling, partial(AffineCoupling, adapter=AffineAdapterNaive)])
@@ -274,9 +211,9 @@ def test_a_users_module_takes_part():
 
     chain = ReversibleSequential(Power(0.3), InvertibleConv1x1(6), Power(-0.2)).double()
     outcome = assert_like_twin(chain, program, images(2, 6, 2, 1), depth=6)
-    J = jacobian(chain, images(2, 6, 2, 1))
-    expected = torch.stack([J[i, :, i].slogdet()[1] for i in range(2)])
-    assert relative_error(outcome.results[1], expected, least_scale=1.0) <= tolerance(torch.float64, depth=3)
+    assert outcome.results[1].shape == (2,)
+    report = check_log_det(chain, images(2, 6, 2, 1, requires_grad=False))
+    assert [r.verdict for r in report if r.claim == "forward_log_det is log|det| of the Jacobian"] == ["PASS"], report
     with pytest.raises(TypeError, match="Power has no inverse_log_det: give it one"):
         chain.inverse_log_det(images(2, 6, 2, 1))
 

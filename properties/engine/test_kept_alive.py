@@ -1,4 +1,4 @@
-"""The law of state: a block leaves all but gradients as ordinary training does, and its caller's tensors alone."""
+"""What the engine keeps alive between passes, and that nothing stays behind."""
 
 import gc
 import weakref
@@ -9,11 +9,10 @@ from hypothesis import given
 from torch import nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
-from memcnn.engine.chain import Value
-from memcnn.engine.recompute import Activation
 from memcnn.testing.cases import Network
 from memcnn.testing.strategies import networks
-from properties.twin import block, images, weighted_sum
+from properties.support.held import held_bytes, living
+from properties.support.twin import block, images, weighted_sum
 
 
 @given(networks(max_depth=2))
@@ -24,7 +23,7 @@ def test_without_gradients_a_forward_pass_leaves_nothing_behind(network: Network
     assert plain.grad_fn is None and not plain.requires_grad
     with torch.inference_mode():
         assert not module(x).requires_grad
-    assert not living(Activation, Value)
+    assert not living()
 
 
 def test_batch_norm_moves_once_a_step():
@@ -41,18 +40,18 @@ def test_memory_is_freed_by_reference_counting_alone():
     try:
         module = ReversibleSequential(*(block()._fn for _ in range(3)))
         y = module(images())
-        assert living(Activation, Value)
+        assert living()
         loss = weighted_sum(y)
         loss.backward(retain_graph=True)
         loss.backward()
         output = weakref.ref(y)
         del y, loss
         assert output() is None
-        assert not living(Activation, Value)
+        assert not living()
 
         y = module(images())  # a graph that is dropped undifferentiated
         del y
-        assert not living(Activation, Value)
+        assert not living()
     finally:
         gc.enable()
 
@@ -69,24 +68,14 @@ def test_a_retained_graph_holds_no_more_after_a_pass_than_before_it():
 def test_the_engine_is_switched_at_run_time(switch):
     module = block(disable=switch == "enable")
     outputs = [module(images())]
-    assert bool(living(Activation)) == (switch == "disable")
+    assert bool(living()) == (switch == "disable")
     outputs.clear()
     module.disable = switch == "disable"
     outputs.append(module(images()))
-    assert bool(living(Activation)) == (switch == "enable")
+    assert bool(living()) == (switch == "enable")
 
 
 def test_nothing_is_forgotten_where_nothing_needs_a_gradient():
     module = InvertibleModuleWrapper(AdditiveCoupling(nn.Conv2d(3, 3, 1))).double().requires_grad_(False)
     y = module(images(requires_grad=False))
-    assert not y.requires_grad and not living(Activation, Value)
-
-
-def living(*kinds: type) -> list:
-    return [x for x in gc.get_objects() if type(x) in kinds]
-
-
-def held_bytes() -> int:
-    storages = {x.tensor.untyped_storage()._cdata: x.tensor.untyped_storage().nbytes()
-                for x in living(Activation, Value) if x.tensor is not None}
-    return sum(storages.values())
+    assert not y.requires_grad and not living()

@@ -1,0 +1,37 @@
+"""Modules that let the checks look at a block's other directions: its inverse, and its log-determinant."""
+
+from torch import Tensor, nn
+
+
+class Inverted(nn.Module):
+    """Swaps the directions of ``module``: ``forward`` is its inverse, and ``inverse`` its forward."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *outputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.module.inverse(*outputs)
+
+    def inverse(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.module(*inputs)
+
+
+class WithLogDet(nn.Module):
+    """(x, total) -> (y, total + log|det|): a flow whose log-determinant takes part in the loss.
+
+    Args:
+        flow: with ``forward_log_det`` and ``inverse_log_det``, which return values and (N,) log-determinants.
+    """
+
+    def __init__(self, flow: nn.Module):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_det = self.flow.forward_log_det(x)
+        return y, total.to(log_det) + log_det
+
+    def inverse(self, y: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        x, log_det = self.flow.inverse_log_det(y)
+        return x, total.to(log_det) + log_det

@@ -1,0 +1,60 @@
+"""The largest error that rounding explains: that of well-conditioned blocks, or else of these very blocks."""
+
+import math
+from collections.abc import Callable, Iterable
+from copy import copy
+from dataclasses import dataclass
+from itertools import tee
+
+import torch
+
+from memcnn.testing.laws.result import HOPELESS, Result
+from memcnn.testing.tolerances import describe, tolerance
+
+FAR_BEYOND = {1: 1e3, 3: 1e2, 6: 10.0, 12: 3.0, 30: 1.0}
+"""After so many random changes, an error is not explained by more of them if it exceeds its limit by this factor."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Judges errors of computations in ``dtype`` through ``depth`` blocks.
+
+    The limit of an error is ``tolerance(dtype, depth=depth)``. If the error is larger, the condition number of the
+    computation is measured, which may raise the limit. Where that is 1 or more, rounding alone may be as large as the
+    values, and nothing can be said.
+
+    Attributes:
+        conditions: the condition number, measured with one random change, two, three, ... Values are taken only where
+            they matter, and kept for further errors of the same computation.
+    """
+
+    dtype: torch.dtype
+    depth: int = 1
+    autocast: torch.dtype | None = None
+    conditions: Iterable[float] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "conditions", tee(self.conditions, 1)[0])
+
+    def judge(self, law: str, claim: str, error: float, explanation: str | Callable[[], str] = "") -> Result:
+        """Return the result of a claim.
+
+        Args:
+            law: the law to which the claim belongs.
+            claim: what should hold.
+            error: relative to the largest expected entry.
+            explanation: what is wrong, if the error is beyond its limit.
+        """
+        precision = {"dtype": self.dtype, "autocast": self.autocast}
+        limit, source = tolerance(**precision, depth=self.depth), describe(**precision, depth=self.depth)
+        for changes, condition in enumerate(() if error <= limit else copy(self.conditions), 1):
+            limit = tolerance(**precision, depth=self.depth, condition=condition)
+            source = describe(**precision, depth=self.depth, condition=condition)
+            if limit >= 1:
+                return Result(law, claim, error, limit, source,
+                              skipped=f"{HOPELESS}the condition number is {condition:.2g}")
+            if error <= limit or error > FAR_BEYOND.get(changes, math.inf) * limit or changes == max(FAR_BEYOND):
+                break
+        if not error <= limit and callable(explanation):
+            explanation = explanation()
+        return Result(law, claim, error, limit, source, "" if error <= limit else explanation)

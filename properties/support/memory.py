@@ -1,0 +1,31 @@
+"""The bytes that a training step of a chain needs at its peak."""
+
+import torch
+from torch import Tensor, nn
+
+from memcnn.testing.laws import memory
+from properties.support.twin import data, plain_twin
+
+
+def step_bytes(chain: nn.Module, *, passes: int = 1) -> int:
+    """Return the peak bytes of a step on (4, 8, 16, 16) images, beyond input, parameters and their gradients."""
+    return memory.step_bytes(chain, maps(), passes=passes)
+
+
+def maps() -> Tensor:
+    """Return a batch of (4, 8, 16, 16) images in float32."""
+    return data(4, 8, 16, 16, dtype=torch.float32)
+
+
+def assert_flat(make: memory.MakeChain, *, least_maps: int, depths: tuple[int, int] = (4, 32), passes: int = 1) -> None:
+    """Assert that a further block adds less than a hundredth of what it adds under plain backpropagation.
+
+    Args:
+        make: makes a chain of a number of blocks, of which ``plain_twin`` gives a chain that stores everything.
+        least_maps: the number of activations that plain backpropagation must store for a block.
+        depths: the numbers of blocks that are compared.
+        passes: the number of backward passes over a retained graph.
+    """
+    stored = memory.bytes_per_block(lambda depth: plain_twin(make(depth)), maps(), depths=(2, 6), passes=passes)
+    assert stored > least_maps * maps().nbytes, f"the twin must store at least {least_maps} maps a block"
+    assert memory.bytes_per_block(make, maps(), depths=depths, passes=passes) < stored / 100
