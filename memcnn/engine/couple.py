@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from memcnn.engine.chain import Rearrangement, Value, dense, tag, tag_of, thread_state, value_of_whole
+from memcnn.engine.chain import Rearrangement, Value, dense, rebuilding, tag, tag_of, thread_state, value_of_whole
+from memcnn.engine.checksum import fingerprint
 from memcnn.engine.exact import Grid
 from memcnn.engine.recompute import Recomputation, SecondEvaluation
 
@@ -156,9 +157,3 @@ class CoupledBranch(Recomputation):
                 leaf = self.as_recorded(0, a)
                 second.run((leaf, b), self.join, leaf, h)
         return (a,)
-
-
-def fingerprint(h: Tensor) -> Tensor:
-    """Return the sum of the bits of h, taken as integers."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return h.detach().view(integers[h.element_size()]).sum(dtype=torch.int64)

@@ -44,6 +44,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from memcnn.engine.capture import refuse_capture
 from memcnn.engine.chain import Link, Value, rebuild, thread_state
+from memcnn.engine.hooks import name_of
 from memcnn.engine.replay import Replay
 from memcnn.engine.retained import Stored, drop_later, end_pass, start_link
 from memcnn.engine.rounding import relative_error
@@ -105,8 +106,10 @@ class Recomputation(Link):
             thread_state.recording, thread_state.noted_sources = recording, noted
         self.replay.evaluated()
         if versions != [t._version for t in inputs]:
-            raise RuntimeError(f"{self.name} modifies its input in place, so that the block cannot be inverted: make "
-                               "its first operation an out-of-place one")
+            hooks = self.replay.hooks
+            fix = (f"let the forward hook {name_of(hooks.in_place[0])}, which may be the cause, return a new tensor"
+                   if hooks is not None and hooks.in_place else "make its first operation an out-of-place one")
+            raise RuntimeError(f"{self.name} modifies its input in place, so that the block cannot be inverted: {fix}")
         self.inputs = ()
         return result
 
