@@ -12,6 +12,7 @@ from memcnn.engine.capture import is_captured
 from memcnn.engine.torch_private import disabled_dispatch
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PRIME = 2**31 - 1
 _SMALL = 2**14
 """Number of bytes up to which Python's hash of a copy is faster than a sum by PyTorch."""
 
@@ -19,7 +20,10 @@ _SMALL = 2**14
 def fingerprint(x: Tensor) -> Tensor:
     """Return the sum of the bits of x, taken as integers: a tensor on the device of x, for which nothing waits."""
     x = torch.view_as_real(x) if x.is_complex() else x
-    return x.detach().view(_INTEGERS[x.element_size()]).sum(dtype=torch.int64)
+    bits = x.detach().view(_INTEGERS[x.element_size()])
+    if bits.dtype is torch.int64:  # twice 2^52, the step of an exponent, and so on, would soon overflow to 0
+        bits = bits % _PRIME
+    return bits.sum(dtype=torch.int64)
 
 
 def has_fingerprint(x: object) -> bool:

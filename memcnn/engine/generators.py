@@ -116,7 +116,7 @@ def _from_memory(memory: bytes) -> bytes:
 
 PYTHON = Source("Python's random module", _read_python, _write_python, None)
 NUMPY = Source("numpy.random", _read_numpy, _write_numpy, None)
-_NUMPY_MEMORY = Source("numpy.random", _numpy_memory, _write_numpy, None)
+_NUMPY_MEMORY = Source("numpy.random", _numpy_memory, lambda _, memory: _write_numpy(_, _from_memory(memory)), None)
 
 _evaluated: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """Modules of which one evaluation was watched with NumPy's whole state."""

@@ -81,6 +81,8 @@ class Recomputation(Link):
                           "gradients drift by percents, growing with depth: give the blocks float32 (x.float()) and "
                           "run their branches under torch.autocast, or use keep_input=True", stacklevel=2)
         self.module, self.inputs = module, inputs
+        self.holds = keep_input
+        """Whether activations stay until the evaluation ends, for a module that differentiates itself."""
         self.check_inverse = check_inverse
         self.expected = [v.tensor for v in targets] if check_inverse is not None and not keep_input else []
         self.activations: list[weakref.ref[Activation]] = []
@@ -104,6 +106,10 @@ class Recomputation(Link):
                 result = function(*args, **kwargs)
         finally:
             thread_state.recording, thread_state.noted_sources = recording, noted
+            if self.holds:
+                for reference in self.activations:
+                    if (activation := reference()) is not None:
+                        activation.tensor = None
         self.replay.evaluated()
         if versions != [t._version for t in inputs]:
             hooks = self.replay.hooks
@@ -182,6 +188,8 @@ class Recomputation(Link):
             return tensor
         activation = Activation(tensor)
         self.activations.append(weakref.ref(activation))
+        if self.holds and self.sources is None:
+            activation.store(tensor)
         return activation
 
     @never_compiled
@@ -205,7 +213,7 @@ class Recomputation(Link):
     def _rebuilt(self, activation: Activation) -> Tensor:
         if self.sources is None:
             raise RuntimeError(f"{self.name} differentiates within its own forward pass, of which a reversible block "
-                               "stores nothing: wrap the block with disable=True")
+                               "stores nothing: wrap the block with keep_input=True, or with disable=True")
         try:
             rebuild(self)
             return activation.tensor
@@ -251,7 +259,7 @@ class SecondEvaluation:
         noted, sources = thread_state.noted_sources, []
         thread_state.noted_sources = sources
         try:
-            with torch.enable_grad(), saved_tensors_hooks(self._collect, _never_unpacked):
+            with torch.enable_grad(), saved_tensors_hooks(self._collect, self._unpack):
                 result = function(*args, **kwargs)
         finally:
             thread_state.noted_sources = noted
@@ -271,19 +279,21 @@ class SecondEvaluation:
             step._give(step.nested, self.nested_tensors, self.keep_graph)
 
     @never_compiled
-    def _collect(self, tensor: Tensor) -> None:
+    def _collect(self, tensor: Tensor) -> Tensor | None:
+        """Give the next activation its tensor. Return what the module sees if it differentiates itself."""
         step = self.step
+        held = tensor.detach() if step.holds else None
         if tensor.requires_grad and tensor.is_leaf:
             for own in self.inputs:
                 if tensor is own:
                     break
             else:  # a parameter
-                return
+                return tensor if step.holds else None
         elif id(tensor) in step.replay.running_statistics:
-            return
+            return held
         self.seen += 1
         if self.seen > len(step.activations) or (activation := step.activations[self.seen - 1]()) is None:
-            return
+            return held
         if tensor.shape != activation.shape or tensor.dtype != activation.dtype:
             raise step.diverged(f"{activation.dtype} of shape {tuple(activation.shape)} as saved tensor {self.seen}",
                                 f"{tensor.dtype} of shape {tuple(tensor.shape)}")
@@ -292,7 +302,11 @@ class SecondEvaluation:
         activation.version = tensor._version
         if self.keep_graph:
             drop_later(activation)
+        return held
 
-
-def _never_unpacked(_) -> Tensor:
-    raise AssertionError("the graph of a recomputation is never differentiated")
+    @never_compiled
+    def _unpack(self, held: Tensor | None) -> Tensor:
+        if held is None:
+            raise RuntimeError(f"{self.step.name} differentiates within its own forward pass in the recomputation "
+                               "alone: wrap the block with keep_input=True")
+        return held

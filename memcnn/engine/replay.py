@@ -76,7 +76,7 @@ class Replay:
         self.module, self.name = module, type(module).__name__
         self.modes: list[tuple[nn.Module, bool]] = []
         self.children: list[tuple[dict, list[nn.Module | None]]] = []
-        """Registry and content of the modules that have children."""
+        """Registry and content of the modules that have children; after ``evaluated()``, with those built in it."""
         self.attributes: list[Attributes] = []
         self.own_generators: list[object] = []
         """Generators that are attributes of a module."""
@@ -222,6 +222,7 @@ class Replay:
                 set_by.add(id(registry))
         self.sets_parameters = bool(set_by)
         if self.is_foreign:
+            self.children = [(registry, [*registry.values()]) for registry, _ in self.children]
             self._note_attributes()
         initialised = {id(m._buffers) for m, _ in self.modes if id(m._parameters) in set_by} if set_by else set_by
         # torch moves running statistics without a new version; a branch that moves them itself has them restored
