@@ -232,6 +232,8 @@ class SecondEvaluation:
 
     def __init__(self, step: Recomputation, keep_graph: bool):
         self.step, self.keep_graph = step, keep_graph
+        self.pass_number = current_backward_pass()
+        """The backward pass that wants this; the module may start passes of its own."""
         self.inputs: Sequence[Tensor] = ()
         self.seen = 0
         self.nested_tensors: list[Tensor | None] = []
@@ -301,7 +303,7 @@ class SecondEvaluation:
         activation.tensor = tensor if tensor.grad_fn is None else tensor.detach()
         activation.version = tensor._version
         if self.keep_graph:
-            drop_later(activation)
+            drop_later(activation, self.pass_number)
         return held
 
     @never_compiled

@@ -103,6 +103,8 @@ class Replay:
         """
         self.sets_parameters = False
         """Whether a layer set its own parameters in the first evaluation."""
+        self.is_initialised_by_it = False
+        """Whether the first evaluation set parameters or built modules, which a further one does not repeat."""
         self.moved_attributes: list[Attributes] = []
         """Attributes that the first evaluation changed, as they were before."""
         self._silent: set[int] = set()
@@ -220,7 +222,7 @@ class Replay:
             self.unchanged.append(("parameter", name, p, now))
             if now != before:
                 set_by.add(id(registry))
-        self.sets_parameters = bool(set_by)
+        self.sets_parameters = self.is_initialised_by_it = bool(set_by)
         if self.is_foreign:
             self.children = [(registry, [*registry.values()]) for registry, _ in self.children]
             self._note_attributes()
@@ -259,7 +261,9 @@ class Replay:
         they are now.
         """
         moved = [then for then in self.attributes if differ(then.values, then.now())]
-        if moved and (self.sets_parameters or self._has_grown()):
+        if not self.sets_parameters and (moved or self.generators):
+            self.is_initialised_by_it = self._has_grown()
+        if self.is_initialised_by_it:
             self.attributes = [Attributes(then.own, then.names, then.now()) for then in self.attributes]
         else:
             self.moved_attributes = moved
@@ -335,13 +339,17 @@ class Replay:
 
     def check_drawn(self) -> None:
         """Raise a RuntimeError if a further evaluation has left a generator in another state than the first."""
-        for source, _, after in self.generators:
-            if after is not None and not same_state(after, source.read(source.key)):
+        for source, before, after in self.generators:
+            now = source.read(source.key)
+            if self.is_initialised_by_it and same_state(before, now):
+                continue  # the initialisation drew, and nothing else
+            if after is not None and not same_state(after, now):
                 raise RuntimeError(
                     f"{self.name} drew other random numbers from {source.name} generator in the recomputation than in "
                     "the forward pass: another thread drew from it at the same time, or the module draws another "
-                    "number of them; draw in one thread at a time, or from a torch.Generator that the module owns, or "
-                    "use disable=True")
+                    "number of them, or it initialised itself in that forward pass; draw in one thread at a time, or "
+                    "from a torch.Generator that the module owns, and give a module that initialises itself a forward "
+                    "pass under torch.no_grad() first")
 
 
 _STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
