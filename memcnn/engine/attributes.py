@@ -2,7 +2,6 @@
 
 from itertools import islice
 from operator import is_
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,30 +12,36 @@ SCALARS = frozenset({bool, int, float, complex, str, torch.dtype})
 BASE_ATTRIBUTES = len(vars(nn.Module()))
 """Number of attributes that ``nn.Module`` itself sets, before all others."""
 
-
-class Attributes(NamedTuple):
-    """Some attributes of a module: its dictionary, their names, and their values when they were noted."""
-
-    own: dict[str, object]
-    names: tuple[str, ...]
-    values: tuple
-
-    def now(self) -> tuple:
-        """Return the present values; None for one that was deleted."""
-        return tuple(map(self.own.get, self.names))
+Attributes = tuple[dict[str, object], tuple[str, ...], tuple]
+"""Some attributes of a module: its dictionary, their names, and their values when they were noted."""
 
 
-def differ(values: tuple, others: tuple) -> bool:
-    """Return whether two notes of the same attributes differ."""
-    return not all(map(is_, values, others)) and any(
-        a is not b and (type(a) is not type(b) or type(a) not in SCALARS or a != b)
-        for a, b in zip(values, others, strict=True))
+def present(then: Attributes) -> Attributes:
+    """Return the same attributes with their present values; None for one that was deleted."""
+    own, names, _ = then
+    return own, names, tuple(map(own.get, names))
+
+
+def have_changed(then: Attributes) -> bool:
+    """Return whether attributes have other values than when they were noted."""
+    own, names, values = then
+    return not all(map(is_, values, map(own.get, names))) and any(
+        a is not b and (type(a) is not type(b) or a != b)
+        for a, b in zip(values, map(own.get, names), strict=True))
+
+
+def set_again(then: Attributes, undo: list[tuple]) -> None:
+    """Set the attributes to the noted values, those that exist. ``undo`` receives the call that undoes this."""
+    own, names, values = then
+    undo.append((own.update, {name: own[name] for name in names if name in own}))
+    own.update({name: value for name, value in zip(names, values, strict=True) if name in own})
 
 
 known_classes: dict[type, tuple[int, tuple[str, ...]]] = {}
-"""For PyTorch's own layers: how many attributes an instance has, and the names of the plain ones.
+"""For PyTorch's own layers: how many attributes an instance has, and the names of those that are fractions.
 
-They change no attribute in their forward function and draw from no generator but PyTorch's.
+They change no attribute in their forward function and draw from no generator but PyTorch's. Nobody changes the stride
+of a convolution between forward and backward, while the rate of a dropout has a schedule.
 """
 
 
@@ -51,7 +56,7 @@ def known_class(module: nn.Module) -> tuple[int, tuple[str, ...]] | None:
         expected = {name for constructor in constructors for name in constructor.__code__.co_names}
         attributes = dict(islice(own.items(), BASE_ATTRIBUTES, None))
         if attributes.keys() <= expected:
-            known_classes[kind] = len(own), tuple(k for k, value in attributes.items() if type(value) in SCALARS)
+            known_classes[kind] = len(own), tuple(k for k, value in attributes.items() if type(value) is float)
     entry = known_classes.get(kind)
     return entry if entry is not None and entry[0] == len(own) else None
 
@@ -60,5 +65,5 @@ def noted(module: nn.Module) -> Attributes:
     """Return the plain attributes of a module of the user's; none of a wrapper of PyTorch, which looks after itself."""
     own = vars(module)
     names = () if type(module).__module__.startswith("torch.") and type(module) not in known_classes else tuple(
-        name for name, value in islice(own.items(), BASE_ATTRIBUTES, None) if type(value) in SCALARS)
-    return Attributes(own, names, tuple(map(own.get, names)))
+        [name for name, value in islice(own.items(), BASE_ATTRIBUTES, None) if type(value) in SCALARS])
+    return own, names, tuple(map(own.get, names))

@@ -3,8 +3,8 @@
 Each kind has a function that reads a state and one that sets it. States are compared by ``==``, or by ``same_state``.
 
 Python's and NumPy's generators take 15 and 100 us to say their state, too much for every evaluation of a branch. Their
-2.5 KB of memory are read in 1 us. NumPy's generator holds back every other number of ``randn`` outside of that memory:
-so its whole state is read at a module's first evaluation and, if that drew from it, at every later one.
+2.5 KB of memory are read in 1 us. But NumPy's generator holds back every other number of ``randn`` outside of that
+memory: so its whole state is read at a module's first evaluation and, if that drew from it, at every later one.
 """
 
 import ctypes
@@ -55,31 +55,27 @@ def same_state(state: object, other: object) -> bool:
 # Python's global generator: ``_random.Random`` is an object's header, an int (the position) and 624 words of 32 bits
 
 _PYTHON = random.random.__self__
-_PYTHON_HEADER = object.__basicsize__
+_PYTHON_ADDRESS = id(_PYTHON) + object.__basicsize__
 _PYTHON_LAYOUT = struct.Struct("=i624I")
 
 
-def _python_memory() -> bytes:
-    return ctypes.string_at(id(_PYTHON) + _PYTHON_HEADER, _PYTHON_LAYOUT.size)
-
-
-def _python_is_readable() -> bool:
-    """Return whether the memory of Python's generator has the layout of CPython that is known here."""
-    if type(_PYTHON).__mro__[1].__basicsize__ < _PYTHON_HEADER + _PYTHON_LAYOUT.size:
+def python_is_readable() -> bool:
+    """Return whether the memory of Python's generator has the layout that is known here, that of CPython."""
+    if type(_PYTHON).__mro__[1].__basicsize__ < object.__basicsize__ + _PYTHON_LAYOUT.size:
         return False
-    position, *words = _PYTHON_LAYOUT.unpack(_python_memory())
+    position, *words = _PYTHON_LAYOUT.unpack(ctypes.string_at(_PYTHON_ADDRESS, _PYTHON_LAYOUT.size))
     return random.getstate()[1] == (*words, position)
 
 
-if _python_is_readable():
-    def _read_python(_) -> object:
-        return _python_memory(), _PYTHON.gauss_next
+if python_is_readable():
+    def _read_python(_=None) -> object:
+        return ctypes.string_at(_PYTHON_ADDRESS, 2500), _PYTHON.gauss_next
 
     def _write_python(_, state: tuple[bytes, float | None]) -> None:
         position, *words = _PYTHON_LAYOUT.unpack(state[0])
         random.setstate((3, (*words, position), state[1]))
 else:
-    def _read_python(_) -> object:
+    def _read_python(_=None) -> object:
         return random.getstate()
 
     def _write_python(_, state: object) -> None:
@@ -89,16 +85,28 @@ else:
 # NumPy's global generator: its memory is 624 words of 32 bits and an int (the position)
 
 _NUMPY_LAYOUT = struct.Struct("=624Ii")
+_numpy_default = np.random.get_bit_generator()
+_numpy_address = _numpy_default.ctypes.state_address
 
 
-def _numpy_memory(_=None) -> bytes | None:
-    bits = np.random.get_bit_generator()
-    if type(bits) is not np.random.MT19937:
-        return None
-    return ctypes.string_at(bits.ctypes.state_address, _NUMPY_LAYOUT.size)
+def numpy_memory() -> bytes:
+    """Return the memory of NumPy's generator; its whole state if somebody has set another one."""
+    if np.random.get_bit_generator() is not _numpy_default:
+        return _read_numpy()
+    return ctypes.string_at(_numpy_address, 2500)
 
 
-def _read_numpy(_) -> bytes:
+def numpy_state_from(memory: bytes) -> bytes:
+    """Return a state with the given memory and, of the number held back, what is true now."""
+    if len(memory) != _NUMPY_LAYOUT.size:
+        return memory
+    state = np.random.get_state(legacy=False)
+    *words, position = _NUMPY_LAYOUT.unpack(memory)
+    state["state"] = {"key": np.array(words, np.uint32), "pos": position}
+    return pickle.dumps(state)
+
+
+def _read_numpy(_=None) -> bytes:
     return pickle.dumps(np.random.get_state(legacy=False))
 
 
@@ -106,37 +114,39 @@ def _write_numpy(_, state: bytes) -> None:
     np.random.set_state(pickle.loads(state))
 
 
-def _from_memory(memory: bytes) -> bytes:
-    """Return a state with the given memory and, of the number held back, what is true now."""
-    state = np.random.get_state(legacy=False)
-    *words, position = _NUMPY_LAYOUT.unpack(memory)
-    state["state"] = {"key": np.array(words, np.uint32), "pos": position}
-    return pickle.dumps(state)
+PYTHON = Source("Python's random", _read_python, _write_python, None)
+NUMPY = Source("NumPy's", _read_numpy, _write_numpy, None)
 
-
-PYTHON = Source("Python's random module", _read_python, _write_python, None)
-NUMPY = Source("numpy.random", _read_numpy, _write_numpy, None)
-_NUMPY_MEMORY = Source("numpy.random", _numpy_memory, lambda _, memory: _write_numpy(_, _from_memory(memory)), None)
-
-_evaluated: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""Modules of which one evaluation was watched with NumPy's whole state."""
+_without_numpy: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Modules that have not drawn from NumPy's generator in their first evaluation, nor since."""
 _numpy_users: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""Those among them that drew from it."""
+"""Modules that have."""
+
+OutsideState = tuple[object, bytes, bytes | None]
+"""The state of Python's generator, the memory of NumPy's, and the latter's whole state if it was read."""
 
 
-def numpy_source(module: nn.Module) -> Source:
-    """Return how NumPy's generator is watched in an evaluation of ``module``."""
-    if module in _evaluated and module not in _numpy_users and _numpy_memory() is not None:
-        return _NUMPY_MEMORY
-    _evaluated.add(module)
-    return NUMPY
+def outside_state(module: nn.Module) -> OutsideState:
+    """Return the states of Python's and NumPy's generators before an evaluation of ``module``."""
+    return _read_python(), numpy_memory(), None if module in _without_numpy else _read_numpy()
 
 
-def whole(source: Source, state: object, module: nn.Module) -> tuple[Source, object]:
-    """Return source and state with which a drawing module can be replayed."""
-    if source.name == NUMPY.name:
-        _numpy_users.add(module)
-    return (NUMPY, _from_memory(state)) if source is _NUMPY_MEMORY else (source, state)
+def moved_outside(module: nn.Module, before: OutsideState) -> list[tuple[Source, object]]:
+    """Return those of both generators that ``module`` has drawn from, each with its state before."""
+    python, memory, whole = before
+    moved: list[tuple[Source, object]] = []
+    if python != _read_python():
+        moved.append((PYTHON, python))
+    if whole is None and memory != numpy_memory():
+        whole = numpy_state_from(memory)
+    elif whole is None or whole == _read_numpy():
+        if whole is not None and module not in _numpy_users:
+            _without_numpy.add(module)
+        return moved
+    _numpy_users.add(module)
+    _without_numpy.discard(module)
+    moved.append((NUMPY, whole))
+    return moved
 
 
 # Generators that a module owns

@@ -15,19 +15,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from memcnn.engine.attributes import Attributes, differ, known_class, known_classes, noted
+from memcnn.engine.attributes import (
+    Attributes,
+    have_changed,
+    known_class,
+    known_classes,
+    noted,
+    present,
+    set_again,
+)
 from memcnn.engine.capture import NoRandomNumbers, is_captured
 from memcnn.engine.checksum import checksum
 from memcnn.engine.generators import (
+    NUMPY,
     OWNED,
     PYTHON,
     Source,
-    numpy_source,
+    moved_outside,
+    outside_state,
     owned,
     rng_state,
     same_state,
     set_rng_state,
-    whole,
 )
 from memcnn.engine.hooks import Hooks, hooked, restore_hooks
 from memcnn.engine.torch_private import BATCH_NORM_FORWARD, NORM_FORWARDS, NormBase
@@ -78,6 +87,9 @@ class Replay:
         self.children: list[tuple[dict, list[nn.Module | None]]] = []
         """Registry and content of the modules that have children; after ``evaluated()``, with those built in it."""
         self.attributes: list[Attributes] = []
+        """Plain attributes of PyTorch's own layers, which do not change them."""
+        self.users_attributes: list[Attributes] = []
+        """Plain attributes of other modules."""
         self.own_generators: list[object] = []
         """Generators that are attributes of a module."""
         self.is_foreign = False
@@ -124,15 +136,13 @@ class Replay:
         if preserve_rng_state:
             self.generators = [Drawn(Source("PyTorch's", rng_state, set_rng_state, device), rng_state(device), None)
                                for device in devices if device.type in ("cpu", "cuda") and device not in captured]
-            if self.is_foreign or self.hooks is not None or self.own_generators:
-                self._add_generators(captured)
-
-    def _add_generators(self, captured: set[torch.device]) -> None:
-        """Note the states of Python's and NumPy's generators, and of the module's own."""
-        sources = [PYTHON, numpy_source(self.module)]
-        sources += [owned(generator) for generator in {id(g): g for g in self.own_generators}.values()
-                    if getattr(generator, "device", None) not in captured]
-        self.generators += [Drawn(source, source.read(source.key), None) for source in sources]
+            for generator in {id(g): g for g in self.own_generators}.values() if self.own_generators else ():
+                if getattr(generator, "device", None) not in captured:
+                    source = owned(generator)
+                    self.generators.append(Drawn(source, source.read(source.key), None))
+        is_watched = preserve_rng_state and (self.is_foreign or self.hooks is not None)
+        self.outside = outside_state(module) if is_watched else None
+        """Python's and NumPy's generators before the first evaluation; None after it, or if nobody draws from them."""
 
     def _survey(self, root: nn.Module) -> None:
         """Note the modes, attributes, parameters and buffers of all modules."""
@@ -151,7 +161,7 @@ class Replay:
             if known is None or known[0] != len(own):
                 self._survey_attributes(module)
             elif known[1]:
-                self.attributes.append(Attributes(own, known[1], tuple(map(own.get, known[1]))))
+                self.attributes.append((own, known[1], tuple(map(own.get, known[1]))))
             registry = module._parameters
             for name, parameter in registry.items():
                 if parameter is not None:
@@ -166,10 +176,10 @@ class Replay:
     def _survey_attributes(self, module: nn.Module) -> None:
         if (known := known_class(module)) is None:
             self.is_foreign = True
-            self.attributes.append(noted(module))
+            self.users_attributes.append(noted(module))
         elif known[1]:
             own = vars(module)
-            self.attributes.append(Attributes(own, known[1], tuple(map(own.get, known[1]))))
+            self.attributes.append((own, known[1], tuple(map(own.get, known[1]))))
         if not OWNED.keys().isdisjoint(map(type, vars(module).values())):
             self.own_generators += [value for value in vars(module).values() if type(value) in OWNED]
 
@@ -212,9 +222,12 @@ class Replay:
         """Note what the first evaluation changed, and let go of all that it did not."""
         generators, self.generators = self.generators, []
         for source, before, _ in generators:
-            if not same_state(before, source.read(source.key)):
-                source, before = whole(source, before, self.module)
-                self.generators.append(Drawn(source, before, source.read(source.key)))
+            if not same_state(before, after := source.read(source.key)):
+                self.generators.append(Drawn(source, before, after))
+        if self.outside is not None:
+            self.generators += [Drawn(source, before, source.read(source.key))
+                                for source, before in moved_outside(self.module, self.outside)]
+            self.outside = None
         # a layer that initialises itself in its first forward pass sets its parameters, but does so once
         set_by = set()
         for registry, name, p, _, before in self.parameters:
@@ -260,11 +273,11 @@ class Replay:
         If it has set parameters or built modules, attributes say that this is done: a further evaluation sees them as
         they are now.
         """
-        moved = [then for then in self.attributes if differ(then.values, then.now())]
+        moved = [then for then in self.users_attributes if have_changed(then)]
         if not self.sets_parameters and (moved or self.generators):
             self.is_initialised_by_it = self._has_grown()
         if self.is_initialised_by_it:
-            self.attributes = [Attributes(then.own, then.names, then.now()) for then in self.attributes]
+            self.users_attributes = [present(then) for then in self.users_attributes]
         else:
             self.moved_attributes = moved
 
@@ -309,11 +322,15 @@ class Replay:
             if module.training != training:
                 undo.append((setattr, module, "training", module.training))
                 module.training = training
-        moved = {id(then.own) for then in self.moved_attributes} if self.moved_attributes else ()
         for then in self.attributes:
             own, names, values = then
+            if not all(map(is_, values, map(own.get, names))):
+                set_again(then, undo)
+        moved = {id(own) for own, _, _ in self.moved_attributes} if self.moved_attributes else ()
+        for then in self.users_attributes:
+            own, names, values = then
             if id(own) in moved or not all(map(is_, values, map(own.get, names))):
-                _set_attributes(then, undo)
+                set_again(then, undo)
         for module in self.untracked:
             undo.append((vars(module).__setitem__, "track_running_stats", module.track_running_stats))
             vars(module)["track_running_stats"] = False
@@ -329,6 +346,8 @@ class Replay:
         for source, before, _ in self.generators:
             undo.append((source.write, source.key, source.read(source.key)))
             source.write(source.key, before)
+        if self.outside is not None:  # nothing was evaluated before
+            undo += [(source.write, source.key, source.read(source.key)) for source in (PYTHON, NUMPY)]
         for _, _, buffer, before, _, _ in self.restored:
             # .data: autograd must not take a value that is put back for a modification
             undo.append((buffer.data.copy_, buffer.clone()))
@@ -404,13 +423,6 @@ def _identity_at_first(x: Tensor, what: str) -> None:
     if not is_lazy(x):
         raise RuntimeError(f"{what} was made under torch.inference_mode(), so that autograd cannot use it: make or "
                            "load the module outside of inference_mode, or under torch.no_grad()")
-
-
-def _set_attributes(then: Attributes, undo: list[tuple]) -> None:
-    """Set the attributes to what they were, those that exist."""
-    own = then.own
-    undo.append((own.update, {name: own[name] for name in then.names if name in own}))
-    own.update({name: value for name, value in zip(then.names, then.values, strict=True) if name in own})
 
 
 def _exchange(registry: dict, name: str, then: Tensor, undo: list[tuple]) -> None:
