@@ -14,6 +14,7 @@ Read ``recompute`` first: it opens with the rules and one worked example.
 ``arguments``       arguments of a branch that are no streams
 ``checksum``        changes of tensors that PyTorch does not count
 ``retained``        when rebuilt tensors are dropped again under ``retain_graph=True``
+``drift``           a watch over rebuilt activations, in a few sampled steps
 ``exact``           inversion without rounding, on a grid
 ``capture``         what cannot be done while a CUDA graph is captured
 ``torch_private``   every private name of PyTorch that the engine uses, each with its reason

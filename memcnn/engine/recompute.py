@@ -44,6 +44,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from memcnn.engine.capture import refuse_capture
 from memcnn.engine.chain import Link, Value, rebuild, thread_state
+from memcnn.engine.drift import SAMPLED, Drift, evaluations
 from memcnn.engine.hooks import name_of
 from memcnn.engine.replay import Replay
 from memcnn.engine.retained import Stored, drop_later, end_pass, start_link
@@ -90,6 +91,8 @@ class Recomputation(Link):
         self.requires_grad = [t.requires_grad for t in inputs]
         self.strides = [t.stride() for t in inputs]
         self.replay = Replay(module, inputs, preserve_rng_state)
+        number = evaluations[module] = evaluations.get(module, 0) + 1
+        self.drift = Drift(module) if number in SAMPLED else None
 
     @property
     def name(self) -> str:
@@ -190,6 +193,8 @@ class Recomputation(Link):
         self.activations.append(weakref.ref(activation))
         if self.holds and self.sources is None:
             activation.store(tensor)
+        if self.drift is not None:
+            self.drift.note(tensor)
         return activation
 
     @never_compiled
@@ -277,6 +282,8 @@ class SecondEvaluation:
             raise step.diverged(f"{len(step.activations)} saved tensors", f"{self.seen}")
         if len(self.nested_tensors) != len(step.nested):
             raise step.diverged(f"{len(step.nested)} tensors of nested blocks", f"{len(self.nested_tensors)}")
+        if step.drift is not None:
+            step.drift.compare()
         if step.nested:
             step._give(step.nested, self.nested_tensors, self.keep_graph)
 
@@ -294,6 +301,8 @@ class SecondEvaluation:
         elif id(tensor) in step.replay.running_statistics:
             return held
         self.seen += 1
+        if step.drift is not None:
+            step.drift.note_rebuilt(self.seen - 1, tensor)
         if self.seen > len(step.activations) or (activation := step.activations[self.seen - 1]()) is None:
             return held
         if tensor.shape != activation.shape or tensor.dtype != activation.dtype:
