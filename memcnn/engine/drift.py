@@ -103,7 +103,7 @@ class Drift:
             f"autograd saves there, of shape {shape}, has {difference}, so that gradients may be wrong. Rounding is "
             "amplified (channels that are constantly 0 before a BatchNorm and a ReLU do that), or state that PyTorch "
             "does not know changed between forward and backward. Use AdditiveCoupling(..., exact=True), "
-            "ReversibleSequential(..., keep_every=2) or keep_input=True, or fill constant channels with values that "
+            "ReversibleSequential(..., keep_every=1) or keep_input=True, or fill constant channels with values that "
             "vary; memcnn.testing.check_gradients measures the error", stacklevel=2)
 
 
