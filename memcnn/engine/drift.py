@@ -115,8 +115,12 @@ def read_arrived() -> None:
 
 
 def _statistics(x: Tensor) -> Tensor | None:
-    """Return the norm and the numbers of positive and negative entries of x, shape (3,), on its device."""
-    if not has_fingerprint(x) or not x.is_floating_point() or not x.numel():
+    """Return the norm and the numbers of positive and negative entries of x, shape (3,), on its device.
+
+    None for a tensor of one dimension: it is no activation, but a statistic. InstanceNorm saves running means, which
+    have moved on in the recomputation and are not used.
+    """
+    if not has_fingerprint(x) or not x.is_floating_point() or x.dim() < 2 or not x.numel():
         return None
     with torch.no_grad():
         x = x.detach()

@@ -65,6 +65,12 @@ def test_channels_that_are_constantly_zero_are_warned_of_once():
     assert max(errors) > 0.01, "the gradients are wrong, so that the warning is due"
 
 
+def sequence_of_instance_norms() -> nn.Module:
+    """Their running means are saved for backward, and move on."""
+    return ReversibleSequential(*(AdditiveCoupling(nn.Sequential(
+        nn.InstanceNorm2d(8, track_running_stats=True), nn.Conv2d(8, 8, 1))) for _ in range(3)))
+
+
 def kept_inputs() -> nn.Module:
     return nn.Sequential(*(InvertibleModuleWrapper(block._fn, keep_input=True) for block in sequence()))
 
@@ -80,8 +86,12 @@ def test_the_remedies_that_the_warning_names_are_some(make):
         assert relative_error(p.grad, q.grad) < 1e-3
 
 
-@pytest.mark.parametrize("make", [sequence, lambda: nn.Sequential(*(block(conv_branch) for _ in range(8))).float(),
-                                  lambda: block(lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.ReLU()))])
+@pytest.mark.parametrize("make", [
+    sequence,
+    sequence_of_instance_norms,
+    lambda: nn.Sequential(*(block(conv_branch) for _ in range(8))).float(),
+    lambda: block(lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.ReLU())),
+], ids=["batch norm", "instance norm", "float32", "dropout"])
 def test_healthy_networks_are_not_warned_of(make):
     module = make()
     shape = {ReversibleSequential: (4, 16, 8, 8), nn.Sequential: (4, 6, 8, 8)}.get(type(module), (64, 16))
