@@ -30,6 +30,18 @@ def have_changed(then: Attributes) -> bool:
         for a, b in zip(values, map(own.get, names), strict=True))
 
 
+def defaults_hidden(then: Attributes, kind: type) -> tuple[str, ...]:
+    """Return the names of new attributes that hide one of the class, such as a count that begins as ``calls = 0``."""
+    own, names, _ = then
+    return tuple([name for name, value in islice(own.items(), BASE_ATTRIBUTES, None)
+                  if type(value) in SCALARS and name not in names and type(getattr(kind, name, None)) in SCALARS])
+
+
+def expose_defaults(own: dict[str, object], names: tuple[str, ...], undo: list[tuple]) -> None:
+    """Remove attributes, so that those of the class are seen. ``undo`` receives the call that undoes this."""
+    undo.append((own.update, {name: own.pop(name) for name in names if name in own}))
+
+
 def set_again(then: Attributes, undo: list[tuple]) -> None:
     """Set the attributes to the noted values, those that exist. ``undo`` receives the call that undoes this."""
     own, names, values = then

@@ -17,6 +17,8 @@ from torch.nn.parameter import is_lazy
 
 from memcnn.engine.attributes import (
     Attributes,
+    defaults_hidden,
+    expose_defaults,
     have_changed,
     known_class,
     known_classes,
@@ -90,6 +92,10 @@ class Replay:
         """Plain attributes of PyTorch's own layers, which do not change them."""
         self.users_attributes: list[Attributes] = []
         """Plain attributes of other modules."""
+        self.users_modules: list[tuple[nn.Module, int]] = []
+        """Those modules, and how many attributes each has."""
+        self.hidden_defaults: list[tuple[dict, tuple[str, ...]]] = []
+        """Attributes that the first evaluation has set for the first time, in place of those of a class."""
         self.own_generators: list[object] = []
         """Generators that are attributes of a module."""
         self.is_foreign = False
@@ -177,6 +183,7 @@ class Replay:
         if (known := known_class(module)) is None:
             self.is_foreign = True
             self.users_attributes.append(noted(module))
+            self.users_modules.append((module, len(vars(module))))
         elif known[1]:
             own = vars(module)
             self.attributes.append((own, known[1], tuple(map(own.get, known[1]))))
@@ -278,8 +285,11 @@ class Replay:
             self.is_initialised_by_it = self._has_grown()
         if self.is_initialised_by_it:
             self.users_attributes = [present(then) for then in self.users_attributes]
-        else:
-            self.moved_attributes = moved
+            return
+        self.moved_attributes = moved
+        for (module, size), then in zip(self.users_modules, self.users_attributes, strict=True):
+            if len(then[0]) != size and (names := defaults_hidden(then, type(module))):
+                self.hidden_defaults.append((then[0], names))
 
     def _has_grown(self) -> bool:
         modules = list(self.module.modules())
@@ -331,6 +341,8 @@ class Replay:
             own, names, values = then
             if id(own) in moved or not all(map(is_, values, map(own.get, names))):
                 set_again(then, undo)
+        for own, names in self.hidden_defaults:
+            expose_defaults(own, names, undo)
         for module in self.untracked:
             undo.append((vars(module).__setitem__, "track_running_stats", module.track_running_stats))
             vars(module)["track_running_stats"] = False

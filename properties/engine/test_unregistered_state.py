@@ -318,9 +318,20 @@ class Counting(Scaled):
         return self.calls / 3 * (1 if self.positive else -1)
 
 
+class CountingFromTheClass(Counting):
+    """Begins with attributes of its class."""
+
+    calls, positive = 0, True
+
+    def __init__(self):
+        super().__init__()
+        del self.calls, self.positive
+
+
 @PROGRAMS
-def test_a_count_of_calls_moves_once_a_step_and_is_replayed(program):
-    module = chain(Counting)
+@pytest.mark.parametrize("branch", [Counting, CountingFromTheClass])
+def test_a_count_of_calls_moves_once_a_step_and_is_replayed(program, branch):
+    module = chain(branch)
     twin = plain_twin(module)
     for _ in range(2):
         assert_same(run(module, program, [rows()]), run(twin, program, [rows()]), limit=1e-10)
