@@ -77,15 +77,15 @@ def test_the_branches_are_evaluated_twice_a_step(adapter, outputs, direction):
     class Counting(nn.Module):
         def __init__(self):
             super().__init__()
-            self.branch, self.evaluations = branch(outputs), 0
+            self.branch, self.evaluations = branch(outputs), []  # a number would be set back in the recomputation
 
         def forward(self, x):
-            self.evaluations += 1
+            self.evaluations.append(None)
             return self.branch(x)
 
     chain = ReversibleSequential(*(AffineCoupling(Counting(), Counting(), adapter) for _ in range(3))).double()
     run(chain, lambda module, x: weighted_sum(getattr(module, direction)(x)).backward(), [images()])
-    assert [part.evaluations for part in chain.modules() if isinstance(part, Counting)] == [2] * 6
+    assert [len(part.evaluations) for part in chain.modules() if isinstance(part, Counting)] == [2] * 6
 
 
 def affine_chain(depth: int, channels: int = 4) -> ReversibleSequential:

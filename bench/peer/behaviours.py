@@ -56,11 +56,11 @@ class Probed(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.branch, self.others = conv_branch(channels), 0
+        self.branch, self.others = conv_branch(channels), []  # a number would be set back for a recomputation
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.branch[0](x)
-        self.others += y.dtype != torch.bfloat16
+        self.others.append(y.dtype != torch.bfloat16)
         return self.branch[1:](y)
 
 
@@ -207,7 +207,7 @@ def autocast_evaluations(model, x):
     with torch.autocast("cpu", torch.bfloat16):
         y = model(x.clone())
     differentiate(y)
-    return {"float32 evaluations": torch.tensor(sum(branch.others for branch in model.branches))}
+    return {"float32 evaluations": torch.tensor(sum(sum(branch.others) for branch in model.branches))}
 
 
 def frozen(model, x):

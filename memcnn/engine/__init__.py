@@ -8,7 +8,13 @@ Read ``recompute`` first: it opens with the rules and one worked example.
 ``couple``          ``split``, ``couple`` and ``merge``, the three functions that couplings are written with
 ``opaque``          modules that offer nothing but ``forward`` and ``inverse``
 ``replay``          what the second evaluation must see as the first did: random numbers, autocast, modes, buffers
+``hooks``           forward hooks of the user, which change the second evaluation as the first and are called once
+``generators``      every random generator that a branch may draw from
+``attributes``      plain attributes of modules, such as the rate of a dropout
+``arguments``       arguments of a branch that are no streams
+``checksum``        changes of tensors that PyTorch does not count
 ``retained``        when rebuilt tensors are dropped again under ``retain_graph=True``
+``drift``           a watch over rebuilt activations, in a few sampled steps
 ``exact``           inversion without rounding, on a grid
 ``capture``         what cannot be done while a CUDA graph is captured
 ``torch_private``   every private name of PyTorch that the engine uses, each with its reason

@@ -3,15 +3,21 @@
 They are plain differentiable operations. Within ``recording()`` they forget their activations (see ``recompute``).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from memcnn.engine.chain import Rearrangement, Value, dense, tag, tag_of, thread_state, value_of_whole
+from memcnn.engine.arguments import Arguments, refuse_inference
+from memcnn.engine.chain import Rearrangement, Value, dense, rebuilding, tag, tag_of, thread_state, value_of_whole
+from memcnn.engine.checksum import fingerprint
 from memcnn.engine.exact import Grid
 from memcnn.engine.recompute import Recomputation, SecondEvaluation
+
+NO_KEYWORDS: Mapping[str, object] = MappingProxyType({})
 
 
 def split(x: Tensor, dim: int, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
@@ -27,6 +33,8 @@ def split(x: Tensor, dim: int, grid: Grid | None = None) -> tuple[Tensor, Tensor
         raise ValueError(f"cannot split an input of shape {tuple(x.shape)} in two along dimension {dim}: its size "
                          f"there, {x.shape[dim]}, is odd; give it an even size or choose another split_dim")
     recording = thread_state.recording
+    if recording is not None and x.is_inference():
+        refuse_inference(x, "an input of a reversible block")
     if grid is not None and (recording is None or tag_of(x).grid != grid):
         x = grid.snap(x)
     x1, x2 = x.chunk(2, dim)
@@ -35,9 +43,9 @@ def split(x: Tensor, dim: int, grid: Grid | None = None) -> tuple[Tensor, Tensor
     return x1, x2
 
 
-def couple(a: Tensor, branch: nn.Module, b: Tensor, *, forward: Callable, inverse: Callable,
-           verify: bool = False) -> Tensor | tuple[Tensor, ...]:
-    """Return ``forward(a, branch(b))``, where ``inverse(forward(a, h), h)`` is a.
+def couple(a: Tensor, branch: nn.Module, b: Tensor, *, forward: Callable, inverse: Callable, verify: bool = False,
+           kwargs: Mapping[str, object] = NO_KEYWORDS) -> Tensor | tuple[Tensor, ...]:
+    """Return ``forward(a, branch(b, **kwargs))``, where ``inverse(forward(a, h), h)`` is a.
 
     Args:
         a: the half that is changed.
@@ -47,10 +55,33 @@ def couple(a: Tensor, branch: nn.Module, b: Tensor, *, forward: Callable, invers
             tuple of such a tensor and further values; nothing is rebuilt from those.
         inverse: called as ``inverse(out, h)``, returns a.
         verify: raise a RuntimeError if the recomputation of ``branch(b)`` has other bits.
+        kwargs: keyword arguments of ``branch``.
     """
     if thread_state.recording is None:
-        return forward(a, branch(dense(b)))
-    return thread_state.recording.couple(a, branch, b, forward, inverse, verify)
+        return forward(a, _evaluated(branch, b, kwargs))
+    return thread_state.recording.couple(a, branch, b, CouplingStep(forward, inverse, verify, kwargs))
+
+
+class CouplingStep(NamedTuple):
+    """What ``couple`` is given beside the halves and the branch."""
+
+    join: Callable
+    part: Callable
+    verify: bool
+    kwargs: Mapping[str, object]
+
+
+def _evaluated(branch: nn.Module, b: Tensor, kwargs: Mapping[str, object]) -> object:
+    """Return ``branch(b, **kwargs)``. Raise a RuntimeError if it modifies b, which is a half of the input or output."""
+    given = dense(b)
+    if given is not b or torch.compiler.is_compiling() or b.is_inference():
+        return branch(given, **kwargs)
+    version = b._version
+    h = branch(b, **kwargs)
+    if b._version != version:
+        raise RuntimeError(f"{type(branch).__name__} modifies its input in place, so that the block cannot be inverted "
+                           "and a tensor of the caller may have changed: make its first operation an out-of-place one")
+    return h
 
 
 def merge(y1: Tensor, y2: Tensor, dim: int, grid: Grid | None = None) -> Tensor:
@@ -102,10 +133,11 @@ class Recording:
                 Rearrangement([whole], values, lambda tensors: [torch.cat(tensors, dim)])
         self.values.update((id(half), (half, value)) for half, value in zip(halves, values, strict=True))
 
-    def couple(self, a: Tensor, branch: nn.Module, b: Tensor, forward: Callable, inverse: Callable, verify: bool):
+    def couple(self, a: Tensor, branch: nn.Module, b: Tensor, how: CouplingStep) -> Tensor | tuple[Tensor, ...]:
         source, b = self.value(b), dense(b)
-        step = CoupledBranch(branch, a, self.value(a), b, forward, inverse, verify, self.options)
-        result = step.evaluate(step.forward, a, b)
+        with rebuilding:
+            step = CoupledBranch(branch, a, self.value(a), b, how, self.options)
+            result = step.evaluate(step.forward, a, b, how.kwargs)
         out = result[0] if isinstance(result, tuple) else result
         if out.shape != a.shape or out.dtype != a.dtype:
             raise ValueError(f"{step.name} does not fit its coupling: the half that it changes is {a.dtype} of shape "
@@ -124,19 +156,20 @@ class Recording:
 class CoupledBranch(Recomputation):
     """The step out = join(a, module(b)), undone by a = part(out, module(b)). Its sources are out and b."""
 
-    def __init__(self, module: nn.Module, a: Tensor, target: Value, b: Tensor, join: Callable, part: Callable,
-                 verify: bool, options: dict):
+    def __init__(self, module: nn.Module, a: Tensor, target: Value, b: Tensor, how: CouplingStep, options: dict):
         super().__init__(module, (a, b), (target,), **options)
-        self.join, self.part, self.verify = join, part, verify
+        self.join, self.part, self.verify, kwargs = how
+        self.arguments = Arguments(self.name, (), kwargs) if kwargs else None
         self.fingerprint: Tensor | None = None
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor | tuple[Tensor, ...]:
-        h = self.module(b)
+    def forward(self, a: Tensor, b: Tensor, kwargs: Mapping[str, object]) -> Tensor | tuple[Tensor, ...]:
+        h = self.module(b, **kwargs)
         if self.verify:
             self.fingerprint = fingerprint(h)
         return self.join(a, h)
 
     def recompute(self, second: SecondEvaluation) -> Sequence[Tensor | None]:
+        kwargs = self.arguments.read()[1] if self.arguments is not None else NO_KEYWORDS
         out, source = self.sources
         b = self.as_recorded(1, source.read())
         if not second.keep_graph:
@@ -144,7 +177,7 @@ class CoupledBranch(Recomputation):
         target = self.targets[0]()
         a = target.read() if target is not None and target.tensor is not None else None
         with self.replay.again():
-            h = second.run((b,), self.module, b)
+            h = second.run((b,), self.module, b, **kwargs)
             if self.fingerprint is not None and not torch.equal(self.fingerprint, fingerprint(h)):
                 raise RuntimeError(f"{self.name} does not reproduce itself bit for bit, so that an exact coupling is "
                                    "not exact here: use deterministic kernels (torch.use_deterministic_algorithms) and "
@@ -156,9 +189,3 @@ class CoupledBranch(Recomputation):
                 leaf = self.as_recorded(0, a)
                 second.run((leaf, b), self.join, leaf, h)
         return (a,)
-
-
-def fingerprint(h: Tensor) -> Tensor:
-    """Return the sum of the bits of h, taken as integers."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return h.detach().view(integers[h.element_size()]).sum(dtype=torch.int64)

@@ -1,12 +1,14 @@
 """Record a module that offers only ``forward`` and ``inverse`` as one step; backward calls both."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from memcnn.engine.chain import Value, dense, rebuild_from, tag, value_of_whole
+from memcnn.engine.arguments import Arguments, refuse_inference
+from memcnn.engine.chain import Value, dense, rebuild_from, rebuilding, tag, value_of_whole
 from memcnn.engine.recompute import Recomputation, SecondEvaluation
 from memcnn.engine.rounding import relative_error
 
@@ -30,11 +32,15 @@ def call_opaque(run: Callable, undo: Callable, module: nn.Module, inputs: Sequen
         keep_input: store the inputs, so that nothing needs to be inverted.
         **options: see ``Recomputation``.
     """
+    for x in inputs:
+        if isinstance(x, Tensor):
+            refuse_inference(x, f"an input of {type(module).__name__}")
     # a kept input has a value of its own, which no nested block forgets
     values = [Value(x) if keep_input else value_of_whole(x) or Value(x) for x in inputs if is_stream(x)]
     inputs = [dense(x) if is_stream(x) else x for x in inputs]
-    step = OpaqueModule(run, undo, module, inputs, kwargs, values, log_det, options | {"keep_input": keep_input})
-    result = step.evaluate(run, *inputs, **kwargs)
+    with rebuilding:
+        step = OpaqueModule(run, undo, module, inputs, kwargs, values, log_det, options | {"keep_input": keep_input})
+        result = step.evaluate(run, *inputs, **kwargs)
     step.finish(result)
     return result
 
@@ -47,10 +53,11 @@ class OpaqueModule(Recomputation):
     """The step result = run(*inputs, **kwargs), undone by inputs = undo(*result, **kwargs)."""
 
     def __init__(self, run, undo, module, inputs, kwargs, targets, log_det, options):
-        self.run, self.undo, self.kwargs, self.log_det = run, undo, kwargs, log_det
+        self.run, self.undo, self.log_det = run, undo, log_det
         self.positions = [i for i, x in enumerate(inputs) if is_stream(x)]
-        self.arguments = [None if i in self.positions else x for i, x in enumerate(inputs)]
-        self.versions = [(t, t._version) for t in (*self.arguments, *kwargs.values()) if isinstance(t, Tensor)]
+        self.arguments = Arguments(type(module).__name__,
+                                   [None if i in self.positions else x for i, x in enumerate(inputs)], kwargs)
+        self.has_arguments = bool(kwargs) or len(self.positions) < len(inputs)
         streams = [inputs[i] for i in self.positions]
         self.kinds = [(x.dtype, tuple(x.shape)) for x in streams]
         super().__init__(module, streams, targets, **options)
@@ -64,6 +71,8 @@ class OpaqueModule(Recomputation):
                             f"inverse gives back the input: got {type(result).__name__}")
         # the graph refers to this step, which must not refer to the graph
         self.results = [_STREAM if is_stream(y) else tree_map_only(Tensor, Tensor.detach, y) for y in outputs]
+        if not self.kept and self.has_arguments:
+            self._check_signature(streams)
         values = [Value(y) for y in streams]
         for y, value in zip(streams, values, strict=True):
             rebuild_from(value, y)
@@ -71,19 +80,16 @@ class OpaqueModule(Recomputation):
         self.complete(values)
 
     def recompute(self, second: SecondEvaluation) -> Sequence[Tensor]:
-        for tensor, version in self.versions:
-            if tensor._version != version:
-                raise RuntimeError(f"an argument of {self.name}, shape {tuple(tensor.shape)}, was modified in place "
-                                   "between forward and backward, which uses it again: use an out-of-place operation")
-        tensors = [value.read() for value in self.kept] or self._undone()
+        arguments, kwargs = self.arguments.read()
+        tensors = [value.read() for value in self.kept] or self._undone(arguments, kwargs)
         draws = bool(self.replay.generators) and not self.kept
         if second.is_wanted or draws:
             leaves = [self.as_recorded(i, tensor) for i, tensor in enumerate(tensors)]
-            arguments = list(self.arguments)
+            arguments, kwargs = self.arguments.read()  # once more: the inverse may have changed a list among them
             for position, leaf in zip(self.positions, leaves, strict=True):
                 arguments[position] = leaf
             with self.replay.again():
-                result = second.run(leaves, self.run, *arguments, **self.kwargs)
+                result = second.run(leaves, self.run, *arguments, **kwargs)
             if draws:
                 self._check_draws([y for y in self._outputs(result) if is_stream(y)])
         return tensors
@@ -99,14 +105,31 @@ class OpaqueModule(Recomputation):
                                    "computed with them: let both draw them in the same order, use keep_input=True, or "
                                    "build the block from a coupling, such as AdditiveCoupling, whose branches may draw")
 
-    def _undone(self) -> Sequence[Tensor]:
-        streams = iter(self.sources)
-        outputs = [next(streams).read() if y is _STREAM else y for y in self.results]
-        if len(outputs) < len(self.arguments):
-            outputs += [x for i, x in enumerate(self.arguments) if i not in self.positions]
-        with self.replay.again(), torch.no_grad():
-            inputs = _as_list(self.undo(*outputs, **self.kwargs))
-        if len(inputs) == len(self.arguments):
+    def _arguments_of_undo(self, streams: Sequence[Tensor], arguments: Sequence) -> list:
+        streams = iter(streams)
+        outputs = [next(streams) if y is _STREAM else y for y in self.results]
+        if len(outputs) < len(arguments):
+            outputs += [x for i, x in enumerate(arguments) if i not in self.positions]
+        return outputs
+
+    def _check_signature(self, streams: Sequence[Tensor]) -> None:
+        """Raise a TypeError in the forward pass if ``undo`` cannot be called with what it will be given."""
+        arguments, kwargs = self.arguments.read()
+        given = self._arguments_of_undo(streams, arguments)
+        try:
+            inspect.signature(self.undo).bind(*given, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"the inverse of {self.name} receives the outputs and every argument that is no stream, "
+                            f"{len(given)} positional ones and the keywords {sorted(kwargs)}, and does not take them "
+                            f"({error}): give inverse the parameters of forward, or use keep_input=True") from error
+        except ValueError:  # a function without a signature
+            pass
+
+    def _undone(self, arguments: Sequence, kwargs: Mapping[str, object]) -> Sequence[Tensor]:
+        outputs = self._arguments_of_undo([value.read() for value in self.sources], arguments)
+        with self.replay.again(compare=False), torch.no_grad():
+            inputs = _as_list(self.undo(*outputs, **kwargs))
+        if len(inputs) == len(arguments):
             inputs = [inputs[i] for i in self.positions]
         kinds = [(x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
         if kinds != self.kinds:

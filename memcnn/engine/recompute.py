@@ -44,6 +44,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from memcnn.engine.capture import refuse_capture
 from memcnn.engine.chain import Link, Value, rebuild, thread_state
+from memcnn.engine.drift import SAMPLED, Drift, evaluations
+from memcnn.engine.hooks import name_of
 from memcnn.engine.replay import Replay
 from memcnn.engine.retained import Stored, drop_later, end_pass, start_link
 from memcnn.engine.rounding import relative_error
@@ -80,6 +82,8 @@ class Recomputation(Link):
                           "gradients drift by percents, growing with depth: give the blocks float32 (x.float()) and "
                           "run their branches under torch.autocast, or use keep_input=True", stacklevel=2)
         self.module, self.inputs = module, inputs
+        self.holds = keep_input
+        """Whether activations stay until the evaluation ends, for a module that differentiates itself."""
         self.check_inverse = check_inverse
         self.expected = [v.tensor for v in targets] if check_inverse is not None and not keep_input else []
         self.activations: list[weakref.ref[Activation]] = []
@@ -87,6 +91,8 @@ class Recomputation(Link):
         self.requires_grad = [t.requires_grad for t in inputs]
         self.strides = [t.stride() for t in inputs]
         self.replay = Replay(module, inputs, preserve_rng_state)
+        number = evaluations[module] = evaluations.get(module, 0) + 1
+        self.drift = Drift(module) if number in SAMPLED else None
 
     @property
     def name(self) -> str:
@@ -103,10 +109,16 @@ class Recomputation(Link):
                 result = function(*args, **kwargs)
         finally:
             thread_state.recording, thread_state.noted_sources = recording, noted
+            if self.holds:
+                for reference in self.activations:
+                    if (activation := reference()) is not None:
+                        activation.tensor = None
         self.replay.evaluated()
         if versions != [t._version for t in inputs]:
-            raise RuntimeError(f"{self.name} modifies its input in place, so that the block cannot be inverted: make "
-                               "its first operation an out-of-place one")
+            hooks = self.replay.hooks
+            fix = (f"let the forward hook {name_of(hooks.in_place[0])}, which may be the cause, return a new tensor"
+                   if hooks is not None and hooks.in_place else "make its first operation an out-of-place one")
+            raise RuntimeError(f"{self.name} modifies its input in place, so that the block cannot be inverted: {fix}")
         self.inputs = ()
         return result
 
@@ -179,6 +191,10 @@ class Recomputation(Link):
             return tensor
         activation = Activation(tensor)
         self.activations.append(weakref.ref(activation))
+        if self.holds and self.sources is None:
+            activation.store(tensor)
+        if self.drift is not None:
+            self.drift.note(tensor)
         return activation
 
     @never_compiled
@@ -202,7 +218,7 @@ class Recomputation(Link):
     def _rebuilt(self, activation: Activation) -> Tensor:
         if self.sources is None:
             raise RuntimeError(f"{self.name} differentiates within its own forward pass, of which a reversible block "
-                               "stores nothing: wrap the block with disable=True")
+                               "stores nothing: wrap the block with keep_input=True, or with disable=True")
         try:
             rebuild(self)
             return activation.tensor
@@ -221,6 +237,8 @@ class SecondEvaluation:
 
     def __init__(self, step: Recomputation, keep_graph: bool):
         self.step, self.keep_graph = step, keep_graph
+        self.pass_number = current_backward_pass()
+        """The backward pass that wants this; the module may start passes of its own."""
         self.inputs: Sequence[Tensor] = ()
         self.seen = 0
         self.nested_tensors: list[Tensor | None] = []
@@ -248,7 +266,7 @@ class SecondEvaluation:
         noted, sources = thread_state.noted_sources, []
         thread_state.noted_sources = sources
         try:
-            with torch.enable_grad(), saved_tensors_hooks(self._collect, _never_unpacked):
+            with torch.enable_grad(), saved_tensors_hooks(self._collect, self._unpack):
                 result = function(*args, **kwargs)
         finally:
             thread_state.noted_sources = noted
@@ -264,23 +282,29 @@ class SecondEvaluation:
             raise step.diverged(f"{len(step.activations)} saved tensors", f"{self.seen}")
         if len(self.nested_tensors) != len(step.nested):
             raise step.diverged(f"{len(step.nested)} tensors of nested blocks", f"{len(self.nested_tensors)}")
+        if step.drift is not None:
+            step.drift.compare()
         if step.nested:
             step._give(step.nested, self.nested_tensors, self.keep_graph)
 
     @never_compiled
-    def _collect(self, tensor: Tensor) -> None:
+    def _collect(self, tensor: Tensor) -> Tensor | None:
+        """Give the next activation its tensor. Return what the module sees if it differentiates itself."""
         step = self.step
+        held = tensor.detach() if step.holds else None
         if tensor.requires_grad and tensor.is_leaf:
             for own in self.inputs:
                 if tensor is own:
                     break
             else:  # a parameter
-                return
+                return tensor if step.holds else None
         elif id(tensor) in step.replay.running_statistics:
-            return
+            return held
         self.seen += 1
+        if step.drift is not None:
+            step.drift.note_rebuilt(self.seen - 1, tensor)
         if self.seen > len(step.activations) or (activation := step.activations[self.seen - 1]()) is None:
-            return
+            return held
         if tensor.shape != activation.shape or tensor.dtype != activation.dtype:
             raise step.diverged(f"{activation.dtype} of shape {tuple(activation.shape)} as saved tensor {self.seen}",
                                 f"{tensor.dtype} of shape {tuple(tensor.shape)}")
@@ -288,8 +312,12 @@ class SecondEvaluation:
         activation.tensor = tensor if tensor.grad_fn is None else tensor.detach()
         activation.version = tensor._version
         if self.keep_graph:
-            drop_later(activation)
+            drop_later(activation, self.pass_number)
+        return held
 
-
-def _never_unpacked(_) -> Tensor:
-    raise AssertionError("the graph of a recomputation is never differentiated")
+    @never_compiled
+    def _unpack(self, held: Tensor | None) -> Tensor:
+        if held is None:
+            raise RuntimeError(f"{self.step.name} differentiates within its own forward pass in the recomputation "
+                               "alone: wrap the block with keep_input=True")
+        return held

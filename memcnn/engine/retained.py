@@ -58,9 +58,14 @@ def start_link() -> None:
                 stored.tensor = None
 
 
-def drop_later(stored: Stored) -> None:
-    """Drop the tensor again when the pass has rebuilt ``KEPT_LINKS`` further links, or ends."""
-    passes[current_backward_pass()][-1].append((weakref.ref(stored), id(stored.tensor)))
+def drop_later(stored: Stored, number: int | None = None) -> None:
+    """Drop the tensor again when the pass has rebuilt ``KEPT_LINKS`` further links, or ends.
+
+    Args:
+        stored: what holds the tensor.
+        number: the pass; None means the running one.
+    """
+    passes[current_backward_pass() if number is None else number][-1].append((weakref.ref(stored), id(stored.tensor)))
 
 
 def end_pass(number: int) -> None:

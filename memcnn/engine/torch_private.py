@@ -41,8 +41,11 @@ current_backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 """Return whether the running backward pass was called with ``retain_graph=True``."""
 
-GLOBAL_FORWARD_HOOKS: tuple[dict, dict] = (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)
-"""The registries of forward pre-hooks and forward hooks that run with every module."""
+GLOBAL_FORWARD_HOOKS: tuple[tuple[dict, dict], ...] = (
+    (torch_module._global_forward_pre_hooks, {}),
+    (torch_module._global_forward_hooks, torch_module._global_forward_hooks_with_kwargs),
+)
+"""Forward pre-hooks and forward hooks that run with every module, and the keys of those that receive keywords."""
 
 disabled_dispatch = torch._C._DisableTorchDispatch
 """A context without dispatch modes. A mode of fake tensors cannot compare the states of real generators."""

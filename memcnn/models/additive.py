@@ -9,6 +9,7 @@ from memcnn.engine.couple import couple
 from memcnn.engine.exact import Grid
 from memcnn.migration import absent_names
 from memcnn.models.coupling import Coupling
+from memcnn.models.keywords import taken
 from memcnn.models.log_det import constant_log_det
 
 __all__ = ["AdditiveBlock", "AdditiveCoupling"]
@@ -30,38 +31,40 @@ class AdditiveCoupling(Coupling):
         super().__init__(Fm, Gm, implementation_fwd, implementation_bwd, split_dim)
         self.grid = Grid.of(exact)
 
-    def couple(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        y1 = self._add(x1, self.Fm, x2)
-        y2 = self._add(x2, self.Gm, y1)
+    def couple(self, x1: Tensor, x2: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        y1 = self._add(x1, self.Fm, x2, kwargs)
+        y2 = self._add(x2, self.Gm, y1, kwargs)
         return y1, y2
 
-    def uncouple(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
-        x2 = self._subtract(y2, self.Gm, y1)
-        x1 = self._subtract(y1, self.Fm, x2)
+    def uncouple(self, y1: Tensor, y2: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        x2 = self._subtract(y2, self.Gm, y1, kwargs)
+        x1 = self._subtract(y1, self.Fm, x2, kwargs)
         return x1, x2
 
-    def _add(self, a: Tensor, branch: nn.Module, b: Tensor) -> Tensor:
-        """a + branch(b)."""
+    def _add(self, a: Tensor, branch: nn.Module, b: Tensor, kwargs: dict[str, object]) -> Tensor:
+        """Return ``a + branch(b, **kwargs)``."""
         plus, minus = self._sums()
-        return couple(a, branch, b, forward=plus, inverse=minus, verify=self.grid is not None)
+        return couple(a, branch, b, forward=plus, inverse=minus, verify=self.grid is not None,
+                      kwargs=taken(branch, kwargs) if kwargs else kwargs)
 
-    def _subtract(self, a: Tensor, branch: nn.Module, b: Tensor) -> Tensor:
-        """a - branch(b)."""
+    def _subtract(self, a: Tensor, branch: nn.Module, b: Tensor, kwargs: dict[str, object]) -> Tensor:
+        """Return ``a - branch(b, **kwargs)``."""
         plus, minus = self._sums()
-        return couple(a, branch, b, forward=minus, inverse=plus, verify=self.grid is not None)
+        return couple(a, branch, b, forward=minus, inverse=plus, verify=self.grid is not None,
+                      kwargs=taken(branch, kwargs) if kwargs else kwargs)
 
     def _sums(self) -> tuple[Callable, Callable]:
         return (self.grid.add, self.grid.sub) if self.grid is not None else (_plus, _minus)
 
-    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y, and log|det dy/dx| of each sample, (N,): 0, since F and G only shift."""
+    def forward_log_det(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        """Return y, and log|det dy/dx| of each sample, shape (N,): 0, since F and G only shift."""
         self._check_per_sample(x)
-        return self(x), constant_log_det(x)
+        return self(x, **kwargs), constant_log_det(x)
 
-    def inverse_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x, and log|det dx/dy| of each sample, (N,): 0."""
+    def inverse_log_det(self, y: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        """Return x, and log|det dx/dy| of each sample, shape (N,): 0."""
         self._check_per_sample(y)
-        return self.inverse(y), constant_log_det(y)
+        return self.inverse(y, **kwargs), constant_log_det(y)
 
 
 class AdditiveBlock(AdditiveCoupling):

@@ -1,7 +1,7 @@
 """The affine coupling of RealNVP (Dinh et al., arXiv:1605.08803) and of Glow (Kingma, Dhariwal, arXiv:1807.03039)."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from memcnn.engine.couple import couple, merge, split
 from memcnn.migration import absent_names
 from memcnn.models.coupling import Coupling
+from memcnn.models.keywords import keywords_taken, refuse_unknown, taken
 from memcnn.models.log_det import sum_per_sample
 
 __all__ = ["AffineAdapterExp", "AffineAdapterNaive", "AffineAdapterSigmoid", "AffineBlock", "AffineCoupling"]
@@ -32,31 +33,38 @@ class AffineCoupling(Coupling):
         if adapter is not None:
             self.Fm, self.Gm = adapter(self.Fm), adapter(self.Gm)
 
-    def couple(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        y1 = couple(x1, self.Fm, x2, forward=scale, inverse=unscale)
-        y2 = couple(x2, self.Gm, y1, forward=scale, inverse=unscale)
+    def couple(self, x1: Tensor, x2: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        y1 = self._change(x1, self.Fm, x2, kwargs, scale, unscale)
+        y2 = self._change(x2, self.Gm, y1, kwargs, scale, unscale)
         return y1, y2
 
-    def uncouple(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
-        x2 = couple(y2, self.Gm, y1, forward=unscale, inverse=scale)
-        x1 = couple(y1, self.Fm, x2, forward=unscale, inverse=scale)
+    def uncouple(self, y1: Tensor, y2: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        x2 = self._change(y2, self.Gm, y1, kwargs, unscale, scale)
+        x1 = self._change(y1, self.Fm, x2, kwargs, unscale, scale)
         return x1, x2
 
-    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y, and log|det dy/dx| = sum log|s1| + sum log|s2| of each sample, (N,)."""
+    def forward_log_det(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        """Return y, and log|det dy/dx| = sum log|s1| + sum log|s2| of each sample, shape (N,)."""
         self._check_per_sample(x)
+        refuse_unknown(self, kwargs)
         x1, x2 = split(x, self.split_dim)
-        y1, log_s1 = couple(x1, self.Fm, x2, forward=scale_log_det, inverse=unscale)
-        y2, log_s2 = couple(x2, self.Gm, y1, forward=scale_log_det, inverse=unscale)
+        y1, log_s1 = self._change(x1, self.Fm, x2, kwargs, scale_log_det, unscale)
+        y2, log_s2 = self._change(x2, self.Gm, y1, kwargs, scale_log_det, unscale)
         return merge(y1, y2, self.split_dim), log_s1 + log_s2
 
-    def inverse_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x, and log|det dx/dy| of each sample, (N,)."""
+    def inverse_log_det(self, y: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        """Return x, and log|det dx/dy| of each sample, shape (N,)."""
         self._check_per_sample(y)
+        refuse_unknown(self, kwargs)
         y1, y2 = split(y, self.split_dim)
-        x2, log_s2 = couple(y2, self.Gm, y1, forward=unscale_log_det, inverse=scale)
-        x1, log_s1 = couple(y1, self.Fm, x2, forward=unscale_log_det, inverse=scale)
+        x2, log_s2 = self._change(y2, self.Gm, y1, kwargs, unscale_log_det, scale)
+        x1, log_s1 = self._change(y1, self.Fm, x2, kwargs, unscale_log_det, scale)
         return merge(x1, x2, self.split_dim), log_s1 + log_s2
+
+    @staticmethod
+    def _change(a: Tensor, branch: nn.Module, b: Tensor, kwargs: dict[str, object], forward: Callable,
+                inverse: Callable) -> Tensor | tuple[Tensor, Tensor]:
+        return couple(a, branch, b, forward=forward, inverse=inverse, kwargs=taken(branch, kwargs))
 
 
 class AffineBlock(AffineCoupling):
@@ -109,34 +117,38 @@ def _scale_and_shift(h: object) -> tuple[Tensor, Tensor]:
     return h
 
 
-class AffineAdapterNaive(nn.Module):
-    """s = exp(h), t = h, where h = f(x) has the shape of x. The scale overflows where h does not fit exp."""
+class AffineAdapter(nn.Module):
+    """Makes a module that returns scale and shift of ``module``, which returns one tensor."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
         self.f = module
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        t = self.f(x)
+    def keywords_taken(self, names: Iterable[str]) -> set[str]:
+        """Return those of the names that the module takes as keyword arguments."""
+        return keywords_taken(self.f, names)
+
+
+class AffineAdapterNaive(AffineAdapter):
+    """s = exp(h), t = h, where h = f(x) has the shape of x. The scale overflows where h does not fit exp."""
+
+    def forward(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        t = self.f(x, **kwargs)
         return t.exp(), t
 
 
-class AffineAdapterSigmoid(nn.Module):
+class AffineAdapterSigmoid(AffineAdapter):
     """s = sigmoid(h1 + 2), t = h0, where h0 and h1 take turns in f(x) along the dimension that f has doubled.
 
     The scale lies between 0 and 1, and at 0.88 where f gives 0, as in Glow.
     """
 
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.f = module
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        t, h = by_turns(self.f(x), x)
+    def forward(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        t, h = by_turns(self.f(x, **kwargs), x)
         return torch.sigmoid(h + 2), t
 
 
-class AffineAdapterExp(nn.Module):
+class AffineAdapterExp(AffineAdapter):
     """log s = bound * tanh(h1 / bound), t = h0, with h0 and h1 as for ``AffineAdapterSigmoid``.
 
     The scale lies between exp(-bound) and exp(bound), and at 1 where f gives 0: RealNVP's exponential of a hyperbolic
@@ -144,14 +156,13 @@ class AffineAdapterExp(nn.Module):
     """
 
     def __init__(self, module: nn.Module, *, bound: float = 2.0):
-        super().__init__()
+        super().__init__(module)
         if not bound > 0:
             raise ValueError(f"bound must be positive, the largest |log s|: got {bound}")
-        self.f = module
         self.bound = bound
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        t, h = by_turns(self.f(x), x)
+    def forward(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        t, h = by_turns(self.f(x, **kwargs), x)
         return (self.bound * torch.tanh(h / self.bound)).exp(), t
 
     def extra_repr(self) -> str:

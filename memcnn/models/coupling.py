@@ -2,12 +2,14 @@
 
 import copy
 import warnings
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
 from memcnn import migration
 from memcnn.engine.couple import merge, split
 from memcnn.engine.exact import Grid
+from memcnn.models.keywords import keywords_taken, refuse_unknown
 
 
 class Coupling(nn.Module):
@@ -42,23 +44,34 @@ class Coupling(nn.Module):
         """Restore a pickle, which MemCNN 1.5 may have written: it kept ``implementation_fwd`` and ``_bwd`` as well."""
         super().__setstate__(migration.coupling_state(state))
 
-    def couple(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        """y1, y2, the halves of y."""
+    def couple(self, x1: Tensor, x2: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        """Return y1 and y2, the halves of y."""
         raise NotImplementedError(f"{type(self).__name__} must define couple(x1, x2)")
 
-    def uncouple(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
-        """x1, x2, the halves of x."""
+    def uncouple(self, y1: Tensor, y2: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        """Return x1 and x2, the halves of x."""
         raise NotImplementedError(f"{type(self).__name__} must define uncouple(y1, y2)")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y of the shape of x, whose size along ``split_dim`` must be even."""
-        halves = self.couple(*split(x, self.split_dim, self.grid))
+    def forward(self, x: Tensor, **kwargs) -> Tensor:
+        """Return y, of the shape of x, whose size along ``split_dim`` must be even.
+
+        Each keyword argument is handed to F, to G, or to both: to those whose ``forward`` takes it.
+        """
+        if kwargs:
+            refuse_unknown(self, kwargs)
+        halves = self.couple(*split(x, self.split_dim, self.grid), **kwargs)
         return merge(*halves, self.split_dim, self.grid)
 
-    def inverse(self, y: Tensor) -> Tensor:
-        """x of the shape of y."""
-        halves = self.uncouple(*split(y, self.split_dim, self.grid))
+    def inverse(self, y: Tensor, **kwargs) -> Tensor:
+        """Return x, of the shape of y. Keyword arguments as for ``forward``."""
+        if kwargs:
+            refuse_unknown(self, kwargs)
+        halves = self.uncouple(*split(y, self.split_dim, self.grid), **kwargs)
         return merge(*halves, self.split_dim, self.grid)
+
+    def keywords_taken(self, names: Iterable[str]) -> set[str]:
+        """Return those of the names that F or G takes as keyword arguments."""
+        return keywords_taken(self.Fm, names) | keywords_taken(self.Gm, names)
 
     def extra_repr(self) -> str:
         return f"split_dim={self.split_dim}"

@@ -4,7 +4,7 @@
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -21,6 +21,7 @@ from memcnn.engine.torch_private import is_hooked, is_transformed
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.affine import AffineCoupling
 from memcnn.models.coupling import Coupling
+from memcnn.models.keywords import keywords_taken, refuse_unknown, taken
 from memcnn.models.log_det import constant_log_det
 
 __all__ = ["InvertibleModuleWrapper", "ReversibleBlock", "ReversibleSequential", "create_coupling",
@@ -86,6 +87,10 @@ class InvertibleModuleWrapper(nn.Module):
         run = _log_det_method(self._fn, "inverse_log_det")
         return self._run(run, self._fn, yin, kwargs, self.keep_input_inverse, log_det=True)
 
+    def keywords_taken(self, names: Iterable[str]) -> set[str]:
+        """Return those of the names that ``fn`` takes as keyword arguments."""
+        return keywords_taken(self._fn, names)
+
     def _run(self, run, undo, inputs, kwargs, keep_input, log_det=False):
         if self.disable or not _is_recorded(self._fn, inputs):
             return run(*inputs, **kwargs)
@@ -135,23 +140,35 @@ class ReversibleSequential(nn.Sequential):
                                      f"{i} is a {type(getattr(module, '_fn', module)).__name__}")
                 module._fn.grid = Grid.of(exact)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y of the shape that the modules give it."""
+    def forward(self, x: Tensor, **kwargs) -> Tensor:
+        """Return y, of the shape that the modules give it.
+
+        Each keyword argument is handed to the modules, and within couplings to the branches, whose ``forward`` takes
+        it.
+        """
+        refuse_unknown(self, kwargs)
         for store, blocks in self._runs(list(self)):
             with storing() if store else nullcontext():
                 values = [x]
                 del x
-                x = _run_of(blocks, values, Coupling.couple) if len(blocks) > 1 else blocks[0](values.pop())
+                x = (_run_of(blocks, values, Coupling.couple, kwargs) if len(blocks) > 1 else
+                     blocks[0](values.pop(), **taken(blocks[0], kwargs)))
         return x
 
-    def inverse(self, y: Tensor) -> Tensor:
-        """x with ``self(x) = y``, differentiable with the same savings."""
+    def inverse(self, y: Tensor, **kwargs) -> Tensor:
+        """Return x with ``self(x, **kwargs) = y``, differentiable with the same savings."""
+        refuse_unknown(self, kwargs)
         for store, blocks in self._runs(list(reversed(self))):
             with storing() if store else nullcontext():
                 values = [y]
                 del y
-                y = _run_of(blocks, values, Coupling.uncouple) if len(blocks) > 1 else blocks[0].inverse(values.pop())
+                y = (_run_of(blocks, values, Coupling.uncouple, kwargs) if len(blocks) > 1 else
+                     blocks[0].inverse(values.pop(), **taken(blocks[0], kwargs)))
         return y
+
+    def keywords_taken(self, names: Iterable[str]) -> set[str]:
+        """Return those of the names that one of the modules takes as keyword arguments."""
+        return {name for module in self for name in keywords_taken(module, names)}
 
     def _runs(self, blocks: list[nn.Module]) -> Iterator[tuple[bool, list[nn.Module]]]:
         """Whether to store, and the blocks to run together."""
@@ -165,21 +182,23 @@ class ReversibleSequential(nn.Sequential):
     def _stores(self, distance_to_end: int) -> bool:
         return self.keep_every is not None and distance_to_end % self.keep_every == 0
 
-    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y, and log|det dy/dx| of each sample, (N,): the sum of the modules' own, see ``memcnn.models.log_det``."""
+    def forward_log_det(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        """Return y, and log|det dy/dx| of each sample, shape (N,): the sum of the modules' own."""
+        refuse_unknown(self, kwargs)
         total = constant_log_det(x)
         for i, module in enumerate(self):
             with storing() if self._stores(len(self) - 1 - i) else nullcontext():
-                x, log_det = module.forward_log_det(x)
+                x, log_det = module.forward_log_det(x, **taken(module, kwargs))
             total = total + log_det
         return x, total
 
-    def inverse_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x, and log|det dx/dy| of each sample, (N,)."""
+    def inverse_log_det(self, y: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        """Return x, and log|det dx/dy| of each sample, shape (N,)."""
+        refuse_unknown(self, kwargs)
         total = constant_log_det(y)
         for i, module in enumerate(reversed(self)):
             with storing() if self._stores(len(self) - 1 - i) else nullcontext():
-                y, log_det = module.inverse_log_det(y)
+                y, log_det = module.inverse_log_det(y, **taken(module, kwargs))
             total = total + log_det
         return y, total
 
@@ -198,7 +217,7 @@ class HalvesPassedOn(nn.Sequential):
         for blocks in _runs(units, [_halves_passed_on(unit) for unit in units]):
             values = [x]
             del x
-            x = _run_of(blocks, values, Coupling.couple) if len(blocks) > 1 else blocks[0](values.pop())
+            x = _run_of(blocks, values, Coupling.couple, {}) if len(blocks) > 1 else blocks[0](values.pop())
         return x
 
 
@@ -227,29 +246,31 @@ def _halves_passed_on(block: nn.Module) -> tuple | None:
     return coupling.split_dim, coupling.grid, block.preserve_rng_state, block.check_inverse
 
 
-def _run_of(blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable) -> Tensor:
+def _run_of(blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable,
+            kwargs: dict[str, object]) -> Tensor:
     """Run the wrapped couplings one after the other, ``change`` being ``Coupling.couple`` or ``Coupling.uncouple``.
 
     ``values`` holds the input alone. It is taken out, so that no caller keeps the input until the last block has run.
     """
     if not any(_is_recorded(block._fn, values) for block in blocks):
-        return _halves_changed(blocks, values, change)
+        return _halves_changed(blocks, values, change, kwargs)
     options = {"preserve_rng_state": blocks[0].preserve_rng_state, "check_inverse": blocks[0].check_inverse}
-    return _recorded_run(blocks, values, change, options)
+    return _recorded_run(blocks, values, change, kwargs, options)
 
 
 @_uncompiled
 def _recorded_run(blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable,
-                  options: dict) -> Tensor:
+                  kwargs: dict[str, object], options: dict) -> Tensor:
     with recording(**options):
-        return _halves_changed(blocks, values, change)
+        return _halves_changed(blocks, values, change, kwargs)
 
 
-def _halves_changed(blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable) -> Tensor:
+def _halves_changed(blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable,
+                    kwargs: dict[str, object]) -> Tensor:
     coupling = blocks[0]._fn
     halves = split(values.pop(), coupling.split_dim, coupling.grid)
     for block in blocks:
-        halves = getattr(block._fn, change.__name__)(*halves)
+        halves = getattr(block._fn, change.__name__)(*halves, **(taken(block, kwargs) if kwargs else kwargs))
         keep_only(*halves)
     return merge(*halves, coupling.split_dim, coupling.grid)
 

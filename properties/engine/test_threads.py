@@ -1,20 +1,19 @@
 """Two steps at once, in two threads."""
 
+import random
+import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memcnn import ReversibleSequential
 from memcnn.testing.tolerances import relative_error, tolerance
 from properties.devices import rng_state
-from properties.support.twin import (
-    block,
-    images,
-    plain_twin,
-    weighted_sum,
-)
+from properties.support.twin import block, images, plain_twin, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -67,3 +66,112 @@ def test_two_threads_differentiate_at_once(shared):
             for g, w in zip(got, expected, strict=True):
                 assert relative_error(g, w) < tolerance(torch.float64, depth=4)
         assert torch.equal(rng_state(), generator)
+
+
+class Drawing(nn.Module):
+    """Multiplies by random numbers, in several parts, and notes those of every evaluation."""
+
+    def __init__(self, draw: Callable[[], Tensor]):
+        super().__init__()
+        self.draw, self.drawn = draw, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = []
+        for _ in range(8):
+            numbers.append(self.draw())
+            x = (x * numbers[-1]).sin()
+        self.drawn.append(torch.stack(numbers))
+        return x
+
+
+def torchs() -> Tensor:
+    return torch.rand((), dtype=torch.float64, device="cpu")
+
+
+def pythons() -> Tensor:
+    return torch.tensor(random.random(), dtype=torch.float64, device="cpu")
+
+
+@pytest.fixture
+def frequent_switches():
+    """Threads take turns after every few operations."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("draw", [torchs, pythons])
+def test_two_threads_train_a_model_each_with_random_numbers(frequent_switches, draw):
+    models = [ReversibleSequential(*(block(lambda: Drawing(draw)) for _ in range(3))) for _ in range(2)]
+    errors = []
+
+    def train(model: nn.Module) -> None:
+        try:
+            for step in range(40):
+                weighted_sum(model(images(8, 6, seed=step))).backward()
+        except RuntimeError as error:
+            errors.append(error)
+    threads = [threading.Thread(target=train, args=[model]) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for part in (part for model in models for part in model.modules() if isinstance(part, Drawing)):
+        for forward, recomputed in zip(part.drawn[::2], part.drawn[1::2], strict=True):
+            assert torch.equal(forward, recomputed)
+
+
+@pytest.mark.parametrize("draw", [torchs, pythons])
+@pytest.mark.parametrize("evaluation", [1, 2], ids=["forward pass", "recomputation"])
+def test_another_thread_that_draws_outside_of_blocks_is_noticed(draw, evaluation):
+    calls = []
+
+    def disturbed() -> Tensor:
+        calls.append(None)
+        if len(calls) == 8 * evaluation - 4:
+            thread = threading.Thread(target=draw)
+            thread.start()
+            thread.join()
+        return draw()
+    module = block(nn.Identity)
+    module._fn.Fm = Drawing(disturbed)
+    loss = weighted_sum(module(images(8, 6)))
+    with pytest.raises(RuntimeError, match="Drawing drew other random numbers from .* another thread drew from it"):
+        loss.backward()
+
+
+def test_a_thread_waits_with_its_branch_while_another_rebuilds_one():
+    """Else its random numbers would be taken from the generator that the recomputation has set."""
+    inside, waited = threading.Event(), threading.Event()
+    entered = []
+
+    class Second(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            entered.append(waited.is_set())
+            return x.sin()
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.append(None)
+            if len(self.calls) == 2:
+                inside.set()
+                thread.join(0.2)
+                waited.set()
+            return x.sin()
+
+    def forward_of_second() -> None:
+        inside.wait()
+        block(Second)(images(8, 6))
+
+    thread = threading.Thread(target=forward_of_second)
+    loss = weighted_sum(block(First)(images(8, 6)))
+    thread.start()
+    loss.backward()
+    thread.join()
+    assert entered == [True, True]

@@ -11,7 +11,8 @@ import memcnn.models
 
 FOLDERS = [Path(package.__path__[0]) for package in (memcnn.engine, memcnn.models)]
 FILES = [path for folder in FOLDERS for path in sorted(folder.glob("*.py")) if path.name != "torch_private.py"]
-ATTRIBUTES = {"_version", "_cdata", "_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"}
+ATTRIBUTES = {"_version", "_cdata", "_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks",
+              "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"}
 """Private attributes that ``torch_private`` allows to be read in place."""
 
 

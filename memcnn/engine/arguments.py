@@ -1,0 +1,47 @@
+"""Arguments of a module beside the tensors that are rebuilt: they are kept, and used again in backward."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+class Arguments:
+    """Positional and keyword arguments as the forward evaluation was given them.
+
+    Lists, tuples and dictionaries are copied, so that they are the same in backward if somebody changes them in the
+    meantime. The tensors in them are not copied: one that was modified in place is a RuntimeError.
+
+    Args:
+        name: the module, for messages.
+        positional: arguments that are kept.
+        keywords: likewise.
+    """
+
+    def __init__(self, name: str, positional: Sequence, keywords: Mapping[str, object]):
+        self.name = name
+        self.is_empty = not positional and not keywords
+        self._positional, self._keywords = ([], {}) if self.is_empty else _copy((list(positional), dict(keywords)))
+        tensors = [] if self.is_empty else [t for t in tree_leaves((positional, keywords)) if isinstance(t, Tensor)]
+        for tensor in tensors:
+            refuse_inference(tensor, f"an argument of {name}")
+        self._versions = [(t, t._version) for t in tensors]
+
+    def read(self) -> tuple[list, dict[str, object]]:
+        """Return the arguments. Raise a RuntimeError if a tensor among them was modified in place."""
+        for tensor, version in self._versions:
+            if tensor._version != version:
+                raise RuntimeError(f"an argument of {self.name}, shape {tuple(tensor.shape)}, was modified in place "
+                                   "between forward and backward, which uses it again: use an out-of-place operation")
+        return _copy((self._positional, self._keywords)) if not self.is_empty else ([], {})
+
+
+def refuse_inference(x: Tensor, what: str) -> None:
+    """Raise a RuntimeError if x was made under ``torch.inference_mode()``."""
+    if x.is_inference():
+        raise RuntimeError(f"{what}, shape {tuple(x.shape)}, was made under torch.inference_mode(), so that autograd "
+                           "cannot use it: give the block x.clone(), or make x under torch.no_grad()")
+
+
+def _copy(values: tuple) -> tuple:
+    return tree_map(lambda value: value, values)

@@ -1,0 +1,81 @@
+"""Plain attributes of modules: numbers, flags and words, such as a temperature or ``Dropout.p``."""
+
+from itertools import islice
+from operator import is_
+
+import torch
+from torch import nn
+
+SCALARS = frozenset({bool, int, float, complex, str, torch.dtype})
+"""Types of the values that are noted. Values of other types might hold tensors, whose memory a note would keep."""
+
+BASE_ATTRIBUTES = len(vars(nn.Module()))
+"""Number of attributes that ``nn.Module`` itself sets, before all others."""
+
+Attributes = tuple[dict[str, object], tuple[str, ...], tuple]
+"""Some attributes of a module: its dictionary, their names, and their values when they were noted."""
+
+
+def present(then: Attributes) -> Attributes:
+    """Return the same attributes with their present values; None for one that was deleted."""
+    own, names, _ = then
+    return own, names, tuple(map(own.get, names))
+
+
+def have_changed(then: Attributes) -> bool:
+    """Return whether attributes have other values than when they were noted."""
+    own, names, values = then
+    return not all(map(is_, values, map(own.get, names))) and any(
+        a is not b and (type(a) is not type(b) or a != b)
+        for a, b in zip(values, map(own.get, names), strict=True))
+
+
+def defaults_hidden(then: Attributes, kind: type) -> tuple[str, ...]:
+    """Return the names of new attributes that hide one of the class, such as a count that begins as ``calls = 0``."""
+    own, names, _ = then
+    return tuple([name for name, value in islice(own.items(), BASE_ATTRIBUTES, None)
+                  if type(value) in SCALARS and name not in names and type(getattr(kind, name, None)) in SCALARS])
+
+
+def expose_defaults(own: dict[str, object], names: tuple[str, ...], undo: list[tuple]) -> None:
+    """Remove attributes, so that those of the class are seen. ``undo`` receives the call that undoes this."""
+    undo.append((own.update, {name: own.pop(name) for name in names if name in own}))
+
+
+def set_again(then: Attributes, undo: list[tuple]) -> None:
+    """Set the attributes to the noted values, those that exist. ``undo`` receives the call that undoes this."""
+    own, names, values = then
+    undo.append((own.update, {name: own[name] for name in names if name in own}))
+    own.update({name: value for name, value in zip(names, values, strict=True) if name in own})
+
+
+known_classes: dict[type, tuple[int, tuple[str, ...]]] = {}
+"""For PyTorch's own layers: how many attributes an instance has, and the names of those that are fractions.
+
+They change no attribute in their forward function and draw from no generator but PyTorch's. Nobody changes the stride
+of a convolution between forward and backward, while the rate of a dropout has a schedule.
+"""
+
+
+def known_class(module: nn.Module) -> tuple[int, tuple[str, ...]] | None:
+    """Return the entry of the module's class in ``known_classes``, made if need be; None if it has none.
+
+    An instance with an attribute that its constructor does not set, such as another forward function, has none.
+    """
+    kind, own = type(module), vars(module)
+    if kind.__module__.startswith("torch.nn.modules.") and kind not in known_classes:
+        constructors = [vars(base)["__init__"] for base in kind.__mro__[:-1] if "__init__" in vars(base)]
+        expected = {name for constructor in constructors for name in constructor.__code__.co_names}
+        attributes = dict(islice(own.items(), BASE_ATTRIBUTES, None))
+        if attributes.keys() <= expected:
+            known_classes[kind] = len(own), tuple(k for k, value in attributes.items() if type(value) is float)
+    entry = known_classes.get(kind)
+    return entry if entry is not None and entry[0] == len(own) else None
+
+
+def noted(module: nn.Module) -> Attributes:
+    """Return the plain attributes of a module of the user's; none of a wrapper of PyTorch, which looks after itself."""
+    own = vars(module)
+    names = () if type(module).__module__.startswith("torch.") and type(module) not in known_classes else tuple(
+        [name for name, value in islice(own.items(), BASE_ATTRIBUTES, None) if type(value) in SCALARS])
+    return own, names, tuple(map(own.get, names))

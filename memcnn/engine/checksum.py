@@ -1,0 +1,42 @@
+"""Sums over the bits of a tensor, which show that it was changed where ``_version`` does not count.
+
+``x.data.mul_(2)``, ``x.numpy()[0] = 1`` and kernels of one's own change values without a new version.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+
+from memcnn.engine.capture import is_captured
+from memcnn.engine.torch_private import disabled_dispatch
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PRIME = 2**31 - 1
+_SMALL = 2**14
+"""Number of bytes up to which Python's hash of a copy is faster than a sum by PyTorch."""
+
+
+def fingerprint(x: Tensor) -> Tensor:
+    """Return the sum of the bits of x, taken as integers: a tensor on the device of x, for which nothing waits."""
+    x = torch.view_as_real(x) if x.is_complex() else x
+    bits = x.detach().view(_INTEGERS[x.element_size()])
+    if bits.dtype is torch.int64:  # twice 2^52, the step of an exponent, and so on, would soon overflow to 0
+        bits = bits % _PRIME
+    return bits.sum(dtype=torch.int64)
+
+
+def has_fingerprint(x: object) -> bool:
+    """Return whether x is an ordinary tensor, whose values exist now."""
+    return (type(x) in (Tensor, nn.Parameter) and x.device.type in ("cpu", "cuda") and x.layout is torch.strided
+            and not x.is_quantized and not is_captured(x.device))
+
+
+def checksum(x: Tensor) -> int | None:
+    """Return a number that changes with the values of x; None if x is no ordinary tensor in the CPU's memory."""
+    if type(x) is not Tensor or x.device.type != "cpu" or x.layout is not torch.strided or x.is_quantized:
+        return None
+    if x.is_contiguous() and x.nbytes <= _SMALL:
+        return hash(ctypes.string_at(x.data_ptr(), x.nbytes)) if x.nbytes else 0
+    with disabled_dispatch():
+        return fingerprint(x).item()

@@ -1,0 +1,145 @@
+"""A watch over what backward uses: do rebuilt activations still look like those of the forward pass?
+
+Rounding changes a rebuilt value by its last bits. Where a network amplifies that, gradients become wrong although every
+single step is right. An example are channels that are constantly 0: rebuilt they are 1e-8, a BatchNorm multiplies them
+by 316, and the ReLU behind it lets gradients through where it let none. State that changed unseen shows here as well.
+
+Each branch is watched in its evaluations number 4, 16, 64 and so on, which costs nothing on average. Of every tensor
+that autograd saves there, the forward pass notes the norm and how many entries are positive and negative. What is
+rebuilt is compared with that. On a GPU nothing waits: the numbers are read when they have arrived.
+"""
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from memcnn.engine.checksum import has_fingerprint
+
+SAMPLED = frozenset(4**k for k in range(1, 16))
+"""Which evaluations of a branch are watched, counted from 1. The first ones are few, and often not of a training."""
+
+evaluations: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
+"""How often each branch was evaluated."""
+
+LARGEST_NORM_CHANGE = 0.01
+"""Largest relative change of the norm of a saved tensor."""
+LARGEST_SHARE_CHANGE = 0.01
+"""Largest change of the share of positive entries, in a tensor without negative ones: those that a ReLU passes."""
+FEWEST_ENTRIES = 8
+"""Fewer entries than these may change their sign in a small tensor."""
+LEAST_ROOT_MEAN_SQUARE = 1e-3
+"""A norm is compared with that of a tensor of at least such values: rebuilt zeros are not exactly zero."""
+
+_warned: set[str] = set()
+"""What was warned of."""
+_arriving: list[tuple["Drift", "Comparison", Tensor, torch.cuda.Event]] = []
+"""Comparisons on GPUs whose numbers are on their way."""
+
+
+class Comparison(NamedTuple):
+    """Numbers and sizes of the saved tensors that are compared."""
+
+    indices: Sequence[int]
+    shapes: Sequence[torch.Size]
+
+
+class Drift:
+    """Compares the tensors that autograd saves in one evaluation of ``module`` with those that are rebuilt."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.then: list[Tensor | None] = []
+        self.now: dict[int, tuple[Tensor, torch.Size]] = {}
+        read_arrived()
+
+    def note(self, tensor: Tensor) -> None:
+        """Note the next tensor that autograd saves in the forward pass."""
+        self.then.append(_statistics(tensor))
+
+    def note_rebuilt(self, index: int, tensor: Tensor) -> None:
+        """Note the tensor of that number, counted from 0, in the recomputation."""
+        if index < len(self.then) and self.then[index] is not None:
+            statistics = _statistics(tensor)
+            if statistics is not None and statistics.device == self.then[index].device:
+                self.now[index] = statistics, tensor.shape
+
+    def compare(self) -> None:
+        """Warn if a rebuilt tensor differs, now or when the numbers have arrived from the GPU."""
+        now, self.now = self.now, {}
+        for device in {statistics.device for statistics, _ in now.values()}:
+            indices = [i for i, (statistics, _) in now.items() if statistics.device == device]
+            what = Comparison(indices, [now[i][1] for i in indices])
+            numbers = torch.stack([self.then[i] for i in indices] + [now[i][0] for i in indices])
+            if device.type == "cpu":
+                self.check(what, numbers)
+            else:
+                host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
+                host.copy_(numbers, non_blocking=True)
+                arrived = torch.cuda.Event()
+                arrived.record(torch.cuda.current_stream(device))
+                _arriving.append((self, what, host, arrived))
+        read_arrived()
+
+    def check(self, what: Comparison, numbers: Tensor) -> None:
+        """Warn of the first tensor that differs. ``numbers`` are the forward pass's statistics, then the rebuilt ones.
+        """
+        then, now = numbers.double().chunk(2)
+        for index, shape, before, after in zip(what.indices, what.shapes, then.tolist(), now.tolist(), strict=True):
+            if difference := _difference(before, after, shape.numel()):
+                self._warn(index, tuple(shape), difference)
+                break
+
+    def _warn(self, index: int, shape: tuple[int, ...], difference: str) -> None:
+        name = _description(self.module)
+        if name in _warned:
+            return
+        _warned.add(name)
+        warnings.warn(
+            f"backward does not use what forward computed in the branch {name}: the tensor number {index + 1} that "
+            f"autograd saves there, of shape {shape}, has {difference}, so that gradients may be wrong. Rounding is "
+            "amplified (channels that are constantly 0 before a BatchNorm and a ReLU do that), or state that PyTorch "
+            "does not know changed between forward and backward. Use AdditiveCoupling(..., exact=True), "
+            "ReversibleSequential(..., keep_every=1) or keep_input=True, or fill constant channels with values that "
+            "vary; memcnn.testing.check_gradients measures the error", stacklevel=2)
+
+
+def read_arrived() -> None:
+    """Check the comparisons whose numbers have arrived from the GPU."""
+    while _arriving and _arriving[0][3].query():
+        drift, what, numbers, _ = _arriving.pop(0)
+        drift.check(what, numbers)
+
+
+def _statistics(x: Tensor) -> Tensor | None:
+    """Return the norm and the numbers of positive and negative entries of x, shape (3,), on its device.
+
+    None for a tensor of one dimension: it is no activation, but a statistic. InstanceNorm saves running means, which
+    have moved on in the recomputation and are not used.
+    """
+    if not has_fingerprint(x) or not x.is_floating_point() or x.dim() < 2 or not x.numel():
+        return None
+    with torch.no_grad():
+        x = x.detach()
+        return torch.stack([torch.linalg.vector_norm(x).float(), (x > 0).sum().float(), (x < 0).sum().float()])
+
+
+def _difference(before: Sequence[float], after: Sequence[float], size: int) -> str:
+    """Return in words how statistics differ, or an empty string."""
+    (norm, positive, negative), (norm_now, positive_now, negative_now) = before, after
+    least = LEAST_ROOT_MEAN_SQUARE * size**0.5
+    if abs(norm_now - norm) > LARGEST_NORM_CHANGE * max(norm, least) and norm < float("inf"):
+        return f"a norm of {norm_now:.4g} instead of {norm:.4g}"
+    change = abs(positive_now - positive)
+    if not negative and not negative_now and change > max(LARGEST_SHARE_CHANGE * size, FEWEST_ENTRIES):
+        return f"{100 * positive_now / size:.1f} % positive entries instead of {100 * positive / size:.1f} %"
+    return ""
+
+
+def _description(module: nn.Module) -> str:
+    """Return the class of the module and those of its children."""
+    children = [type(child).__name__ for child in module.children()]
+    return f"{type(module).__name__}({', '.join(children)})" if children else type(module).__name__

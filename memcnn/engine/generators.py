@@ -1,0 +1,169 @@
+"""Random generators that a module may draw from: PyTorch's, Python's and NumPy's global ones, and the module's own.
+
+Each kind has a function that reads a state and one that sets it. States are compared by ``==``, or by ``same_state``.
+
+Python's and NumPy's generators take 15 and 100 us to say their state, too much for every evaluation of a branch. Their
+2.5 KB of memory are read in 1 us. But NumPy's generator holds back every other number of ``randn`` outside of that
+memory: so its whole state is read at a module's first evaluation and, if that drew from it, at every later one.
+"""
+
+import ctypes
+import pickle
+import random
+import struct
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from memcnn.engine.torch_private import disabled_dispatch
+
+
+class Source(NamedTuple):
+    """A generator: its name for messages, and functions of ``key`` that read and set its state."""
+
+    name: str
+    read: Callable[[object], object]
+    write: Callable[[object, object], None]
+    key: object
+
+
+def rng_state(device: torch.device) -> Tensor:
+    """Return the state of PyTorch's default generator of the device."""
+    return torch.default_generator.get_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+
+
+def set_rng_state(device: torch.device, state: Tensor) -> None:
+    """Set the state of PyTorch's default generator of the device."""
+    if device.type == "cpu":
+        torch.default_generator.set_state(state)
+    else:
+        torch.cuda.set_rng_state(state, device)
+
+
+def same_state(state: object, other: object) -> bool:
+    """Return whether two states are the same. They are real tensors, under a mode of fake ones too."""
+    if isinstance(state, Tensor):
+        with disabled_dispatch():
+            return torch.equal(state, other)
+    return state == other
+
+
+# Python's global generator: ``_random.Random`` is an object's header, an int (the position) and 624 words of 32 bits
+
+_PYTHON = random.random.__self__
+_PYTHON_ADDRESS = id(_PYTHON) + object.__basicsize__
+_PYTHON_LAYOUT = struct.Struct("=i624I")
+
+
+def python_is_readable() -> bool:
+    """Return whether the memory of Python's generator has the layout that is known here, that of CPython."""
+    if type(_PYTHON).__mro__[1].__basicsize__ < object.__basicsize__ + _PYTHON_LAYOUT.size:
+        return False
+    position, *words = _PYTHON_LAYOUT.unpack(ctypes.string_at(_PYTHON_ADDRESS, _PYTHON_LAYOUT.size))
+    return random.getstate()[1] == (*words, position)
+
+
+if python_is_readable():
+    def _read_python(_=None) -> object:
+        return ctypes.string_at(_PYTHON_ADDRESS, 2500), _PYTHON.gauss_next
+
+    def _write_python(_, state: tuple[bytes, float | None]) -> None:
+        position, *words = _PYTHON_LAYOUT.unpack(state[0])
+        random.setstate((3, (*words, position), state[1]))
+else:
+    def _read_python(_=None) -> object:
+        return random.getstate()
+
+    def _write_python(_, state: object) -> None:
+        random.setstate(state)
+
+
+# NumPy's global generator: its memory is 624 words of 32 bits and an int (the position)
+
+_NUMPY_LAYOUT = struct.Struct("=624Ii")
+_numpy_default = np.random.get_bit_generator()
+_numpy_address = _numpy_default.ctypes.state_address
+
+
+def numpy_memory() -> bytes:
+    """Return the memory of NumPy's generator; its whole state if somebody has set another one."""
+    if np.random.get_bit_generator() is not _numpy_default:
+        return _read_numpy()
+    return ctypes.string_at(_numpy_address, 2500)
+
+
+def numpy_state_from(memory: bytes) -> bytes:
+    """Return a state with the given memory and, of the number held back, what is true now."""
+    if len(memory) != _NUMPY_LAYOUT.size:
+        return memory
+    state = np.random.get_state(legacy=False)
+    *words, position = _NUMPY_LAYOUT.unpack(memory)
+    state["state"] = {"key": np.array(words, np.uint32), "pos": position}
+    return pickle.dumps(state)
+
+
+def _read_numpy(_=None) -> bytes:
+    return pickle.dumps(np.random.get_state(legacy=False))
+
+
+def _write_numpy(_, state: bytes) -> None:
+    np.random.set_state(pickle.loads(state))
+
+
+PYTHON = Source("Python's random", _read_python, _write_python, None)
+NUMPY = Source("NumPy's", _read_numpy, _write_numpy, None)
+
+_without_numpy: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Modules that have not drawn from NumPy's generator in their first evaluation, nor since."""
+_numpy_users: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Modules that have."""
+
+OutsideState = tuple[object, bytes, bytes | None]
+"""The state of Python's generator, the memory of NumPy's, and the latter's whole state if it was read."""
+
+
+def outside_state(module: nn.Module) -> OutsideState:
+    """Return the states of Python's and NumPy's generators before an evaluation of ``module``."""
+    return _read_python(), numpy_memory(), None if module in _without_numpy else _read_numpy()
+
+
+def moved_outside(module: nn.Module, before: OutsideState) -> list[tuple[Source, object]]:
+    """Return those of both generators that ``module`` has drawn from, each with its state before."""
+    python, memory, whole = before
+    moved: list[tuple[Source, object]] = []
+    if python != _read_python():
+        moved.append((PYTHON, python))
+    if whole is None and memory != numpy_memory():
+        whole = numpy_state_from(memory)
+    elif whole is None or whole == _read_numpy():
+        if whole is not None and module not in _numpy_users:
+            _without_numpy.add(module)
+        return moved
+    _numpy_users.add(module)
+    _without_numpy.discard(module)
+    moved.append((NUMPY, whole))
+    return moved
+
+
+# Generators that a module owns
+
+OWNED: dict[type, tuple[str, Callable, Callable]] = {
+    torch.Generator: ("its own torch.Generator", torch.Generator.get_state, torch.Generator.set_state),
+    random.Random: ("its own random.Random", random.Random.getstate, random.Random.setstate),
+    np.random.Generator: (
+        "its own numpy.random.Generator", lambda g: pickle.dumps(g.bit_generator.state),
+        lambda g, state: setattr(g.bit_generator, "state", pickle.loads(state))),
+    np.random.RandomState: (
+        "its own numpy.random.RandomState", lambda g: pickle.dumps(g.get_state(legacy=False)),
+        lambda g, state: g.set_state(pickle.loads(state))),
+}
+"""By type: name, functions that read and set the state."""
+
+
+def owned(generator: object) -> Source:
+    """Return the source of a generator that a module owns."""
+    return Source(*OWNED[type(generator)], generator)

@@ -1,0 +1,198 @@
+"""Forward hooks of the user: a second evaluation must be changed as the first was, and must call nobody twice.
+
+1. A hook that only looks on is called in the first evaluation alone.
+2. A hook that replaced a value or changed one in place is called in a second evaluation too, even if it was removed
+   since.
+3. A hook that was registered after the first evaluation is not called in a second one.
+4. The hooks of PyTorch itself (spectral norm, FSDP) are called as they are registered.
+5. Other threads, which may call the same modules in the meantime, find every hook as it is registered.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from memcnn.engine.checksum import fingerprint, has_fingerprint
+from memcnn.engine.torch_private import GLOBAL_FORWARD_HOOKS
+
+Registry = tuple[dict[int, Callable], dict[int, bool]]
+"""Hooks by key, and the keys of those that receive keyword arguments."""
+
+
+def hooked(modules: Sequence[tuple[nn.Module, bool]]) -> list[Registry]:
+    """Return the registries of forward hooks that run with the modules and are not empty."""
+    found = [registry for registry in GLOBAL_FORWARD_HOOKS if registry[0]]
+    for module, _ in modules:
+        if module._forward_pre_hooks:
+            found.append((module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs))
+        if module._forward_hooks:
+            found.append((module._forward_hooks, module._forward_hooks_with_kwargs))
+    return found
+
+
+class Hooks:
+    """The hooks that run in the first evaluation of a module, and what each of them does there."""
+
+    def __init__(self, registries: Sequence[Registry]):
+        self.seen = [(registry, key, _original(hook), key in with_kwargs)
+                     for registry, with_kwargs in registries for key, hook in registry.items()]
+        self.registries = registries
+        self.changing: dict[int, Callable] = {}
+        """By id, hooks that changed a value, which a second evaluation needs."""
+        self.in_place: list[Callable] = []
+        """Those among them that changed it in place."""
+        self.suspects: list[tuple[Callable, Tensor, Tensor]] = []
+        """A hook with fingerprints of what it was given, before and after: on a GPU they are compared in backward."""
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Return the context of the first evaluation. It notes which hooks change a value."""
+        watched = []
+        for registry, _ in self.registries:
+            for key, hook in registry.items():
+                if not _is_torchs(hook):
+                    watched.append((registry, key, hook, _Watched(self, hook)))
+        for registry, key, _, wrapper in watched:
+            registry[key] = wrapper
+        try:
+            yield
+        finally:
+            for registry, key, hook, wrapper in watched:
+                if registry.get(key) is wrapper:  # else it has removed itself
+                    registry[key] = hook
+
+    def call(self, hook: Callable, args: tuple, kwargs: dict) -> object:
+        """Call the hook and note whether it changes a value."""
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not t.is_inference()]
+        versions = [t._version for t in tensors]
+        before = [(t, fingerprint(t)) for t in tensors if has_fingerprint(t)]
+        result = hook(*args, **kwargs)
+        original = _original(hook)
+        in_place = versions != [t._version for t in tensors]
+        if not in_place and result is None:
+            pairs = [(then, fingerprint(t)) for t, then in before]
+            in_place = any(then != now for then, now in pairs if not now.is_cuda)
+            self.suspects += [(original, then, now) for then, now in pairs if now.is_cuda]
+        if in_place:
+            self.in_place.append(original)
+        if in_place or result is not None:
+            self.changing[id(original)] = original
+        return result
+
+    def check(self) -> None:
+        """Raise a RuntimeError if a hook has changed a value on a GPU unseen."""
+        suspects, self.suspects = self.suspects, []
+        for hook, then, now in suspects:
+            if then != now:
+                raise RuntimeError(f"the forward hook {name_of(hook)} changed the values of a tensor in a way that "
+                                   "PyTorch does not count (.data, or a kernel of its own), so that it was not called "
+                                   "in the recomputation: let it return a new tensor")
+
+
+def restore_hooks(then: Hooks | None, registries: list[Registry], undo: list[tuple]) -> None:
+    """Set the hooks, which are now in ``registries``, for a second evaluation. ``undo`` receives calls that undo this.
+    """
+    if then is not None:
+        then.check()
+        registries += [other for other in then.registries if not any(other[0] is known for known, _ in registries)]
+    for registry, with_kwargs in registries:
+        seen = [(key, hook, keywords) for other, key, hook, keywords in then.seen if other is registry] if then else ()
+        _exchange(registry, _for_second_evaluation(then, registry, seen), undo)
+        for key, _, keywords in seen:
+            if keywords and key not in with_kwargs:
+                undo.append((with_kwargs.pop, key, None))
+                with_kwargs[key] = True
+
+
+def _for_second_evaluation(then: Hooks | None, registry: dict, seen: Sequence[tuple[int, Callable, bool]]) -> dict:
+    hooks, thread = {}, threading.get_ident()
+    for key, hook, _ in seen:
+        if key not in registry:
+            if id(hook) in then.changing:
+                hooks[key] = _InThread(hook, thread)
+        elif _is_torchs(hook) or id(hook) in then.changing:
+            hooks[key] = registry[key]
+        else:
+            hooks[key] = _NotInThread(registry[key], thread)
+    for key, hook in registry.items():
+        if key not in hooks:
+            hooks[key] = hook if _is_torchs(hook) else _NotInThread(hook, thread)
+    return hooks
+
+
+def _exchange(registry: dict, hooks: dict, undo: list[tuple]) -> None:
+    before = dict(registry)
+    undo.append((_set, registry, before))
+    _set(registry, hooks)
+
+
+def _set(registry: dict, hooks: dict) -> None:
+    if list(registry) == list(hooks):  # another thread that calls the hooks sees no moment without them
+        registry.update(hooks)
+    else:
+        registry.clear()
+        registry.update(hooks)
+
+
+class _Wrapper:
+    """Stands in a registry for a hook, for a while."""
+
+    def __init__(self, hook: Callable):
+        self.hook = hook
+
+
+class _Watched(_Wrapper):
+    """Calls a hook and has its ``Hooks`` note what it does."""
+
+    def __init__(self, hooks: Hooks, hook: Callable):
+        super().__init__(hook)
+        self.hooks = hooks
+
+    def __call__(self, *args, **kwargs) -> object:
+        return self.hooks.call(self.hook, args, kwargs)
+
+
+class _InThread(_Wrapper):
+    """Calls a hook in one thread alone: one that was removed, which a recomputation needs again."""
+
+    def __init__(self, hook: Callable, thread: int):
+        super().__init__(hook)
+        self.thread = thread
+
+    def __call__(self, *args, **kwargs) -> object:
+        return self.hook(*args, **kwargs) if threading.get_ident() == self.thread else None
+
+
+class _NotInThread(_InThread):
+    """Calls a hook in every other thread: one that only looks on, and has seen the first evaluation."""
+
+    def __call__(self, *args, **kwargs) -> object:
+        return self.hook(*args, **kwargs) if threading.get_ident() != self.thread else None
+
+
+def name_of(hook: Callable) -> str:
+    """Return the name by which a user finds the hook."""
+    hook = _unwrapped(hook)
+    return repr(getattr(hook, "__qualname__", None) or type(hook).__qualname__)
+
+
+def _original(hook: Callable) -> Callable:
+    while isinstance(hook, _Wrapper):
+        hook = hook.hook
+    return hook
+
+
+def _unwrapped(hook: Callable) -> Callable:
+    hook = _original(hook)
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return hook
+
+
+def _is_torchs(hook: Callable) -> bool:
+    hook = _unwrapped(hook)
+    return (getattr(hook, "__module__", None) or type(hook).__module__).partition(".")[0] == "torch"
