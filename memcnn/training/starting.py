@@ -66,11 +66,8 @@ def begin(job: Job, setting: Setting) -> Start | RunRecord:
 
 def _finished(folder: Path, wanted: Identity) -> RunRecord | None:
     """Return the record in the folder if the run is complete; raise BadCheckpoint if it is another run's."""
-    try:
-        found = record.load(folder)
-    except record.BadRecord:
-        return None
-    if found.status != "complete":
+    found = record.find(folder)
+    if found is None or found.status != "complete":
         return None
     unknown = {"batch_norm_images"} | ({"data_checksums"} if wanted.data_checksums is None else set())
     checkpoint.refuse_other_run(folder / record.FILE_NAME, Identity.of_record(found), wanted, ignoring=unknown)
