@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 -m memcnn.train revnet38 cifar10
 
-The first process (rank 0) reads and writes the run's folder, alone: the others may be on machines that have no such
-folder. What one process decides, as whether to stop, all of them do, in the same place.
+Only rank 0 reads and writes the run's folder: the others may be on machines without it. Decisions of one process, such
+as to stop, are taken by all of them, in the same place.
 """
 
 import os
@@ -20,7 +20,7 @@ from memcnn.training.execution import Execution
 
 T = TypeVar("T")
 LOST = ("onnection closed", "onnection reset", "onnect timeout", "roken pipe", "imed out", "NCCL", "gloo")
-"""What PyTorch's errors say when another process is gone; they have no type of their own."""
+"""Words in PyTorch's errors when another process is gone. These errors have no type of their own."""
 
 
 class ProcessLost(RuntimeError):
@@ -28,22 +28,29 @@ class ProcessLost(RuntimeError):
 
 
 class World:
-    """The processes of one run, and this one's place among them. By default there is this one alone."""
+    """The processes of one run, and this one's place among them. By default there is only this one.
+
+    Args:
+        rank: number of this process, from 0.
+        size: number of processes.
+        local_rank: number of this process on its machine.
+    """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
 
     @property
     def is_first(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """Which of `count` things are this process's: consecutive ones, as many for each but for the last."""
+        """Return this process's share of ``count`` things: consecutive ones, equally many for all but the last."""
         each = -(-count // self.size)
         return slice(min(self.rank * each, count), min((self.rank + 1) * each, count))
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """function() as the first process, which alone calls it, has it; an Exception there is raised in all."""
+        """Run ``function()`` on rank 0, and return its result, or raise its exception, in every process."""
         if self.size == 1:
             return function()
         outcome: list = [None, None]
@@ -58,9 +65,12 @@ class World:
         return outcome[0]
 
     def in_turn(self, function: Callable[[], T]) -> T:
-        """function() in every process: the first, then one of each other machine, then the rest; each has its own.
+        """Run ``function()`` on rank 0, then in one process of each other machine, then in the rest.
 
-        So that what the first leaves on a disk, like a download, the others find. An Exception is raised in all.
+        So the others find on the disk what the first one left there, such as a download. An exception is raised in all.
+
+        Returns:
+            This process's own result.
         """
         turn = 0 if self.is_first else 1 if self.local_rank == 0 else 2
         result, error = None, None
@@ -75,7 +85,7 @@ class World:
         return result
 
     def agreed(self, reason: str | None) -> str | None:
-        """The reason of the first process that has one, in every process; None if none has one."""
+        """Return the reason of the first process that has one, in every process; None if none has one."""
         if self.size == 1:
             return reason
         someone = torch.tensor(reason is not None, dtype=torch.int)
@@ -83,27 +93,27 @@ class World:
         return next(one for one in self.gathered(reason) if one is not None) if someone else None
 
     def gathered(self, value: T) -> list[T]:
-        """Every process's value, by rank."""
+        """Return the values of all processes, by rank."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
 
     def summed(self, x: Tensor) -> Tensor:
-        """The sum of every process's x."""
+        """Return the sum of all processes' x."""
         total = x.clone()
         if self.size > 1:
             dist.all_reduce(total)
         return total
 
     def take_from_first(self, tensors: Iterable[Tensor]) -> None:
-        """Give each tensor the first process's value, in place."""
+        """Copy the values of rank 0 into each tensor, in place."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
     def spread(self, model: nn.Module, execution: Execution) -> nn.Module:
-        """What trains the model in every process, with gradients averaged over them."""
+        """Return a module that trains the model in every process, with gradients averaged over them."""
         if self.size == 1:
             return model
         if execution.sync_batch_norm:
@@ -112,7 +122,7 @@ class World:
 
     @contextmanager
     def noticing_losses(self) -> Iterator[None]:
-        """ProcessLost for the errors by which PyTorch says that another process is gone."""
+        """Raise ProcessLost for PyTorch's errors about a process that is gone."""
         try:
             yield
         except RuntimeError as error:
@@ -126,9 +136,12 @@ class World:
 
 @contextmanager
 def joined(device: str | None) -> Iterator[World]:
-    """The world that torchrun made, for as long as the context lasts; this process alone where there is none.
+    """Connect the processes that torchrun started, for as long as the context lasts.
 
-    device: as asked for; "cpu" connects the processes by gloo alone, though there be GPUs.
+    Args:
+        device: the device that was asked for; "cpu" connects the processes by gloo alone, even if there are GPUs.
+    Yields:
+        The world of all processes, or of this one alone.
     """
     if dist.is_available() and dist.is_initialized():
         yield _world()
@@ -148,10 +161,10 @@ def _world() -> World:
 
 
 def launched() -> bool:
-    """Whether torchrun started this process."""
+    """Return whether torchrun started this process."""
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def speaks() -> bool:
-    """Whether this process is the one of its run that tells the user what all of them know."""
+    """Return whether this process prints what all processes of its run know."""
     return not launched() or os.environ["RANK"] == "0"

@@ -9,14 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import nn
-
-from memcnn import data as cifar
-from memcnn.models.resnet import MODELS
 from memcnn.training import checkpoint, record
-from memcnn.training.environment import segment_from
+from memcnn.training.batches import Batches
 from memcnn.training.finite import NotFinite, check_weights
+from memcnn.training.network import new_network, step_memory
 from memcnn.training.progress import Progress
 from memcnn.training.record import RunRecord
 from memcnn.training.results import COLUMNS, record_of, write_curve
@@ -25,7 +21,6 @@ from memcnn.training.setting import Setting
 from memcnn.training.starting import Start
 from memcnn.training.state import State
 from memcnn.training.step import Evaluation, TrainingStep
-from memcnn.training.step_memory import step_memory
 from memcnn.training.tensorboard import TensorBoard
 from memcnn.training.turns import Lane, Turns
 
@@ -51,20 +46,23 @@ class Run:
         self.start, self.setting, self.lane = start, setting, lane
         self.identity, self.recipe, self.data = start.identity, start.job.recipe, start.images
         self.folder, self.device, self.world = start.folder, setting.device, setting.world
-        self.batches = len(self.data.train_images) // self.recipe.batch_size  # of an epoch; the remainder is left out
-        self.epoch_plan = 0, self._plan_of(0)
+        self.batches = Batches(
+            len(self.data.train_images), self.recipe, seed=start.job.seed, world=self.world, lane=lane
+        )
         self.saving = Saving(self.folder if self.world.is_first else None, self.identity)
 
         saved = self.world.from_first(lambda: checkpoint.load(self.folder, self.identity, device="cpu"))
         if saved is not None:
             self._take_up(saved)
-        self.model = self._new_model()
-        measured = None if saved is not None else self._measure_memory()
+        self.model = new_network(start.job, self.data.num_classes, self.device)
+        started = time.perf_counter()
+        memory = self._measure_memory() if saved is None else saved.memory
+        measured_seconds = time.perf_counter() - started
         forward = self.world.spread(self.model, setting.execution)
         self.training_step = TrainingStep(self.model, self.recipe, self.data, setting.execution, forward=forward)
         if saved is not None:
             self._load_tensors(saved)
-        self.state = saved or self._new_state(*measured)
+        self.state = saved or self._new_state(memory, measured_seconds)
         self.evaluation = Evaluation(
             self.model, self.data, setting.execution, images=self.recipe.test_images, share=self.world.share
         )
@@ -79,19 +77,10 @@ class Run:
         if self.world.is_first:
             self.writer = TensorBoard(self.folder / "tensorboard", first=self.state.last_evaluation + 1)
 
-    def _new_model(self) -> nn.Module:
-        """Return the network with the initial weights of its seed, on the device, in training mode."""
-        job = self.start.job
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(job.seed)
-            model = MODELS[job.model](self.data.num_classes, disable=job.disable)
-        # on a CPU a step takes a fifth less time with the channels innermost, and a GPU's fast kernels want them there
-        return model.to(self.device, memory_format=torch.channels_last).train()
-
     def _take_up(self, state: State) -> None:
         """Begin a new segment of a saved state."""
-        here = self._segment_from(state.iteration)
-        state.assign(written=self.world.from_first(self._written), here=here)
+        here = self.setting.segment_from(state.iteration)
+        state.assign(written=self.world.from_first(lambda: record.find(self.folder)), here=here)
         state.begin(here, allow_mixed=self.start.job.allow_mixed)
         state.interruptions += 1
 
@@ -104,7 +93,7 @@ class Run:
 
     def _new_state(self, memory: dict[str, int], step_seconds: float) -> State:
         state = State(memory=memory, step_seconds=step_seconds, **self._tensors())
-        state.begin(self._segment_from(0), allow_mixed=False)
+        state.begin(self.setting.segment_from(0), allow_mixed=False)
         return state
 
     def _tensors(self) -> dict:
@@ -115,29 +104,9 @@ class Run:
             "window": self.world.summed(self.training_step.totals),
         }
 
-    def _segment_from(self, iteration: int) -> record.Segment:
-        setting = self.setting
-        return segment_from(
-            iteration,
-            execution=str(setting.execution),
-            device=self.device,
-            processes=self.world.size,
-            shared_by=setting.place.shared_by,
-        )
-
-    def _written(self) -> RunRecord | None:
-        try:
-            return record.load(self.folder)
-        except record.BadRecord:
-            return None
-
-    def _measure_memory(self) -> tuple[dict[str, int], float]:
-        """Return the bytes of a step, and the seconds that measuring them took."""
-        started = time.perf_counter()
-        memory = step_memory(
-            self.model, self.data, self._batch_plan(0), pad=self.recipe.pad, execution=self.setting.execution
-        )
-        return memory, time.perf_counter() - started
+    def _measure_memory(self) -> dict[str, int]:
+        pad, execution = self.recipe.pad, self.setting.execution
+        return step_memory(self.model, self.data, self.batches[0], pad=pad, execution=execution)
 
     def turns(self) -> Turns[RunRecord]:
         """Train from where the run is to its end or its stop."""
@@ -186,7 +155,7 @@ class Run:
         try:
             with self.setting.clock.held():
                 rate = self.recipe.learning_rate_after(iteration)
-                self.training_step.prepare(self._batch_plan(iteration), rate)
+                self.training_step.prepare(self.batches[iteration], rate)
                 self.evaluation.prepare()
         except Exception:
             if self.world.size == 1 and (reason := self._stop_reason(0.0)):
@@ -228,23 +197,10 @@ class Run:
         finally:
             state.count(seconds=clock.now() - since, shared_by=shared_by)
 
-    def _batch_plan(self, iteration: int) -> cifar.EpochPlan:
-        """Return this process's share of the batch of an iteration."""
-        epoch, index = divmod(iteration, self.batches)
-        if epoch != self.epoch_plan[0]:
-            self.epoch_plan = epoch, self._plan_of(epoch)
-        size, share = self.recipe.batch_size, self.world.share(self.recipe.batch_size)
-        return self.epoch_plan[1].part(index * size + share.start, index * size + share.stop)
-
-    def _plan_of(self, epoch: int) -> cifar.EpochPlan:
-        images = len(self.data.train_images)
-        plan = cifar.epoch_plan(self.start.job.seed, epoch, images, pad=self.recipe.pad, flip=self.recipe.flip)
-        return self.lane.copy(plan)
-
     def step(self) -> bool:
         """Launch one step; return whether it is time to look at the losses."""
         iteration = self.state.iteration
-        self.training_step(self._batch_plan(iteration), self.recipe.learning_rate_after(iteration))
+        self.training_step(self.batches[iteration], self.recipe.learning_rate_after(iteration))
         self.state.iteration += 1
         if self.device.type == "cpu":
             self.check_losses()
@@ -260,7 +216,7 @@ class Run:
         return values | ({"test": f"{self.state.rows[-1]['test_accuracy']:.2f}%"} if self.state.rows else {})
 
     def check_losses(self) -> None:
-        """Raise where a loss has not been finite since the last look; the GPU must be done with all steps (rule 3)."""
+        """Raise NotFinite if a loss was not finite. The GPU must be done with all steps (rule 3 of ``turns``)."""
         found = [bad for bad in self.world.gathered(self.training_step.bad.tolist()) if bad[0]]
         if found:
             iteration, loss = min(found)
@@ -305,11 +261,12 @@ class Run:
         return None
 
     def _add_row(self, test_loss: float, test_accuracy: float) -> None:
+        """Add a row to the curve, and begin the sums of the next one."""
         state = self.state
         batch_losses = self.world.summed(self.training_step.totals)[0].item() / self.world.size
         row = {
             "iteration": state.iteration,
-            "epoch": state.iteration / self.batches,
+            "epoch": state.iteration / self.batches.per_epoch,
             "learning_rate": self.recipe.learning_rate_after(state.iteration - 1),
             "train_loss": batch_losses / (state.iteration - state.last_evaluation),
             "test_loss": test_loss,

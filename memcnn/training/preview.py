@@ -103,8 +103,7 @@ def step_seconds_of_records(
         for folder, found in load_all(place.runs)[0]
         if (found.model, found.recipe.batch_size, found.engine) == (job.model, job.recipe.batch_size, not job.disable)
         for segment in found.segments
-        if segment.iterations >= LEAST_ITERATIONS
-        and (segment.device, segment.execution, segment.shared_by) == wanted
+        if segment.iterations >= LEAST_ITERATIONS and (segment.device, segment.execution, segment.shared_by) == wanted
     ]
     return max(alike)[1:] if alike else None
 

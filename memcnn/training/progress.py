@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a bar on a terminal, a plain line now and then elsewhere."""
+"""The progress of a run: a bar on a terminal, a plain line now and then elsewhere."""
 
 import sys
 import time
@@ -10,7 +10,15 @@ BAR_SECONDS = 0.5  # between two looks at the loss, which wait for the device
 
 
 class Progress:
-    """Counts images; shows rate, loss, accuracy and time left on standard error. With `shown` False it is silent."""
+    """Count images; show rate, loss, accuracy and time left on standard error.
+
+    Args:
+        label: the run's name.
+        iterations: iterations of the recipe.
+        done: iterations that were done before.
+        batch_size: images of an iteration.
+        shown: False for silence.
+    """
 
     def __init__(self, label: str, *, iterations: int, done: int, batch_size: int, shown: bool = True) -> None:
         self.label, self.iterations, self.batch_size, self.shown = label, iterations, batch_size, shown
@@ -22,20 +30,22 @@ class Progress:
             )
 
     def say(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
         if self.shown:
             tqdm.write(text, file=sys.stderr)
 
     def due(self) -> bool:
-        """Whether it is time to look at loss and accuracy again."""
+        """Return whether it is time to look at loss and accuracy again."""
         interval = BAR_SECONDS if self.bar is not None else PLAIN_SECONDS
         return self.shown and time.monotonic() - self.looked > interval
 
     def step(self) -> None:
+        """Count one iteration."""
         if self.bar is not None:
             self.bar.update(self.batch_size)
 
     def show(self, iteration: int, **values: str) -> None:
-        """Show the values (a loss, an accuracy ...) as they are after `iteration` iterations."""
+        """Show values (a loss, an accuracy ...) after ``iteration`` iterations."""
         self.looked = time.monotonic()
         if self.bar is not None:
             self.bar.set_postfix(values)
@@ -48,5 +58,6 @@ class Progress:
             self.say(f"{self.label} {iteration}/{self.iterations}: {', '.join(words)}")
 
     def close(self) -> None:
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()

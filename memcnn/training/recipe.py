@@ -1,4 +1,4 @@
-"""Everything that decides what a training run computes, apart from model, data set and seed, in one place."""
+"""The recipe: everything that decides what a training run computes, apart from model, data set and seed."""
 
 import math
 import re
@@ -9,10 +9,23 @@ from dataclasses import asdict, dataclass, fields, replace
 class Recipe:
     """SGD with a stepped learning rate on cropped and mirrored images.
 
-    An iteration is one update on `batch_size` images. The learning rate is multiplied by `decay` after each of the
-    `milestones`, given in iterations. Training images are padded by `pad` pixels, cropped back at random and, with
-    `flip`, mirrored at random; test images are used as they are. The test set, or its first `test_images` images, is
-    evaluated every `evaluate_every` iterations and after the last.
+    Test images are never augmented.
+
+    Attributes:
+        name: name of the recipe, which becomes part of the run's name.
+        batch_size: images of an iteration, which is one update.
+        iterations: updates in all.
+        learning_rate: learning rate before the first milestone.
+        milestones: iterations after which the learning rate is multiplied by ``decay``.
+        decay: factor on the learning rate at a milestone.
+        momentum: momentum of SGD.
+        weight_decay: L2 penalty, on every parameter.
+        pad: pixels by which training images are padded before they are cropped back at random.
+        flip: mirror training images at random.
+        evaluate_every: iterations between two evaluations; there is one after the last iteration, too.
+        test_images: how many test images to evaluate on, from the first; None for all.
+    Raises:
+        ValueError: a value is out of range.
     """
 
     name: str
@@ -49,15 +62,16 @@ class Recipe:
             raise ValueError(f"milestones: got {self.milestones}, wanted ascending iterations, each once")
 
     def learning_rate_after(self, iterations: int) -> float:
-        """The learning rate of the update that follows `iterations` updates."""
+        """Return the learning rate of the update that follows ``iterations`` updates."""
         return self.learning_rate * self.decay ** sum(milestone <= iterations for milestone in self.milestones)
 
     def to_dict(self) -> dict:
+        """Return the recipe as JSON holds it."""
         return {**asdict(self), "milestones": list(self.milestones)}
 
     @classmethod
     def from_dict(cls, values: dict) -> "Recipe":
-        """The inverse of `to_dict`; ValueError when a field is missing, unknown or out of range."""
+        """Return the recipe in a dict; raise ValueError if a field is missing, unknown or out of range."""
         wanted = {field.name for field in fields(cls)}
         if set(values) != wanted:
             missing, unknown = sorted(wanted - set(values)), sorted(set(values) - wanted)
@@ -95,9 +109,9 @@ RECIPES = {"published": PUBLISHED, "smoke": SMOKE}
 
 
 def override(recipe: Recipe, **changes) -> Recipe:
-    """The recipe with other values, and a name that says which: "published-iterations=1500".
+    """Return the recipe with other values, and a name that lists them: "published-iterations=1500".
 
-    The name lists what differs from the recipe of RECIPES that it began as, so that no run takes another's folder.
+    The name lists the differences from the recipe of RECIPES that it began as, so that no two runs share a folder.
     """
     base = RECIPES.get(recipe.name.partition("-")[0], recipe)
     changed = replace(recipe, **changes)

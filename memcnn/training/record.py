@@ -145,6 +145,14 @@ def load(path: str | Path) -> RunRecord:
         raise BadRecord(f"{path}: {error}") from error
 
 
+def find(folder: Path) -> RunRecord | None:
+    """Return the record in a run's folder; None if there is none, or none that is valid."""
+    try:
+        return load(folder)
+    except BadRecord:
+        return None
+
+
 def _parse(values: object) -> RunRecord:
     if not isinstance(values, dict):
         raise ValueError(f"got {type(values).__name__}, wanted an object")

@@ -8,8 +8,10 @@ import torch
 
 from memcnn import data as cifar
 from memcnn.training.distributed import World
+from memcnn.training.environment import segment_from
 from memcnn.training.execution import Execution
 from memcnn.training.job import BadArgument, Job, Place
+from memcnn.training.segment import Segment
 from memcnn.training.stopping import Stop
 from memcnn.training.turns import Clock
 
@@ -54,6 +56,16 @@ class Setting:
             loaded = self.world.in_turn(lambda: cifar.load(job.dataset, place.data, **how))
             self.images[key] = loaded.to(self.device)
         return self.images[key]
+
+    def segment_from(self, iteration: int) -> Segment:
+        """Return the segment of a run that begins here and now, after ``iteration`` iterations."""
+        return segment_from(
+            iteration,
+            execution=str(self.execution),
+            device=self.device,
+            processes=self.world.size,
+            shared_by=self.place.shared_by,
+        )
 
 
 def setting_of(place: Place, execution: Execution, world: World, stop: Stop) -> Setting:

@@ -1,7 +1,7 @@
 """From a job to a run that can begin: its folder, its identity and its images."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from memcnn import data as cifar
@@ -44,33 +44,30 @@ def begin(job: Job, setting: Setting) -> Start | RunRecord:
     kind = place.data_kind(job.dataset) if images is None else images.kind
     folder = job.folder(place, data_kind=kind, processes=world.size)
     shares = world.size > 1 and not setting.execution.sync_batch_norm
-    known = {
-        "model": job.model,
-        "dataset": job.dataset,
-        "seed": job.seed,
-        "recipe": job.recipe.to_dict(),
-        "engine": not job.disable,
-        "official_data": kind == "official",
-        "batch_norm_images": job.recipe.batch_size // world.size if shares else None,
-    }
+    identity = Identity(
+        model=job.model,
+        dataset=job.dataset,
+        seed=job.seed,
+        recipe=job.recipe.to_dict(),
+        engine=not job.disable,
+        official_data=kind == "official",
+        data_checksums=None if images is None else images.checksums,
+        batch_norm_images=job.recipe.batch_size // world.size if shares else None,
+    )
     if not job.fresh:
-        wanted = Identity(**known, data_checksums=None if images is None else images.checksums)
-        if done := world.from_first(lambda: _finished(folder, wanted)):
+        if done := world.from_first(lambda: _finished(folder, identity)):
             if setting.shown:
                 print(f"{folder} is already complete; --fresh trains it anew.", file=sys.stderr)
             return done
     images = images or setting.images_of(job)
     _check_sizes(job.recipe, images)
-    return Start(job, folder, Identity(**known, data_checksums=images.checksums), images)
+    return Start(job, folder, replace(identity, data_checksums=images.checksums), images)
 
 
 def _finished(folder: Path, wanted: Identity) -> RunRecord | None:
     """Return the record in the folder if the run is complete; raise BadCheckpoint if it is another run's."""
-    try:
-        found = record.load(folder)
-    except record.BadRecord:
-        return None
-    if found.status != "complete":
+    found = record.find(folder)
+    if found is None or found.status != "complete":
         return None
     unknown = {"batch_norm_images"} | ({"data_checksums"} if wanted.data_checksums is None else set())
     checkpoint.refuse_other_run(folder / record.FILE_NAME, Identity.of_record(found), wanted, ignoring=unknown)

@@ -1,8 +1,8 @@
-"""What TensorBoard shows of a run, from the first evaluation on.
+"""The event files of a run for TensorBoard.
 
-tensorboardX's SummaryWriter hands events to a thread, which ends when the disk is full; whoever adds to its queue then
-waits forever, as TensorBoard's own did (https://github.com/tensorflow/tensorboard/issues/6167). Its file writer is used
-here without the thread: an event is on the disk, or an OSError, when `add` returns.
+tensorboardX's SummaryWriter hands events to a thread, which ends when the disk is full. Whoever adds to its queue then
+waits forever, as with TensorBoard's own (https://github.com/tensorflow/tensorboard/issues/6167). We use its file writer
+without the thread: when `add` returns, the event is on the disk; otherwise it raises OSError.
 """
 
 import time
@@ -14,7 +14,12 @@ from tensorboardX.summary import scalar
 
 
 class TensorBoard:
-    """A new event file in `folder`; what the files before it say about iterations from `first` on is void."""
+    """A new event file.
+
+    Args:
+        folder: the folder of event files.
+        first: the next iteration; what earlier files say about it and later ones becomes void.
+    """
 
     def __init__(self, folder: Path, *, first: int) -> None:
         folder.mkdir(exist_ok=True)
@@ -25,6 +30,7 @@ class TensorBoard:
         self._file.flush()
 
     def add(self, values: dict[str, float], iteration: int) -> None:
+        """Write values by name to the disk."""
         for name, value in values.items():
             self._write(Event(summary=scalar(name, value), step=iteration))
         self._file.flush()
@@ -34,4 +40,5 @@ class TensorBoard:
         self._file.write(event.SerializeToString())
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()

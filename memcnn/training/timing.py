@@ -62,9 +62,7 @@ def cost_of_records(job: Job, execution: Execution, place: Place, device: torch.
     return Cost(START_SECONDS[execution.compile], found[0], evaluation, found[1])
 
 
-def timed(
-    job: Job, execution: Execution, place: Place, device: torch.device, *, at_once: int = 1
-) -> tuple[Cost, Cost]:
+def timed(job: Job, execution: Execution, place: Place, device: torch.device, *, at_once: int = 1) -> tuple[Cost, Cost]:
     """Time a job's network on made-up images; return its cost alone, and as one of `at_once` runs on the device.
 
     On a GPU the runs are interleaved in this process, as training does it; on a CPU each has a process. Writes nothing.
@@ -94,9 +92,7 @@ class _Copy:
         with self.lane.turn():
             classes = cifar.NUM_CLASSES[job.dataset]
             data = cifar.generate(classes, train=recipe.batch_size, test=batch).to(device)
-            self.plan = self.lane.copy(
-                cifar.epoch_plan(0, 0, recipe.batch_size, pad=recipe.pad, flip=recipe.flip)
-            )
+            self.plan = self.lane.copy(cifar.epoch_plan(0, 0, recipe.batch_size, pad=recipe.pad, flip=recipe.flip))
             model = MODELS[job.model](classes, disable=job.disable)
             model.to(device, memory_format=torch.channels_last).train()
             self.step = TrainingStep(model, recipe, data, execution)
@@ -146,9 +142,7 @@ def _round_seconds(copies: list[_Copy]) -> float:
 _barrier = None  # of the processes that time a network at the same time
 
 
-def _slowest_of_processes(
-    job: Job, execution: Execution, place: Place, device: torch.device, count: int
-) -> Cost:
+def _slowest_of_processes(job: Job, execution: Execution, place: Place, device: torch.device, count: int) -> Cost:
     """Time a job in `count` processes at once; return the slowest of each of its parts."""
     context = multiprocessing.get_context("spawn")
     arguments = (context.Barrier(count), torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""The memory of one training step of a run, for its record."""
+"""The network of a run: built from its seed, and measured for its record."""
 
 import copy
 from dataclasses import asdict
@@ -9,7 +9,18 @@ from torch import nn
 
 from memcnn import data as cifar
 from memcnn.memory import measure_step_memory
+from memcnn.models.resnet import MODELS
 from memcnn.training.execution import Execution
+from memcnn.training.job import Job
+
+
+def new_network(job: Job, num_classes: int, device: torch.device) -> nn.Module:
+    """Return a job's network with the initial weights of its seed, on the device, in training mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(job.seed)
+        model = MODELS[job.model](num_classes, disable=job.disable)
+    # on a CPU a step takes a fifth less time with the channels innermost, and a GPU's fast kernels want them there
+    return model.to(device, memory_format=torch.channels_last).train()
 
 
 def step_memory(
