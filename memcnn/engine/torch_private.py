@@ -64,8 +64,12 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_transformed() -> bool:
-    """Return whether torch.func, forward-mode differentiation or torch.export is at work: none saves through hooks."""
-    return (_functorch_is_active() or forward_ad._current_level >= 0 or torch.compiler.is_exporting()
+    """Return whether torch.func, forward-mode differentiation or torch.export is at work: none saves through hooks.
+
+    The flag of torch.export is read directly, because the compiler of PyTorch 2.11 takes
+    ``torch.compiler.is_exporting()`` for always true, and blocks would store their activations in compiled models.
+    """
+    return (_functorch_is_active() or forward_ad._current_level >= 0 or torch.compiler._is_exporting_flag
             or torch.jit.is_tracing())
 
 

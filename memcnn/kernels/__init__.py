@@ -8,6 +8,21 @@
     for measurement in kernels.measured():
         print(measurement)
 
+Microseconds of a weight gradient in bfloat16, 100 images, on an H200 (PyTorch 2.11, cuDNN 9.19 free to choose its
+algorithm; ``python -m bench.narrow_conv --benchmark``):
+
+========  =======  =====  ====
+channels  image    cuDNN  ours
+========  =======  =====  ====
+16        32 x 32  35.4   9.3
+32        16 x 16  22.1   10.8
+64        8 x 8    18.6   8.9
+64        16 x 16  20.9   13.8
+32        32 x 32  47.1   20.0
+========  =======  =====  ====
+
+A captured and compiled step of ResNet-32 took 2.57 ms without and 1.82 ms with the kernel, in two measurements.
+
 Importing this package does not import Triton. Without Triton, without a GPU, and for layers that the kernel does not
 support, ``narrow_conv2d`` is ``torch.nn.functional.conv2d``.
 """
