@@ -80,7 +80,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def in_turn(cases: list, repeats: int) -> list[tuple]:
-    """Return (case, repeat) for ``repeats`` rounds of each cycle. The first case rotates, so that drift meets all."""
+    """Return (case, repeat) for ``repeats`` rounds of each cycle, starting with another case each time."""
     turns = []
     for _, cycle in groupby(cases, key=lambda case: case.cycle):
         cycle = list(cycle)
@@ -113,6 +113,6 @@ def environment(device: torch.device, pytestconfig: pytest.Config) -> dict:
 
 @pytest.fixture
 def labelled(benchmark, case, environment: dict):
-    """Return the ``benchmark`` fixture, with what identifies the measurement in its ``extra_info``."""
+    """Return the ``benchmark`` fixture, whose ``extra_info`` identifies the measurement."""
     benchmark.extra_info.update(case.info(), **environment, load=os.getloadavg()[0])
     return benchmark

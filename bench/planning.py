@@ -1,4 +1,4 @@
-"""Which cells of the table fit into a budget of time on this device, and in which order they are trained.
+"""The cells of the table that fit into a budget of time on this device, and the order of their training.
 
 Within a budget the longest cell that can still finish is begun first. What is left of the time, when none can finish,
 goes to one cell that a later command resumes.
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from tabulate import tabulate
 
 from bench.placement import Cell, Settings
 from memcnn.training import checkpoint
@@ -15,14 +16,14 @@ from memcnn.training.record import BadRecord
 from memcnn.training.timing import Cost, cost_of_records, timed
 
 MARGIN = 1.05
-"""Runs are expected to take so much longer than what was timed."""
+"""The factor by which a run is expected to take longer than what was timed."""
 LEAST_TRAINING_SECONDS = 5.0
 """A cell that cannot finish is begun if it can be trained for at least so long after its start."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a cell still needs on this device.
+    """The time that a cell still needs on this device.
 
     Attributes:
         cell: the cell.
@@ -44,7 +45,7 @@ class Need:
 
 
 class Needs:
-    """What cells need on a device: each network is timed once, when the first of its cells is asked for.
+    """The time that cells need on a device. Each network is timed once, for the first of its cells.
 
     Args:
         settings: what the cells have in common.
@@ -58,11 +59,11 @@ class Needs:
         self._costs: dict[str, tuple[Cost, Cost]] = {}
 
     def knows(self, cell: Cell) -> bool:
-        """Return whether `of` would answer at once."""
+        """Return True if ``of`` need not time the cell's network."""
         return cell.model in self._costs
 
     def of(self, cell: Cell) -> Need:
-        """Return what a cell needs."""
+        """Return the time that a cell needs."""
         recipe, done = self.settings.recipe, iterations_done(self.settings, cell)
         if cell.model not in self._costs:
             self._costs[cell.model] = self._cost(cell)
@@ -157,11 +158,9 @@ def table(needs: list[Need], budget_seconds: float | None, at_once: int, lanes: 
             f"{need.alone.evaluation_seconds:.1f}", f"{1000 * need.alone.step_seconds:.2f}", *beside[:1],
             f"{need.alone_seconds / 60:.1f}", *beside[1:], "" if budget_seconds is None else fate[need.cell],
         ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = []
-    for first, *others in [head, *rows]:
-        cells = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    align = ["left", *["right"] * (len(head) - 1)]
+    text = tabulate(rows, head, "plain", colalign=align, headersalign=align, disable_numparse=True)
+    lines = [line.rstrip() for line in text.splitlines()]
     return "\n".join([*lines, "", *_totals(needs, fate, end, budget_seconds, lanes)])
 
 

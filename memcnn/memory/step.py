@@ -125,19 +125,9 @@ def measure_peak_split(
         ``reserved_bytes``, which counts all that the process has reserved.
     """
     parameters, batch = list(model.parameters()), list(batch)
-
-    def resident() -> dict[str, list[torch.Tensor]]:
-        return {
-            "parameter": parameters,
-            "buffer": list(model.buffers()),
-            "gradient": [p.grad for p in parameters if p.grad is not None],
-            "optimizer": [] if optimizer is None else tree_leaves(list(optimizer.state.values())),
-            "batch": batch,
-        }
-
     step()
     with TensorMeter(block_bytes=block_bytes) as meter, _counting_gradients(meter, parameters):
-        for label, tensors in resident().items():
+        for label, tensors in _resident(model, optimizer, batch).items():
             meter.count(tensors, label)
         with _noting_peaks_before_update(meter, optimizer) as peaks_before_update:
             step()
@@ -145,7 +135,9 @@ def measure_peak_split(
     allocated_bytes = reserved_bytes = None
     if allocator:
         device = parameters[0].device if parameters else torch.device("cpu")
-        allocated_bytes = allocator_total_bytes(step, lambda: tree_leaves(resident()), device=device)
+        allocated_bytes = allocator_total_bytes(
+            step, lambda: tree_leaves(_resident(model, optimizer, batch)), device=device
+        )
         reserved_bytes = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     return PeakSplit(
         **{f"{label}_bytes": meter.peak[label] for label in ("parameter", "buffer", "gradient", "optimizer", "batch")},
@@ -155,6 +147,19 @@ def measure_peak_split(
         allocated_bytes=allocated_bytes,
         reserved_bytes=reserved_bytes,
     )
+
+
+def _resident(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, batch: list[torch.Tensor]
+) -> dict[str, list[torch.Tensor]]:
+    """Return the tensors that are there between two steps, by label."""
+    return {
+        "parameter": list(model.parameters()),
+        "buffer": list(model.buffers()),
+        "gradient": [p.grad for p in model.parameters() if p.grad is not None],
+        "optimizer": [] if optimizer is None else tree_leaves(list(optimizer.state.values())),
+        "batch": batch,
+    }
 
 
 @contextmanager
