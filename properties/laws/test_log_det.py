@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ from memcnn.testing.tolerances import relative_error, tolerance
 from properties.support.errors import assert_holds
 from properties.support.flows import glow, nice
 from properties.support.memory import assert_flat
-from properties.support.networks import run_check
+from properties.support.networks import SCALES_CHANNELS, run_check
 from properties.support.twin import assert_like_twin, conv_branch, images, weighted_sum
 
 DETERMINISTIC = [name for name in LAYERS if name not in RANDOM_LAYERS]
@@ -39,6 +39,12 @@ small_flows = partial(flows, max_depth=3, max_size=2)
 @settings(max_examples=10)
 def test_log_determinants_are_those_of_the_dense_jacobian_and_cancel(mix_samples: bool, data: st.DataObject):
     flow = data.draw(small_flows(mix_samples=mix_samples))
+    assert_holds(run_check(check_log_det, flow), flow, "log-det")
+
+
+@given(flow=flows())
+@example(flow=SCALES_CHANNELS)
+def test_log_determinants_of_larger_flows_are_right_and_cancel(flow: Network):
     assert_holds(run_check(check_log_det, flow), flow, "log-det")
 
 

@@ -49,3 +49,5 @@ UNDER_AUTOCAST = Network(Chain(tuple(Block(kind, (2, 4, 3, 3)) for kind in ("con
 # The recomputation moved batch statistics again where one block is recomputed within another
 NESTED_STATISTICS = network(
     (4, 8, 2), "conv 3", network((4, 4, 2), "batch norm", "linear", "dropout", composition="by hand").chain)
+# The sign of ActNorm's log-determinant shows only where its scale is not one
+SCALES_CHANNELS = Network(Chain((Block("actnorm", (2, 4, 4, 2)),)), Values((2, 4, 4, 2), scale=3.0))
