@@ -11,8 +11,9 @@ Rules
 4. When backward first asks a step for an activation, the step evaluates its branch once more, on the branch's own
    input. This second evaluation saves the same tensors in the same order: each goes to its activation. With the output
    of the same evaluation the step undoes its sum (or affine map), which rebuilds the value that it had consumed.
-5. The second evaluation sees what the first saw: strides, random numbers, autocast, modes, buffers (``replay``). What
-   it computes is compared with the first in number, shape and dtype. What differs is an error, never a wrong gradient.
+5. The second evaluation sees what the first saw: strides, random numbers, autocast, modes, buffers, attributes, hooks
+   (``replay``). What it computes is compared with the first in number, shape and dtype. What differs is an error, never
+   a wrong gradient. A few evaluations are also compared in value (``drift``); docs/limits.md lists what is left.
 6. Blocks may be nested. The ends of chains within a branch are forgotten as activations are, and rebuilt with them.
 7. No tensor that the user can see is written to. References point from a value to its step to the step's sources, and
    never back: reference counting alone frees everything.

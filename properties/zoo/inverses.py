@@ -239,11 +239,11 @@ class Counting(Own):
 
     def __init__(self):
         super().__init__()
-        self.calls = 0
+        self.calls = []  # a plain number would be set back for the recomputation
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return super().forward(x) if self.calls % 2 else x + 0
+        self.calls.append(None)
+        return super().forward(x) if len(self.calls) % 2 else x + 0
 
 
 class Clipping(Grid):

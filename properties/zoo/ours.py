@@ -46,11 +46,11 @@ class HiddenState(nn.Module):
     def __init__(self):
         super().__init__()
         self.branch = branch()
-        self.mean = 0.0
+        self.mean = [0.0]  # a plain number would be set back for the recomputation
 
     def forward(self, x: Tensor) -> Tensor:
-        self.mean = 0.5 * self.mean + 0.5 * x.detach().mean().item() + 0.5
-        return self.branch(x) * (1 + self.mean)
+        self.mean[0] = 0.5 * self.mean[0] + 0.5 * x.detach().mean().item() + 0.5
+        return self.branch(x) * (1 + self.mean[0])
 
 
 class UndoIsForward(InvertibleModuleWrapper):
