@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from bench import peer_tables
+from bench.audit import peer_tables
 from bench.result import GIB, MIB, NAMES, load, series_of, size, span, time_table
 from bench.summary import fit, largest_depth
 

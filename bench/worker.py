@@ -2,7 +2,7 @@
 
 A worker runs this file as a script. It imports an object and answers questions by calling the object's methods:
 
-    worker = Worker("upstream", "bench.peer.worker:Worker", "upstream", root=ROOT, python=VENV_PYTHON)
+    worker = Worker("upstream", "bench.audit.peer.worker:Worker", "upstream", root=ROOT, python=VENV_PYTHON)
     worker.ask("step", repeat=3)       # {"seconds": [...]}, or Failed with the reason
     worker.end()
 

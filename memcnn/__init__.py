@@ -15,7 +15,24 @@ from memcnn.weights import convert_optimizer_state, convert_state_dict, load_tra
 
 __version__ = "2.0.0.dev0"
 
-__all__ = ["ActNorm", "AdditiveCoupling", "AffineAdapterExp", "AffineAdapterNaive", "AffineAdapterSigmoid",
-           "AffineCoupling", "ChannelPermutation", "DepthToSpace", "InvertibleConv1x1", "InvertibleModuleWrapper",
-           "ReversibleBlock", "ReversibleSequential", "SpaceToDepth", "__version__", "convert_optimizer_state",
-           "convert_state_dict", "create_coupling", "is_invertible_module", "load_trained"]
+__all__ = [
+    "ActNorm",
+    "AdditiveCoupling",
+    "AffineAdapterExp",
+    "AffineAdapterNaive",
+    "AffineAdapterSigmoid",
+    "AffineCoupling",
+    "ChannelPermutation",
+    "DepthToSpace",
+    "InvertibleConv1x1",
+    "InvertibleModuleWrapper",
+    "ReversibleBlock",
+    "ReversibleSequential",
+    "SpaceToDepth",
+    "__version__",
+    "convert_optimizer_state",
+    "convert_state_dict",
+    "create_coupling",
+    "is_invertible_module",
+    "load_trained",
+]

@@ -40,26 +40,51 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m memcnn.verify", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m memcnn.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("target", help="package.module:factory, or path/to/file.py:factory")
-    parser.add_argument("--shape", action="append", required=True, type=_shape, metavar="N,C,...",
-                        help="shape of an input; once for every input")
-    parser.add_argument("--vary", type=_dimensions, default=(), metavar="D,D,...",
-                        help="dimensions whose size may be drawn smaller, such as 0,2,3 (default: none)")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        required=True,
+        type=_shape,
+        metavar="N,C,...",
+        help="shape of an input; once for every input",
+    )
+    parser.add_argument(
+        "--vary",
+        type=_dimensions,
+        default=(),
+        metavar="D,D,...",
+        help="dimensions whose size may be drawn smaller, such as 0,2,3 (default: none)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of module and inputs (%(default)s)")
     parser.add_argument("--device", default="cpu", help="such as cuda (%(default)s)")
     parser.add_argument("--mode", choices=MODES, default="both", help="training mode, eval mode, or %(default)s")
-    parser.add_argument("--laws", type=lambda text: text.split(","), metavar="LAW,LAW",
-                        help=f"only these of {', '.join(LAWS)} (default: all that apply)")
+    parser.add_argument(
+        "--laws",
+        type=lambda text: text.split(","),
+        metavar="LAW,LAW",
+        help=f"only these of {', '.join(LAWS)} (default: all that apply)",
+    )
     parser.add_argument("--examples", type=int, default=20, metavar="N", help="drawn for each law (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first example (%(default)s)")
-    parser.add_argument("--as-is", action="store_true",
-                        help="the module has an engine of its own: do not wrap it in InvertibleModuleWrapper")
-    parser.add_argument("--chain", metavar="TARGET",
-                        help="function of a depth that makes a chain of that many blocks, for the law of memory")
-    parser.add_argument("--no-finite-differences", action="store_true",
-                        help="for a module whose gradient is no derivative by design, as under spectral norm")
+    parser.add_argument(
+        "--as-is",
+        action="store_true",
+        help="the module has an engine of its own: do not wrap it in InvertibleModuleWrapper",
+    )
+    parser.add_argument(
+        "--chain",
+        metavar="TARGET",
+        help="function of a depth that makes a chain of that many blocks, for the law of memory",
+    )
+    parser.add_argument(
+        "--no-finite-differences",
+        action="store_true",
+        help="for a module whose gradient is no derivative by design, as under spectral norm",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there, too")
     return parser
 
@@ -74,17 +99,28 @@ def _verify(args: argparse.Namespace) -> int:
     options = _options(args)
     base = Example(tuple(args.shape), DTYPES[args.dtype], args.device, args.seed)
     _check_arguments(args)
-    print(f"{args.target}: {args.dtype} inputs {', '.join('x'.join(map(str, shape)) for shape in args.shape)} on "
-          f"{args.device}, {'training and eval' if args.mode == 'both' else args.mode} mode\n"
-          f"memcnn {__version__}, torch {torch.__version__}, seed {args.seed}\n", flush=True)
+    print(
+        f"{args.target}: {args.dtype} inputs {', '.join('x'.join(map(str, shape)) for shape in args.shape)} on "
+        f"{args.device}, {'training and eval' if args.mode == 'both' else args.mode} mode\n"
+        f"memcnn {__version__}, torch {torch.__version__}, seed {args.seed}\n",
+        flush=True,
+    )
 
     report, findings = Report(()), []
     try:
         laws = args.laws or [law for law in LAWS if law != "log_det" or hasattr(_made(make, base), "forward_log_det")]
         for law in laws:
             cli.progress(f"{law} ...")
-            found = search(make, base, law, modes=MODES[args.mode], vary=args.vary, first_seed=args.seed,
-                           max_examples=1 if law == "memory" else args.examples, options=options.get(law, {}))
+            found = search(
+                make,
+                base,
+                law,
+                modes=MODES[args.mode],
+                vary=args.vary,
+                first_seed=args.seed,
+                max_examples=1 if law == "memory" else args.examples,
+                options=options.get(law, {}),
+            )
             findings.append(found)
             report += found.report
     except (NotRunnable, TypeError, ValueError) as error:
@@ -102,8 +138,9 @@ def _verify(args: argparse.Namespace) -> int:
     for found in findings:
         if found.failing:
             example, _ = found.failing
-            codes[found.law] = example.code(found.law, args.target, not isinstance(make, nn.Module),
-                                            _shown(options.get(found.law, {})))
+            codes[found.law] = example.code(
+                found.law, args.target, not isinstance(make, nn.Module), _shown(options.get(found.law, {}))
+            )
             print(f"\nthe smallest example found that breaks the law of {found.law}:\n")
             print("\n".join(f"    {line}".rstrip() for line in codes[found.law].splitlines()))
     if args.json:
@@ -187,11 +224,28 @@ def _dimensions(text: str) -> tuple[int, ...]:
 
 
 def _write(path: Path, args: argparse.Namespace, report: Report, codes: dict[str, str], examples: dict) -> None:
-    path.write_text(json.dumps({
-        "target": args.target, "shapes": args.shape, "dtype": args.dtype, "device": args.device, "mode": args.mode,
-        "seed": args.seed, "memcnn": __version__, "torch": torch.__version__, "passed": report.passed,
-        "summary": report.summary(), "results": report.to_dicts(), "examples": examples, "smallest failing": codes,
-    }, indent=2) + "\n", "utf-8")
+    path.write_text(
+        json.dumps(
+            {
+                "target": args.target,
+                "shapes": args.shape,
+                "dtype": args.dtype,
+                "device": args.device,
+                "mode": args.mode,
+                "seed": args.seed,
+                "memcnn": __version__,
+                "torch": torch.__version__,
+                "passed": report.passed,
+                "summary": report.summary(),
+                "results": report.to_dicts(),
+                "examples": examples,
+                "smallest failing": codes,
+            },
+            indent=2,
+        )
+        + "\n",
+        "utf-8",
+    )
 
 
 if __name__ == "__main__":

@@ -19,8 +19,11 @@ torch.set_num_threads(1)
 
 # A first call into torch may take a second, so no single example is held to a time. To explain a failure line by line
 # takes minutes of tracing, and a block names no line.
-_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow],
-           "phases": [phase for phase in Phase if phase is not Phase.explain]}
+_COMMON = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow],
+    "phases": [phase for phase in Phase if phase is not Phase.explain],
+}
 settings.register_profile("dev", max_examples=10, **_COMMON)
 settings.register_profile("ci", max_examples=20, derandomize=True, database=None, print_blob=True, **_COMMON)
 settings.register_profile("thorough", max_examples=500, **_COMMON)

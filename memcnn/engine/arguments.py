@@ -31,16 +31,20 @@ class Arguments:
         """Return the arguments. Raise a RuntimeError if a tensor among them was modified in place."""
         for tensor, version in self._versions:
             if tensor._version != version:
-                raise RuntimeError(f"an argument of {self.name}, shape {tuple(tensor.shape)}, was modified in place "
-                                   "between forward and backward, which uses it again: use an out-of-place operation")
+                raise RuntimeError(
+                    f"an argument of {self.name}, shape {tuple(tensor.shape)}, was modified in place "
+                    "between forward and backward, which uses it again: use an out-of-place operation"
+                )
         return _copy((self._positional, self._keywords)) if not self.is_empty else ([], {})
 
 
 def refuse_inference(x: Tensor, what: str) -> None:
     """Raise a RuntimeError if x was made under ``torch.inference_mode()``."""
     if x.is_inference():
-        raise RuntimeError(f"{what}, shape {tuple(x.shape)}, was made under torch.inference_mode(), so that autograd "
-                           "cannot use it: give the block x.clone(), or make x under torch.no_grad()")
+        raise RuntimeError(
+            f"{what}, shape {tuple(x.shape)}, was made under torch.inference_mode(), so that autograd "
+            "cannot use it: give the block x.clone(), or make x under torch.no_grad()"
+        )
 
 
 def _copy(values: tuple) -> tuple:

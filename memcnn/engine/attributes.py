@@ -26,15 +26,20 @@ def have_changed(then: Attributes) -> bool:
     """Return whether attributes have other values than when they were noted."""
     own, names, values = then
     return not all(map(is_, values, map(own.get, names))) and any(
-        a is not b and (type(a) is not type(b) or a != b)
-        for a, b in zip(values, map(own.get, names), strict=True))
+        a is not b and (type(a) is not type(b) or a != b) for a, b in zip(values, map(own.get, names), strict=True)
+    )
 
 
 def defaults_hidden(then: Attributes, kind: type) -> tuple[str, ...]:
     """Return the names of new attributes that hide one of the class, such as a count that begins as ``calls = 0``."""
     own, names, _ = then
-    return tuple([name for name, value in islice(own.items(), BASE_ATTRIBUTES, None)
-                  if type(value) in SCALARS and name not in names and type(getattr(kind, name, None)) in SCALARS])
+    return tuple(
+        [
+            name
+            for name, value in islice(own.items(), BASE_ATTRIBUTES, None)
+            if type(value) in SCALARS and name not in names and type(getattr(kind, name, None)) in SCALARS
+        ]
+    )
 
 
 def expose_defaults(own: dict[str, object], names: tuple[str, ...], undo: list[tuple]) -> None:
@@ -76,6 +81,9 @@ def known_class(module: nn.Module) -> tuple[int, tuple[str, ...]] | None:
 def noted(module: nn.Module) -> Attributes:
     """Return the plain attributes of a module of the user's; none of a wrapper of PyTorch, which looks after itself."""
     own = vars(module)
-    names = () if type(module).__module__.startswith("torch.") and type(module) not in known_classes else tuple(
-        [name for name, value in islice(own.items(), BASE_ATTRIBUTES, None) if type(value) in SCALARS])
+    names = (
+        ()
+        if type(module).__module__.startswith("torch.") and type(module) not in known_classes
+        else tuple([name for name, value in islice(own.items(), BASE_ATTRIBUTES, None) if type(value) in SCALARS])
+    )
     return own, names, tuple(map(own.get, names))

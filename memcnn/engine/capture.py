@@ -30,7 +30,9 @@ class NoRandomNumbers(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types: Sequence[type], args: tuple = (), kwargs: dict | None = None):
         if torch.Tag.nondeterministic_seeded in function.tags:
-            raise RuntimeError(f"{self.name} draws random numbers ({function}), and the recomputation must draw the "
-                               "same again, which is impossible while a CUDA graph is captured: capture the block "
-                               "with disable=True, or with preserve_rng_state=False if other numbers will do")
+            raise RuntimeError(
+                f"{self.name} draws random numbers ({function}), and the recomputation must draw the "
+                "same again, which is impossible while a CUDA graph is captured: capture the block "
+                "with disable=True, or with preserve_rng_state=False if other numbers will do"
+            )
         return function(*args, **(kwargs or {}))

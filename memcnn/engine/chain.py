@@ -60,7 +60,8 @@ class Value(Stored):
             raise RuntimeError(
                 f"an output (or kept input) of a reversible block, shape {tuple(self.tensor.shape)}, was modified in "
                 "place after the forward pass, but backward rebuilds the block's activations from it: use an "
-                "out-of-place operation, or modify a clone")
+                "out-of-place operation, or modify a clone"
+            )
         return self.tensor
 
 
@@ -207,8 +208,11 @@ def value_of_whole(x: Tensor) -> Value | None:
         return values[0]
     whole = Value(x)
     halves = x.detach().chunk(2, found.dim)
-    Rearrangement([value or Value(half) for value, half in zip(values, halves, strict=True)], [whole],
-                  lambda tensors: tensors[0].chunk(2, found.dim))
+    Rearrangement(
+        [value or Value(half) for value, half in zip(values, halves, strict=True)],
+        [whole],
+        lambda tensors: tensors[0].chunk(2, found.dim),
+    )
     return whole
 
 
@@ -217,5 +221,8 @@ def rebuild_from(value: Value, y: Tensor) -> None:
     found = tag_of(y)
     if found.values:
         halves = [y] if found.dim is None else y.detach().chunk(2, found.dim)
-        Rearrangement([reference() or Value(half) for reference, half in zip(found.values, halves, strict=True)],
-                      [value], lambda tensors: tensors if found.dim is None else tensors[0].chunk(2, found.dim))
+        Rearrangement(
+            [reference() or Value(half) for reference, half in zip(found.values, halves, strict=True)],
+            [value],
+            lambda tensors: tensors if found.dim is None else tensors[0].chunk(2, found.dim),
+        )

@@ -28,8 +28,13 @@ def fingerprint(x: Tensor) -> Tensor:
 
 def has_fingerprint(x: object) -> bool:
     """Return whether x is an ordinary tensor, whose values exist now."""
-    return (type(x) in (Tensor, nn.Parameter) and x.device.type in ("cpu", "cuda") and x.layout is torch.strided
-            and not x.is_quantized and not is_captured(x.device))
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.device.type in ("cpu", "cuda")
+        and x.layout is torch.strided
+        and not x.is_quantized
+        and not is_captured(x.device)
+    )
 
 
 def checksum(x: Tensor) -> int | None:

@@ -27,11 +27,15 @@ def split(x: Tensor, dim: int, grid: Grid | None = None) -> tuple[Tensor, Tensor
         ValueError: the size along ``dim`` is odd, or x has no such dimension.
     """
     if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"cannot split an input of shape {tuple(x.shape)} along dimension {dim}: it has "
-                         f"{x.dim()} dimensions; choose another split_dim")
+        raise ValueError(
+            f"cannot split an input of shape {tuple(x.shape)} along dimension {dim}: it has "
+            f"{x.dim()} dimensions; choose another split_dim"
+        )
     if x.shape[dim] % 2:
-        raise ValueError(f"cannot split an input of shape {tuple(x.shape)} in two along dimension {dim}: its size "
-                         f"there, {x.shape[dim]}, is odd; give it an even size or choose another split_dim")
+        raise ValueError(
+            f"cannot split an input of shape {tuple(x.shape)} in two along dimension {dim}: its size "
+            f"there, {x.shape[dim]}, is odd; give it an even size or choose another split_dim"
+        )
     recording = thread_state.recording
     if recording is not None and x.is_inference():
         refuse_inference(x, "an input of a reversible block")
@@ -43,8 +47,16 @@ def split(x: Tensor, dim: int, grid: Grid | None = None) -> tuple[Tensor, Tensor
     return x1, x2
 
 
-def couple(a: Tensor, branch: nn.Module, b: Tensor, *, forward: Callable, inverse: Callable, verify: bool = False,
-           kwargs: Mapping[str, object] = NO_KEYWORDS) -> Tensor | tuple[Tensor, ...]:
+def couple(
+    a: Tensor,
+    branch: nn.Module,
+    b: Tensor,
+    *,
+    forward: Callable,
+    inverse: Callable,
+    verify: bool = False,
+    kwargs: Mapping[str, object] = NO_KEYWORDS,
+) -> Tensor | tuple[Tensor, ...]:
     """Return ``forward(a, branch(b, **kwargs))``, where ``inverse(forward(a, h), h)`` is a.
 
     Args:
@@ -79,8 +91,10 @@ def _evaluated(branch: nn.Module, b: Tensor, kwargs: Mapping[str, object]) -> ob
     version = b._version
     h = branch(b, **kwargs)
     if b._version != version:
-        raise RuntimeError(f"{type(branch).__name__} modifies its input in place, so that the block cannot be inverted "
-                           "and a tensor of the caller may have changed: make its first operation an out-of-place one")
+        raise RuntimeError(
+            f"{type(branch).__name__} modifies its input in place, so that the block cannot be inverted "
+            "and a tensor of the caller may have changed: make its first operation an out-of-place one"
+        )
     return h
 
 
@@ -140,8 +154,10 @@ class Recording:
             result = step.evaluate(step.forward, a, b, how.kwargs)
         out = result[0] if isinstance(result, tuple) else result
         if out.shape != a.shape or out.dtype != a.dtype:
-            raise ValueError(f"{step.name} does not fit its coupling: the half that it changes is {a.dtype} of shape "
-                             f"{tuple(a.shape)} and would become {out.dtype} of shape {tuple(out.shape)}")
+            raise ValueError(
+                f"{step.name} does not fit its coupling: the half that it changes is {a.dtype} of shape "
+                f"{tuple(a.shape)} and would become {out.dtype} of shape {tuple(out.shape)}"
+            )
         step.complete((self.value(out), source))
         return result
 
@@ -179,9 +195,11 @@ class CoupledBranch(Recomputation):
         with self.replay.again():
             h = second.run((b,), self.module, b, **kwargs)
             if self.fingerprint is not None and not torch.equal(self.fingerprint, fingerprint(h)):
-                raise RuntimeError(f"{self.name} does not reproduce itself bit for bit, so that an exact coupling is "
-                                   "not exact here: use deterministic kernels (torch.use_deterministic_algorithms) and "
-                                   "the same number of threads in forward and backward, or exact=False")
+                raise RuntimeError(
+                    f"{self.name} does not reproduce itself bit for bit, so that an exact coupling is "
+                    "not exact here: use deterministic kernels (torch.use_deterministic_algorithms) and "
+                    "the same number of threads in forward and backward, or exact=False"
+                )
             if a is None and (target is not None or not second.is_complete or self.expected):
                 with torch.no_grad():
                     a = self.part(out.read(), h)

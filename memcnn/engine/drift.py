@@ -85,8 +85,7 @@ class Drift:
         read_arrived()
 
     def check(self, what: Comparison, numbers: Tensor) -> None:
-        """Warn of the first tensor that differs. ``numbers`` are the forward pass's statistics, then the rebuilt ones.
-        """
+        """Warn of the first tensor that differs. ``numbers`` are the forward pass's statistics, then the rebuilt ones."""
         then, now = numbers.double().chunk(2)
         for index, shape, before, after in zip(what.indices, what.shapes, then.tolist(), now.tolist(), strict=True):
             if difference := _difference(before, after, shape.numel()):
@@ -104,7 +103,9 @@ class Drift:
             "amplified (channels that are constantly 0 before a BatchNorm and a ReLU do that), or state that PyTorch "
             "does not know changed between forward and backward. Use AdditiveCoupling(..., exact=True), "
             "ReversibleSequential(..., keep_every=1) or keep_input=True, or fill constant channels with values that "
-            "vary; memcnn.testing.check_gradients measures the error", stacklevel=2)
+            "vary; memcnn.testing.check_gradients measures the error",
+            stacklevel=2,
+        )
 
 
 def read_arrived() -> None:

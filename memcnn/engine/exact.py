@@ -36,8 +36,10 @@ class Grid:
     def limit(self, dtype: torch.dtype) -> float:
         """Up to here every multiple of ``step`` is a number of ``dtype``."""
         if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"an exact coupling needs a float32 or float64 input: got {dtype}; its branches may run "
-                             "in a lower precision, under torch.autocast for one")
+            raise ValueError(
+                f"an exact coupling needs a float32 or float64 input: got {dtype}; its branches may run "
+                "in a lower precision, under torch.autocast for one"
+            )
         return 2 * self.step / torch.finfo(dtype).eps
 
     def snap(self, x: Tensor) -> Tensor:
@@ -55,9 +57,11 @@ class Grid:
         refuse_capture(x.device, "an exact coupling looks at its largest value", "use exact=False")
         largest = x.detach().abs().amax().item() if x.numel() else 0.0
         if not largest <= limit:
-            raise OverflowError(f"a value of {largest:.3g} in an exact coupling leaves the grid of {x.dtype} with step "
-                                f"{self.step:.3g}, which ends at {limit:.3g}: use a larger step, float64, or "
-                                "exact=False")
+            raise OverflowError(
+                f"a value of {largest:.3g} in an exact coupling leaves the grid of {x.dtype} with step "
+                f"{self.step:.3g}, which ends at {limit:.3g}: use a larger step, float64, or "
+                "exact=False"
+            )
         return x
 
 

@@ -68,6 +68,7 @@ def python_is_readable() -> bool:
 
 
 if python_is_readable():
+
     def _read_python(_=None) -> object:
         return ctypes.string_at(_PYTHON_ADDRESS, 2500), _PYTHON.gauss_next
 
@@ -75,6 +76,7 @@ if python_is_readable():
         position, *words = _PYTHON_LAYOUT.unpack(state[0])
         random.setstate((3, (*words, position), state[1]))
 else:
+
     def _read_python(_=None) -> object:
         return random.getstate()
 
@@ -155,11 +157,15 @@ OWNED: dict[type, tuple[str, Callable, Callable]] = {
     torch.Generator: ("its own torch.Generator", torch.Generator.get_state, torch.Generator.set_state),
     random.Random: ("its own random.Random", random.Random.getstate, random.Random.setstate),
     np.random.Generator: (
-        "its own numpy.random.Generator", lambda g: pickle.dumps(g.bit_generator.state),
-        lambda g, state: setattr(g.bit_generator, "state", pickle.loads(state))),
+        "its own numpy.random.Generator",
+        lambda g: pickle.dumps(g.bit_generator.state),
+        lambda g, state: setattr(g.bit_generator, "state", pickle.loads(state)),
+    ),
     np.random.RandomState: (
-        "its own numpy.random.RandomState", lambda g: pickle.dumps(g.get_state(legacy=False)),
-        lambda g, state: g.set_state(pickle.loads(state))),
+        "its own numpy.random.RandomState",
+        lambda g: pickle.dumps(g.get_state(legacy=False)),
+        lambda g, state: g.set_state(pickle.loads(state)),
+    ),
 }
 """By type: name, functions that read and set the state."""
 

@@ -38,8 +38,11 @@ class Hooks:
     """The hooks that run in the first evaluation of a module, and what each of them does there."""
 
     def __init__(self, registries: Sequence[Registry]):
-        self.seen = [(registry, key, _original(hook), key in with_kwargs)
-                     for registry, with_kwargs in registries for key, hook in registry.items()]
+        self.seen = [
+            (registry, key, _original(hook), key in with_kwargs)
+            for registry, with_kwargs in registries
+            for key, hook in registry.items()
+        ]
         self.registries = registries
         self.changing: dict[int, Callable] = {}
         """By id, hooks that changed a value, which a second evaluation needs."""
@@ -88,14 +91,15 @@ class Hooks:
         suspects, self.suspects = self.suspects, []
         for hook, then, now in suspects:
             if then != now:
-                raise RuntimeError(f"the forward hook {name_of(hook)} changed the values of a tensor in a way that "
-                                   "PyTorch does not count (.data, or a kernel of its own), so that it was not called "
-                                   "in the recomputation: let it return a new tensor")
+                raise RuntimeError(
+                    f"the forward hook {name_of(hook)} changed the values of a tensor in a way that "
+                    "PyTorch does not count (.data, or a kernel of its own), so that it was not called "
+                    "in the recomputation: let it return a new tensor"
+                )
 
 
 def restore_hooks(then: Hooks | None, registries: list[Registry], undo: list[tuple]) -> None:
-    """Set the hooks, which are now in ``registries``, for a second evaluation. ``undo`` receives calls that undo this.
-    """
+    """Set the hooks, which are now in ``registries``, for a second evaluation. ``undo`` receives calls that undo this."""
     if then is not None:
         then.check()
         registries += [other for other in then.registries if not any(other[0] is known for known, _ in registries)]

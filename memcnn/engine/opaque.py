@@ -15,8 +15,17 @@ from memcnn.engine.rounding import relative_error
 _STREAM = object()
 
 
-def call_opaque(run: Callable, undo: Callable, module: nn.Module, inputs: Sequence, kwargs: dict, *,
-                log_det: bool = False, keep_input: bool = False, **options):
+def call_opaque(
+    run: Callable,
+    undo: Callable,
+    module: nn.Module,
+    inputs: Sequence,
+    kwargs: dict,
+    *,
+    log_det: bool = False,
+    keep_input: bool = False,
+    **options,
+):
     """Return ``run(*inputs, **kwargs)``, recorded as one step, where ``undo(*outputs, **kwargs)`` returns the inputs.
 
     Streams, that is floating-point and complex tensors among the positional inputs, are rebuilt. Other arguments are
@@ -55,8 +64,9 @@ class OpaqueModule(Recomputation):
     def __init__(self, run, undo, module, inputs, kwargs, targets, log_det, options):
         self.run, self.undo, self.log_det = run, undo, log_det
         self.positions = [i for i, x in enumerate(inputs) if is_stream(x)]
-        self.arguments = Arguments(type(module).__name__,
-                                   [None if i in self.positions else x for i, x in enumerate(inputs)], kwargs)
+        self.arguments = Arguments(
+            type(module).__name__, [None if i in self.positions else x for i, x in enumerate(inputs)], kwargs
+        )
         self.has_arguments = bool(kwargs) or len(self.positions) < len(inputs)
         streams = [inputs[i] for i in self.positions]
         self.kinds = [(x.dtype, tuple(x.shape)) for x in streams]
@@ -67,8 +77,10 @@ class OpaqueModule(Recomputation):
         outputs = self._outputs(result)
         streams = [y for y in outputs if is_stream(y)]
         if not streams:
-            raise TypeError(f"{self.name} must return a floating-point tensor, or a tuple with some, from which its "
-                            f"inverse gives back the input: got {type(result).__name__}")
+            raise TypeError(
+                f"{self.name} must return a floating-point tensor, or a tuple with some, from which its "
+                f"inverse gives back the input: got {type(result).__name__}"
+            )
         # the graph refers to this step, which must not refer to the graph
         self.results = [_STREAM if is_stream(y) else tree_map_only(Tensor, Tensor.detach, y) for y in outputs]
         if not self.kept and self.has_arguments:
@@ -101,9 +113,11 @@ class OpaqueModule(Recomputation):
         """The inverse was given the random numbers of the forward pass, but may use them in another order."""
         for got, value in zip(streams, self.sources, strict=True):
             if relative_error(got, wanted := value.read()) > torch.finfo(wanted.dtype).eps ** 0.5:  # NaN is loud anyway
-                raise RuntimeError(f"{self.name} draws random numbers (dropout), and its inverse does not undo what it "
-                                   "computed with them: let both draw them in the same order, use keep_input=True, or "
-                                   "build the block from a coupling, such as AdditiveCoupling, whose branches may draw")
+                raise RuntimeError(
+                    f"{self.name} draws random numbers (dropout), and its inverse does not undo what it "
+                    "computed with them: let both draw them in the same order, use keep_input=True, or "
+                    "build the block from a coupling, such as AdditiveCoupling, whose branches may draw"
+                )
 
     def _arguments_of_undo(self, streams: Sequence[Tensor], arguments: Sequence) -> list:
         streams = iter(streams)
@@ -119,9 +133,11 @@ class OpaqueModule(Recomputation):
         try:
             inspect.signature(self.undo).bind(*given, **kwargs)
         except TypeError as error:
-            raise TypeError(f"the inverse of {self.name} receives the outputs and every argument that is no stream, "
-                            f"{len(given)} positional ones and the keywords {sorted(kwargs)}, and does not take them "
-                            f"({error}): give inverse the parameters of forward, or use keep_input=True") from error
+            raise TypeError(
+                f"the inverse of {self.name} receives the outputs and every argument that is no stream, "
+                f"{len(given)} positional ones and the keywords {sorted(kwargs)}, and does not take them "
+                f"({error}): give inverse the parameters of forward, or use keep_input=True"
+            ) from error
         except ValueError:  # a function without a signature
             pass
 
@@ -133,12 +149,11 @@ class OpaqueModule(Recomputation):
             inputs = [inputs[i] for i in self.positions]
         kinds = [(x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
         if kinds != self.kinds:
-            raise RuntimeError(f"{self.name} does not invert itself: it was given {self.kinds} and its inverse "
-                               f"returned {kinds}")
+            raise RuntimeError(
+                f"{self.name} does not invert itself: it was given {self.kinds} and its inverse returned {kinds}"
+            )
         return inputs
 
 
 def _as_list(values: object) -> list:
     return list(values) if isinstance(values, (tuple, list)) else [values]
-
-

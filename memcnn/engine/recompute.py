@@ -75,13 +75,24 @@ class Recomputation(Link):
         check_inverse: the largest relative error that the rebuilt targets may have, which are stored for that.
     """
 
-    def __init__(self, module: nn.Module, inputs: Sequence[Tensor], targets: Sequence[Value], *,
-                 keep_input: bool = False, preserve_rng_state: bool = True, check_inverse: float | None = None):
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Sequence[Tensor],
+        targets: Sequence[Value],
+        *,
+        keep_input: bool = False,
+        preserve_rng_state: bool = True,
+        check_inverse: float | None = None,
+    ):
         super().__init__(targets, keep=keep_input)
         if not keep_input and inputs and inputs[0].dtype in (torch.bfloat16, torch.float16):
-            warnings.warn(f"rebuilding a {inputs[0].dtype} stream rounds as much again as computing in it, so that "
-                          "gradients drift by percents, growing with depth: give the blocks float32 (x.float()) and "
-                          "run their branches under torch.autocast, or use keep_input=True", stacklevel=2)
+            warnings.warn(
+                f"rebuilding a {inputs[0].dtype} stream rounds as much again as computing in it, so that "
+                "gradients drift by percents, growing with depth: give the blocks float32 (x.float()) and "
+                "run their branches under torch.autocast, or use keep_input=True",
+                stacklevel=2,
+            )
         self.module, self.inputs = module, inputs
         self.holds = keep_input
         """Whether activations stay until the evaluation ends, for a module that differentiates itself."""
@@ -117,8 +128,11 @@ class Recomputation(Link):
         self.replay.evaluated()
         if versions != [t._version for t in inputs]:
             hooks = self.replay.hooks
-            fix = (f"let the forward hook {name_of(hooks.in_place[0])}, which may be the cause, return a new tensor"
-                   if hooks is not None and hooks.in_place else "make its first operation an out-of-place one")
+            fix = (
+                f"let the forward hook {name_of(hooks.in_place[0])}, which may be the cause, return a new tensor"
+                if hooks is not None and hooks.in_place
+                else "make its first operation an out-of-place one"
+            )
             raise RuntimeError(f"{self.name} modifies its input in place, so that the block cannot be inverted: {fix}")
         self.inputs = ()
         return result
@@ -127,8 +141,15 @@ class Recomputation(Link):
         """Forget the targets (rule 3) and the ends of chains within the evaluation (rule 6)."""
         super().complete(sources)
         if self.nested:  # one that was modified in place since is kept, and an error when it is read
-            self._take([reference for reference in self.nested if (value := reference()) is not None
-                        and value.tensor is not None and value.tensor._version == value.version])
+            self._take(
+                [
+                    reference
+                    for reference in self.nested
+                    if (value := reference()) is not None
+                    and value.tensor is not None
+                    and value.tensor._version == value.version
+                ]
+            )
         if thread_state.noted_sources is not None:
             thread_state.noted_sources += map(weakref.ref, sources)
 
@@ -163,10 +184,12 @@ class Recomputation(Link):
 
     def diverged(self, then: str, now: str) -> RuntimeError:
         """Return the error for a second evaluation that differs from the first (rule 5)."""
-        return RuntimeError(f"{self.name} computed something else in the recomputation than in the forward pass "
-                            f"({then} then, {now} now): its forward must depend on its input, parameters, buffers and "
-                            "torch's random numbers alone; if it initialises itself from its first batch, give it one "
-                            "before it is wrapped")
+        return RuntimeError(
+            f"{self.name} computed something else in the recomputation than in the forward pass "
+            f"({then} then, {now} now): its forward must depend on its input, parameters, buffers and "
+            "torch's random numbers alone; if it initialises itself from its first batch, give it one "
+            "before it is wrapped"
+        )
 
     def _check_inverse(self, tensors: Sequence[Tensor | None]) -> None:
         for got, wanted in zip(tensors, self.expected, strict=False):
@@ -177,7 +200,8 @@ class Recomputation(Link):
                 raise RuntimeError(
                     f"{self.name} is not inverted: its input of shape {tuple(wanted.shape)} is rebuilt with a relative "
                     f"error of {error:.1e}, more than check_inverse={self.check_inverse:.1e}, and gradients would be "
-                    "as wrong; mend its inverse, or use keep_input=True, which needs none")
+                    "as wrong; mend its inverse, or use keep_input=True, which needs none"
+                )
 
     @never_compiled
     def _pack(self, tensor: Tensor) -> Activation | tuple[Tensor, int] | Tensor:
@@ -203,23 +227,29 @@ class Recomputation(Link):
         if type(saved) is Activation:
             tensor = self._rebuilt(saved) if saved.tensor is None else saved.tensor
             if tensor._version != saved.version:
-                raise RuntimeError(f"{self.name} modifies in place a tensor of shape {tuple(saved.shape)} that is "
-                                   "needed for its gradient: use an out-of-place operation there, as ordinary autograd "
-                                   "also asks")
+                raise RuntimeError(
+                    f"{self.name} modifies in place a tensor of shape {tuple(saved.shape)} that is "
+                    "needed for its gradient: use an out-of-place operation there, as ordinary autograd "
+                    "also asks"
+                )
             return tensor
         if type(saved) is tuple:
             tensor, version = saved
             if tensor._version != version:
-                raise RuntimeError(f"a parameter of shape {tuple(tensor.shape)} that {self.name} used was modified "
-                                   "between forward and backward: call backward before the parameters change")
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(tensor.shape)} that {self.name} used was modified "
+                    "between forward and backward: call backward before the parameters change"
+                )
             return tensor
         return saved
 
     @torch.compiler.disable(reason="reversible blocks rebuild their activations outside of compiled code")
     def _rebuilt(self, activation: Activation) -> Tensor:
         if self.sources is None:
-            raise RuntimeError(f"{self.name} differentiates within its own forward pass, of which a reversible block "
-                               "stores nothing: wrap the block with keep_input=True, or with disable=True")
+            raise RuntimeError(
+                f"{self.name} differentiates within its own forward pass, of which a reversible block "
+                "stores nothing: wrap the block with keep_input=True, or with disable=True"
+            )
         try:
             rebuild(self)
             return activation.tensor
@@ -250,8 +280,9 @@ class SecondEvaluation:
                 self.is_wanted = True
                 break
         else:
-            self.is_wanted = any(value is not None and value.link is step
-                                 for value in (reference() for reference in step.nested))
+            self.is_wanted = any(
+                value is not None and value.link is step for value in (reference() for reference in step.nested)
+            )
 
     @property
     def is_complete(self) -> bool:
@@ -307,8 +338,10 @@ class SecondEvaluation:
         if self.seen > len(step.activations) or (activation := step.activations[self.seen - 1]()) is None:
             return held
         if tensor.shape != activation.shape or tensor.dtype != activation.dtype:
-            raise step.diverged(f"{activation.dtype} of shape {tuple(activation.shape)} as saved tensor {self.seen}",
-                                f"{tensor.dtype} of shape {tuple(tensor.shape)}")
+            raise step.diverged(
+                f"{activation.dtype} of shape {tuple(activation.shape)} as saved tensor {self.seen}",
+                f"{tensor.dtype} of shape {tuple(tensor.shape)}",
+            )
         # a tensor with a graph would keep the whole evaluation alive
         activation.tensor = tensor if tensor.grad_fn is None else tensor.detach()
         activation.version = tensor._version
@@ -319,6 +352,8 @@ class SecondEvaluation:
     @never_compiled
     def _unpack(self, held: Tensor | None) -> Tensor:
         if held is None:
-            raise RuntimeError(f"{self.step.name} differentiates within its own forward pass in the recomputation "
-                               "alone: wrap the block with keep_input=True")
+            raise RuntimeError(
+                f"{self.step.name} differentiates within its own forward pass in the recomputation "
+                "alone: wrap the block with keep_input=True"
+            )
         return held

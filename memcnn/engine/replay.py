@@ -132,16 +132,21 @@ class Replay:
         self.hooks = Hooks(registries) if registries else None
 
         devices = {_CPU, *[x.device for x in inputs]}
-        self.autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind),
-                          torch.is_autocast_cache_enabled())
-                         for kind in {device.type for device in devices} if torch.amp.is_autocast_available(kind)]
+        self.autocast = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
+            for kind in {device.type for device in devices}
+            if torch.amp.is_autocast_available(kind)
+        ]
         captured = {device for device in devices if is_captured(device)}
         self.captured = preserve_rng_state and bool(captured)
         self.generators: list[Drawn] = []
         """The generators that the module may draw from; after ``evaluated()``, those that it drew from."""
         if preserve_rng_state:
-            self.generators = [Drawn(Source("PyTorch's", rng_state, set_rng_state, device), rng_state(device), None)
-                               for device in devices if device.type in ("cpu", "cuda") and device not in captured]
+            self.generators = [
+                Drawn(Source("PyTorch's", rng_state, set_rng_state, device), rng_state(device), None)
+                for device in devices
+                if device.type in ("cpu", "cuda") and device not in captured
+            ]
             for generator in {id(g): g for g in self.own_generators}.values() if self.own_generators else ():
                 if getattr(generator, "device", None) not in captured:
                     source = owned(generator)
@@ -232,8 +237,10 @@ class Replay:
             if not same_state(before, after := source.read(source.key)):
                 self.generators.append(Drawn(source, before, after))
         if self.outside is not None:
-            self.generators += [Drawn(source, before, source.read(source.key))
-                                for source, before in moved_outside(self.module, self.outside)]
+            self.generators += [
+                Drawn(source, before, source.read(source.key))
+                for source, before in moved_outside(self.module, self.outside)
+            ]
             self.outside = None
         # a layer that initialises itself in its first forward pass sets its parameters, but does so once
         set_by = set()
@@ -248,8 +255,12 @@ class Replay:
             self._note_attributes()
         initialised = {id(m._buffers) for m, _ in self.modes if id(m._parameters) in set_by} if set_by else set_by
         # torch moves running statistics without a new version; a branch that moves them itself has them restored
-        moved = {id(b.registry) for b in self.restored if id(b.tensor) in self.running_statistics
-                 and (b.tensor._version, b.tensor.untyped_storage()._cdata) != b.identity}
+        moved = {
+            id(b.registry)
+            for b in self.restored
+            if id(b.tensor) in self.running_statistics
+            and (b.tensor._version, b.tensor.untyped_storage()._cdata) != b.identity
+        }
         self.untracked = {m: None for m in self.untracked if id(m._buffers) not in moved}
         untracked = {id(m._buffers) for m in self.untracked}
         restored, self.restored = self.restored, []
@@ -257,8 +268,11 @@ class Replay:
             if id(buffer.registry) not in untracked:
                 self._note_buffer(buffer, id(buffer.registry) in initialised)
         if initialised:
-            self.buffers = [(registry, name, now if id(registry) in initialised and now is not None else b)
-                            for registry, name, b in self.buffers for now in (registry.get(name),)]
+            self.buffers = [
+                (registry, name, now if id(registry) in initialised and now is not None else b)
+                for registry, name, b in self.buffers
+                for now in (registry.get(name),)
+            ]
 
     def _note_buffer(self, buffer: Buffer, initialised: bool) -> None:
         """Note whether the first evaluation modified a buffer, and keep the value it began with if it may have."""
@@ -269,8 +283,11 @@ class Replay:
             self.unchanged.append(("buffer", name, b, value))
             if bits is not None:
                 self.checksums.append((name, b, bits))
-            if b.device.type == "cpu" or b.nbytes > KEPT_BUFFER or any(
-                    m._buffers is registry and type(m).forward in NORM_FORWARDS for m, _ in self.modes):
+            if (
+                b.device.type == "cpu"
+                or b.nbytes > KEPT_BUFFER
+                or any(m._buffers is registry and type(m).forward in NORM_FORWARDS for m, _ in self.modes)
+            ):
                 before = None
         self.restored.append(Buffer(registry, name, b, before, value, bits))
 
@@ -293,9 +310,11 @@ class Replay:
 
     def _has_grown(self) -> bool:
         modules = list(self.module.modules())
-        return (len(modules), sum(p is not None for m in modules for p in m._parameters.values()),
-                sum(b is not None for m in modules for b in m._buffers.values())) != (
-                    len(self.modes), len(self.parameters), len(self.buffers))
+        return (
+            len(modules),
+            sum(p is not None for m in modules for p in m._parameters.values()),
+            sum(b is not None for m in modules for b in m._buffers.values()),
+        ) != (len(self.modes), len(self.parameters), len(self.buffers))
 
     def again(self, *, compare: bool = True) -> "_Again":
         """Return the context of a further evaluation.
@@ -309,17 +328,23 @@ class Replay:
         """Raise a RuntimeError if a parameter, a buffer or a module was modified or exchanged."""
         for kind, name, tensor, value in self.unchanged:
             if (tensor._version, tensor.untyped_storage()._cdata) != value:
-                raise RuntimeError(f"the {kind} {name!r} of shape {tuple(tensor.shape)} was modified {when}, so that "
-                                   f"the activations cannot be rebuilt: {fix}")
+                raise RuntimeError(
+                    f"the {kind} {name!r} of shape {tuple(tensor.shape)} was modified {when}, so that "
+                    f"the activations cannot be rebuilt: {fix}"
+                )
         for name, tensor, bits in self.checksums:
             if checksum(tensor) != bits:
-                raise RuntimeError(f"the buffer {name!r} of shape {tuple(tensor.shape)} was modified {when} through "
-                                   ".data, NumPy or a kernel that counts no version, so that the activations cannot be "
-                                   f"rebuilt: {fix}")
+                raise RuntimeError(
+                    f"the buffer {name!r} of shape {tuple(tensor.shape)} was modified {when} through "
+                    ".data, NumPy or a kernel that counts no version, so that the activations cannot be "
+                    f"rebuilt: {fix}"
+                )
         for registry, content in self.children:
             if [*registry.values()] != content:
-                raise RuntimeError(f"a module within {self.name} was exchanged, added or removed {when}, so that the "
-                                   f"activations cannot be rebuilt: {fix}")
+                raise RuntimeError(
+                    f"a module within {self.name} was exchanged, added or removed {when}, so that the "
+                    f"activations cannot be rebuilt: {fix}"
+                )
 
     def restore(self, undo: list[tuple]) -> None:
         """Set everything as the first evaluation found it. ``undo`` receives the calls that undo this."""
@@ -380,7 +405,8 @@ class Replay:
                     "the forward pass: another thread drew from it at the same time, or the module draws another "
                     "number of them, or it initialised itself in that forward pass; draw in one thread at a time, or "
                     "from a torch.Generator that the module owns, and give a module that initialises itself a forward "
-                    "pass under torch.no_grad() first")
+                    "pass under torch.no_grad() first"
+                )
 
 
 _STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
@@ -410,8 +436,9 @@ class _Again:
         finally:
             _run_backwards(self.undo)
         if kind is None and self.replay.sets_parameters:
-            self.replay.check_unchanged("by its module's every forward pass", "modify it outside of forward, or just "
-                                        "once")
+            self.replay.check_unchanged(
+                "by its module's every forward pass", "modify it outside of forward, or just once"
+            )
 
 
 def _run_backwards(undo: list[tuple]) -> None:
@@ -433,8 +460,10 @@ def identity(x: Tensor) -> tuple[int, int]:
 def _identity_at_first(x: Tensor, what: str) -> None:
     """Return None for an uninitialised tensor of a lazy layer; raise a RuntimeError for one without a version."""
     if not is_lazy(x):
-        raise RuntimeError(f"{what} was made under torch.inference_mode(), so that autograd cannot use it: make or "
-                           "load the module outside of inference_mode, or under torch.no_grad()")
+        raise RuntimeError(
+            f"{what} was made under torch.inference_mode(), so that autograd cannot use it: make or "
+            "load the module outside of inference_mode, or under torch.no_grad()"
+        )
 
 
 def _exchange(registry: dict, name: str, then: Tensor, undo: list[tuple]) -> None:

@@ -60,10 +60,16 @@ def at_end_of_backward(function: Callable[[], object]) -> None:
 
 def is_hooked(module: nn.Module) -> bool:
     """Return whether a hook, of the module or global, runs when the module is called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks or torch_module._global_forward_hooks
-                or torch_module._global_forward_pre_hooks or torch_module._global_backward_hooks
-                or torch_module._global_backward_pre_hooks)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
 
 
 def is_transformed() -> bool:
@@ -72,8 +78,12 @@ def is_transformed() -> bool:
     The flag of torch.export is read directly, because the compiler of PyTorch 2.11 takes
     ``torch.compiler.is_exporting()`` for always true, and blocks would store their activations in compiled models.
     """
-    return (_functorch_is_active() or forward_ad._current_level >= 0 or torch.compiler._is_exporting_flag
-            or torch.jit.is_tracing())
+    return (
+        _functorch_is_active()
+        or forward_ad._current_level >= 0
+        or torch.compiler._is_exporting_flag
+        or torch.jit.is_tracing()
+    )
 
 
 def never_compiled(function: AnyFunction) -> AnyFunction:

@@ -26,8 +26,16 @@ class AdditiveCoupling(Coupling):
             two (True means 2^-10). See ``memcnn.engine.exact``.
     """
 
-    def __init__(self, Fm: nn.Module, Gm: nn.Module | None = None, implementation_fwd: int | None = None,
-                 implementation_bwd: int | None = None, split_dim: int = 1, *, exact: bool | float | Grid = False):
+    def __init__(
+        self,
+        Fm: nn.Module,
+        Gm: nn.Module | None = None,
+        implementation_fwd: int | None = None,
+        implementation_bwd: int | None = None,
+        split_dim: int = 1,
+        *,
+        exact: bool | float | Grid = False,
+    ):
         super().__init__(Fm, Gm, implementation_fwd, implementation_bwd, split_dim)
         self.grid = Grid.of(exact)
 
@@ -44,14 +52,28 @@ class AdditiveCoupling(Coupling):
     def _add(self, a: Tensor, branch: nn.Module, b: Tensor, kwargs: dict[str, object]) -> Tensor:
         """Return ``a + branch(b, **kwargs)``."""
         plus, minus = self._sums()
-        return couple(a, branch, b, forward=plus, inverse=minus, verify=self.grid is not None,
-                      kwargs=taken(branch, kwargs) if kwargs else kwargs)
+        return couple(
+            a,
+            branch,
+            b,
+            forward=plus,
+            inverse=minus,
+            verify=self.grid is not None,
+            kwargs=taken(branch, kwargs) if kwargs else kwargs,
+        )
 
     def _subtract(self, a: Tensor, branch: nn.Module, b: Tensor, kwargs: dict[str, object]) -> Tensor:
         """Return ``a - branch(b, **kwargs)``."""
         plus, minus = self._sums()
-        return couple(a, branch, b, forward=minus, inverse=plus, verify=self.grid is not None,
-                      kwargs=taken(branch, kwargs) if kwargs else kwargs)
+        return couple(
+            a,
+            branch,
+            b,
+            forward=minus,
+            inverse=plus,
+            verify=self.grid is not None,
+            kwargs=taken(branch, kwargs) if kwargs else kwargs,
+        )
 
     def _sums(self) -> tuple[Callable, Callable]:
         return (self.grid.add, self.grid.sub) if self.grid is not None else (_plus, _minus)
@@ -77,8 +99,9 @@ class AdditiveBlock(AdditiveCoupling):
         implementation_bwd: likewise.
     """
 
-    def __init__(self, Fm: nn.Module, Gm: nn.Module | None = None, implementation_fwd: int = 1,
-                 implementation_bwd: int = 1):
+    def __init__(
+        self, Fm: nn.Module, Gm: nn.Module | None = None, implementation_fwd: int = 1, implementation_bwd: int = 1
+    ):
         warnings.warn("AdditiveBlock is deprecated: use AdditiveCoupling", DeprecationWarning, stacklevel=2)
         super().__init__(Fm, Gm)
 
@@ -93,8 +116,11 @@ def _minus(a: Tensor, h: Tensor) -> Tensor:
 
 def _fitting(h: Tensor, a: Tensor) -> Tensor:
     """h, where it has the shape of a or is broadcast to it, else a ValueError."""
-    if isinstance(h, Tensor) and (h.shape == a.shape or h.dim() <= a.dim() and all(
-            size in (1, wanted) for size, wanted in zip(reversed(h.shape), reversed(a.shape), strict=False))):
+    if isinstance(h, Tensor) and (
+        h.shape == a.shape
+        or h.dim() <= a.dim()
+        and all(size in (1, wanted) for size, wanted in zip(reversed(h.shape), reversed(a.shape), strict=False))
+    ):
         return h
     got = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else f"a {type(h).__name__}"
     raise ValueError(f"F and G of an additive coupling must keep the shape of a half, {tuple(a.shape)}: got {got}")

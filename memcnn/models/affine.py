@@ -26,9 +26,15 @@ class AffineCoupling(Coupling):
         split_dim: the dimension along which x and y are halved.
     """
 
-    def __init__(self, Fm: nn.Module, Gm: nn.Module | None = None,
-                 adapter: Callable[[nn.Module], nn.Module] | None = None, implementation_fwd: int | None = None,
-                 implementation_bwd: int | None = None, split_dim: int = 1):
+    def __init__(
+        self,
+        Fm: nn.Module,
+        Gm: nn.Module | None = None,
+        adapter: Callable[[nn.Module], nn.Module] | None = None,
+        implementation_fwd: int | None = None,
+        implementation_bwd: int | None = None,
+        split_dim: int = 1,
+    ):
         super().__init__(Fm, Gm, implementation_fwd, implementation_bwd, split_dim)
         if adapter is not None:
             self.Fm, self.Gm = adapter(self.Fm), adapter(self.Gm)
@@ -62,8 +68,9 @@ class AffineCoupling(Coupling):
         return merge(x1, x2, self.split_dim), log_s1 + log_s2
 
     @staticmethod
-    def _change(a: Tensor, branch: nn.Module, b: Tensor, kwargs: dict[str, object], forward: Callable,
-                inverse: Callable) -> Tensor | tuple[Tensor, Tensor]:
+    def _change(
+        a: Tensor, branch: nn.Module, b: Tensor, kwargs: dict[str, object], forward: Callable, inverse: Callable
+    ) -> Tensor | tuple[Tensor, Tensor]:
         return couple(a, branch, b, forward=forward, inverse=inverse, kwargs=taken(branch, kwargs))
 
 
@@ -77,8 +84,9 @@ class AffineBlock(AffineCoupling):
         implementation_bwd: likewise.
     """
 
-    def __init__(self, Fm: nn.Module, Gm: nn.Module | None = None, implementation_fwd: int = 1,
-                 implementation_bwd: int = 1):
+    def __init__(
+        self, Fm: nn.Module, Gm: nn.Module | None = None, implementation_fwd: int = 1, implementation_bwd: int = 1
+    ):
         warnings.warn("AffineBlock is deprecated: use AffineCoupling", DeprecationWarning, stacklevel=2)
         super().__init__(Fm, Gm)
 
@@ -112,8 +120,10 @@ def _log(s: Tensor, a: Tensor) -> Tensor:
 def _scale_and_shift(h: object) -> tuple[Tensor, Tensor]:
     if not isinstance(h, (tuple, list)) or len(h) != 2:  # a tensor could be unpacked too, along its batch
         got = type(h).__name__ if not isinstance(h, (tuple, list)) else f"{len(h)} values"
-        raise TypeError("F and G of an affine coupling must return a pair (scale, shift): "
-                        f"got {got}; give the coupling an adapter, such as adapter=AffineAdapterNaive")
+        raise TypeError(
+            "F and G of an affine coupling must return a pair (scale, shift): "
+            f"got {got}; give the coupling an adapter, such as adapter=AffineAdapterNaive"
+        )
     return h
 
 
@@ -173,8 +183,10 @@ def by_turns(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """The even and the odd entries of h, of the shape of x each, along the one dimension where h is twice as large."""
     dims = [dim for dim, (got, size) in enumerate(zip(h.shape, x.shape, strict=False)) if got != size]
     if h.dim() != x.dim() or len(dims) != 1 or h.shape[dims[0]] != 2 * x.shape[dims[0]]:
-        raise ValueError("the adapted module must double one dimension of its input, for a scale and a shift: it gave "
-                         f"shape {tuple(h.shape)} for shape {tuple(x.shape)}; let it put out twice as many channels")
+        raise ValueError(
+            "the adapted module must double one dimension of its input, for a scale and a shift: it gave "
+            f"shape {tuple(h.shape)} for shape {tuple(x.shape)}; let it put out twice as many channels"
+        )
     return h.unflatten(dims[0], (-1, 2)).unbind(dims[0] + 1)
 
 

@@ -22,8 +22,14 @@ class Coupling(nn.Module):
     grid: Grid | None = None
     """Where it is given, the halves are on it: see ``memcnn.engine.exact``."""
 
-    def __init__(self, Fm: nn.Module, Gm: nn.Module | None = None, implementation_fwd: int | None = None,
-                 implementation_bwd: int | None = None, split_dim: int = 1):
+    def __init__(
+        self,
+        Fm: nn.Module,
+        Gm: nn.Module | None = None,
+        implementation_fwd: int | None = None,
+        implementation_bwd: int | None = None,
+        split_dim: int = 1,
+    ):
         super().__init__()
         for name, module in (("Fm", Fm), ("Gm", Gm)):
             if not isinstance(module, nn.Module) and (name == "Fm" or module is not None):
@@ -31,11 +37,17 @@ class Coupling(nn.Module):
         if not isinstance(split_dim, int):
             raise TypeError(f"split_dim must be an integer, the dimension to halve: got {split_dim!r}")
         if unknown := {implementation_fwd, implementation_bwd} - {None, -1, 0, 1}:
-            raise NotImplementedError(f"unknown implementation {unknown.pop()!r}: leave implementation_fwd and "
-                                      "implementation_bwd out, there is one implementation")
+            raise NotImplementedError(
+                f"unknown implementation {unknown.pop()!r}: leave implementation_fwd and "
+                "implementation_bwd out, there is one implementation"
+            )
         if {implementation_fwd, implementation_bwd} - {None, -1}:
-            warnings.warn("implementation_fwd and implementation_bwd are deprecated and have no effect: there is one "
-                          "implementation", DeprecationWarning, stacklevel=3)
+            warnings.warn(
+                "implementation_fwd and implementation_bwd are deprecated and have no effect: there is one "
+                "implementation",
+                DeprecationWarning,
+                stacklevel=3,
+            )
         self.Fm = Fm
         self.Gm = copy.deepcopy(Fm) if Gm is None else Gm
         self.split_dim = split_dim
@@ -78,5 +90,7 @@ class Coupling(nn.Module):
 
     def _check_per_sample(self, x: Tensor) -> None:
         if self.split_dim in (0, -x.dim()):
-            raise ValueError(f"a coupling that splits the batch, split_dim={self.split_dim} of an input of shape "
-                             f"{tuple(x.shape)}, has no log-determinant for each sample: choose another split_dim")
+            raise ValueError(
+                f"a coupling that splits the batch, split_dim={self.split_dim} of an input of shape "
+                f"{tuple(x.shape)}, has no log-determinant for each sample: choose another split_dim"
+            )

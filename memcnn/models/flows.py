@@ -153,8 +153,10 @@ class InvertibleConv1x1(nn.Module):
 
 def _check_channels(module: nn.Module, x: Tensor, channels: int) -> None:
     if x.dim() < 2 or x.shape[1] != channels:
-        raise ValueError(f"{type(module).__name__} of {channels} channels takes inputs of shape (N, {channels}, ...): "
-                         f"got {tuple(x.shape)}")
+        raise ValueError(
+            f"{type(module).__name__} of {channels} channels takes inputs of shape (N, {channels}, ...): "
+            f"got {tuple(x.shape)}"
+        )
 
 
 def _positions(x: Tensor) -> int:

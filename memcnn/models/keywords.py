@@ -37,5 +37,7 @@ def taken(module: nn.Module, kwargs: Mapping[str, object]) -> dict[str, object]:
 def refuse_unknown(module: nn.Module, kwargs: Mapping[str, object]) -> None:
     """Raise a TypeError for a keyword argument that nothing within ``module`` takes."""
     if kwargs and (unknown := kwargs.keys() - keywords_taken(module, kwargs)):
-        raise TypeError(f"{type(module).__name__} has no branch whose forward takes the keyword argument "
-                        f"{min(unknown)!r}: correct its name, or give the forward of F or G such a parameter")
+        raise TypeError(
+            f"{type(module).__name__} has no branch whose forward takes the keyword argument "
+            f"{min(unknown)!r}: correct its name, or give the forward of F or G such a parameter"
+        )

@@ -52,8 +52,9 @@ class ChannelPermutation(_Rearrangement):
 
     def _permuted(self, x: Tensor, order: Tensor) -> Tensor:
         if x.dim() < 2 or x.shape[1] != len(order):
-            raise ValueError(f"ChannelPermutation of {len(order)} channels takes inputs (N, {len(order)}, ...): "
-                             f"got {tuple(x.shape)}")
+            raise ValueError(
+                f"ChannelPermutation of {len(order)} channels takes inputs (N, {len(order)}, ...): got {tuple(x.shape)}"
+            )
         return x.index_select(1, order)
 
 
@@ -102,8 +103,10 @@ def space_to_depth(x: Tensor, factor: int) -> Tensor:
     n, channels, *sizes = x.shape
     k = len(sizes)
     if not sizes or any(size % factor for size in sizes):
-        raise ValueError(f"space to depth by {factor} takes (N, C, D1, ...) with D1, ... that {factor} divides: got "
-                         f"{tuple(x.shape)}; pad or crop it")
+        raise ValueError(
+            f"space to depth by {factor} takes (N, C, D1, ...) with D1, ... that {factor} divides: got "
+            f"{tuple(x.shape)}; pad or crop it"
+        )
     x = x.reshape(n, channels, *(part for size in sizes for part in (size // factor, factor)))
     x = x.permute(0, 1, *range(3, 3 + 2 * k, 2), *range(2, 2 + 2 * k, 2))
     return x.reshape(n, channels * factor**k, *(size // factor for size in sizes))
@@ -113,8 +116,10 @@ def depth_to_space(y: Tensor, factor: int) -> Tensor:
     n, channels, *sizes = y.shape
     k = len(sizes)
     if not sizes or channels % factor**k:
-        raise ValueError(f"depth to space by {factor} takes (N, C, D1, ...) with a C that {factor}**{k} divides: got "
-                         f"{tuple(y.shape)}")
+        raise ValueError(
+            f"depth to space by {factor} takes (N, C, D1, ...) with a C that {factor}**{k} divides: got "
+            f"{tuple(y.shape)}"
+        )
     y = y.reshape(n, channels // factor**k, *[factor] * k, *sizes)
     y = y.permute(0, 1, *(dim for i in range(k) for dim in (2 + k + i, 2 + i)))
     return y.reshape(n, channels // factor**k, *(size * factor for size in sizes))

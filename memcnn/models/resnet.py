@@ -26,9 +26,28 @@ from memcnn.models.legacy import (
 )
 from memcnn.models.revop import HalvesPassedOn, InvertibleModuleWrapper
 
-__all__ = ["MODELS", "BasicBlock", "BasicBlockSub", "Bottleneck", "BottleneckSub", "Branch", "CifarResNet", "ResNet",
-           "RevBasicBlock", "RevBottleneck", "basic_branch", "batch_norm", "bottleneck_branch", "conv3x3", "resnet32",
-           "resnet110", "resnet164", "revnet38", "revnet110", "revnet164"]
+__all__ = [
+    "MODELS",
+    "BasicBlock",
+    "BasicBlockSub",
+    "Bottleneck",
+    "BottleneckSub",
+    "Branch",
+    "CifarResNet",
+    "ResNet",
+    "RevBasicBlock",
+    "RevBottleneck",
+    "basic_branch",
+    "batch_norm",
+    "bottleneck_branch",
+    "conv3x3",
+    "resnet32",
+    "resnet110",
+    "resnet164",
+    "revnet38",
+    "revnet110",
+    "revnet164",
+]
 
 
 class Branch(nn.Sequential):
@@ -69,15 +88,23 @@ bottleneck_branch.expansion = 4
 class ResidualUnit(nn.Module):
     """y = shortcut(x) + branch(x), for a unit that strides or changes its width: shortcut = conv1x1(stride), BN."""
 
-    def __init__(self, branch: Callable[..., nn.Module], in_channels: int, out_channels: int, stride: int,
-                 activate: bool, full_precision: bool):
+    def __init__(
+        self,
+        branch: Callable[..., nn.Module],
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        activate: bool,
+        full_precision: bool,
+    ):
         super().__init__()
         self.full_precision = full_precision
         self.branch = branch(in_channels, out_channels, stride, activate=activate)
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.shortcut(x)
@@ -98,24 +125,49 @@ class CifarResNet(nn.Module):
         exact: invert without rounding, see ``memcnn.engine.exact``.
     """
 
-    def __init__(self, branch: Callable[..., nn.Module], units: Sequence[int], channels: Sequence[int],
-                 num_classes: int = 10, *, reversible: bool = False, disable: bool = False, exact: bool = False):
+    def __init__(
+        self,
+        branch: Callable[..., nn.Module],
+        units: Sequence[int],
+        channels: Sequence[int],
+        num_classes: int = 10,
+        *,
+        reversible: bool = False,
+        disable: bool = False,
+        exact: bool = False,
+    ):
         super().__init__()
         if len(channels) != len(units) + 1:
-            raise ValueError(f"channels must name the stem and each of the {len(units)} stages, so {len(units) + 1} "
-                             f"widths: got {len(channels)}")
+            raise ValueError(
+                f"channels must name the stem and each of the {len(units)} stages, so {len(units) + 1} "
+                f"widths: got {len(channels)}"
+            )
         self.reversible = reversible
         stem, *widths = channels
         widths = [width * branch.expansion for width in widths]
         self.stem = nn.Sequential(_conv3x3(3, stem), *_activation(stem))
         self.stages = nn.ModuleList()
         for stage, (count, (in_width, width)) in enumerate(zip(units, pairwise([stem, *widths]), strict=True)):
-            self.stages.append(HalvesPassedOn(*(
-                _unit(branch, in_width if unit == 0 else width, width, stride=2 if stage > 0 and unit == 0 else 1,
-                      activate=(stage, unit) != (0, 0), reversible=reversible, disable=disable, exact=exact)
-                for unit in range(count))))
+            self.stages.append(
+                HalvesPassedOn(
+                    *(
+                        _unit(
+                            branch,
+                            in_width if unit == 0 else width,
+                            width,
+                            stride=2 if stage > 0 and unit == 0 else 1,
+                            activate=(stage, unit) != (0, 0),
+                            reversible=reversible,
+                            disable=disable,
+                            exact=exact,
+                        )
+                        for unit in range(count)
+                    )
+                )
+            )
         self.head = nn.Sequential(
-            *_activation(widths[-1]), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
+            *_activation(widths[-1]), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes)
+        )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -156,25 +208,37 @@ def resnet164(num_classes: int = 10, *, disable: bool = False) -> CifarResNet:
 
 
 def revnet38(num_classes: int = 10, *, disable: bool = False, exact: bool = False) -> CifarResNet:
-    return CifarResNet(basic_branch, (3, 3, 3), (32, 32, 64, 112), num_classes, reversible=True, disable=disable,
-                  exact=exact)
+    return CifarResNet(
+        basic_branch, (3, 3, 3), (32, 32, 64, 112), num_classes, reversible=True, disable=disable, exact=exact
+    )
 
 
 def revnet110(num_classes: int = 10, *, disable: bool = False, exact: bool = False) -> CifarResNet:
-    return CifarResNet(basic_branch, (9, 9, 9), (32, 32, 64, 128), num_classes, reversible=True, disable=disable,
-                  exact=exact)
+    return CifarResNet(
+        basic_branch, (9, 9, 9), (32, 32, 64, 128), num_classes, reversible=True, disable=disable, exact=exact
+    )
 
 
 def revnet164(num_classes: int = 10, *, disable: bool = False, exact: bool = False) -> CifarResNet:
-    return CifarResNet(bottleneck_branch, (9, 9, 9), (32, 32, 64, 128), num_classes, reversible=True, disable=disable,
-                  exact=exact)
+    return CifarResNet(
+        bottleneck_branch, (9, 9, 9), (32, 32, 64, 128), num_classes, reversible=True, disable=disable, exact=exact
+    )
 
 
 MODELS = {model.__name__: model for model in (resnet32, resnet110, resnet164, revnet38, revnet110, revnet164)}
 
 
-def _unit(branch: Callable[..., nn.Module], in_width: int, width: int, *, stride: int, activate: bool,
-          reversible: bool, disable: bool, exact: bool) -> nn.Module:
+def _unit(
+    branch: Callable[..., nn.Module],
+    in_width: int,
+    width: int,
+    *,
+    stride: int,
+    activate: bool,
+    reversible: bool,
+    disable: bool,
+    exact: bool,
+) -> nn.Module:
     if not reversible or stride != 1 or in_width != width:
         return ResidualUnit(branch, in_width, width, stride, activate, full_precision=reversible)
     F, G = (branch(width // 2, width // 2, activate=activate) for _ in range(2))

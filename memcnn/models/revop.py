@@ -24,12 +24,18 @@ from memcnn.models.coupling import Coupling
 from memcnn.models.keywords import keywords_taken, refuse_unknown, taken
 from memcnn.models.log_det import constant_log_det
 
-__all__ = ["InvertibleModuleWrapper", "ReversibleBlock", "ReversibleSequential", "create_coupling",
-           "is_invertible_module"]
+__all__ = [
+    "InvertibleModuleWrapper",
+    "ReversibleBlock",
+    "ReversibleSequential",
+    "create_coupling",
+    "is_invertible_module",
+]
 
 
 _uncompiled = torch.compiler.disable(
-    reason="a reversible block runs uncompiled, but its branches may be: coupling.Fm.compile()")
+    reason="a reversible block runs uncompiled, but its branches may be: coupling.Fm.compile()"
+)
 
 
 class InvertibleModuleWrapper(nn.Module):
@@ -50,13 +56,23 @@ class InvertibleModuleWrapper(nn.Module):
             backward rebuilds: a larger difference, of this block or accumulated behind it, is a RuntimeError.
     """
 
-    def __init__(self, fn: nn.Module, keep_input: bool = False, keep_input_inverse: bool = False,
-                 num_bwd_passes: int = 1, disable: bool = False, preserve_rng_state: bool = True, *,
-                 check_inverse: float | None = None):
+    def __init__(
+        self,
+        fn: nn.Module,
+        keep_input: bool = False,
+        keep_input_inverse: bool = False,
+        num_bwd_passes: int = 1,
+        disable: bool = False,
+        preserve_rng_state: bool = True,
+        *,
+        check_inverse: float | None = None,
+    ):
         super().__init__()
         if not isinstance(fn, nn.Module) or not callable(getattr(fn, "inverse", None)):
-            raise TypeError(f"fn must be an nn.Module with forward and inverse: got {type(fn).__name__}; give it an "
-                            "inverse method, or build a coupling from it, such as AdditiveCoupling(fn)")
+            raise TypeError(
+                f"fn must be an nn.Module with forward and inverse: got {type(fn).__name__}; give it an "
+                "inverse method, or build a coupling from it, such as AdditiveCoupling(fn)"
+            )
         self.disable = disable
         self.keep_input = keep_input
         self.keep_input_inverse = keep_input_inverse
@@ -98,8 +114,11 @@ class InvertibleModuleWrapper(nn.Module):
 
     @_uncompiled
     def _run_recorded(self, run, undo, inputs, kwargs, keep_input, log_det):
-        options = {"preserve_rng_state": self.preserve_rng_state, "keep_input": keep_input,
-                   "check_inverse": self.check_inverse}
+        options = {
+            "preserve_rng_state": self.preserve_rng_state,
+            "keep_input": keep_input,
+            "check_inverse": self.check_inverse,
+        }
         if isinstance(self._fn, Coupling):
             with recording(**options):
                 return run(*inputs, **kwargs)
@@ -109,13 +128,25 @@ class InvertibleModuleWrapper(nn.Module):
 class ReversibleBlock(InvertibleModuleWrapper):
     """A wrapped coupling of F and G; see ``create_coupling`` and ``InvertibleModuleWrapper`` for the arguments."""
 
-    def __init__(self, Fm: nn.Module, Gm: nn.Module | None = None, coupling: str = "additive", keep_input: bool = False,
-                 keep_input_inverse: bool = False, implementation_fwd: int | None = None,
-                 implementation_bwd: int | None = None, adapter: Callable[[nn.Module], nn.Module] | None = None,
-                 split_dim: int = 1, preserve_rng_state: bool = True):
-        super().__init__(create_coupling(Fm, Gm, coupling, implementation_fwd, implementation_bwd, adapter, split_dim),
-                         keep_input=keep_input, keep_input_inverse=keep_input_inverse,
-                         preserve_rng_state=preserve_rng_state)
+    def __init__(
+        self,
+        Fm: nn.Module,
+        Gm: nn.Module | None = None,
+        coupling: str = "additive",
+        keep_input: bool = False,
+        keep_input_inverse: bool = False,
+        implementation_fwd: int | None = None,
+        implementation_bwd: int | None = None,
+        adapter: Callable[[nn.Module], nn.Module] | None = None,
+        split_dim: int = 1,
+        preserve_rng_state: bool = True,
+    ):
+        super().__init__(
+            create_coupling(Fm, Gm, coupling, implementation_fwd, implementation_bwd, adapter, split_dim),
+            keep_input=keep_input,
+            keep_input_inverse=keep_input_inverse,
+            preserve_rng_state=preserve_rng_state,
+        )
 
 
 class ReversibleSequential(nn.Sequential):
@@ -136,8 +167,10 @@ class ReversibleSequential(nn.Sequential):
         if exact is not None:
             for i, module in enumerate(self):
                 if not isinstance(module, InvertibleModuleWrapper) or not isinstance(module._fn, AdditiveCoupling):
-                    raise ValueError("only additive couplings can be exact: module "
-                                     f"{i} is a {type(getattr(module, '_fn', module)).__name__}")
+                    raise ValueError(
+                        "only additive couplings can be exact: module "
+                        f"{i} is a {type(getattr(module, '_fn', module)).__name__}"
+                    )
                 module._fn.grid = Grid.of(exact)
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
@@ -151,8 +184,11 @@ class ReversibleSequential(nn.Sequential):
             with storing() if store else nullcontext():
                 values = [x]
                 del x
-                x = (_run_of(blocks, values, Coupling.couple, kwargs) if len(blocks) > 1 else
-                     blocks[0](values.pop(), **taken(blocks[0], kwargs)))
+                x = (
+                    _run_of(blocks, values, Coupling.couple, kwargs)
+                    if len(blocks) > 1
+                    else blocks[0](values.pop(), **taken(blocks[0], kwargs))
+                )
         return x
 
     def inverse(self, y: Tensor, **kwargs) -> Tensor:
@@ -162,8 +198,11 @@ class ReversibleSequential(nn.Sequential):
             with storing() if store else nullcontext():
                 values = [y]
                 del y
-                y = (_run_of(blocks, values, Coupling.uncouple, kwargs) if len(blocks) > 1 else
-                     blocks[0].inverse(values.pop(), **taken(blocks[0], kwargs)))
+                y = (
+                    _run_of(blocks, values, Coupling.uncouple, kwargs)
+                    if len(blocks) > 1
+                    else blocks[0].inverse(values.pop(), **taken(blocks[0], kwargs))
+                )
         return y
 
     def keywords_taken(self, names: Iterable[str]) -> set[str]:
@@ -246,8 +285,9 @@ def _halves_passed_on(block: nn.Module) -> tuple | None:
     return coupling.split_dim, coupling.grid, block.preserve_rng_state, block.check_inverse
 
 
-def _run_of(blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable,
-            kwargs: dict[str, object]) -> Tensor:
+def _run_of(
+    blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable, kwargs: dict[str, object]
+) -> Tensor:
     """Run the wrapped couplings one after the other, ``change`` being ``Coupling.couple`` or ``Coupling.uncouple``.
 
     ``values`` holds the input alone. It is taken out, so that no caller keeps the input until the last block has run.
@@ -259,14 +299,20 @@ def _run_of(blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], cha
 
 
 @_uncompiled
-def _recorded_run(blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable,
-                  kwargs: dict[str, object], options: dict) -> Tensor:
+def _recorded_run(
+    blocks: Sequence[InvertibleModuleWrapper],
+    values: list[Tensor],
+    change: Callable,
+    kwargs: dict[str, object],
+    options: dict,
+) -> Tensor:
     with recording(**options):
         return _halves_changed(blocks, values, change, kwargs)
 
 
-def _halves_changed(blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable,
-                    kwargs: dict[str, object]) -> Tensor:
+def _halves_changed(
+    blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable, kwargs: dict[str, object]
+) -> Tensor:
     coupling = blocks[0]._fn
     halves = split(values.pop(), coupling.split_dim, coupling.grid)
     for block in blocks:
@@ -275,9 +321,15 @@ def _halves_changed(blocks: Sequence[InvertibleModuleWrapper], values: list[Tens
     return merge(*halves, coupling.split_dim, coupling.grid)
 
 
-def create_coupling(Fm: nn.Module, Gm: nn.Module | None = None, coupling: str = "additive",
-                    implementation_fwd: int | None = None, implementation_bwd: int | None = None,
-                    adapter: Callable[[nn.Module], nn.Module] | None = None, split_dim: int = 1) -> Coupling:
+def create_coupling(
+    Fm: nn.Module,
+    Gm: nn.Module | None = None,
+    coupling: str = "additive",
+    implementation_fwd: int | None = None,
+    implementation_bwd: int | None = None,
+    adapter: Callable[[nn.Module], nn.Module] | None = None,
+    split_dim: int = 1,
+) -> Coupling:
     """The coupling named ``coupling``, 'additive' or 'affine', of the modules F and G (G: a copy of F if not given).
 
     ``adapter`` is for an affine coupling alone. NotImplementedError for another name.
@@ -289,9 +341,15 @@ def create_coupling(Fm: nn.Module, Gm: nn.Module | None = None, coupling: str = 
     return AdditiveCoupling(Fm, Gm, implementation_fwd, implementation_bwd, split_dim)
 
 
-def is_invertible_module(module_in: nn.Module, test_input_shape: Sequence,
-                         test_input_dtype: torch.dtype = torch.float32, atol: float = 1e-6, random_seed: int = 42, *,
-                         device: torch.device | str = "cpu") -> bool:
+def is_invertible_module(
+    module_in: nn.Module,
+    test_input_shape: Sequence,
+    test_input_dtype: torch.dtype = torch.float32,
+    atol: float = 1e-6,
+    random_seed: int = 42,
+    *,
+    device: torch.device | str = "cpu",
+) -> bool:
     """Whether inverse(forward(x)) = x and forward(inverse(y)) = y for a random x, and y = forward(x).
 
     Random numbers, buffers and generators are as before the call when it returns. A result that shares memory with an
@@ -309,8 +367,10 @@ def is_invertible_module(module_in: nn.Module, test_input_shape: Sequence,
     if not hasattr(fn, "inverse"):
         return False
     generator = torch.Generator().manual_seed(random_seed)
-    inputs = [torch.rand(shape, generator=generator, dtype=test_input_dtype, device="cpu").to(device)
-              for shape in _shapes(test_input_shape)]
+    inputs = [
+        torch.rand(shape, generator=generator, dtype=test_input_dtype, device="cpu").to(device)
+        for shape in _shapes(test_input_shape)
+    ]
     replay = Replay(fn, inputs, preserve_rng_state=True)
 
     @torch.no_grad()
@@ -326,7 +386,8 @@ def is_invertible_module(module_in: nn.Module, test_input_shape: Sequence,
 
     def alike(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
         return [x.shape for x in got] == [x.shape for x in wanted] and all(
-            torch.allclose(a, b, atol=atol) for a, b in zip(got, wanted, strict=True))
+            torch.allclose(a, b, atol=atol) for a, b in zip(got, wanted, strict=True)
+        )
 
     return alike(restored, inputs) and alike(evaluated(fn, restored), outputs)
 
@@ -335,19 +396,25 @@ def _warn_of_sharing(method: str, inputs: Sequence[Tensor], outputs: Sequence[Te
     """Warn where a result of ``method`` lies in the memory of an input, or where two results are the same values."""
     tensors = [y for y in outputs if isinstance(y, Tensor) and y.numel()]
     if any(x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr() for x in inputs for y in tensors):
-        warnings.warn(f"a result of {method} shares memory with an input, as that of an identity function or a view: "
-                      "wrapping the module saves less memory; return new tensors, or leave the module unwrapped",
-                      stacklevel=3)
+        warnings.warn(
+            f"a result of {method} shares memory with an input, as that of an identity function or a view: "
+            "wrapping the module saves less memory; return new tensors, or leave the module unwrapped",
+            stacklevel=3,
+        )
     if len({(y.data_ptr(), y.shape, y.stride()) for y in tensors}) < len(tensors):
-        warnings.warn(f"two results of {method} are the same tensor, so one of them is redundant: return copies if "
-                      "both are needed", stacklevel=3)
+        warnings.warn(
+            f"two results of {method} are the same tensor, so one of them is redundant: return copies if "
+            "both are needed",
+            stacklevel=3,
+        )
 
 
 def _shapes(shape: Sequence) -> Sequence[Sequence[int]]:
     shapes = [shape] if _is_shape(shape) else shape
     if not isinstance(shapes, (tuple, list)) or not all(map(_is_shape, shapes)):
-        raise ValueError("test_input_shape must be a shape, such as (2, 4, 8, 8), or a sequence of shapes: got "
-                         f"{shape!r}")
+        raise ValueError(
+            f"test_input_shape must be a shape, such as (2, 4, 8, 8), or a sequence of shapes: got {shape!r}"
+        )
     return shapes
 
 
@@ -357,15 +424,21 @@ def _is_shape(shape: object) -> bool:
 
 def _log_det_method(fn: nn.Module, name: str) -> Callable:
     if not callable(method := getattr(fn, name, None)):
-        raise TypeError(f"{type(fn).__name__} has no {name}: give it one that returns the output and a value for each "
-                        "sample, as memcnn.models.log_det says")
+        raise TypeError(
+            f"{type(fn).__name__} has no {name}: give it one that returns the output and a value for each "
+            "sample, as memcnn.models.log_det says"
+        )
     return method
 
 
 def _is_recorded(fn: nn.Module, inputs: tuple) -> bool:
     """Whether autograd would record ``fn(*inputs)``, and lets us say what it saves."""
-    return torch.is_grad_enabled() and not is_storing() and not is_transformed() and any(
-        isinstance(t, Tensor) and t.requires_grad for source in (inputs, fn.parameters()) for t in source)
+    return (
+        torch.is_grad_enabled()
+        and not is_storing()
+        and not is_transformed()
+        and any(isinstance(t, Tensor) and t.requires_grad for source in (inputs, fn.parameters()) for t in source)
+    )
 
 
 __getattr__ = migration.absent_names(__name__)

@@ -16,5 +16,17 @@ from memcnn.testing.laws.result import Report, Result
 from memcnn.testing.laws.state import check_state
 from memcnn.testing.laws.training import check_training
 
-__all__ = ["Inverted", "Report", "Result", "WithLogDet", "check_all", "check_copies", "check_gradients",
-           "check_inverse", "check_log_det", "check_memory", "check_state", "check_training"]
+__all__ = [
+    "Inverted",
+    "Report",
+    "Result",
+    "WithLogDet",
+    "check_all",
+    "check_copies",
+    "check_gradients",
+    "check_inverse",
+    "check_log_det",
+    "check_memory",
+    "check_state",
+    "check_training",
+]

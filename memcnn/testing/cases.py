@@ -163,12 +163,21 @@ def fitting_layers(shape: Shape, layers: Collection[str] = LAYERS) -> list[str]:
     """Return those of ``layers`` that accept inputs of ``shape``, (N, C, ...)."""
     n, channels, *sizes = shape
     of_channel, of_sample = n * prod(sizes), channels * prod(sizes)
-    values = {"batch norm": of_channel, "act norm": of_channel, "group norm": of_sample, "layer norm": of_sample,
-              "instance norm": prod(sizes)}
-    fits = {**{name: count >= LEAST_STATISTICS for name, count in values.items()},
-            "conv 1": 1 <= len(sizes) <= 3, "conv 3": 1 <= len(sizes) <= 3,
-            "attention": len(shape) == 3, "attention with dropout": len(shape) == 3,
-            NESTED: any(size % 2 == 0 for size in shape)}
+    values = {
+        "batch norm": of_channel,
+        "act norm": of_channel,
+        "group norm": of_sample,
+        "layer norm": of_sample,
+        "instance norm": prod(sizes),
+    }
+    fits = {
+        **{name: count >= LEAST_STATISTICS for name, count in values.items()},
+        "conv 1": 1 <= len(sizes) <= 3,
+        "conv 3": 1 <= len(sizes) <= 3,
+        "attention": len(shape) == 3,
+        "attention with dropout": len(shape) == 3,
+        NESTED: any(size % 2 == 0 for size in shape),
+    }
     return [name for name in layers if fits.get(name, True)]
 
 
@@ -225,9 +234,13 @@ class Block:
                 return AdditiveCoupling(F, G, split_dim=self.split_dim)
             return AffineCoupling(F, G, ADAPTERS[self.kind], split_dim=self.split_dim)
         channels = self.shape[1]
-        return {"actnorm": lambda: ActNorm(channels), "conv1x1": lambda: InvertibleConv1x1(channels),
-                "permutation": lambda: ChannelPermutation(torch.randperm(channels)),
-                "space to depth": SpaceToDepth, "depth to space": DepthToSpace}[self.kind]()
+        return {
+            "actnorm": lambda: ActNorm(channels),
+            "conv1x1": lambda: InvertibleConv1x1(channels),
+            "permutation": lambda: ChannelPermutation(torch.randperm(channels)),
+            "space to depth": SpaceToDepth,
+            "depth to space": DepthToSpace,
+        }[self.kind]()
 
 
 COMPOSITIONS = ("sequence", "by hand", "sequences in a sequence", "only invertible")

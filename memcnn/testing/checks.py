@@ -12,17 +12,32 @@ from memcnn.testing.laws.memory import check_memory
 from memcnn.testing.laws.result import Report
 from memcnn.testing.laws.state import check_state
 
-LAWS = {"inverse": check_inverse, "gradients": check_gradients, "state": check_state, "memory": check_memory,
-        "log_det": check_log_det}
+LAWS = {
+    "inverse": check_inverse,
+    "gradients": check_gradients,
+    "state": check_state,
+    "memory": check_memory,
+    "log_det": check_log_det,
+}
 UNWRAPPED = ("inverse", "log_det")
 """Laws about the module itself, with whatever engine it runs."""
-OPTIONS = {"inverse": ("deepest", "autocast"), "gradients": ("finite_differences", "autocast"), "state": ("autocast",),
-           "memory": ("depths", "chain", "passes", "allowance")}
+OPTIONS = {
+    "inverse": ("deepest", "autocast"),
+    "gradients": ("finite_differences", "autocast"),
+    "state": ("autocast",),
+    "memory": ("depths", "chain", "passes", "allowance"),
+}
 """The options of the laws' checks, beside ``seed`` and ``wrap``."""
 
 
-def check_all(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool | None = None,
-              laws: Collection[str] | None = None, **options) -> Report:
+def check_all(
+    module: nn.Module,
+    *inputs: Tensor,
+    seed: int = 0,
+    wrap: bool | None = None,
+    laws: Collection[str] | None = None,
+    **options,
+) -> Report:
     """Check every law that applies: inverse, gradients, state, memory, and log_det where the module has one.
 
     Args:

@@ -15,10 +15,12 @@ def assert_reversible() -> Callable[..., Report]:
     Its scope is the session, so that it also works beside ``@given`` of hypothesis. Outside of pytest, call
     ``check_all`` and look at ``passed``.
     """
+
     def check(module, *inputs, **options) -> Report:
         __tracebackhide__ = True
         report = check_all(module, *inputs, **options)
         if not report.passed:
             pytest.fail(f"{report.summary()}\n\n{report}", pytrace=False)
         return report
+
     return check

@@ -36,29 +36,37 @@ class Example:
 
     def inputs(self) -> list[Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
-        return [self.scale * torch.randn(shape, generator=generator, device="cpu").to(self.device, self.dtype)
-                for shape in self.shapes]
+        return [
+            self.scale * torch.randn(shape, generator=generator, device="cpu").to(self.device, self.dtype)
+            for shape in self.shapes
+        ]
 
     def code(self, law: str, target: str, called: bool, options: dict) -> str:
         """Return a script that builds the example and checks ``law``; ``target`` is package.module:name."""
         package, _, name = target.partition(":")
         root = name.partition(".")[0]
-        shapes = ", ".join(f"{scaled}torch.randn({shape}, generator=generator)" if len(shape) > 1 else
-                           f"{scaled}torch.randn({shape[0]}, generator=generator)"
-                           for shape in map(list, self.shapes) for scaled in [f"{self.scale:g} * " * (self.scale != 1)])
+        shapes = ", ".join(
+            f"{scaled}torch.randn({shape}, generator=generator)"
+            if len(shape) > 1
+            else f"{scaled}torch.randn({shape[0]}, generator=generator)"
+            for shape in map(list, self.shapes)
+            for scaled in [f"{self.scale:g} * " * (self.scale != 1)]
+        )
         arguments = "".join(f", {key}={value!r}" for key, value in options.items())
         device = "" if self.device == "cpu" else f"{self.device!r}, "
-        return "\n".join([
-            "import torch",
-            f"from {package} import {root}",
-            f"from memcnn.testing import check_{law}",
-            "",
-            f"torch.manual_seed({self.seed})",
-            f"module = {name}{'()' * called}.to({device}{self.dtype}).{'train' if self.training else 'eval'}()",
-            f"generator = torch.Generator().manual_seed({self.seed})",
-            f"inputs = [x.to({device}{self.dtype}) for x in ({shapes},)]",
-            f"print(check_{law}(module, *inputs, seed={self.seed}{arguments}))",
-        ])
+        return "\n".join(
+            [
+                "import torch",
+                f"from {package} import {root}",
+                f"from memcnn.testing import check_{law}",
+                "",
+                f"torch.manual_seed({self.seed})",
+                f"module = {name}{'()' * called}.to({device}{self.dtype}).{'train' if self.training else 'eval'}()",
+                f"generator = torch.Generator().manual_seed({self.seed})",
+                f"inputs = [x.to({device}{self.dtype}) for x in ({shapes},)]",
+                f"print(check_{law}(module, *inputs, seed={self.seed}{arguments}))",
+            ]
+        )
 
 
 @dataclass
@@ -83,8 +91,17 @@ class Findings:
         return Report(tuple(self.worst.values()))
 
 
-def search(make: Callable[[], nn.Module] | nn.Module, base: Example, law: str, *, modes: Collection[bool], vary:
-           Collection[int], max_examples: int, first_seed: int, options: dict) -> Findings:
+def search(
+    make: Callable[[], nn.Module] | nn.Module,
+    base: Example,
+    law: str,
+    *,
+    modes: Collection[bool],
+    vary: Collection[int],
+    max_examples: int,
+    first_seed: int,
+    options: dict,
+) -> Findings:
     """Check ``base`` in every mode and drawn variants of it, and reduce a failing one to the smallest that fails.
 
     Args:
@@ -113,8 +130,14 @@ def search(make: Callable[[], nn.Module] | nn.Module, base: Example, law: str, *
         check(Example(base.shapes, base.dtype, base.device, base.seed, base.scale, training))
 
     @seed(first_seed)
-    @settings(max_examples=max_examples, database=None, deadline=None, phases=[Phase.generate, Phase.shrink],
-              suppress_health_check=list(HealthCheck), report_multiple_bugs=False)
+    @settings(
+        max_examples=max_examples,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+    )
     @given(_examples(base, modes, vary))
     def every_example_passes(example: Example) -> None:
         try:
@@ -139,8 +162,14 @@ class _Broken(Exception):
 @st.composite
 def _examples(draw: st.DrawFn, base: Example, modes: Collection[bool], vary: Collection[int]) -> Example:
     shapes = tuple(tuple(_sizes(draw, shape, vary)) for shape in base.shapes)
-    return Example(shapes, base.dtype, base.device, seed=draw(st.integers(0, 2**16)),
-                   scale=draw(st.sampled_from(SCALES)), training=draw(st.sampled_from(list(modes))))
+    return Example(
+        shapes,
+        base.dtype,
+        base.device,
+        seed=draw(st.integers(0, 2**16)),
+        scale=draw(st.sampled_from(SCALES)),
+        training=draw(st.sampled_from(list(modes))),
+    )
 
 
 def _sizes(draw: st.DrawFn, shape: Sequence[int], vary: Collection[int]) -> Iterator[int]:

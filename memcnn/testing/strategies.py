@@ -51,23 +51,37 @@ SEEDS = st.integers(0, 2**16)
 @st.composite
 def shapes(draw, *, max_size: int = 4, max_spatial: int = 3, double_batch: bool = True) -> Shape:
     """(N, C, ...) with up to ``max_spatial`` further dimensions, and one size that is even (N only if so wanted)."""
-    shape = [draw(st.integers(1, 3)), *(draw(st.integers(1, max_size))
-                                        for _ in range(1 + draw(st.integers(0, max_spatial))))]
+    shape = [
+        draw(st.integers(1, 3)),
+        *(draw(st.integers(1, max_size)) for _ in range(1 + draw(st.integers(0, max_spatial)))),
+    ]
     shape[draw(st.integers(0 if double_batch else 1, len(shape) - 1))] *= 2
     return tuple(shape)
 
 
 @st.composite
-def tensors(draw, shape: Shape | None = None, *, dtypes: Sequence[torch.dtype] = DTYPES,
-            layouts: Sequence[str] = LAYOUTS, scales: Sequence[float] = (1.0, 0.01, 10.0)) -> Values:
+def tensors(
+    draw,
+    shape: Shape | None = None,
+    *,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    layouts: Sequence[str] = LAYOUTS,
+    scales: Sequence[float] = (1.0, 0.01, 10.0),
+) -> Values:
     """Normally distributed values of ``shape``, of a drawn one if none is given."""
-    return Values(shape=shape or draw(shapes()), dtype=draw(st.sampled_from(dtypes)), seed=draw(SEEDS),
-                  scale=draw(st.sampled_from(scales)), layout=draw(st.sampled_from(layouts)))
+    return Values(
+        shape=shape or draw(shapes()),
+        dtype=draw(st.sampled_from(dtypes)),
+        seed=draw(SEEDS),
+        scale=draw(st.sampled_from(scales)),
+        layout=draw(st.sampled_from(layouts)),
+    )
 
 
 @st.composite
-def branches(draw, shape: Shape, *, layers: Collection[str] = LAYERS, doubled: int | None = None,
-             mix_samples: bool = True) -> Branch:
+def branches(
+    draw, shape: Shape, *, layers: Collection[str] = LAYERS, doubled: int | None = None, mix_samples: bool = True
+) -> Branch:
     """[norm], convolution, linear or attention layer, [activation], [nested reversible blocks], [dropout].
 
     Keeps ``shape``, (N, C, ...), or doubles it along ``doubled``. ``layers`` are those it may have; those that do not
@@ -75,21 +89,35 @@ def branches(draw, shape: Shape, *, layers: Collection[str] = LAYERS, doubled: i
     """
     fitting = fitting_layers(shape, layers)
     norms = [name for name in NORMS if name in fitting and (mix_samples or name not in ("batch norm", "act norm"))]
-    drawn = [draw(st.sampled_from([None, *norms])),
-             draw(st.sampled_from([name for name in MIXERS if name in fitting])),
-             draw(st.sampled_from([None, *(name for name in ACTIVATIONS if name in fitting)]))]
+    drawn = [
+        draw(st.sampled_from([None, *norms])),
+        draw(st.sampled_from([name for name in MIXERS if name in fitting])),
+        draw(st.sampled_from([None, *(name for name in ACTIVATIONS if name in fitting)])),
+    ]
     if NESTED in fitting and (mix_samples or any(size % 2 == 0 for size in shape[1:])) and draw(st.integers(0, 4)) == 4:
         inner = [name for name in layers if name != NESTED]
-        drawn.append(draw(chains(shape, kinds=COUPLINGS, layers=inner, max_depth=2, split_batch=mix_samples,
-                                 mix_samples=mix_samples)))
+        drawn.append(
+            draw(
+                chains(
+                    shape, kinds=COUPLINGS, layers=inner, max_depth=2, split_batch=mix_samples, mix_samples=mix_samples
+                )
+            )
+        )
     if "dropout" in fitting and draw(st.booleans()):
         drawn.append("dropout")
     return Branch(shape, tuple(layer for layer in drawn if layer is not None), doubled)
 
 
 @st.composite
-def blocks(draw, shape: Shape, *, kinds: Collection[str] = KINDS, layers: Collection[str] = LAYERS,
-           split_batch: bool = True, mix_samples: bool = True) -> Block:
+def blocks(
+    draw,
+    shape: Shape,
+    *,
+    kinds: Collection[str] = KINDS,
+    layers: Collection[str] = LAYERS,
+    split_batch: bool = True,
+    mix_samples: bool = True,
+) -> Block:
     """A coupling or a layer of a flow, of those ``kinds`` that fit inputs of ``shape``.
 
     split_batch: whether a coupling may halve the batch.
@@ -102,14 +130,27 @@ def blocks(draw, shape: Shape, *, kinds: Collection[str] = KINDS, layers: Collec
     options = {"layers": layers, "mix_samples": mix_samples}
     if kind in ADAPTERS and kind != "affine naive":
         options["doubled"] = draw(st.integers(0 if mix_samples else 1, len(shape) - 1))
-    return Block(kind, shape, draw(branches(half, **options)), draw(branches(half, **options)),
-                 split_dim - draw(st.sampled_from([0, len(shape)])))
+    return Block(
+        kind,
+        shape,
+        draw(branches(half, **options)),
+        draw(branches(half, **options)),
+        split_dim - draw(st.sampled_from([0, len(shape)])),
+    )
 
 
 @st.composite
-def chains(draw, shape: Shape, *, max_depth: int = 4, compositions: Sequence[str] = COMPOSITIONS,
-           kinds: Collection[str] = KINDS, layers: Collection[str] = LAYERS, split_batch: bool = True,
-           **options) -> Chain:
+def chains(
+    draw,
+    shape: Shape,
+    *,
+    max_depth: int = 4,
+    compositions: Sequence[str] = COMPOSITIONS,
+    kinds: Collection[str] = KINDS,
+    layers: Collection[str] = LAYERS,
+    split_batch: bool = True,
+    **options,
+) -> Chain:
     """1 to ``max_depth`` blocks, the first for inputs of ``shape``; further options are those of ``blocks``."""
     composition = draw(st.sampled_from(compositions))
     if composition == "only invertible":  # its inverse would draw the masks of F and G in another order
@@ -124,10 +165,21 @@ def chains(draw, shape: Shape, *, max_depth: int = 4, compositions: Sequence[str
 
 
 @st.composite
-def networks(draw, *, dtypes: Sequence[torch.dtype] = DTYPES, layouts: Sequence[str] = LAYOUTS,
-             scales: Sequence[float] = (1.0,), training: Sequence[bool] = (True, False),
-             autocast: Sequence[bool] = (False,), frozen: bool = False, kinds: Collection[str] = KINDS,
-             layers: Collection[str] = LAYERS, max_size: int = 4, split_batch: bool = True, **options) -> Network:
+def networks(
+    draw,
+    *,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    layouts: Sequence[str] = LAYOUTS,
+    scales: Sequence[float] = (1.0,),
+    training: Sequence[bool] = (True, False),
+    autocast: Sequence[bool] = (False,),
+    frozen: bool = False,
+    kinds: Collection[str] = KINDS,
+    layers: Collection[str] = LAYERS,
+    max_size: int = 4,
+    split_batch: bool = True,
+    **options,
+) -> Network:
     """Chains with an input, a mode and a precision; further options are those of ``chains``.
 
     autocast: drawn for float32 alone, and then without "conv 3" of volumes. frozen: whether parameters may be.
@@ -142,14 +194,23 @@ def networks(draw, *, dtypes: Sequence[torch.dtype] = DTYPES, layouts: Sequence[
         layers = [name for name in layers if name not in RANDOM_LAYERS]
     if layout == "expanded":  # there a layer that initialises itself would divide by no deviation at all
         layers, kinds = [name for name in layers if name != "act norm"], [kind for kind in kinds if kind != "actnorm"]
-    shape = draw(shapes(max_size=max_size, double_batch=split_batch).filter(
-        lambda shape: any(_fits(kind, shape, split_batch) for kind in kinds)))
-    if under_autocast and len(shape) == 5:  # CPUs convolve them wrong: bench/finding/reproductions/torch_conv3d.py
+    shape = draw(
+        shapes(max_size=max_size, double_batch=split_batch).filter(
+            lambda shape: any(_fits(kind, shape, split_batch) for kind in kinds)
+        )
+    )
+    if (
+        under_autocast and len(shape) == 5
+    ):  # CPUs convolve them wrong: bench/audit/packages/reproductions/torch_conv3d.py
         layers = [name for name in layers if name != "conv 3"]
     chain = draw(chains(shape, kinds=kinds, layers=layers, split_batch=split_batch, **options))
-    return Network(chain, draw(tensors(shape, dtypes=[dtype], layouts=[layout], scales=scales)),
-                   training=draw(st.sampled_from(training)), autocast=under_autocast,
-                   frozen_every=draw(st.sampled_from([0, 3, 2, 1])) if frozen else 0)
+    return Network(
+        chain,
+        draw(tensors(shape, dtypes=[dtype], layouts=[layout], scales=scales)),
+        training=draw(st.sampled_from(training)),
+        autocast=under_autocast,
+        frozen_every=draw(st.sampled_from([0, 3, 2, 1])) if frozen else 0,
+    )
 
 
 def _splits(shape: Shape, split_batch: bool) -> list[int]:
@@ -160,6 +221,8 @@ def _fits(kind: str, shape: Shape, split_batch: bool) -> bool:
     n, channels, *sizes = shape
     if kind in COUPLINGS:
         return bool(_splits(shape, split_batch))
-    return {"actnorm": torch.Size(shape).numel() // channels >= LEAST_STATISTICS,
-            "space to depth": bool(sizes) and all(size % 2 == 0 for size in sizes),
-            "depth to space": bool(sizes) and channels % 2 ** len(sizes) == 0}.get(kind, True)
+    return {
+        "actnorm": torch.Size(shape).numel() // channels >= LEAST_STATISTICS,
+        "space to depth": bool(sizes) and all(size % 2 == 0 for size in sizes),
+        "depth to space": bool(sizes) and channels % 2 ** len(sizes) == 0,
+    }.get(kind, True)

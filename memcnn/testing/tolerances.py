@@ -16,8 +16,9 @@ ROUNDINGS_PER_OPERATION = 100
 """The number of unit roundings that one operation may add: the condition number counts every operation."""
 
 
-def tolerance(dtype: torch.dtype, *, depth: int = 1, condition: float = 0.0,
-              autocast: torch.dtype | None = None) -> float:
+def tolerance(
+    dtype: torch.dtype, *, depth: int = 1, condition: float = 0.0, autocast: torch.dtype | None = None
+) -> float:
     """Return the largest relative error allowed after ``depth`` blocks computed in ``dtype``.
 
     Args:
@@ -33,12 +34,12 @@ def tolerance(dtype: torch.dtype, *, depth: int = 1, condition: float = 0.0,
     return max((ROUNDINGS_PER_BLOCK * eps + branches) * depth, (ROUNDINGS_PER_OPERATION * eps + branches) * condition)
 
 
-def describe(dtype: torch.dtype, *, depth: int = 1, condition: float = 0.0,
-             autocast: torch.dtype | None = None) -> str:
+def describe(dtype: torch.dtype, *, depth: int = 1, condition: float = 0.0, autocast: torch.dtype | None = None) -> str:
     """Explain where a ``tolerance`` comes from."""
     eps, name = torch.finfo(dtype).eps, str(dtype).removeprefix("torch.")
     measured = tolerance(dtype, depth=depth, condition=condition, autocast=autocast) > tolerance(
-        dtype, depth=depth, autocast=autocast)
+        dtype, depth=depth, autocast=autocast
+    )
     words = f"{ROUNDINGS_PER_OPERATION if measured else ROUNDINGS_PER_BLOCK} roundings of {name}, {eps:.1e}"
     words += f" and 4 of {str(autocast).removeprefix('torch.')}" if autocast else ""
     if measured:

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from bench.findings import PACKAGES, REPRODUCTIONS, verdict
+from bench.audit.findings import PACKAGES, REPRODUCTIONS, verdict
 
 PROGRAMS = sorted(REPRODUCTIONS.glob("*.py"))
 NAMES = {"torch", *(requirement.partition("==")[0].lower() for requirement in PACKAGES)}

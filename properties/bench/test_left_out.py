@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from bench import findings, peer_tables, peers
-from bench.peer.chains import ROOT
+from bench.audit import findings, peer_tables, peers
+from bench.audit.peer.chains import ROOT
 from bench.worker import Failed
 
 

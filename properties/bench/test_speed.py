@@ -66,10 +66,22 @@ def test_the_report_has_a_row_for_each_execution_with_its_distance(tmp_path, mon
 def measured(network: str, ms: float, **more) -> pd.DataFrame:
     """Return a made-up row of speed.csv."""
     row = dict.fromkeys(speed_text.COLUMNS, 1.0)
-    words = {"execution": "float32", "device_type": "cpu", "device": "a processor", "clock": "cpu", "torch": "2.13.0",
-             "cuda": None, "cudnn": None, "python": "3.11.7", "commit": "0" * 40, "clean": True, "date": "2026-11-27"}
-    return pd.DataFrame([{**row, **words, "network": network, "group": 1, "batch": 100, "rounds": 3, "steps": 1,
-                          "ms": ms, **more}])
+    words = {
+        "execution": "float32",
+        "device_type": "cpu",
+        "device": "a processor",
+        "clock": "cpu",
+        "torch": "2.13.0",
+        "cuda": None,
+        "cudnn": None,
+        "python": "3.11.7",
+        "commit": "0" * 40,
+        "clean": True,
+        "date": "2026-11-27",
+    }
+    return pd.DataFrame(
+        [{**row, **words, "network": network, "group": 1, "batch": 100, "rounds": 3, "steps": 1, "ms": ms, **more}]
+    )
 
 
 def test_rows_are_added_to_those_of_earlier_runs_and_take_the_place_of_the_same_ones(tmp_path):
@@ -78,13 +90,18 @@ def test_rows_are_added_to_those_of_earlier_runs_and_take_the_place_of_the_same_
     speed_text.add(tmp_path, measured("resnet32", 2.0, date="2026-11-28"))
     table = speed_text.add(tmp_path, measured("revnet38", 4.0))
     assert list(zip(table.network, table.group, table.ms, strict=True)) == [
-        ("resnet32", 1, 2.0), ("revnet38", 4, 6.0), ("revnet38", 1, 4.0)]
+        ("resnet32", 1, 2.0),
+        ("revnet38", 4, 6.0),
+        ("revnet38", 1, 4.0),
+    ]
     lines = speed_text.origins(table)
     assert [line[:30] for line in lines] == ["resnet32: 2026-11-28, a proces", "revnet38: 2026-11-27, a proces"]
     assert "process's own CPU time" in lines[0] and "commit 000000000000" in lines[0]
     table = pd.concat([table, measured("resnet110", 9.0, execution="bf16, graph", gflop_per_second=700_000.4)])
     assert [line.partition(" in a matrix")[0] for line in speed_text.ceilings(table)] == [
-        "Ceilings in float32 (resnet32, revnet38): 1 GFLOP/s", "Ceilings in bf16 (resnet110): 700,000 GFLOP/s"]
+        "Ceilings in float32 (resnet32, revnet38): 1 GFLOP/s",
+        "Ceilings in bf16 (resnet110): 700,000 GFLOP/s",
+    ]
 
 
 def test_a_file_of_other_columns_is_refused_before_anything_is_measured(tmp_path, capsys):
@@ -143,8 +160,14 @@ def small_resnet() -> CifarResNet:
 
 def test_the_time_of_a_group_is_that_of_one_of_its_steps(monkeypatch, capsys):
     monkeypatch.setattr(speed, "step_of", lambda network, way, **options: lambda count: None)
-    monkeypatch.setattr(speed, "timed", lambda steps, device, limit: (
-        pd.DataFrame({way: [0.004 * (2 if way.group > 1 else 1)] * 3 for way in steps}), dict.fromkeys(steps, 7)))
+    monkeypatch.setattr(
+        speed,
+        "timed",
+        lambda steps, device, limit: (
+            pd.DataFrame({way: [0.004 * (2 if way.group > 1 else 1)] * 3 for way in steps}),
+            dict.fromkeys(steps, 7),
+        ),
+    )
     ways = [speed.PLAIN, speed.Way(Execution(graph=True)), speed.Way(Execution(graph=True), 4)]
     where = speed.where_and_with_what(torch.device("cpu"), "wall")
     rates = {"float32": (1e12, 1e12)}
@@ -173,14 +196,30 @@ FASTEST = [
 ]
 
 
-@pytest.mark.parametrize(("options", "on", "wanted"), [
-    ("--fast", "cuda", FASTEST),
-    ("--fast", "cpu", ["float32"]),
-    ("--fast --group 4", "cuda", [*FASTEST, FASTEST[0]]),
-    ("--group 2", "cuda", ["float32", "tf32", "bf16", "float32, graph", "tf32, graph", "bf16, graph",
-                           "float32, graph", "tf32, graph", "bf16, graph"]),
-    ("--compile", "cpu", ["float32", "float32, compile"]),
-])
+@pytest.mark.parametrize(
+    ("options", "on", "wanted"),
+    [
+        ("--fast", "cuda", FASTEST),
+        ("--fast", "cpu", ["float32"]),
+        ("--fast --group 4", "cuda", [*FASTEST, FASTEST[0]]),
+        (
+            "--group 2",
+            "cuda",
+            [
+                "float32",
+                "tf32",
+                "bf16",
+                "float32, graph",
+                "tf32, graph",
+                "bf16, graph",
+                "float32, graph",
+                "tf32, graph",
+                "bf16, graph",
+            ],
+        ),
+        ("--compile", "cpu", ["float32", "float32, compile"]),
+    ],
+)
 def test_the_options_choose_the_ways_that_are_measured(options, on, wanted, monkeypatch):
     monkeypatch.setattr("memcnn.training.execution.has_triton", lambda: True)
     ways = speed.ways_of(speed.build_parser().parse_args(options.split()), torch.device(on))

@@ -160,10 +160,14 @@ def same_tensor_twice(module, x1, x2):
     return differentiated(*module(x1, x1))
 
 
-@pytest.mark.parametrize("program", [once, in_a_chain, one_output_used, one_input_without_gradient, same_tensor_twice],
-                         ids=lambda program: program.__name__)
-@pytest.mark.parametrize("make", [TwoStreams, ListOfStreams, PassesOneOn, WithNone, WithLengths],
-                         ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "program",
+    [once, in_a_chain, one_output_used, one_input_without_gradient, same_tensor_twice],
+    ids=lambda program: program.__name__,
+)
+@pytest.mark.parametrize(
+    "make", [TwoStreams, ListOfStreams, PassesOneOn, WithNone, WithLengths], ids=lambda make: make.__name__
+)
 def test_several_tensors_go_in_and_out(make, program):
     assert_like_twin(wrapped(make()), program, rows(0), rows(1))
 
@@ -173,11 +177,13 @@ def test_several_tensors_go_in_and_out_of_the_inverse(make):
     def program(module, y1, y2):
         x1, x2 = module.inverse(*module.inverse(y1, y2))
         return differentiated(*module(x1.sin(), x2))
+
     assert_like_twin(wrapped(make()), program, rows(0), rows(1))
 
 
-@pytest.mark.parametrize("condition", [lambda x: x, lambda x: x.sin(), lambda x: x.detach()],
-                         ids=["leaf", "computed", "without gradient"])
+@pytest.mark.parametrize(
+    "condition", [lambda x: x, lambda x: x.sin(), lambda x: x.detach()], ids=["leaf", "computed", "without gradient"]
+)
 def test_keywords_are_handed_on_and_differentiated(condition):
     def program(module, x, other):
         given = condition(other)
@@ -185,6 +191,7 @@ def test_keywords_are_handed_on_and_differentiated(condition):
             x = module(x, condition=given, scale=0.5, shift=other.mean())
         y = module.inverse(x.tanh(), condition=given)
         return differentiated(y)
+
     assert_like_twin(wrapped(Conditioned()), program, rows(0), rows(1))
 
 
@@ -195,6 +202,7 @@ def test_integers_and_words_are_handed_on(requires_grad):
         for kind in ("once", "twice", "once"):
             x = module(x, index, kind)
         return differentiated(module.inverse(x.tanh(), index, "twice"))
+
     assert_like_twin(wrapped(Looked()), program, rows(requires_grad=requires_grad))
 
 
@@ -204,6 +212,7 @@ def test_an_inverse_may_return_what_is_no_stream_besides():
         for kind in ("once", "twice", "once"):
             x = module(kind, index, x)
         return differentiated(x)
+
     assert_like_twin(wrapped(HandsBack()), program, rows())
 
 
@@ -226,8 +235,11 @@ def test_a_sequence_calls_what_a_subclass_has_made_of_a_coupling():
     assert_like_twin(sequence, lambda module, x: differentiated(module(x)), images(4, 6))
 
 
-@pytest.mark.parametrize("branch, shape", [(net, (0, 6)), (conv_branch, (0, 6, 5, 4)), (nn.Identity, (2, 0, 3))],
-                         ids=["no rows", "no images", "no channels"])
+@pytest.mark.parametrize(
+    "branch, shape",
+    [(net, (0, 6)), (conv_branch, (0, 6, 5, 4)), (nn.Identity, (2, 0, 3))],
+    ids=["no rows", "no images", "no channels"],
+)
 def test_empty_inputs_give_gradients_of_zero(branch, shape):
     model = nn.Sequential(block(branch), block(branch)).eval()
     x = images(*shape)
@@ -249,6 +261,7 @@ class SoftSign(nn.Module):
 def test_complex_streams_have_the_twins_gradients(dtype, kind):
     def branch() -> nn.Module:
         return nn.Sequential(nn.Linear(3, 3, dtype=dtype), SoftSign(), nn.Linear(3, 3, dtype=dtype))
+
     model = nn.Sequential(*(InvertibleModuleWrapper(kind(AdditiveCoupling(branch(), branch()))) for _ in range(2)))
     gradients = []
     for module in (model, plain_twin(model)):

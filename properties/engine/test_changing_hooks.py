@@ -1,5 +1,4 @@
-"""Hooks that change values in place, or that are removed before backward, change the recomputation as the forward pass.
-"""
+"""Hooks that change values in place, or that are removed before backward, change the recomputation as the forward pass."""
 
 import threading
 from collections import Counter
@@ -60,7 +59,8 @@ HOOKS = {
     "output replaced": lambda m: m.register_forward_hook(lambda module, args, output: output * 1.5),
     "input replaced": lambda m: m.register_forward_pre_hook(lambda module, args: (args[0].sin(),)),
     "input replaced, with keywords": lambda m: m.register_forward_pre_hook(
-        lambda module, args, kwargs: ((args[0].sin(),), kwargs), with_kwargs=True),
+        lambda module, args, kwargs: ((args[0].sin(),), kwargs), with_kwargs=True
+    ),
 }
 UNCOUNTED = {
     "output by .data": lambda m: m.register_forward_hook(output_times_two_by_data),
@@ -108,14 +108,20 @@ def test_a_hook_that_is_removed_after_the_forward_pass_is_called_in_the_recomput
     def program(module: nn.Module, x: Tensor) -> Tensor:
         y = module(x)
         for b in module:
-            for hooks in (b._fn.Fm[2]._forward_hooks, b._fn.Fm[2]._forward_pre_hooks,
-                          b._fn.Fm[2]._forward_pre_hooks_with_kwargs):
+            for hooks in (
+                b._fn.Fm[2]._forward_hooks,
+                b._fn.Fm[2]._forward_pre_hooks,
+                b._fn.Fm[2]._forward_pre_hooks_with_kwargs,
+            ):
                 hooks.clear()
         weighted_sum(y).backward()
         return y
+
     assert_same(run(module, program, [images()]), run(twin, program, [images()]), limit=1e-10)
-    assert not any(b._fn.Fm[2]._forward_hooks or b._fn.Fm[2]._forward_pre_hooks
-                   or b._fn.Fm[2]._forward_pre_hooks_with_kwargs for b in module)
+    assert not any(
+        b._fn.Fm[2]._forward_hooks or b._fn.Fm[2]._forward_pre_hooks or b._fn.Fm[2]._forward_pre_hooks_with_kwargs
+        for b in module
+    )
 
 
 def test_a_hook_that_removes_itself_stays_removed():
@@ -123,12 +129,14 @@ def test_a_hook_that_removes_itself_stays_removed():
         def once(m, args, output):
             handle.remove()
             return output * 1.5
+
         handle = module._fn.Fm.register_forward_hook(once)
         y = module(x)
         assert not module._fn.Fm._forward_hooks
         weighted_sum(y).backward()
         assert not module._fn.Fm._forward_hooks
         return y
+
     assert_like_twin(block(branch), program, images())
 
 
@@ -141,6 +149,7 @@ def test_hooks_run_in_the_recomputation_in_the_order_of_the_forward_pass():
         first.remove()
         weighted_sum(y).backward()
         return y
+
     assert_like_twin(block(branch), program, images())
 
 

@@ -14,8 +14,9 @@ from memcnn.memory import TensorMeter
 from memcnn.testing.tolerances import relative_error, tolerance
 from properties.support.twin import FLOOR, OnlyInvertible, conv_branch, images, plain_twin, weighted_sum
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None,
-                                    reason="inductor needs a C++ compiler: install g++")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler: install g++"
+)
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=needs_compiler)]
 pytestmark = [  # the compiler's own, of any model with a graph break
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -48,8 +49,9 @@ class Network(nn.Module):
     def __init__(self, depth: int = 3, dropout: float = 0.0):
         super().__init__()
         self.stem = nn.Conv2d(6, 6, 1)
-        self.blocks = nn.ModuleList(InvertibleModuleWrapper(AdditiveCoupling(Branch(), Branch(dropout=dropout)))
-                                    for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            InvertibleModuleWrapper(AdditiveCoupling(Branch(), Branch(dropout=dropout))) for _ in range(depth)
+        )
         self.head = nn.Conv2d(6, 6, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,11 +64,13 @@ class Network(nn.Module):
 MODELS = {
     "wrapped blocks in a loop": Network,
     "blocks with dropout": lambda: Network(dropout=0.3),
-    "a reversible sequence": lambda: nn.Sequential(nn.Conv2d(6, 6, 1), ReversibleSequential(
-        *(AdditiveCoupling(Branch()) for _ in range(3)))),
+    "a reversible sequence": lambda: nn.Sequential(
+        nn.Conv2d(6, 6, 1), ReversibleSequential(*(AdditiveCoupling(Branch()) for _ in range(3)))
+    ),
     "modules with forward and inverse": lambda: nn.Sequential(
         nn.Conv2d(6, 6, 1),
-        *(InvertibleModuleWrapper(OnlyInvertible(AdditiveCoupling(Branch(), Branch()))) for _ in range(2))),
+        *(InvertibleModuleWrapper(OnlyInvertible(AdditiveCoupling(Branch(), Branch()))) for _ in range(2)),
+    ),
 }
 
 
@@ -144,10 +148,12 @@ def test_compiled_branches_train_as_those_of_the_twin_and_are_compiled_once(back
 @pytest.mark.parametrize("broken", [False, True], ids=["one graph", "two graphs"])
 def test_blocks_of_compiled_branches_show_the_compiler_their_two_evaluations_alone(broken):
     """The twin's steps give the measure: one evaluation, with all frames that the compiler meets there."""
+
     def frames(model: nn.Module) -> int:
         before = counters["frames"]["total"]
         training_step(model)(images())
         return counters["frames"]["total"] - before
+
     torch.manual_seed(0)
     model = Network(depth=2).double()
     for part in model.modules():
@@ -194,8 +200,9 @@ def test_disabled_blocks_are_one_graph():
 @pytest.mark.parametrize("compiled", ["branches", "model"])
 def test_compiled_blocks_are_flat_in_memory(compiled):
     def step_bytes(depth: int, disable: bool = False) -> int:
-        chain = nn.Sequential(*(InvertibleModuleWrapper(AdditiveCoupling(Branch(4), Branch(4)), disable=disable)
-                                for _ in range(depth)))
+        chain = nn.Sequential(
+            *(InvertibleModuleWrapper(AdditiveCoupling(Branch(4), Branch(4)), disable=disable) for _ in range(depth))
+        )
         if compiled == "branches":
             model = compiled_branches(chain, "aot_eager")
         else:
@@ -206,6 +213,7 @@ def test_compiled_blocks_are_flat_in_memory(compiled):
         with TensorMeter() as meter:
             step(x)
         return meter.peak_bytes
+
     stored = (step_bytes(6, disable=True) - step_bytes(2, disable=True)) / 4
     assert (step_bytes(12) - step_bytes(4)) / 8 < stored / 100
 
@@ -232,13 +240,15 @@ def test_a_traced_model_computes_what_the_model_does():
 def test_a_step_on_fake_tensors_has_the_memory_of_a_step_on_real_ones():
     def step_bytes() -> int:
         torch.manual_seed(0)
-        model = nn.Sequential(*(InvertibleModuleWrapper(AdditiveCoupling(Branch(), Branch(dropout=0.5)))
-                                for _ in range(3)))
+        model = nn.Sequential(
+            *(InvertibleModuleWrapper(AdditiveCoupling(Branch(), Branch(dropout=0.5))) for _ in range(3))
+        )
         x = torch.randn(2, 6, 5, 4, requires_grad=True)
         with TensorMeter() as meter:
             model(x).sum().backward()
         assert x.grad is not None
         return meter.peak_bytes
+
     with FakeTensorMode():
         faked = step_bytes()
     assert faked == step_bytes()

@@ -20,7 +20,9 @@ CHAINS = {  # and how often backward evaluates each branch
     "ReversibleSequential": (lambda: ReversibleSequential(*(block() for _ in range(DEPTH))), 1),
     "kept inputs": (lambda: nn.Sequential(*(block(keep_input=True) for _ in range(DEPTH))), 1),
     "modules with forward and inverse": (
-        lambda: nn.Sequential(*(InvertibleModuleWrapper(OnlyInvertible(block()._fn)) for _ in range(DEPTH))), 2),
+        lambda: nn.Sequential(*(InvertibleModuleWrapper(OnlyInvertible(block()._fn)) for _ in range(DEPTH))),
+        2,
+    ),
 }
 
 

@@ -136,7 +136,7 @@ def reduction_begins_before_the_last_recomputation(sequence: bool) -> None:
     recomputed = [event for event in events if event != "reduce"]
     assert recomputed == [f"evaluate {name}{i}" for i in reversed(range(DEPTH)) for name in "GF"], events
     for i in range(DEPTH - 1):  # what a block has gathered is on its way before the block in front is recomputed
-        assert events[:events.index(f"evaluate G{i}")].count("reduce") >= DEPTH - 1 - i, events
+        assert events[: events.index(f"evaluate G{i}")].count("reduce") >= DEPTH - 1 - i, events
 
 
 def sharded_step(units: Callable[[Network], list[nn.Module]], sequence: bool, reshard: bool, frozen: str) -> None:
@@ -174,8 +174,9 @@ def nothing(model: Network) -> list[nn.Module]:
 def as_rank(rank: int, store: str, scenario: Callable, arguments: tuple) -> None:
     """Run in a process of its own."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS,
-                            timeout=timedelta(seconds=30))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=30)
+    )
     try:
         scenario(*arguments)
     finally:
@@ -195,21 +196,26 @@ def on_two_ranks(processes: ProcessPoolExecutor, tmp_path) -> Callable:
         for failure in [rank.exception(timeout=120) for rank in ranks]:
             if failure is not None:
                 raise failure
+
     return run
 
 
-@pytest.mark.parametrize("options, ddp", [
-    ({}, {}),
-    ({}, {"find_unused_parameters": True}),
-    ({"unused": True}, {"find_unused_parameters": True}),
-    ({"shared": True}, {}),
-    ({"shared": True, "unused": True}, {"find_unused_parameters": True}),
-    ({"shared": True}, {"static_graph": True}),
-    ({"unused": True}, {"static_graph": True}),
-    ({"sequence": True}, {}),
-    ({"sequence": True, "shared": True, "unused": True}, {"find_unused_parameters": True}),
-    ({}, {"gradient_as_bucket_view": True, "bucket_cap_mb": 1e-4}),
-], ids=lambda options: " ".join(options) or "default")
+@pytest.mark.parametrize(
+    "options, ddp",
+    [
+        ({}, {}),
+        ({}, {"find_unused_parameters": True}),
+        ({"unused": True}, {"find_unused_parameters": True}),
+        ({"shared": True}, {}),
+        ({"shared": True, "unused": True}, {"find_unused_parameters": True}),
+        ({"shared": True}, {"static_graph": True}),
+        ({"unused": True}, {"static_graph": True}),
+        ({"sequence": True}, {}),
+        ({"sequence": True, "shared": True, "unused": True}, {"find_unused_parameters": True}),
+        ({}, {"gradient_as_bucket_view": True, "bucket_cap_mb": 1e-4}),
+    ],
+    ids=lambda options: " ".join(options) or "default",
+)
 def test_data_parallel_gradients_are_those_of_one_process_on_the_whole_batch(on_two_ranks, options, ddp):
     on_two_ranks(data_parallel_step, options, ddp)
 
@@ -227,8 +233,9 @@ def test_data_parallel_reduces_while_blocks_are_recomputed(on_two_ranks, sequenc
 @pytest.mark.parametrize("reshard", [True, False], ids=["resharded", "kept"])
 @pytest.mark.parametrize("sequence", [False, True], ids=["wrapped blocks", "sequence"])
 @pytest.mark.parametrize("units", [branches, layers_of_branches, blocks, nothing], ids=lambda units: units.__name__)
-def test_fully_sharded_gradients_are_those_of_one_process_on_the_whole_batch(on_two_ranks, units, sequence, reshard,
-                                                                                     frozen):
+def test_fully_sharded_gradients_are_those_of_one_process_on_the_whole_batch(
+    on_two_ranks, units, sequence, reshard, frozen
+):
     on_two_ranks(sharded_step, units, sequence, reshard, frozen)
 
 
@@ -236,8 +243,13 @@ def replicas_on_cpu(model: nn.Module, monkeypatch) -> list[nn.Module]:
     """Those of DataParallel, whose parameters are copies of the model's, no leaves and no parameters any more."""
     internals = sys.modules[replicate.__module__]
     monkeypatch.setattr(internals, "_get_device_index", lambda device, optional: device)
-    monkeypatch.setattr(internals, "_broadcast_coalesced_reshape", lambda tensors, devices, detach=False: [
-        [t.detach().clone() if detach else t.clone() for t in tensors] for _ in devices])
+    monkeypatch.setattr(
+        internals,
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach=False: [
+            [t.detach().clone() if detach else t.clone() for t in tensors] for _ in devices
+        ],
+    )
     return replicate(model, list(range(RANKS)))
 
 

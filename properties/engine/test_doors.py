@@ -35,9 +35,15 @@ def lazy_coupling() -> nn.Module:
     return AdditiveCoupling(lazy_branch(), lazy_branch())
 
 
-@pytest.mark.parametrize("make", [
-    lambda: InvertibleModuleWrapper(lazy_coupling()), lambda: InvertibleModuleWrapper(lazy_coupling(), keep_input=True),
-    lambda: ReversibleSequential(lazy_coupling(), lazy_coupling())], ids=["block", "keep_input", "sequence"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: InvertibleModuleWrapper(lazy_coupling()),
+        lambda: InvertibleModuleWrapper(lazy_coupling(), keep_input=True),
+        lambda: ReversibleSequential(lazy_coupling(), lazy_coupling()),
+    ],
+    ids=["block", "keep_input", "sequence"],
+)
 def test_lazy_layers_are_initialised_by_the_first_forward_pass(make):
     """PyTorch cannot copy such a layer, so that the twin is built as the module is."""
     gradients = []
@@ -85,6 +91,7 @@ def test_a_number_is_an_argument_like_others(keep_input):
         y = module(module(x, 0.5), power=2)
         weighted_sum(y.sin()).backward()
         return y
+
     assert_like_twin(wrapped(Powered(), keep_input=keep_input), program, rows())
 
 
@@ -93,8 +100,9 @@ def test_an_inverse_that_cannot_be_given_the_arguments_is_refused_in_the_forward
         wrapped(ForgetsToTakePower())(rows(), 0.5)
     with refused(TypeError, "the inverse of TakesPowerAsKeyword", "['power']", "keep_input=True"):
         wrapped(TakesPowerAsKeyword())(rows(), power=0.5)
-    assert_like_twin(wrapped(ForgetsToTakePower(), keep_input=True), lambda m, x: backward(
-        lambda x: m(x, 2.0), x), rows())
+    assert_like_twin(
+        wrapped(ForgetsToTakePower(), keep_input=True), lambda m, x: backward(lambda x: m(x, 2.0), x), rows()
+    )
 
 
 def test_a_number_that_a_coupling_does_not_take_is_refused_in_the_forward_pass():
@@ -105,9 +113,16 @@ def test_a_number_that_a_coupling_does_not_take_is_refused_in_the_forward_pass()
 # Tensors made under inference_mode
 
 
-@pytest.mark.parametrize("make", [
-    lambda: block(net), lambda: wrapped(Doubling()), lambda: wrapped(AdditiveCoupling(net(), exact=True)),
-    lambda: ReversibleSequential(block(net), block(net))], ids=["coupling", "module", "exact", "sequence"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: block(net),
+        lambda: wrapped(Doubling()),
+        lambda: wrapped(AdditiveCoupling(net(), exact=True)),
+        lambda: ReversibleSequential(block(net), block(net)),
+    ],
+    ids=["coupling", "module", "exact", "sequence"],
+)
 def test_an_input_made_under_inference_mode_is_refused_with_the_fix(make):
     module = make()
     with torch.inference_mode():
@@ -223,6 +238,7 @@ def conditioned(run):
             x = run(module)(x, mask=given[:, :1] > 0, condition=condition)
         weighted_sum(x).backward()
         return x
+
     return program
 
 
@@ -251,9 +267,15 @@ def test_keyword_arguments_are_undone_by_the_inverse_and_reach_the_log_determina
     assert not torch.allclose(y, module(x))
 
 
-@pytest.mark.parametrize("make", [lambda: block(net), lambda: ReversibleSequential(block(Attention), block(net)),
-                                  lambda: wrapped(COUPLINGS["affine, exp"]())],
-                         ids=["coupling", "sequence", "adapter"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: block(net),
+        lambda: ReversibleSequential(block(Attention), block(net)),
+        lambda: wrapped(COUPLINGS["affine, exp"]()),
+    ],
+    ids=["coupling", "sequence", "adapter"],
+)
 def test_a_keyword_argument_that_no_branch_takes_is_refused(make):
     with refused(TypeError, "has no branch whose forward takes the keyword argument 'masc'", "correct its name"):
         make()(rows(), masc=1)
@@ -281,16 +303,18 @@ class Hamiltonian(nn.Module):
         with torch.enable_grad():
             x = x if x.requires_grad else x.detach().requires_grad_()
             energy = self.net(x).sum()
-            gradient, = torch.autograd.grad(energy, x, create_graph=True)
+            (gradient,) = torch.autograd.grad(energy, x, create_graph=True)
         return gradient / math.sqrt(3)
 
 
-@pytest.mark.parametrize("between", [nn.Identity, nn.Sigmoid, lambda: nn.Dropout(0.5)],
-                         ids=["plain", "saves its output", "dropout"])
+@pytest.mark.parametrize(
+    "between", [nn.Identity, nn.Sigmoid, lambda: nn.Dropout(0.5)], ids=["plain", "saves its output", "dropout"]
+)
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_a_branch_that_differentiates_itself_works_with_kept_inputs(between, requires_grad):
     def branch() -> nn.Module:
         return Hamiltonian(between)
+
     module = nn.Sequential(block(branch, keep_input=True), block(net), block(branch, keep_input=True))
     assert_like_twin(module, backward, rows().detach().requires_grad_(requires_grad))
 
@@ -301,6 +325,7 @@ def test_a_branch_that_differentiates_itself_is_differentiated_twice_with_a_reta
         weighted_sum(y).backward(retain_graph=True)
         weighted_sum(y * y).backward()
         return y
+
     assert_like_twin(block(Hamiltonian, keep_input=True), program, rows())
 
 

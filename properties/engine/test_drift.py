@@ -57,8 +57,13 @@ def test_channels_that_are_constantly_zero_are_warned_of_once():
     twin = plain_twin(module)
     found = trained(module, padded, steps=16)
     assert len(found) == 1
-    for word in ("Sequential(BatchNorm2d, ReLU, Conv2d)", "% positive entries instead of", "exact=True",
-                 "keep_every", "keep_input=True"):
+    for word in (
+        "Sequential(BatchNorm2d, ReLU, Conv2d)",
+        "% positive entries instead of",
+        "exact=True",
+        "keep_every",
+        "keep_input=True",
+    ):
         assert word in found[0]
     trained(twin, padded, steps=16)
     errors = [relative_error(p.grad, q.grad) for p, q in zip(module.parameters(), twin.parameters(), strict=True)]
@@ -67,16 +72,23 @@ def test_channels_that_are_constantly_zero_are_warned_of_once():
 
 def sequence_of_instance_norms() -> nn.Module:
     """Their running means are saved for backward, and move on."""
-    return ReversibleSequential(*(AdditiveCoupling(nn.Sequential(
-        nn.InstanceNorm2d(8, track_running_stats=True), nn.Conv2d(8, 8, 1))) for _ in range(3)))
+    return ReversibleSequential(
+        *(
+            AdditiveCoupling(nn.Sequential(nn.InstanceNorm2d(8, track_running_stats=True), nn.Conv2d(8, 8, 1)))
+            for _ in range(3)
+        )
+    )
 
 
 def kept_inputs() -> nn.Module:
     return nn.Sequential(*(InvertibleModuleWrapper(block._fn, keep_input=True) for block in sequence()))
 
 
-@pytest.mark.parametrize("make", [lambda: sequence(exact=True), lambda: sequence(keep_every=1), kept_inputs],
-                         ids=["exact", "keep_every", "keep_input"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: sequence(exact=True), lambda: sequence(keep_every=1), kept_inputs],
+    ids=["exact", "keep_every", "keep_input"],
+)
 def test_the_remedies_that_the_warning_names_are_some(make):
     module = make()
     twin = plain_twin(module)
@@ -86,12 +98,16 @@ def test_the_remedies_that_the_warning_names_are_some(make):
         assert relative_error(p.grad, q.grad) < 1e-3
 
 
-@pytest.mark.parametrize("make", [
-    sequence,
-    sequence_of_instance_norms,
-    lambda: nn.Sequential(*(block(conv_branch) for _ in range(8))).float(),
-    lambda: block(lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.ReLU())),
-], ids=["batch norm", "instance norm", "float32", "dropout"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        sequence,
+        sequence_of_instance_norms,
+        lambda: nn.Sequential(*(block(conv_branch) for _ in range(8))).float(),
+        lambda: block(lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.ReLU())),
+    ],
+    ids=["batch norm", "instance norm", "float32", "dropout"],
+)
 def test_healthy_networks_are_not_warned_of(make):
     module = make()
     shape = {ReversibleSequential: (4, 16, 8, 8), nn.Sequential: (4, 6, 8, 8)}.get(type(module), (64, 16))
@@ -102,6 +118,7 @@ def test_healthy_networks_are_not_warned_of(make):
 def test_zeros_that_nothing_amplifies_are_not_warned_of():
     def branch() -> nn.Module:
         return nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 1, bias=False))
+
     module = ReversibleSequential(*(AdditiveCoupling(branch(), branch()) for _ in range(3)))
     assert not trained(module, lambda seed: padded(seed) * 0)
 
@@ -132,7 +149,9 @@ def test_unseen_state_that_changes_between_forward_and_backward_is_warned_of():
             y = module(x)
             config.temperature = 0.5
             return y
+
         return run
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(STEPS):

@@ -14,18 +14,40 @@ import memcnn
 from properties.support.twin import conv_branch
 
 NAMES = {
-    "memcnn": ["AdditiveCoupling", "AffineCoupling", "AffineAdapterNaive", "AffineAdapterSigmoid",
-               "InvertibleModuleWrapper", "ReversibleBlock", "create_coupling", "is_invertible_module"],
+    "memcnn": [
+        "AdditiveCoupling",
+        "AffineCoupling",
+        "AffineAdapterNaive",
+        "AffineAdapterSigmoid",
+        "InvertibleModuleWrapper",
+        "ReversibleBlock",
+        "create_coupling",
+        "is_invertible_module",
+    ],
     "memcnn.models.revop": ["InvertibleModuleWrapper", "ReversibleBlock", "create_coupling", "is_invertible_module"],
     "memcnn.models.additive": ["AdditiveCoupling"],
     "memcnn.models.affine": ["AffineCoupling", "AffineAdapterNaive", "AffineAdapterSigmoid"],
     "memcnn.models.resnet": ["ResNet"],
 }
 ARGUMENTS = {
-    "InvertibleModuleWrapper": ["fn", "keep_input", "keep_input_inverse", "num_bwd_passes", "disable",
-                                "preserve_rng_state"],
-    "ReversibleBlock": ["Fm", "Gm", "coupling", "keep_input", "keep_input_inverse", "implementation_fwd",
-                        "implementation_bwd", "adapter"],
+    "InvertibleModuleWrapper": [
+        "fn",
+        "keep_input",
+        "keep_input_inverse",
+        "num_bwd_passes",
+        "disable",
+        "preserve_rng_state",
+    ],
+    "ReversibleBlock": [
+        "Fm",
+        "Gm",
+        "coupling",
+        "keep_input",
+        "keep_input_inverse",
+        "implementation_fwd",
+        "implementation_bwd",
+        "adapter",
+    ],
     "AdditiveCoupling": ["Fm", "Gm", "implementation_fwd", "implementation_bwd", "split_dim"],
     "AffineCoupling": ["Fm", "Gm", "adapter", "implementation_fwd", "implementation_bwd", "split_dim"],
     "create_coupling": ["Fm", "Gm", "coupling", "implementation_fwd", "implementation_bwd", "adapter"],
@@ -38,8 +60,9 @@ class ExampleOperation(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.seq = nn.Sequential(nn.Conv2d(channels, channels, (3, 3), padding=1), nn.BatchNorm2d(channels),
-                                 nn.ReLU(inplace=True))
+        self.seq = nn.Sequential(
+            nn.Conv2d(channels, channels, (3, 3), padding=1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        )
 
     def forward(self, x):
         return self.seq(x)
@@ -52,24 +75,60 @@ def test_a_name_is_where_it_was(module, name):
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_arguments_keep_names_and_order(name):
-    assert list(inspect.signature(getattr(memcnn, name)).parameters)[:len(ARGUMENTS[name])] == ARGUMENTS[name]
+    assert list(inspect.signature(getattr(memcnn, name)).parameters)[: len(ARGUMENTS[name])] == ARGUMENTS[name]
 
 
-@pytest.mark.parametrize("name, defaults", [
-    ("InvertibleModuleWrapper", {"keep_input": False, "keep_input_inverse": False, "num_bwd_passes": 1,
-                                 "disable": False, "preserve_rng_state": True, "check_inverse": None}),
-    ("ReversibleBlock", {"Gm": None, "coupling": "additive", "keep_input": False, "keep_input_inverse": False,
-                         "implementation_fwd": None, "implementation_bwd": None, "adapter": None, "split_dim": 1,
-                         "preserve_rng_state": True}),
-    ("AdditiveCoupling", {"Gm": None, "implementation_fwd": None, "implementation_bwd": None, "split_dim": 1,
-                          "exact": False}),
-    ("AffineCoupling", {"Gm": None, "adapter": None, "implementation_fwd": None, "implementation_bwd": None,
-                        "split_dim": 1}),
-    ("create_coupling", {"Gm": None, "coupling": "additive", "implementation_fwd": None, "implementation_bwd": None,
-                         "adapter": None, "split_dim": 1}),
-    ("is_invertible_module", {"test_input_dtype": torch.float32, "atol": 1e-6, "random_seed": 42, "device": "cpu"}),
-    ("ReversibleSequential", {"keep_every": None, "exact": None}),
-])
+@pytest.mark.parametrize(
+    "name, defaults",
+    [
+        (
+            "InvertibleModuleWrapper",
+            {
+                "keep_input": False,
+                "keep_input_inverse": False,
+                "num_bwd_passes": 1,
+                "disable": False,
+                "preserve_rng_state": True,
+                "check_inverse": None,
+            },
+        ),
+        (
+            "ReversibleBlock",
+            {
+                "Gm": None,
+                "coupling": "additive",
+                "keep_input": False,
+                "keep_input_inverse": False,
+                "implementation_fwd": None,
+                "implementation_bwd": None,
+                "adapter": None,
+                "split_dim": 1,
+                "preserve_rng_state": True,
+            },
+        ),
+        (
+            "AdditiveCoupling",
+            {"Gm": None, "implementation_fwd": None, "implementation_bwd": None, "split_dim": 1, "exact": False},
+        ),
+        (
+            "AffineCoupling",
+            {"Gm": None, "adapter": None, "implementation_fwd": None, "implementation_bwd": None, "split_dim": 1},
+        ),
+        (
+            "create_coupling",
+            {
+                "Gm": None,
+                "coupling": "additive",
+                "implementation_fwd": None,
+                "implementation_bwd": None,
+                "adapter": None,
+                "split_dim": 1,
+            },
+        ),
+        ("is_invertible_module", {"test_input_dtype": torch.float32, "atol": 1e-6, "random_seed": 42, "device": "cpu"}),
+        ("ReversibleSequential", {"keep_every": None, "exact": None}),
+    ],
+)
 def test_arguments_have_their_defaults(name, defaults):
     parameters = inspect.signature(getattr(memcnn, name)).parameters.values()
     assert {p.name: p.default for p in parameters if p.default is not p.empty} == defaults
@@ -90,21 +149,31 @@ def test_a_block_hands_its_arguments_on():
 
 
 def test_a_wrapper_shows_its_settings():
-    settings = {"keep_input": True, "keep_input_inverse": True, "num_bwd_passes": 3, "disable": True,
-                "preserve_rng_state": False, "check_inverse": 0.5}
+    settings = {
+        "keep_input": True,
+        "keep_input_inverse": True,
+        "num_bwd_passes": 3,
+        "disable": True,
+        "preserve_rng_state": False,
+        "check_inverse": 0.5,
+    }
     made = memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(conv_branch()), **settings)
     assert {name: getattr(made, name) for name in settings} == settings
 
 
-@pytest.mark.parametrize("make, shown", [
-    (lambda: memcnn.AdditiveCoupling(nn.Identity(), split_dim=2), "AdditiveCoupling(\n  split_dim=2\n"),
-    (lambda: memcnn.AffineAdapterExp(nn.Identity(), bound=3.0), "AffineAdapterExp(\n  bound=3.0\n"),
-    (lambda: memcnn.ActNorm(5), "ActNorm(5)"),
-    (lambda: memcnn.InvertibleConv1x1(5), "InvertibleConv1x1(5)"),
-    (lambda: memcnn.ChannelPermutation([1, 0]), "ChannelPermutation(2)"),
-    (lambda: memcnn.SpaceToDepth(), "SpaceToDepth(factor=2)"),
-    (lambda: memcnn.DepthToSpace(3), "DepthToSpace(factor=3)"),
-], ids=["additive", "exp", "actnorm", "conv1x1", "permutation", "squeeze", "unsqueeze"])
+@pytest.mark.parametrize(
+    "make, shown",
+    [
+        (lambda: memcnn.AdditiveCoupling(nn.Identity(), split_dim=2), "AdditiveCoupling(\n  split_dim=2\n"),
+        (lambda: memcnn.AffineAdapterExp(nn.Identity(), bound=3.0), "AffineAdapterExp(\n  bound=3.0\n"),
+        (lambda: memcnn.ActNorm(5), "ActNorm(5)"),
+        (lambda: memcnn.InvertibleConv1x1(5), "InvertibleConv1x1(5)"),
+        (lambda: memcnn.ChannelPermutation([1, 0]), "ChannelPermutation(2)"),
+        (lambda: memcnn.SpaceToDepth(), "SpaceToDepth(factor=2)"),
+        (lambda: memcnn.DepthToSpace(3), "DepthToSpace(factor=3)"),
+    ],
+    ids=["additive", "exp", "actnorm", "conv1x1", "permutation", "squeeze", "unsqueeze"],
+)
 def test_a_module_prints_what_it_was_made_of(make, shown):
     assert repr(make()).startswith(shown)
 
@@ -121,10 +190,15 @@ def test_the_readme_example_of_the_original_runs_unchanged():
     assert all(p.grad is not None for p in (*F.parameters(), *G.parameters()))
 
 
-@pytest.mark.parametrize(("shape", "split_dim", "message"), [
-    ((2, 9, 8, 8), 1, "its size there, 9, is odd"), ((2, 10, 7, 8), 2, "its size there, 7, is odd"),
-    ((2, 10), 2, "it has 2 dimensions"), ((2, 1, 8, 8), 1, "its size there, 1, is odd"),
-])
+@pytest.mark.parametrize(
+    ("shape", "split_dim", "message"),
+    [
+        ((2, 9, 8, 8), 1, "its size there, 9, is odd"),
+        ((2, 10, 7, 8), 2, "its size there, 7, is odd"),
+        ((2, 10), 2, "it has 2 dimensions"),
+        ((2, 1, 8, 8), 1, "its size there, 1, is odd"),
+    ],
+)
 def test_shapes_that_cannot_be_halved_are_rejected(shape, split_dim, message):
     block = memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(nn.Identity(), split_dim=split_dim))
     for method in (block, block.inverse, block._fn):
@@ -142,15 +216,21 @@ def test_state_dict_keys_are_the_originals():
 def test_g_is_a_copy_of_f_if_it_is_not_given():
     coupling = memcnn.AdditiveCoupling(conv_branch())
     assert coupling.Gm is not coupling.Fm
-    assert all(torch.equal(f, g) and f is not g
-               for f, g in zip(coupling.Fm.parameters(), coupling.Gm.parameters(), strict=True))
+    assert all(
+        torch.equal(f, g) and f is not g
+        for f, g in zip(coupling.Fm.parameters(), coupling.Gm.parameters(), strict=True)
+    )
 
 
-@pytest.mark.parametrize("make", [memcnn.AdditiveCoupling, memcnn.AffineCoupling, memcnn.ReversibleBlock,
-                                  memcnn.create_coupling])
+@pytest.mark.parametrize(
+    "make", [memcnn.AdditiveCoupling, memcnn.AffineCoupling, memcnn.ReversibleBlock, memcnn.create_coupling]
+)
 def test_the_implementation_arguments_warn_and_change_nothing(make):
-    for arguments in ({"implementation_fwd": 1, "implementation_bwd": 0}, {"implementation_fwd": 0},
-                      {"implementation_bwd": 0}):
+    for arguments in (
+        {"implementation_fwd": 1, "implementation_bwd": 0},
+        {"implementation_fwd": 0},
+        {"implementation_bwd": 0},
+    ):
         with pytest.warns(DeprecationWarning, match="have no effect") as warned:
             make(conv_branch(), **arguments)
         own_line = make in (memcnn.AdditiveCoupling, memcnn.AffineCoupling)  # Python shows it there alone

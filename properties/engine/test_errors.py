@@ -61,14 +61,18 @@ def refused(error: type[Exception], *words: str):
 
 
 @pytest.mark.parametrize("disable", [False, True], ids=["engine", "disabled"])
-@pytest.mark.parametrize("split_dim, shape, words", [
-    (1, (4, 5), ["(4, 5)", "dimension 1", "5, is odd", "choose another split_dim"]),
-    (1, (4, 1), ["(4, 1)", "dimension 1", "1, is odd"]),
-    (-1, (4, 6, 3), ["(4, 6, 3)", "dimension -1", "3, is odd"]),
-    (2, (4, 6), ["(4, 6)", "dimension 2", "has 2 dimensions", "choose another split_dim"]),
-    (-3, (4, 6), ["(4, 6)", "dimension -3", "has 2 dimensions"]),
-    (1, (), ["()", "has 0 dimensions"]),
-], ids=str)
+@pytest.mark.parametrize(
+    "split_dim, shape, words",
+    [
+        (1, (4, 5), ["(4, 5)", "dimension 1", "5, is odd", "choose another split_dim"]),
+        (1, (4, 1), ["(4, 1)", "dimension 1", "1, is odd"]),
+        (-1, (4, 6, 3), ["(4, 6, 3)", "dimension -1", "3, is odd"]),
+        (2, (4, 6), ["(4, 6)", "dimension 2", "has 2 dimensions", "choose another split_dim"]),
+        (-3, (4, 6), ["(4, 6)", "dimension -3", "has 2 dimensions"]),
+        (1, (), ["()", "has 0 dimensions"]),
+    ],
+    ids=str,
+)
 def test_an_input_that_cannot_be_halved_is_refused(split_dim, shape, words, disable):
     module = wrapped(AdditiveCoupling(nn.Identity(), split_dim=split_dim), disable=disable)
     for direction in (module.forward, module.inverse):
@@ -79,27 +83,40 @@ def test_an_input_that_cannot_be_halved_is_refused(split_dim, shape, words, disa
     assert thread_state.recording is None
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda: InvertibleModuleWrapper(nn.Linear(3, 3)), ["forward and inverse", "got Linear", "inverse method"]),
-    (lambda: InvertibleModuleWrapper(torch.sin), ["forward and inverse", "got builtin_function_or_method"]),
-    (lambda: InvertibleModuleWrapper(None), ["forward and inverse", "got NoneType"]),
-    (lambda: InvertibleModuleWrapper(SimpleNamespace(inverse=torch.sin)), ["nn.Module with", "got SimpleNamespace"]),
-    (lambda: ReversibleSequential(AdditiveCoupling(net()), nn.ReLU()), ["forward and inverse", "got ReLU"]),
-    (lambda: AdditiveCoupling(torch.sin), ["Fm must be an nn.Module", "got builtin_function_or_method"]),
-    (lambda: AdditiveCoupling(None), ["Fm must be an nn.Module", "got NoneType"]),
-    (lambda: AdditiveCoupling(net(), torch.sin), ["Gm must be an nn.Module", "got builtin_function_or_method"]),
-    (lambda: AdditiveCoupling(net(), split_dim="1"), ["split_dim must be an integer", "got '1'"]),
-    (lambda: AdditiveCoupling(net(), split_dim=1.0), ["split_dim must be an integer", "got 1.0"]),
-])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: InvertibleModuleWrapper(nn.Linear(3, 3)), ["forward and inverse", "got Linear", "inverse method"]),
+        (lambda: InvertibleModuleWrapper(torch.sin), ["forward and inverse", "got builtin_function_or_method"]),
+        (lambda: InvertibleModuleWrapper(None), ["forward and inverse", "got NoneType"]),
+        (
+            lambda: InvertibleModuleWrapper(SimpleNamespace(inverse=torch.sin)),
+            ["nn.Module with", "got SimpleNamespace"],
+        ),
+        (lambda: ReversibleSequential(AdditiveCoupling(net()), nn.ReLU()), ["forward and inverse", "got ReLU"]),
+        (lambda: AdditiveCoupling(torch.sin), ["Fm must be an nn.Module", "got builtin_function_or_method"]),
+        (lambda: AdditiveCoupling(None), ["Fm must be an nn.Module", "got NoneType"]),
+        (lambda: AdditiveCoupling(net(), torch.sin), ["Gm must be an nn.Module", "got builtin_function_or_method"]),
+        (lambda: AdditiveCoupling(net(), split_dim="1"), ["split_dim must be an integer", "got '1'"]),
+        (lambda: AdditiveCoupling(net(), split_dim=1.0), ["split_dim must be an integer", "got 1.0"]),
+    ],
+)
 def test_a_block_of_the_wrong_parts_is_not_built(make, words):
     with refused(TypeError, *words):
         make()
 
 
-@pytest.mark.parametrize("layer, shape", [
-    (ChannelPermutation([1, 0]), (2,)), (ActNorm(2), (2,)), (InvertibleConv1x1(2), (2,)),
-    (SpaceToDepth(), (2, 4)), (DepthToSpace(), (2, 4)),
-], ids=str)
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (ChannelPermutation([1, 0]), (2,)),
+        (ActNorm(2), (2,)),
+        (InvertibleConv1x1(2), (2,)),
+        (SpaceToDepth(), (2, 4)),
+        (DepthToSpace(), (2, 4)),
+    ],
+    ids=str,
+)
 def test_a_layer_refuses_an_input_without_channels_or_positions(layer, shape):
     for direction in (layer, layer.inverse):
         with refused(ValueError, f"got {shape}"):
@@ -122,6 +139,7 @@ def test_a_factor_of_one_moves_nothing():
 def test_a_coupling_of_ones_own_says_what_it_lacks():
     class Own(Coupling):
         pass
+
     own = Own(nn.Identity())
     assert own.split_dim == 1 and own.Gm is not own.Fm
     with refused(NotImplementedError, "Own must define couple(x1, x2)"):
@@ -132,20 +150,25 @@ def test_a_coupling_of_ones_own_says_what_it_lacks():
 
 def returning(function) -> type[nn.Module]:
     """A branch that computes ``function`` and has a parameter."""
+
     class Branch(Doubling):
         def forward(self, x):
             return function(x * self.scale)
+
     return Branch
 
 
 @pytest.mark.parametrize("disable", [False, True], ids=["engine", "disabled"])
-@pytest.mark.parametrize("function, got", [
-    (lambda x: torch.cat((x, x), 1), "got shape (4, 6)"),
-    (lambda x: x[:2], "got shape (2, 3)"),
-    (lambda x: x[None], "got shape (1, 4, 3)"),
-    (lambda x: (x, x), "got a tuple"),
-    (lambda x: None, "got a NoneType"),
-])
+@pytest.mark.parametrize(
+    "function, got",
+    [
+        (lambda x: torch.cat((x, x), 1), "got shape (4, 6)"),
+        (lambda x: x[:2], "got shape (2, 3)"),
+        (lambda x: x[None], "got shape (1, 4, 3)"),
+        (lambda x: (x, x), "got a tuple"),
+        (lambda x: None, "got a NoneType"),
+    ],
+)
 def test_a_branch_that_changes_the_shape_is_refused(function, got, disable):
     with refused(ValueError, "must keep the shape of a half, (4, 3)", got):
         block(returning(function), disable=disable)(rows())
@@ -156,8 +179,11 @@ def test_a_branch_that_raises_the_precision_of_the_stream_is_refused():
         block(returning(Tensor.double)).float()(rows().float())
 
 
-@pytest.mark.parametrize("function", [Tensor.float, lambda x: x.mean(1, keepdim=True), lambda x: x.mean()],
-                         ids=["lower precision", "a column", "a number"])
+@pytest.mark.parametrize(
+    "function",
+    [Tensor.float, lambda x: x.mean(1, keepdim=True), lambda x: x.mean()],
+    ids=["lower precision", "a column", "a number"],
+)
 def test_a_branch_may_return_what_is_cast_or_broadcast_to_a_half(function):
     module = block(returning(function))
     twin = plain_twin(module)
@@ -174,8 +200,9 @@ class DoublingInPlace(Doubling):
         return x.mul_(2) * self.scale
 
 
-@pytest.mark.parametrize("make", [lambda: block(TimesTwoInPlace), lambda: wrapped(DoublingInPlace())],
-                         ids=["branch", "module"])
+@pytest.mark.parametrize(
+    "make", [lambda: block(TimesTwoInPlace), lambda: wrapped(DoublingInPlace())], ids=["branch", "module"]
+)
 def test_a_module_that_modifies_its_input_is_refused(make):
     with refused(RuntimeError, "modifies its input in place", "out-of-place"):
         make()(rows().sin())
@@ -209,11 +236,15 @@ class InverseOfNothing(Doubling):
         return None
 
 
-@pytest.mark.parametrize("make, words", [
-    (InverseOfAnotherShape, ["does not invert itself", "(4, 6)", "(4, 2)"]),
-    (InverseOfAnotherType, ["does not invert itself", "torch.float64", "torch.float32"]),
-    (InverseOfNothing, ["does not invert itself", "NoneType"]),
-], ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (InverseOfAnotherShape, ["does not invert itself", "(4, 6)", "(4, 2)"]),
+        (InverseOfAnotherType, ["does not invert itself", "torch.float64", "torch.float32"]),
+        (InverseOfNothing, ["does not invert itself", "NoneType"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
 def test_an_inverse_that_returns_something_else_is_refused(make, words):
     y = wrapped(make())(rows())
     with refused(RuntimeError, *words):

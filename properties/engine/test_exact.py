@@ -21,6 +21,7 @@ def chain(depth: int = 4, exact=True, branch=conv_branch, composition=Reversible
 
 def bounded_branch() -> nn.Module:
     """Bounded by 1/8, so that a thousand blocks stay on the grid."""
+
     class Bounded(nn.Module):
         def __init__(self):
             super().__init__()
@@ -28,6 +29,7 @@ def bounded_branch() -> nn.Module:
 
         def forward(self, x):
             return torch.tanh(self.conv(x)) / 8
+
     return Bounded()
 
 
@@ -71,6 +73,7 @@ def test_branches_in_low_precision_have_the_same_bits_too(precision):
 
         def forward(self, x):
             return self.net(x.to(precision))
+
     module = chain(branch=Low)
     x = images(dtype=torch.float32)
     assert_equal(gradients(module, x), gradients(plain_twin(module), x))
@@ -80,6 +83,7 @@ def test_branches_under_autocast_have_the_same_bits_too():
     def autocast(module):
         with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             return gradients(module, images(dtype=torch.float32))
+
     module = chain()
     assert_equal(autocast(module), autocast(plain_twin(module)))
 
@@ -110,7 +114,7 @@ def test_a_value_that_leaves_the_grid_is_an_error():
 
 
 def test_the_grid_ends_with_the_largest_number_whose_neighbours_are_on_it():
-    grid, end = Grid(), torch.tensor([2.0**14, -2.0**14])
+    grid, end = Grid(), torch.tensor([2.0**14, -(2.0**14)])
     assert grid.limit(torch.float32) == 2.0**14 and grid.limit(torch.float64) == 2.0**43
     assert torch.equal(grid.snap(end), end)
     with pytest.raises(OverflowError):
@@ -128,14 +132,16 @@ def test_a_branch_that_does_not_reproduce_itself_is_an_error(direction):
 
         def forward(self, x):
             return x.tanh() * (1 + 1e-7 * next(self.calls))
-    block, = chain(1, branch=Drifting)
+
+    (block,) = chain(1, branch=Drifting)
     loss = weighted_sum(getattr(block, direction)(images(dtype=torch.float32)))
     with pytest.raises(RuntimeError, match="Drifting does not reproduce itself bit for bit"):
         loss.backward()
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.float64],
-                         ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
+)
 def test_one_bit_changes_the_fingerprint_of_a_branch(dtype):
     h = torch.linspace(0.5, 1, 6).to(dtype)
     other = h.clone()

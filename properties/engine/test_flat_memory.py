@@ -44,10 +44,17 @@ def exact_sequence(depth: int) -> nn.Module:
     return ReversibleSequential(*(block._fn for block in wrapped(depth)), exact=True)
 
 
-@pytest.mark.parametrize("chain", [
-    partial(wrapped, exact=True), exact_sequence, partial(wrapped, branch=with_dropout),
-    partial(wrapped, kind=OnlyInvertible), partial(wrapped, split_dim=-3),
-], ids=["exact", "exact sequence", "dropout", "modules", "negative split_dim"])
+@pytest.mark.parametrize(
+    "chain",
+    [
+        partial(wrapped, exact=True),
+        exact_sequence,
+        partial(wrapped, branch=with_dropout),
+        partial(wrapped, kind=OnlyInvertible),
+        partial(wrapped, split_dim=-3),
+    ],
+    ids=["exact", "exact sequence", "dropout", "modules", "negative split_dim"],
+)
 def test_a_further_block_stores_no_map(chain):
     stored = (step_bytes(plain_twin(chain(6))) - step_bytes(plain_twin(chain(2)))) / 4
     assert stored > 2 * MAP_BYTES
@@ -78,12 +85,16 @@ def test_a_retained_graph_holds_as_much_after_a_pass_as_before():
     assert held_bytes() == 0
 
 
-@pytest.mark.parametrize("view", [lambda x: x.transpose(2, 3)[:, :, ::2], lambda x: x[:, :1].expand(-1, 6, -1, -1)],
-                         ids=["strided", "expanded"])
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x.transpose(2, 3)[:, :, ::2], lambda x: x[:, :1].expand(-1, 6, -1, -1)],
+    ids=["strided", "expanded"],
+)
 def test_an_input_with_gaps_or_overlaps_is_given_its_gradient(view):
     def program(module, x: Tensor) -> Tensor:
         y = module(view(x))
         weighted_sum(y).backward()
         return y
+
     for module in (block(), InvertibleModuleWrapper(OnlyInvertible(block()._fn))):
         assert_like_twin(nn.Sequential(module, block()), program, images(2, 6, 5, 4))

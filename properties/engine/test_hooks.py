@@ -79,13 +79,18 @@ def test_a_tensor_hook_between_blocks_may_replace_the_gradient():
         y = module(middle)
         weighted_sum(y).backward()
         return y
+
     assert_like_twin(block(), program, images())
 
 
-@pytest.mark.parametrize("register", [
-    lambda m: m.register_forward_hook(lambda module, args, output: output * 1.5),
-    lambda m: m.register_forward_pre_hook(lambda module, args: (args[0].sin(),)),
-], ids=["output replaced", "input replaced"])
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda m: m.register_forward_hook(lambda module, args, output: output * 1.5),
+        lambda m: m.register_forward_pre_hook(lambda module, args: (args[0].sin(),)),
+    ],
+    ids=["output replaced", "input replaced"],
+)
 def test_a_hook_that_replaces_a_value_replaces_it_in_the_recomputation_too(register):
     module = nn.Sequential(block(), block())
     register(module[0]._fn.Fm[3])
@@ -132,6 +137,7 @@ def test_a_hook_may_be_a_partial_of_a_function():
 def test_a_hook_by_which_torch_computes_a_weight_runs_in_the_recomputation_too():
     def branch():
         return nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 3, 3, padding=1)), nn.Tanh())
+
     assert_like_twin(nn.Sequential(block(branch), block(branch)), backward, images())
 
 

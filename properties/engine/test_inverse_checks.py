@@ -74,14 +74,16 @@ def test_drift_along_a_chain_is_reported():
 def test_a_right_inverse_passes_its_check_and_leaves_everything_as_it_was():
     def branch():
         return nn.Sequential(conv_branch(), nn.Dropout(0.5))
+
     module = block(branch, check_inverse=1e-10)
     assert_like_twin(module, backward, images())
     assert {b.item() for name, b in module.named_buffers() if name.endswith("num_batches_tracked")} == {1}
 
 
 def test_an_exact_block_passes_a_check_that_allows_no_error():
-    module = nn.Sequential(*(InvertibleModuleWrapper(AdditiveCoupling(conv_branch(), exact=True), check_inverse=0.0)
-                             for _ in range(2)))
+    module = nn.Sequential(
+        *(InvertibleModuleWrapper(AdditiveCoupling(conv_branch(), exact=True), check_inverse=0.0) for _ in range(2))
+    )
     weighted_sum(module(images(dtype=torch.float32))).backward()
 
 
@@ -91,6 +93,7 @@ def test_an_input_of_two_checked_blocks_is_rebuilt_and_checked_once():
         y = module[1](h) + module[2](h)
         weighted_sum(y).backward()
         return y
+
     assert_like_twin(nn.Sequential(*(block(check_inverse=1e-10) for _ in range(3))), program, images())
 
 
@@ -107,6 +110,7 @@ def test_kept_inputs_are_what_backward_recomputes_from():
         for part in reversed(module):
             y = part.inverse(y)
         weighted_sum(y).backward()
+
     assert_like_twin(nn.Sequential(block(keep_input_inverse=True), block(keep_input_inverse=True)), inverse, images())
 
 

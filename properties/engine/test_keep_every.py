@@ -25,6 +25,7 @@ def test_every_setting_computes_the_same(keep_every):
 
     def inverse(module, y):
         weighted_sum(module.inverse(y)).backward()
+
     assert_like_twin(chain(4, keep_every=keep_every), inverse, images(), depth=16)
 
 

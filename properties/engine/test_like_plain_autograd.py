@@ -1,6 +1,5 @@
 """A reversible block behaves as the same block under ordinary autograd, whatever a program does around it."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,10 +14,12 @@ pytestmark = pytest.mark.usefixtures("on_device")
 
 def around(before=lambda x: x, after=lambda y: y):
     """The program that differentiates after(module(before(x)))."""
+
     def program(module, x):
         y = after(module(before(x)))
         weighted_sum(y).backward()
         return y
+
     return program
 
 
@@ -129,10 +130,27 @@ def differentiated(y):
     return y
 
 
-PROGRAMS = [backward, skip_around, input_used_by_something_else, output_used_twice, output_dropped, same_input_twice,
-            accumulated, two_forwards_before_two_backwards, retained, retain_grad_inside, through_autograd_grad,
-            backward_to_one_parameter, backward_in_two_pieces, double_backward, under_save_on_cpu,
-            by_hand, through_the_inverse, there_and_back, modes_switched_before_backward]
+PROGRAMS = [
+    backward,
+    skip_around,
+    input_used_by_something_else,
+    output_used_twice,
+    output_dropped,
+    same_input_twice,
+    accumulated,
+    two_forwards_before_two_backwards,
+    retained,
+    retain_grad_inside,
+    through_autograd_grad,
+    backward_to_one_parameter,
+    backward_in_two_pieces,
+    double_backward,
+    under_save_on_cpu,
+    by_hand,
+    through_the_inverse,
+    there_and_back,
+    modes_switched_before_backward,
+]
 AROUND = {
     "relu_before": around(before=F.relu),
     "sigmoid_before": around(before=torch.sigmoid),
@@ -209,25 +227,31 @@ BRANCHES = {
     "spectral_norm": lambda: nn.Sequential(spectral_norm(nn.Conv2d(3, 3, 3, padding=1)), nn.Tanh()),
     "self_made_norm": lambda: nn.Sequential(SelfMadeNorm(), nn.Conv2d(3, 3, 1)),
     "functional_norm": FunctionalNorm,
-    "linear_on_a_flattened_view": lambda: nn.Sequential(nn.Flatten(2), nn.Linear(20, 20), nn.GELU(),
-                                                        nn.Unflatten(2, (5, 4))),
-    "instance_and_group_norm": lambda: nn.Sequential(nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
-                                                     nn.GroupNorm(3, 3), nn.SiLU()),
+    "linear_on_a_flattened_view": lambda: nn.Sequential(
+        nn.Flatten(2), nn.Linear(20, 20), nn.GELU(), nn.Unflatten(2, (5, 4))
+    ),
+    "instance_and_group_norm": lambda: nn.Sequential(
+        nn.InstanceNorm2d(3, affine=True, track_running_stats=True), nn.GroupNorm(3, 3), nn.SiLU()
+    ),
     "max_pool": lambda: nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(3, 3, 1)),
     "nested_block": lambda: nn.Sequential(nn.Conv2d(3, 4, 1), block(lambda: conv_branch(2)), nn.Conv2d(4, 3, 1)),
 }
 
 
-@pytest.mark.parametrize("program", [*PROGRAMS, *AROUND.values()],
-                         ids=[*(program.__name__ for program in PROGRAMS), *AROUND])
+@pytest.mark.parametrize(
+    "program", [*PROGRAMS, *AROUND.values()], ids=[*(program.__name__ for program in PROGRAMS), *AROUND]
+)
 @pytest.mark.parametrize("branch", ["conv", "dropout"])
 def test_a_program_computes_what_it_computes_on_the_twin(program, branch):
     assert_like_twin(block(BRANCHES[branch]), program, images())
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize("program", [backward, by_hand, two_forwards_before_two_backwards, through_the_inverse,
-                                     double_backward], ids=lambda program: program.__name__)
+@pytest.mark.parametrize(
+    "program",
+    [backward, by_hand, two_forwards_before_two_backwards, through_the_inverse, double_backward],
+    ids=lambda program: program.__name__,
+)
 def test_a_branch_computes_what_it_computes_in_the_twin(program, branch):
     assert_like_twin(block(BRANCHES[branch]), program, images())
 

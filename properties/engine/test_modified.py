@@ -34,15 +34,24 @@ class Masked(nn.Module):
         return self.linear(x * self.mask).tanh()
 
 
-@pytest.mark.parametrize("make", [lambda: block(Masked), lambda: block(lambda: nn.Sequential(Masked())),
-                                  lambda: ReversibleSequential(AdditiveCoupling(Masked()), block(net)).double(),
-                                  lambda: wrapped(AdditiveCoupling(Masked()), keep_input=True)],
-                         ids=["block", "nested", "sequence", "keep_input"])
-@pytest.mark.parametrize("name, words", [
-    ("linear.weight", ["the parameter 'weight' of shape (3, 3) was modified between forward and backward"]),
-    ("linear.bias", ["the parameter 'bias' of shape (3,) was modified between forward and backward"]),
-    ("mask", ["the buffer 'mask' of shape (3,) was modified between forward and backward"]),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: block(Masked),
+        lambda: block(lambda: nn.Sequential(Masked())),
+        lambda: ReversibleSequential(AdditiveCoupling(Masked()), block(net)).double(),
+        lambda: wrapped(AdditiveCoupling(Masked()), keep_input=True),
+    ],
+    ids=["block", "nested", "sequence", "keep_input"],
+)
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("linear.weight", ["the parameter 'weight' of shape (3, 3) was modified between forward and backward"]),
+        ("linear.bias", ["the parameter 'bias' of shape (3,) was modified between forward and backward"]),
+        ("mask", ["the buffer 'mask' of shape (3,) was modified between forward and backward"]),
+    ],
+)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 def test_values_that_change_between_forward_and_backward_are_noticed(make, name, words, frozen):
     module = make().requires_grad_(not frozen)
@@ -70,8 +79,11 @@ def test_a_leaf_of_somebody_else_that_changes_between_forward_and_backward_is_no
     loss = weighted_sum(wrapped(AdditiveCoupling(branch, net()))(rows()))
     with torch.no_grad():
         branch.borrowed[0].mul_(2)
-    with refused(RuntimeError, "a parameter of shape (3, 3) that Borrowing used was modified between forward and "
-                               "backward", "call backward before the parameters change"):
+    with refused(
+        RuntimeError,
+        "a parameter of shape (3, 3) that Borrowing used was modified between forward and backward",
+        "call backward before the parameters change",
+    ):
         loss.backward()
 
 
@@ -92,6 +104,7 @@ class Noisy(nn.Module):
 def test_random_numbers_of_a_module_that_saves_nothing_are_undone_or_refused():
     def chain(times: float) -> nn.Module:
         return nn.Sequential(block(net), wrapped(Noisy(times)))
+
     assert_like_twin(chain(1.0), backward, rows())
     loss = weighted_sum(chain(2.0)(rows()))
     with pytest.raises(RuntimeError, match="Noisy draws random numbers .* its inverse does not undo"):
@@ -123,10 +136,15 @@ def unseen_by_autograd(y):
         y.zero_()
 
 
-@pytest.mark.parametrize("make", [
-    lambda: block(net), lambda: wrapped(Doubling()),
-    lambda: ReversibleSequential(AdditiveCoupling(net()), AdditiveCoupling(net())).double(),
-], ids=["coupling", "module", "sequence"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: block(net),
+        lambda: wrapped(Doubling()),
+        lambda: ReversibleSequential(AdditiveCoupling(net()), AdditiveCoupling(net())).double(),
+    ],
+    ids=["coupling", "module", "sequence"],
+)
 @pytest.mark.parametrize("modify", [times_two, relu, a_part, unseen_by_autograd], ids=lambda modify: modify.__name__)
 def test_an_output_modified_in_place_is_noticed(make, modify):
     y = make()(rows())
@@ -135,8 +153,11 @@ def test_an_output_modified_in_place_is_noticed(make, modify):
         weighted_sum(y).backward()
 
 
-@pytest.mark.parametrize("make", [lambda: block(net, keep_input=True), lambda: wrapped(Doubling(), keep_input=True)],
-                         ids=["coupling", "module"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: block(net, keep_input=True), lambda: wrapped(Doubling(), keep_input=True)],
+    ids=["coupling", "module"],
+)
 def test_a_kept_input_modified_in_place_is_noticed(make):
     x = rows().sin()
     y = make()(x)
@@ -155,6 +176,7 @@ def test_an_input_that_is_not_kept_may_be_modified(make):
                 h.zero_()
         weighted_sum(y).backward()
         return y
+
     module = make()
     twin = plain_twin(module)
     assert_same(run(module, program, [rows()]), run(twin, program, [rows()]), limit=tolerance(torch.float64))
@@ -211,17 +233,24 @@ class Alternating(nn.Module):
         return self.functions[next(self.calls) % len(self.functions)](x * self.scale)
 
 
-@pytest.mark.parametrize("functions", [
-    (torch.sin, lambda x: x.sin().cos()),
-    (lambda x: x.sin().cos(), torch.sin),
-    (lambda x: (x @ x.new_ones(3, 1) + x).sin(), lambda x: (x @ x.new_ones(3, 3)).sin()),
-    (lambda x: x.float().sin(), torch.sin),
-], ids=["fewer", "more", "shapes", "types"])
+@pytest.mark.parametrize(
+    "functions",
+    [
+        (torch.sin, lambda x: x.sin().cos()),
+        (lambda x: x.sin().cos(), torch.sin),
+        (lambda x: (x @ x.new_ones(3, 1) + x).sin(), lambda x: (x @ x.new_ones(3, 3)).sin()),
+        (lambda x: x.float().sin(), torch.sin),
+    ],
+    ids=["fewer", "more", "shapes", "types"],
+)
 def test_a_branch_that_saves_other_tensors_the_second_time_is_noticed(functions):
     module = InvertibleModuleWrapper(AdditiveCoupling(Alternating(*functions), nn.Identity())).double()
     y = module(rows())
-    with refused(RuntimeError, "Alternating computed something else in the recomputation than in the forward pass",
-                 "its forward must depend on its input, parameters, buffers and torch's random numbers alone"):
+    with refused(
+        RuntimeError,
+        "Alternating computed something else in the recomputation than in the forward pass",
+        "its forward must depend on its input, parameters, buffers and torch's random numbers alone",
+    ):
         weighted_sum(y).backward()
 
 
@@ -240,4 +269,5 @@ def test_an_output_given_other_data_before_the_next_block_trains_as_in_the_twin(
         y = module(x)
         y.data = y.data * 2
         weighted_sum(module(y)).backward()
+
     assert_like_twin(block(), program, images())

@@ -75,8 +75,9 @@ NESTED = {
     "a chain, every third block stored": lambda: ReversibleSequential(*(inner() for _ in range(4)), keep_every=3),
     "blocks, a permutation between": lambda: container(inner(), inner()),
     "a wrapped container": lambda: InvertibleModuleWrapper(container(inner(), inner(keep_input=True))),
-    "two levels": lambda: InvertibleModuleWrapper(AdditiveCoupling(
-        nn.Sequential(nn.Conv2d(2, 4, 1), inner(), nn.Conv2d(4, 2, 1)), conv_branch(2))),
+    "two levels": lambda: InvertibleModuleWrapper(
+        AdditiveCoupling(nn.Sequential(nn.Conv2d(2, 4, 1), inner(), nn.Conv2d(4, 2, 1)), conv_branch(2))
+    ),
     "two blocks of one tensor": TwoWays,
     "two blocks of one tensor, inputs kept": partial(TwoWays, keep_input=True),
     "a block ignored": Ignoring,
@@ -84,14 +85,14 @@ NESTED = {
     "a disabled block": partial(inner, disable=True),
 }
 OUTER = {
-    "in couplings": lambda make: nn.Sequential(*(
-        block(lambda: around(make())) for _ in range(2))),
-    "in a sequence": lambda make: ReversibleSequential(*(
-        AdditiveCoupling(around(make()), conv_branch()) for _ in range(2))),
-    "in modules": lambda make: nn.Sequential(*(
-        InvertibleModuleWrapper(OnlyInvertible(AdditiveCoupling(around(make()), conv_branch()))) for _ in range(2))),
-    "inputs kept": lambda make: nn.Sequential(*(
-        block(lambda: around(make()), keep_input=True) for _ in range(2))),
+    "in couplings": lambda make: nn.Sequential(*(block(lambda: around(make())) for _ in range(2))),
+    "in a sequence": lambda make: ReversibleSequential(
+        *(AdditiveCoupling(around(make()), conv_branch()) for _ in range(2))
+    ),
+    "in modules": lambda make: nn.Sequential(
+        *(InvertibleModuleWrapper(OnlyInvertible(AdditiveCoupling(around(make()), conv_branch()))) for _ in range(2))
+    ),
+    "inputs kept": lambda make: nn.Sequential(*(block(lambda: around(make()), keep_input=True) for _ in range(2))),
 }
 
 
@@ -106,7 +107,8 @@ def one_by_one(module: nn.Module, x: Tensor) -> list[Tensor]:
     """The gradient of one parameter after the other, from the first to the last."""
     loss = weighted_sum(module(x))
     return list(torch.autograd.grad(loss, x, retain_graph=True)) + [
-        gradient for p in module.parameters() for gradient in torch.autograd.grad(loss, p, retain_graph=True)]
+        gradient for p in module.parameters() for gradient in torch.autograd.grad(loss, p, retain_graph=True)
+    ]
 
 
 @pytest.mark.parametrize("outer", OUTER)
@@ -116,10 +118,15 @@ def test_nested_blocks_are_the_twins(nested, outer):
     assert_like_twin(OUTER[outer](NESTED[nested]).double(), retained, images(2, 6, 5, 4), depth=16)
 
 
-@pytest.mark.parametrize("make, channels", [
-    (lambda: block(inner), 8), (lambda: block(NESTED["a module"]), 8),
-    (lambda: InvertibleModuleWrapper(container(inner(), inner())).double(), 4),
-], ids=["in a coupling", "a module in a coupling", "in a container"])
+@pytest.mark.parametrize(
+    "make, channels",
+    [
+        (lambda: block(inner), 8),
+        (lambda: block(NESTED["a module"]), 8),
+        (lambda: InvertibleModuleWrapper(container(inner(), inner())).double(), 4),
+    ],
+    ids=["in a coupling", "a module in a coupling", "in a container"],
+)
 def test_what_is_around_a_nested_block_need_not_save_anything(make, channels):
     torch.manual_seed(0)
     assert_like_twin(nn.Sequential(make(), make()), retained, images(2, channels, 5, 4), depth=16)
@@ -131,13 +138,20 @@ def test_gradients_may_be_asked_for_in_any_order(nested):
     assert_like_twin(OUTER["in couplings"](NESTED[nested]).double(), one_by_one, images(2, 6, 5, 4), depth=16)
 
 
-@pytest.mark.parametrize("outer", [InvertibleModuleWrapper, partial(InvertibleModuleWrapper, keep_input=True)],
-                         ids=["rebuilt", "input kept"])
+@pytest.mark.parametrize(
+    "outer", [InvertibleModuleWrapper, partial(InvertibleModuleWrapper, keep_input=True)], ids=["rebuilt", "input kept"]
+)
 @pytest.mark.parametrize("program", [backward, retained])
-@pytest.mark.parametrize("blocks", [
-    lambda: [inner()], lambda: [inner(keep_input=True), inner()], lambda: [inner(), inner(), inner()],
-    lambda: [InvertibleModuleWrapper(OnlyInvertible(inner()._fn)), inner()],
-], ids=["one", "the first input kept", "three", "a module"])
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        lambda: [inner()],
+        lambda: [inner(keep_input=True), inner()],
+        lambda: [inner(), inner(), inner()],
+        lambda: [InvertibleModuleWrapper(OnlyInvertible(inner()._fn)), inner()],
+    ],
+    ids=["one", "the first input kept", "three", "a module"],
+)
 def test_a_container_of_wrapped_blocks_may_be_wrapped_too(blocks, program, outer):
     torch.manual_seed(0)
     chain = nn.Sequential(*(outer(container(*blocks())) for _ in range(3))).double()
@@ -168,12 +182,12 @@ def test_nested_blocks_hold_nothing_between_forward_and_backward():
 
 def test_two_long_chains_behind_one_block_are_differentiated_with_their_graph_kept():
     """Each is longer than what a pass that keeps its graph holds, and the block needs the ends of both."""
+
     class Twin(nn.Module):
         def __init__(self):
             super().__init__()
             self.first = InvertibleModuleWrapper(Two())
-            self.chains = nn.ModuleList(
-                nn.Sequential(*(inner() for _ in range(KEPT_LINKS))) for _ in range(2))
+            self.chains = nn.ModuleList(nn.Sequential(*(inner() for _ in range(KEPT_LINKS))) for _ in range(2))
 
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
             y, z = self.first(a.sin(), b.sin())
@@ -200,8 +214,11 @@ class Two(nn.Module):
         return y - self.branch(z / 2), z / 2
 
 
-@pytest.mark.parametrize("outer", [lambda branch: block(lambda: around(branch)), InvertibleModuleWrapper],
-                         ids=["in a coupling", "in a module"])
+@pytest.mark.parametrize(
+    "outer",
+    [lambda branch: block(lambda: around(branch)), InvertibleModuleWrapper],
+    ids=["in a coupling", "in a module"],
+)
 def test_an_inner_output_modified_in_place_is_noticed(outer):
     class Negated(Container):
         def forward(self, x: Tensor) -> Tensor:

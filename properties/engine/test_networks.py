@@ -8,8 +8,12 @@ from memcnn.models.resnet import MODELS, CifarResNet, basic_branch, bottleneck_b
 from memcnn.models.revop import InvertibleModuleWrapper
 
 PARAMETERS = {  # 10 and 100 classes; Gomez et al., arXiv:1707.04585
-    "resnet32": (466_906, 472_756), "resnet110": (1_730_714, 1_736_564), "resnet164": (1_704_154, 1_727_284),
-    "revnet38": (573_994, 584_164), "revnet110": (1_854_890, 1_866_500), "revnet164": (1_983_786, 2_029_956),
+    "resnet32": (466_906, 472_756),
+    "resnet110": (1_730_714, 1_736_564),
+    "resnet164": (1_704_154, 1_727_284),
+    "revnet38": (573_994, 584_164),
+    "revnet110": (1_854_890, 1_866_500),
+    "revnet164": (1_983_786, 2_029_956),
 }
 STEM_AND_STAGES = {
     "resnet32": ((16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)),
@@ -19,8 +23,14 @@ STEM_AND_STAGES = {
     "revnet110": ((32, 32, 32), (32, 32, 32), (64, 16, 16), (128, 8, 8)),
     "revnet164": ((32, 32, 32), (128, 32, 32), (256, 16, 16), (512, 8, 8)),
 }
-UNITS = {"resnet32": (5, 5, 5), "resnet110": (18, 18, 18), "resnet164": (18, 18, 18),
-         "revnet38": (3, 3, 3), "revnet110": (9, 9, 9), "revnet164": (9, 9, 9)}
+UNITS = {
+    "resnet32": (5, 5, 5),
+    "resnet110": (18, 18, 18),
+    "resnet164": (18, 18, 18),
+    "revnet38": (3, 3, 3),
+    "revnet110": (9, 9, 9),
+    "revnet164": (9, 9, 9),
+}
 REVERSIBLE = {"resnet32": 0, "resnet110": 0, "resnet164": 0, "revnet38": 7, "revnet110": 25, "revnet164": 24}
 
 
@@ -51,10 +61,13 @@ def test_stages_have_the_published_units_widths_and_strides(name):
     assert sum(isinstance(m, InvertibleModuleWrapper) for m in network.modules()) == REVERSIBLE[name]
 
 
-@pytest.mark.parametrize(("branch", "convolutions"), [
-    (basic_branch, [(8, 12, 3, 2, 1), (12, 12, 3, 1, 1)]),
-    (bottleneck_branch, [(8, 3, 1, 1, 0), (3, 3, 3, 2, 1), (3, 12, 1, 1, 0)]),
-])
+@pytest.mark.parametrize(
+    ("branch", "convolutions"),
+    [
+        (basic_branch, [(8, 12, 3, 2, 1), (12, 12, 3, 1, 1)]),
+        (bottleneck_branch, [(8, 3, 1, 1, 0), (3, 3, 3, 2, 1), (3, 12, 1, 1, 0)]),
+    ],
+)
 def test_a_branch_normalises_and_activates_before_every_convolution(branch, convolutions):
     part = branch(8, 12, 2)
     found = [m for m in part if isinstance(m, nn.Conv2d)]
@@ -80,7 +93,7 @@ def test_a_unit_that_strides_or_widens_projects_its_input_and_only_the_first_uni
 
 def test_a_unit_adds_its_branch_to_its_shortcut():
     network = CifarResNet(basic_branch, (1,), (4, 6)).double().eval()
-    unit, = network.stages[0]
+    (unit,) = network.stages[0]
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     assert torch.equal(unit(x), unit.shortcut(x) + unit.branch(x))
 
@@ -94,8 +107,10 @@ def test_convolutions_start_at_the_fan_out_scale():
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("revnet")])
 def test_options_reach_every_reversible_unit(name):
-    blocks = [[m for m in made(name, **options).modules() if isinstance(m, InvertibleModuleWrapper)]
-              for options in ({}, {"disable": True}, {"exact": True})]
+    blocks = [
+        [m for m in made(name, **options).modules() if isinstance(m, InvertibleModuleWrapper)]
+        for options in ({}, {"disable": True}, {"exact": True})
+    ]
     assert [{block.disable for block in made} for made in blocks] == [{False}, {True}, {False}]
     assert [{block._fn.grid is not None for block in made} for made in blocks] == [{False}, {False}, {True}]
     assert all(block._fn.Fm is not block._fn.Gm for block in blocks[0])

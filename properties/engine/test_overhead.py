@@ -60,8 +60,17 @@ def test_a_step_of_a_revnet_copies_and_joins_once_a_chain():
 
 def test_the_recomputation_adds_its_arithmetic_and_casts_alone():
     counts, plain = operators_of_a_step(), operators_of_a_step(disable=True)
-    added = {name: counts[name] - plain[name] for name in
-             ("convolution", "native_batch_norm", "relu_", "add_", "_to_copy torch.bfloat16", "_to_copy torch.float32")}
+    added = {
+        name: counts[name] - plain[name]
+        for name in (
+            "convolution",
+            "native_batch_norm",
+            "relu_",
+            "add_",
+            "_to_copy torch.bfloat16",
+            "_to_copy torch.float32",
+        )
+    }
     assert added == {
         "convolution": 2 * BRANCHES,
         "native_batch_norm": 2 * BRANCHES - 2,  # the very first unit's branches have one each
@@ -128,6 +137,7 @@ def test_every_norm_moves_and_differentiates_as_its_twins(name):
         y = module(x) + module(x + 1)
         (y * y).sum().backward()
         return y
+
     for program in (backward, twice):
         module = InvertibleModuleWrapper(AdditiveCoupling(branch(), branch())).double()
         assert_like_twin(nn.Sequential(module, block()), program, images())
@@ -144,8 +154,13 @@ def test_a_forward_set_on_the_module_itself_may_read_its_running_mean():
 
 
 def small_branch() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
-                         nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+    return nn.Sequential(
+        nn.Conv2d(4, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+    )
 
 
 def sequence(depth: int) -> nn.Module:
@@ -153,8 +168,9 @@ def sequence(depth: int) -> nn.Module:
 
 
 def wrapped(depth: int) -> nn.Module:
-    return nn.Sequential(*(InvertibleModuleWrapper(AdditiveCoupling(small_branch(), small_branch()))
-                           for _ in range(depth)))
+    return nn.Sequential(
+        *(InvertibleModuleWrapper(AdditiveCoupling(small_branch(), small_branch())) for _ in range(depth))
+    )
 
 
 def plain(depth: int) -> nn.Module:
@@ -184,6 +200,7 @@ def calls_of_ours(module: nn.Module) -> int:
         nonlocal calls
         code = frame.f_code
         calls += event == "call" and code.co_filename.startswith(folder) and not code.co_name.startswith("<")
+
     previous = sys.getprofile()
     sys.setprofile(count)
     try:

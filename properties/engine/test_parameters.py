@@ -23,10 +23,14 @@ pytestmark = pytest.mark.usefixtures("on_device")
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
-@pytest.mark.parametrize("chain", [
-    lambda: nn.Sequential(*(block(net) for _ in range(DEPTH))),
-    lambda: ReversibleSequential(*(AdditiveCoupling(net(), net()) for _ in range(DEPTH))).double(),
-], ids=["wrapped blocks", "sequence"])
+@pytest.mark.parametrize(
+    "chain",
+    [
+        lambda: nn.Sequential(*(block(net) for _ in range(DEPTH))),
+        lambda: ReversibleSequential(*(AdditiveCoupling(net(), net()) for _ in range(DEPTH))).double(),
+    ],
+    ids=["wrapped blocks", "sequence"],
+)
 @pytest.mark.parametrize("frozen", ["Fm", "Gm", "0._fn.Fm.0.weight", "0.", "1.", "2."])
 def test_frozen_parameters_get_no_gradient_and_leave_the_others_theirs(chain, frozen, requires_grad):
     model = chain()
@@ -42,15 +46,18 @@ def test_a_frozen_block_hands_the_gradient_to_its_input():
 
 @pytest.mark.parametrize("then, before_backward", [(True, False), (False, True)], ids=["frozen", "unfrozen"])
 @pytest.mark.parametrize("branch, shape", [(net, (4, 6)), (conv_branch, (2, 6, 5, 4))], ids=["linear", "conv"])
-def test_parameters_frozen_or_unfrozen_before_backward_are_those_of_the_forward_pass(branch, shape, then,
-                                                                                   before_backward):
+def test_parameters_frozen_or_unfrozen_before_backward_are_those_of_the_forward_pass(
+    branch, shape, then, before_backward
+):
     """As an adversary is switched on and off."""
+
     def program(module, x):
         module.requires_grad_(then)
         loss = weighted_sum(module(module(x)))
         module.requires_grad_(before_backward)
         loss.backward()
         assert all(p.requires_grad == before_backward for p in module.parameters())
+
     assert_like_twin(block(branch), program, images(*shape))
 
 
@@ -97,8 +104,11 @@ def same_coupling_twice_in_a_sequence() -> nn.Module:
     return ReversibleSequential(coupling, AdditiveCoupling(net(), net()), coupling)
 
 
-@pytest.mark.parametrize("make", [Shared, same_branch_twice, same_block_twice, same_coupling_twice_in_a_sequence],
-                         ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make",
+    [Shared, same_branch_twice, same_block_twice, same_coupling_twice_in_a_sequence],
+    ids=lambda make: make.__name__,
+)
 def test_shared_modules_gather_their_gradients(make):
     assert_like_twin(make().double(), backward, images(4, 6))
 
@@ -145,15 +155,20 @@ def exchanged(layer: SetsItself) -> None:
 
 
 @pytest.mark.parametrize("note", [filled, given_other_data, exchanged])
-@pytest.mark.parametrize("make, features", [
-    (InvertibleModuleWrapper, 6),
-    (lambda layer: ReversibleSequential(layer, copy.deepcopy(layer)), 6),
-    (lambda layer: block(lambda: nn.Sequential(nn.Linear(6, 6), copy.deepcopy(layer), nn.Tanh())), 12),
-], ids=["a block", "blocks", "in branches"])
+@pytest.mark.parametrize(
+    "make, features",
+    [
+        (InvertibleModuleWrapper, 6),
+        (lambda layer: ReversibleSequential(layer, copy.deepcopy(layer)), 6),
+        (lambda layer: block(lambda: nn.Sequential(nn.Linear(6, 6), copy.deepcopy(layer), nn.Tanh())), 12),
+    ],
+    ids=["a block", "blocks", "in branches"],
+)
 def test_a_layer_that_initialises_itself_and_says_so_in_a_buffer_does_so_once(make, features, note):
     def two_steps(module, x):
         first = backward(module, x)
         return first, backward(module, x.detach() + 1)
+
     module = make(SetsItself(note)).double()
     assert_like_twin(module, two_steps, images(5, features))
     assert all(part.ready for part in module.modules() if isinstance(part, SetsItself))

@@ -48,10 +48,12 @@ class OwnAutocast(nn.Module):
 
 KINDS = {
     "wrapped couplings": lambda branch: nn.Sequential(
-        *(InvertibleModuleWrapper(AdditiveCoupling(branch(), branch())) for _ in range(DEPTH))),
+        *(InvertibleModuleWrapper(AdditiveCoupling(branch(), branch())) for _ in range(DEPTH))
+    ),
     "a sequence": lambda branch: ReversibleSequential(*(AdditiveCoupling(branch(), branch()) for _ in range(DEPTH))),
     "modules with forward and inverse": lambda branch: ReversibleSequential(
-        *(OnlyInvertible(AdditiveCoupling(branch(), branch())) for _ in range(DEPTH))),
+        *(OnlyInvertible(AdditiveCoupling(branch(), branch())) for _ in range(DEPTH))
+    ),
 }
 
 
@@ -73,6 +75,7 @@ def forward_only(autocast):
         with autocast():
             y = model(x)
         return trained(y)
+
     return program
 
 
@@ -81,6 +84,7 @@ def backward_only(autocast):
         y = model(x)
         with autocast():
             return trained(y)
+
     return program
 
 
@@ -88,15 +92,18 @@ def both(autocast):
     def program(model, x):
         with autocast():
             return trained(model(x))
+
     return program
 
 
 def two_steps_in_one_context(autocast):
     """The second step finds what the first one left in autocast's cache of cast weights."""
+
     def program(model, x):
         with autocast():
             trained(model(x))
             return trained(model(x * 2))
+
     return program
 
 
@@ -107,6 +114,7 @@ def backward_in_the_context_of_another_forward(autocast):
         with autocast():
             trained(y)
             return trained(model(x * 2))
+
     return program
 
 
@@ -116,6 +124,7 @@ def evaluated_before(autocast):
             with torch.no_grad():
                 model(x)
             return trained(model(x))
+
     return program
 
 
@@ -124,8 +133,14 @@ def trained(y: Tensor) -> Tensor:
     return y.float()
 
 
-PROGRAMS = [forward_only, backward_only, both, two_steps_in_one_context, backward_in_the_context_of_another_forward,
-            evaluated_before]
+PROGRAMS = [
+    forward_only,
+    backward_only,
+    both,
+    two_steps_in_one_context,
+    backward_in_the_context_of_another_forward,
+    evaluated_before,
+]
 
 
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
@@ -134,8 +149,10 @@ PROGRAMS = [forward_only, backward_only, both, two_steps_in_one_context, backwar
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_a_float32_stream_under_autocast_trains_as_the_twin(program, kind, branch, cache):
     """Up to one rounding of the low precision, where a rebuilt value falls on the other side of one."""
+
     def autocast():
         return autocasting(torch.bfloat16, cache_enabled=cache)
+
     model = chain(branch, kind)
     twin = plain_twin(model)
     limit = tolerance(torch.float32, depth=DEPTH) if program is backward_only else torch.finfo(torch.bfloat16).eps
@@ -196,7 +213,8 @@ def test_a_low_precision_stream_warns_once(dtype, autocast):
     assert [str(w.message) for w in caught if w.category is UserWarning and "rebuilding" in str(w.message)] == [
         f"rebuilding a {dtype} stream rounds as much again as computing in it, so that gradients drift by percents, "
         "growing with depth: give the blocks float32 (x.float()) and run their branches under torch.autocast, or use "
-        "keep_input=True"]
+        "keep_input=True"
+    ]
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -220,6 +238,9 @@ def test_a_sequence_keeps_the_inputs_that_its_blocks_ask_for(direction, option):
     couplings = (AdditiveCoupling(conv_branch(), conv_branch()) for _ in range(3))
     model = ReversibleSequential(*(InvertibleModuleWrapper(c, **{option: True}) for c in couplings)).bfloat16()
     twin = plain_twin(model)
-    got, wanted = (torch.autograd.grad(weighted_sum(getattr(m, direction)(x)), x)[0]
-                   for m in (model, twin) for x in [images(dtype=torch.bfloat16)])
+    got, wanted = (
+        torch.autograd.grad(weighted_sum(getattr(m, direction)(x)), x)[0]
+        for m in (model, twin)
+        for x in [images(dtype=torch.bfloat16)]
+    )
     assert torch.equal(got, wanted)

@@ -1,6 +1,5 @@
 """An error in a forward pass, a recomputation or a hook leaves everything in order for what comes after."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,16 +41,20 @@ def surroundings(module: nn.Module) -> dict:
     """All that an evaluation sets for a while, and must put back."""
     parts = list(module.modules())
     return {
-        "recording": thread_state.recording, "storing": thread_state.storing, "passes": dict(retained.passes),
+        "recording": thread_state.recording,
+        "storing": thread_state.storing,
+        "passes": dict(retained.passes),
         "sources": thread_state.noted_sources,
         "pending reads": sum(value.pending_reads for value in living(Value)),
         "saved-tensor hooks": torch._C._autograd._top_saved_tensors_default_hooks(True),
-        "grad mode": torch.is_grad_enabled(), "autocast": [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")],
+        "grad mode": torch.is_grad_enabled(),
+        "autocast": [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")],
         "modes": [(part.training, getattr(part, "track_running_stats", None)) for part in parts],
         "requires_grad": [p.requires_grad for p in module.parameters()],
         "hooks": [list(hooks.items()) for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)],
         "global hooks": list(torch_module._global_forward_hooks.items()),
-        "parameters": [id(p) for p in module.parameters()], "buffers": [id(b) for b in module.buffers()],
+        "parameters": [id(p) for p in module.parameters()],
+        "buffers": [id(b) for b in module.buffers()],
     }
 
 
@@ -123,16 +126,23 @@ def test_a_retained_graph_is_differentiated_after_an_error():
         assert (got.grad - wanted.grad).abs().max() <= 1e-10 * (1 + wanted.grad.abs().max())
 
 
-@pytest.mark.parametrize("make", [
-    lambda failing: InvertibleModuleWrapper(AdditiveCoupling(failing, net())),
-    lambda failing: InvertibleModuleWrapper(AdditiveCoupling(net(), failing)),
-    lambda failing: ReversibleSequential(AdditiveCoupling(net(), net()), AdditiveCoupling(net(), failing)),
-], ids=["F", "G", "sequence"])
-@pytest.mark.parametrize("instead", [lambda other, h: other(h), lambda other, h: h.sin(),
-                                     lambda other, h: other(h.detach()).sum() * h.sin()],
-                         ids=["another block", "no block", "both"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda failing: InvertibleModuleWrapper(AdditiveCoupling(failing, net())),
+        lambda failing: InvertibleModuleWrapper(AdditiveCoupling(net(), failing)),
+        lambda failing: ReversibleSequential(AdditiveCoupling(net(), net()), AdditiveCoupling(net(), failing)),
+    ],
+    ids=["F", "G", "sequence"],
+)
+@pytest.mark.parametrize(
+    "instead",
+    [lambda other, h: other(h), lambda other, h: h.sin(), lambda other, h: other(h.detach()).sum() * h.sin()],
+    ids=["another block", "no block", "both"],
+)
 def test_the_input_of_a_block_that_failed_may_go_elsewhere(make, instead):
     """As in code that tries a smaller batch, or falls back to something else."""
+
     def program(module, x):
         first, failing, other = module
         h = first(x)
@@ -141,6 +151,7 @@ def test_the_input_of_a_block_that_failed_may_go_elsewhere(make, instead):
         y = instead(other, h)
         weighted_sum(y).backward()
         return y
+
     module = nn.ModuleList([block(net), make(Failing(1)).double(), block(net)])
     twin = plain_twin(module)
     assert_same(run(module, program, [rows()]), run(twin, program, [rows()]), limit=tolerance(torch.float64, depth=2))
@@ -150,6 +161,7 @@ def test_the_input_of_a_block_that_failed_may_go_elsewhere(make, instead):
 def test_an_error_of_a_hook_between_blocks_leaves_everything_in_order(retain_graph):
     def fail(gradient):
         raise ArithmeticError("planned")
+
     module = nn.Sequential(block(net), block(net))
     twin = plain_twin(module)
     before = surroundings(module)

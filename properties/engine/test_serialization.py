@@ -82,8 +82,14 @@ def test_a_duplicate_trains_as_the_original_and_shares_nothing(make, duplicate, 
 
 
 def test_settings_are_part_of_a_pickle():
-    settings = {"keep_input": True, "keep_input_inverse": True, "num_bwd_passes": 2, "disable": True,
-                "preserve_rng_state": False, "check_inverse": 1e-3}
+    settings = {
+        "keep_input": True,
+        "keep_input_inverse": True,
+        "num_bwd_passes": 2,
+        "disable": True,
+        "preserve_rng_state": False,
+        "check_inverse": 1e-3,
+    }
     module = block(**settings)
     twin = pickled(module)
     assert {name: getattr(twin, name) for name in settings} == settings
@@ -91,14 +97,19 @@ def test_settings_are_part_of_a_pickle():
     assert pickled(sequence()).keep_every == 2
 
 
-@pytest.mark.parametrize("make, prefix", [
-    (lambda: InvertibleModuleWrapper(AdditiveCoupling(nn.Linear(2, 2))), ""),
-    (lambda: InvertibleModuleWrapper(AffineCoupling(nn.Linear(2, 2), adapter=AffineAdapterNaive)), "f."),
-    (lambda: ReversibleBlock(nn.Linear(2, 2)), ""),
-], ids=["additive", "affine", "ReversibleBlock"])
+@pytest.mark.parametrize(
+    "make, prefix",
+    [
+        (lambda: InvertibleModuleWrapper(AdditiveCoupling(nn.Linear(2, 2))), ""),
+        (lambda: InvertibleModuleWrapper(AffineCoupling(nn.Linear(2, 2), adapter=AffineAdapterNaive)), "f."),
+        (lambda: ReversibleBlock(nn.Linear(2, 2)), ""),
+    ],
+    ids=["additive", "affine", "ReversibleBlock"],
+)
 def test_state_keys_are_those_of_version_1_5_2(make, prefix):
-    assert list(make().state_dict()) == [f"_fn.{branch}.{prefix}{name}" for branch in ("Fm", "Gm")
-                                         for name in ("weight", "bias")]
+    assert list(make().state_dict()) == [
+        f"_fn.{branch}.{prefix}{name}" for branch in ("Fm", "Gm") for name in ("weight", "bias")
+    ]
 
 
 def test_the_states_of_a_module_and_of_its_disabled_self_are_interchangeable():
@@ -133,6 +144,7 @@ def test_an_optimizer_goes_on_from_a_saved_state():
             weighted_sum(module(images(seed=seed))).backward()
             optimizer.step()
         return [p.detach() for p in module.parameters()]
+
     module = block()
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
     trained(module, optimizer, range(2))

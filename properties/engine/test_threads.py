@@ -51,6 +51,7 @@ def test_two_threads_differentiate_at_once(shared):
                 results[i] = torch.autograd.grad(loss, list(modules[i].parameters()))
             except RuntimeError as error:
                 results[i] = error
+
         threads = [threading.Thread(target=differentiate, args=pair) for pair in enumerate(losses(modules))]
         for thread in threads:
             thread.start()
@@ -112,6 +113,7 @@ def test_two_threads_train_a_model_each_with_random_numbers(frequent_switches, d
                 weighted_sum(model(images(8, 6, seed=step))).backward()
         except RuntimeError as error:
             errors.append(error)
+
     threads = [threading.Thread(target=train, args=[model]) for model in models]
     for thread in threads:
         thread.start()
@@ -135,6 +137,7 @@ def test_another_thread_that_draws_outside_of_blocks_is_noticed(draw, evaluation
             thread.start()
             thread.join()
         return draw()
+
     module = block(nn.Identity)
     module._fn.Fm = Drawing(disturbed)
     loss = weighted_sum(module(images(8, 6)))

@@ -11,16 +11,28 @@ import memcnn.models
 
 FOLDERS = [Path(package.__path__[0]) for package in (memcnn.engine, memcnn.models)]
 FILES = [path for folder in FOLDERS for path in sorted(folder.glob("*.py")) if path.name != "torch_private.py"]
-ATTRIBUTES = {"_version", "_cdata", "_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks",
-              "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"}
+ATTRIBUTES = {
+    "_version",
+    "_cdata",
+    "_modules",
+    "_parameters",
+    "_buffers",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+}
 """Private attributes that ``torch_private`` allows to be read in place."""
 
 
 def private_names(tree: ast.Module) -> Iterator[str]:
     """Private names that are imported from torch or read from anything but ``self``, other than our own."""
     own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    own |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name) and node.value.id == "self"}
+    own |= {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
             yield from (alias.name for alias in node.names if alias.name.startswith("_"))
@@ -41,7 +53,13 @@ def test_private_names_of_torch_stand_in_one_file(path: Path):
     assert set(private_names(ast.parse(path.read_text()))) <= ATTRIBUTES | OURS
 
 
-@pytest.mark.parametrize("line", ["import torch\ntorch._C._set_grad_enabled(True)", "from torch._C import _autograd",
-                                  "from torch.nn.modules.batchnorm import _BatchNorm"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch\ntorch._C._set_grad_enabled(True)",
+        "from torch._C import _autograd",
+        "from torch.nn.modules.batchnorm import _BatchNorm",
+    ],
+)
 def test_a_private_name_is_found(line):
     assert set(private_names(ast.parse(line))) - ATTRIBUTES - OURS

@@ -91,6 +91,7 @@ def jacobian_vector_product(model):
 def gradients_of_each_sample(model):
     def of_one(p, x):
         return weighted_sum(functional_call(model, p, (x,)))
+
     return vmap(grad(of_one), (None, 0))(detached(model), rows(4, 1, 6))
 
 
@@ -112,7 +113,7 @@ def forward_over_reverse(model):
     x = rows().requires_grad_()
     with fw.dual_level():
         loss = weighted_sum(model(fw.make_dual(x, rows().cos())).sin())
-        gradient, = torch.autograd.grad(loss, x)
+        (gradient,) = torch.autograd.grad(loss, x)
         return tuple(fw.unpack_dual(gradient))
 
 
@@ -138,10 +139,23 @@ def an_unrolled_training_step(model):
     return [p.grad for p in parameters.values()]
 
 
-TRANSFORMS = [gradient_of_the_input, gradient_of_the_parameters, vector_jacobian_product, jacobian_in_reverse,
-              jacobian_forwards, hessian_of_the_input, jacobian_vector_product, gradients_of_each_sample, mapped,
-              mapped_and_differentiated, dual_numbers, forward_over_reverse, other_parameters, computed_parameters,
-              an_unrolled_training_step]
+TRANSFORMS = [
+    gradient_of_the_input,
+    gradient_of_the_parameters,
+    vector_jacobian_product,
+    jacobian_in_reverse,
+    jacobian_forwards,
+    hessian_of_the_input,
+    jacobian_vector_product,
+    gradients_of_each_sample,
+    mapped,
+    mapped_and_differentiated,
+    dual_numbers,
+    forward_over_reverse,
+    other_parameters,
+    computed_parameters,
+    an_unrolled_training_step,
+]
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda transform: transform.__name__)
@@ -171,6 +185,7 @@ def test_batched_gradients_of_dropout_are_the_twins_or_refused_by_torch(device):
 
     It does not notice its own dropout kernel on a GPU. That draws what the forward pass drew, so that nothing is wrong.
     """
+
     def seeded(model, x):
         torch.manual_seed(0)
         return batched_gradients(model, x)
@@ -188,6 +203,7 @@ def test_functional_buffers_are_those_of_the_call():
         model.eval()
         named["_fn.Fm.1.running_mean"] += 3
         weighted_sum(functional_call(model, named, (x,))).backward()
+
     assert_like_twin(block(), program, images())
 
 
@@ -217,7 +233,7 @@ class UnderHooks(nn.Module):
 class GradientInside(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x if x.requires_grad else x.detach().requires_grad_()
-        gradient, = torch.autograd.grad(x.tanh().square().sum(), x, create_graph=True)
+        (gradient,) = torch.autograd.grad(x.tanh().square().sum(), x, create_graph=True)
         return gradient
 
 
@@ -243,7 +259,7 @@ class Exponential(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        y, = ctx.saved_tensors
+        (y,) = ctx.saved_tensors
         return gradient * y
 
 
@@ -305,6 +321,7 @@ def program_of(inside, use_reentrant: bool | None):
         y = inside(model, x) if use_reentrant is None else checkpoint(inside, model, x, use_reentrant=use_reentrant)
         weighted_sum(y).backward()
         return y
+
     return program
 
 
@@ -337,6 +354,7 @@ def around(context):
             y = model(model(x.sin())).cos()
             weighted_sum(y).backward()
         return y
+
     return program
 
 
@@ -357,6 +375,7 @@ def test_anomaly_mode_finds_a_nan_of_a_branch():
     class SquareRoot(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return (x * 0).sqrt() * x
+
     with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match="returned nan values"):
         weighted_sum(block(SquareRoot)(images())).backward()
 

@@ -139,6 +139,7 @@ def test_a_parameter_that_is_removed_before_backward_is_put_back_for_the_recompu
         assert module._fn.Fm.weight is None
         module._fn.Fm.weight = weight
         return y
+
     assert_like_twin(block(Weighted), program, rows())
 
 
@@ -215,10 +216,23 @@ class NumpysOwnLegacy(NumpysOwn):
 
 
 @PROGRAMS
-@pytest.mark.parametrize("branch", [PythonUniform, PythonGauss, NumpyUniform, NumpyNormal, NumpyInTurns, TorchsOwn,
-                                    PythonsOwn, NumpysOwn, NumpysOwnLegacy])
+@pytest.mark.parametrize(
+    "branch",
+    [
+        PythonUniform,
+        PythonGauss,
+        NumpyUniform,
+        NumpyNormal,
+        NumpyInTurns,
+        TorchsOwn,
+        PythonsOwn,
+        NumpysOwn,
+        NumpysOwnLegacy,
+    ],
+)
 def test_every_generator_gives_the_recomputation_the_numbers_of_the_forward_pass(branch, program):
     """And is left where the twin leaves it."""
+
     def several(module: nn.Module, x: Tensor) -> list[Tensor]:
         random.seed(1)
         np.random.seed(1)
@@ -226,9 +240,13 @@ def test_every_generator_gives_the_recomputation_the_numbers_of_the_forward_pass
             y = program(module, x)
         own = getattr(module[1]._fn.Gm, "generator", None)
         drawn = [random.gauss(0, 1), *np.random.randn(3)]
-        drawn += [] if own is None else [getattr(own, "random", own.initial_seed if isinstance(own, torch.Generator)
-                                                 else None)()]
+        drawn += (
+            []
+            if own is None
+            else [getattr(own, "random", own.initial_seed if isinstance(own, torch.Generator) else None)()]
+        )
         return [y, torch.tensor(drawn, dtype=torch.float64, device="cpu")]
+
     assert_like_twin(chain(branch), several, rows())
 
 
@@ -240,6 +258,7 @@ def test_a_hook_that_draws_draws_again():
     def program(module: nn.Module, x: Tensor) -> Tensor:
         random.seed(1)
         return backward(module, x)
+
     assert_like_twin(register(block(net)), program, rows())
 
 
@@ -264,9 +283,11 @@ class Tempered(Scaled):
 
 
 @pytest.mark.parametrize("name, value", [("temperature", 0.5), ("negate", True), ("kind", "double")])
-@pytest.mark.parametrize("make", [lambda: block(Tempered), lambda: wrapped(AdditiveCoupling(Tempered()),
-                                                                           keep_input=True)],
-                         ids=["rebuilt", "keep_input"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: block(Tempered), lambda: wrapped(AdditiveCoupling(Tempered()), keep_input=True)],
+    ids=["rebuilt", "keep_input"],
+)
 def test_an_attribute_that_changes_between_forward_and_backward_is_replayed(make, name, value):
     def program(module: nn.Module, x: Tensor) -> Tensor:
         y = module(x)
@@ -275,6 +296,7 @@ def test_an_attribute_that_changes_between_forward_and_backward_is_replayed(make
         weighted_sum(y).backward()
         assert getattr(module._fn.Fm, name) == getattr(module._fn.Gm, name) == value
         return y
+
     assert_like_twin(make(), program, rows())
 
 
@@ -284,6 +306,7 @@ def test_the_rate_of_a_dropout_that_changes_between_forward_and_backward_is_repl
         module._fn.Fm[1].p = 0.9
         weighted_sum(y).backward()
         return y
+
     assert_like_twin(block(lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.3), nn.Tanh())), program, rows())
 
 
@@ -302,6 +325,7 @@ def test_an_attribute_that_a_user_adds_to_a_layer_of_pytorch_is_replayed():
         module._fn.Fm[0].strength = 5.0
         weighted_sum(y).backward()
         return y
+
     assert_like_twin(block(branch), program, rows())
 
 
@@ -409,6 +433,7 @@ def test_a_container_that_changes_between_forward_and_backward_is_used_as_it_was
         context["shift"][0] = second
         weighted_sum(y).backward()
         return y
+
     assert_like_twin(wrapped(Conditioned()), program, *(rows(4, 3) * (i + 1) for i in range(3)))
 
 

@@ -172,15 +172,25 @@ def test_the_branches_are_evaluated_twice_a_step_where_nothing_is_kept(coupling,
     y, log_det = getattr(chain, direction)(images())
     (weighted_sum(y) + weighted_sum(log_det)).backward()
     assert [len(part.evaluations) for part in chain.modules() if isinstance(part, Counting)] == [
-        n for n in evaluations for _ in "FG"]
+        n for n in evaluations for _ in "FG"
+    ]
 
 
 def test_the_density_of_a_flow_integrates_to_one():
     def branch():
         return nn.Sequential(nn.Conv1d(1, 8, 1), nn.Tanh(), nn.Conv1d(8, 2, 1))
 
-    flow = ReversibleSequential(*(layer for _ in range(3) for layer in (
-        ActNorm(2), InvertibleConv1x1(2), AffineCoupling(branch(), branch(), AffineAdapterExp)))).double().eval()
+    flow = (
+        ReversibleSequential(
+            *(
+                layer
+                for _ in range(3)
+                for layer in (ActNorm(2), InvertibleConv1x1(2), AffineCoupling(branch(), branch(), AffineAdapterExp))
+            )
+        )
+        .double()
+        .eval()
+    )
     with torch.no_grad():
         for part in flow.modules():
             if isinstance(part, ActNorm):

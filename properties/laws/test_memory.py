@@ -24,15 +24,29 @@ COMPOSITIONS = {
     "nn.Sequential of wrapped blocks": lambda couplings: nn.Sequential(*map(InvertibleModuleWrapper, couplings)),
     "wrapped blocks with an inverse": lambda couplings: Container(*map(InvertibleModuleWrapper, couplings)),
     "modules with forward and inverse": lambda couplings: ReversibleSequential(*map(OnlyInvertible, couplings)),
-    "blocks nested in branches": lambda couplings: ReversibleSequential(*(
-        AdditiveCoupling(with_a_block_inside(c.Fm), with_a_block_inside(c.Gm)) for c in couplings)),
-    "wrapped containers of wrapped blocks": lambda couplings: nn.Sequential(*(
-        InvertibleModuleWrapper(Container(InvertibleModuleWrapper(c), ChannelPermutation([7, 2, 1, 0, 6, 3, 5, 4]),
-                                          InvertibleModuleWrapper(AdditiveCoupling(conv_branch(4)))))
-        for c in couplings)),
-    "couplings that split by turns": lambda couplings: ReversibleSequential(*(
-        AdditiveCoupling(c.Fm, c.Gm, split_dim=2 if i % 2 else 1) if i % 2 == 0 else
-        AdditiveCoupling(conv_branch(8), split_dim=2) for i, c in enumerate(couplings))),
+    "blocks nested in branches": lambda couplings: ReversibleSequential(
+        *(AdditiveCoupling(with_a_block_inside(c.Fm), with_a_block_inside(c.Gm)) for c in couplings)
+    ),
+    "wrapped containers of wrapped blocks": lambda couplings: nn.Sequential(
+        *(
+            InvertibleModuleWrapper(
+                Container(
+                    InvertibleModuleWrapper(c),
+                    ChannelPermutation([7, 2, 1, 0, 6, 3, 5, 4]),
+                    InvertibleModuleWrapper(AdditiveCoupling(conv_branch(4))),
+                )
+            )
+            for c in couplings
+        )
+    ),
+    "couplings that split by turns": lambda couplings: ReversibleSequential(
+        *(
+            AdditiveCoupling(c.Fm, c.Gm, split_dim=2 if i % 2 else 1)
+            if i % 2 == 0
+            else AdditiveCoupling(conv_branch(8), split_dim=2)
+            for i, c in enumerate(couplings)
+        )
+    ),
 }
 
 
@@ -65,7 +79,9 @@ def test_training_through_the_inverse_is_as_flat():
 
 def test_disabled_blocks_break_the_law():
     """The plain twin is no reversible block in disguise, and the meter sees what is stored."""
+
     def plain(depth: int) -> nn.Module:
         return plain_twin(chain_of("ReversibleSequential of couplings", depth))
+
     report = check_memory(plain(1), maps(), chain=plain, depths=(4, 16))
     assert report.failed_laws == {"memory"} and report.results[0].error > 2 * maps().nbytes, report

@@ -28,5 +28,8 @@ from properties.support.networks import (
 @example(network=UNDER_AUTOCAST)
 @settings(max_examples=settings.default.max_examples // 2 + 1)
 def test_a_step_changes_nothing_else(inverse: bool, device: str, network: Network):
-    assert_holds(run_check(check_state, network, device, inverse=inverse), network,
-                 "state, through inverse" if inverse else "state")
+    assert_holds(
+        run_check(check_state, network, device, inverse=inverse),
+        network,
+        "state, through inverse" if inverse else "state",
+    )

@@ -17,8 +17,9 @@ from properties.support.networks import INITIALISES_ITSELF, NESTED_STATISTICS, S
 OPTIMISERS = {"SGD": sgd, "Adam": partial(torch.optim.Adam, lr=1e-3, eps=1e-3)}
 
 
-@given(networks(dtypes=[torch.float64], training=[True], frozen=True), st.sampled_from(list(OPTIMISERS)),
-       st.integers(2, 5))
+@given(
+    networks(dtypes=[torch.float64], training=[True], frozen=True), st.sampled_from(list(OPTIMISERS)), st.integers(2, 5)
+)
 @example(INITIALISES_ITSELF, "SGD", 4)
 @example(NESTED_STATISTICS, "SGD", 4)
 @example(SPLITS_BY_TURNS, "Adam", 4)

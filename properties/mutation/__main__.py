@@ -45,12 +45,19 @@ UNFINISHED = "Only a part of its tests has met this mutant"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", type=Path,
-                        default=[path for folder in ("engine", "models")
-                                 for path in sorted(Path("memcnn", folder).glob("*.py"))])
+    parser.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        default=[path for folder in ("engine", "models") for path in sorted(Path("memcnn", folder).glob("*.py"))],
+    )
     parser.add_argument("--table", action="store_true", help="print what is known so far and run nothing")
-    parser.add_argument("--seconds", type=float, default=math.inf,
-                        help="that the tests of a mutant may compute, the quickest first (default: all of them)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="that the tests of a mutant may compute, the quickest first (default: all of them)",
+    )
     arguments = parser.parse_args()
     choose()
     if not arguments.table:
@@ -86,7 +93,7 @@ def test(db: WorkDB, record: dict, seconds: float) -> None:
     """Every mutant without a result; and, with no limit of seconds, those that only a part of their tests has met."""
     kills = Counter()
     for item in [*db.pending_work_items, *(unfinished(db) if math.isinf(seconds) else ())]:
-        mutation, = item.mutations
+        (mutation,) = item.mutations
         operator = get_operator(mutation.operator_name)()
         with use_mutation(mutation.module_path, operator, mutation.occurrence) as (before, after):
             tests = tests_of(str(mutation.module_path), before, mutation.start_pos[0], record, kills)
@@ -94,17 +101,25 @@ def test(db: WorkDB, record: dict, seconds: float) -> None:
             killed, output = failing(some, record["seconds"])
         if killed:
             kills[failed_test(output)] += 1
-        db.set_result(item.job_id, WorkResult(
-            WorkerOutcome.NORMAL, output if killed or some == tests else UNFINISHED,
-            TestOutcome.KILLED if killed else TestOutcome.SURVIVED,
-            "\n".join(_make_diff(before, after, mutation.module_path))))
+        db.set_result(
+            item.job_id,
+            WorkResult(
+                WorkerOutcome.NORMAL,
+                output if killed or some == tests else UNFINISHED,
+                TestOutcome.KILLED if killed else TestOutcome.SURVIVED,
+                "\n".join(_make_diff(before, after, mutation.module_path)),
+            ),
+        )
 
 
 def unfinished(db: WorkDB) -> list[WorkItem]:
     """Survivors of a part of their tests that are not explained."""
     known = explained()
-    return [item for item, result in db.completed_work_items
-            if result.output == UNFINISHED and WITHOUT_LINE(change(item, result)) not in known]
+    return [
+        item
+        for item, result in db.completed_work_items
+        if result.output == UNFINISHED and WITHOUT_LINE(change(item, result)) not in known
+    ]
 
 
 def table(files: list[Path]) -> int:
@@ -116,19 +131,25 @@ def table(files: list[Path]) -> int:
         if not session(file).exists():
             continue
         with use_db(str(session(file))) as db:
-            done = [(item, result) for item, result in db.completed_work_items
-                    if result.worker_outcome != WorkerOutcome.SKIPPED]
+            done = [
+                (item, result)
+                for item, result in db.completed_work_items
+                if result.worker_outcome != WorkerOutcome.SKIPPED
+            ]
             pending = len(db.pending_work_items)
         alive = sorted(change(item, result) for item, result in done if not result.is_killed)
         survivors += alive
         words = [known.get(WITHOUT_LINE(found)) for found in alive]
         status |= None in words or pending > 0
-        print(f"| {file.name} | {len(done)}{f' of {len(done) + pending}' if pending else ''} | "
-              f"{len(done) - len(alive)} | {len(alive)} | {len(alive) - words.count(None)} |")
+        print(
+            f"| {file.name} | {len(done)}{f' of {len(done) + pending}' if pending else ''} | "
+            f"{len(done) - len(alive)} | {len(alive)} | {len(alive) - words.count(None)} |"
+        )
     for found in survivors:
         name, line, before, after = found
-        print(f"\n* {name}:{line}  \n  `{before}`  \n  `{after}`  \n"
-              f"  {known.get(WITHOUT_LINE(found), 'NOT EXPLAINED')}")
+        print(
+            f"\n* {name}:{line}  \n  `{before}`  \n  `{after}`  \n  {known.get(WITHOUT_LINE(found), 'NOT EXPLAINED')}"
+        )
     return status
 
 
@@ -140,7 +161,7 @@ def explained() -> dict[tuple[str, str, str], str]:
 
 def change(item: WorkItem, result: WorkResult) -> tuple[str, int, str, str]:
     """File name, line, and what that and the lines behind it were and have become."""
-    mutation, = item.mutations
+    (mutation,) = item.mutations
     return mutation.module_path.name, mutation.start_pos[0], *(" ".join(_changed(result.diff, sign)) for sign in "-+")
 
 

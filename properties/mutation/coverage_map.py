@@ -37,9 +37,12 @@ def record(test_file: str, target: Path) -> None:
     if status:
         raise SystemExit(f"without any mutation {test_file} must pass")
     data = recording.get_data()
-    lines = {str(Path(file).relative_to(Path.cwd())): {
-        line: sorted(filter(None, names)) for line, names in data.contexts_by_lineno(file).items()}
-        for file in sorted(data.measured_files())}
+    lines = {
+        str(Path(file).relative_to(Path.cwd())): {
+            line: sorted(filter(None, names)) for line, names in data.contexts_by_lineno(file).items()
+        }
+        for file in sorted(data.measured_files())
+    }
     target.write_text(json.dumps({"seconds": recorder.seconds, "tests": lines}))
 
 

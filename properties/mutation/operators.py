@@ -15,8 +15,15 @@ REPLACED = {
     "ReplaceUnaryOperator": "Delete_USub Delete_Not",
 }
 """Cosmic Ray puts every operator in the place of every other: one exchange for each is enough, or a bound moved."""
-OTHERS = ["AddNot", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ExceptionReplacer", "NumberReplacer",
-          "RemoveDecorator", "ZeroIterationForLoop"]
+OTHERS = [
+    "AddNot",
+    "ReplaceTrueWithFalse",
+    "ReplaceFalseWithTrue",
+    "ExceptionReplacer",
+    "NumberReplacer",
+    "RemoveDecorator",
+    "ZeroIterationForLoop",
+]
 
 
 class Deletion(Operator):
@@ -46,7 +53,8 @@ class DeleteStatement(Deletion):
             return
         statement, *end = node.children
         if statement.type in ("return_stmt", "raise_stmt", "del_stmt", "atom_expr") or (
-                statement.type == "expr_stmt" and _changes_something(statement)):
+            statement.type == "expr_stmt" and _changes_something(statement)
+        ):
             yield statement, "pass" + "".join(leaf.get_code() for leaf in end)
 
 
@@ -95,10 +103,12 @@ def choose() -> None:
 
 def _between_terms(operator: type[Operator]) -> type[Operator]:
     """Without the star of ``def f(x, *, option)``, which Cosmic Ray takes for a product."""
+
     class BetweenTerms(operator):
         def mutation_positions(self, node):
             if getattr(node.parent, "type", None) not in ("parameters", "lambdef"):
                 yield from super().mutation_positions(node)
+
     return BetweenTerms
 
 
@@ -109,8 +119,11 @@ def _changes_something(assignment) -> bool:
         return False
     names = {name.value for name in assignment.get_defined_names()}
     again = {leaf.value for leaf in _leaves(value) if leaf.type == "name"}
-    return assignment.children[1] != "=" or bool(names & again) or any(
-        leaf.type == "operator" and leaf.value in ".[" for leaf in _leaves(targets))
+    return (
+        assignment.children[1] != "="
+        or bool(names & again)
+        or any(leaf.type == "operator" and leaf.value in ".[" for leaf in _leaves(targets))
+    )
 
 
 def _leaves(node):

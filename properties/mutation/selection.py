@@ -38,7 +38,7 @@ def tests_of(file: str, source: str, line: int, recorded: dict, kills: Counter) 
 def quickest(tests: list[str], computing: dict[str, float], seconds: float) -> list[str]:
     """The first of ``tests`` that together compute for no longer than ``seconds``; at least one."""
     until = accumulate(computing[test] for test in tests)
-    return tests[:max(1, sum(total <= seconds for total in until))]
+    return tests[: max(1, sum(total <= seconds for total in until))]
 
 
 def statement_lines(source: str, line: int) -> range:
@@ -99,8 +99,16 @@ class TimeLimit:
 def _run(tests: list[str], seconds: dict[str, float]) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     sys.dont_write_bytecode = True  # two mutants of the same second look alike to what reads it
-    options = [*OPTIONS, "-x", "--no-header", "--tb=line",
-               "-o", f"faulthandler_timeout={STARVED_S}", "-o", "faulthandler_exit_on_timeout=true"]
+    options = [
+        *OPTIONS,
+        "-x",
+        "--no-header",
+        "--tb=line",
+        "-o",
+        f"faulthandler_timeout={STARVED_S}",
+        "-o",
+        "faulthandler_exit_on_timeout=true",
+    ]
     status = 0
     for batch in (tests[:FIRST_BATCH], tests[FIRST_BATCH:]):
         if batch and not status:

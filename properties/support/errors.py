@@ -22,8 +22,9 @@ def assert_holds(report: Report, network: Network, label: str) -> None:
     precision = "bfloat16 autocast" if network.autocast else str(network.dtype).removeprefix("torch.")
     for result in report:
         if not result.skipped and result.limit > 0:
-            remember((label, network.kind, "float64" if "float64" in result.claim else precision),
-                     result.error, result.limit)
+            remember(
+                (label, network.kind, "float64" if "float64" in result.claim else precision), result.error, result.limit
+            )
             if currently_in_test_context() and result.error / result.limit < float("inf"):
                 target(result.error / result.limit, label=f"{label}: {result.claim}")
     assert report.passed, f"\n{report}"

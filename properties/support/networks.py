@@ -8,8 +8,9 @@ from memcnn.testing import Inverted, Report
 from memcnn.testing.cases import Block, Branch, Chain, Network, Values
 
 
-def run_check(check: Callable[..., Report], network: Network, device: str = "cpu", *, inverse: bool = False,
-              **options) -> Report:
+def run_check(
+    check: Callable[..., Report], network: Network, device: str = "cpu", *, inverse: bool = False, **options
+) -> Report:
     """Return the report of ``check`` on the network, or with ``inverse`` on its inverse and values for that."""
     module, x = network.build(device), network.input.build(device)
     if inverse:
@@ -19,8 +20,16 @@ def run_check(check: Callable[..., Report], network: Network, device: str = "cpu
     return check(module, x, seed=network.input.seed, **options)
 
 
-def network(shape, *layers: str, kind: str = "additive", splits=(1, 1), composition: str = "sequence",
-            layout: str = "contiguous", dtype: torch.dtype = torch.float64, **options) -> Network:
+def network(
+    shape,
+    *layers: str,
+    kind: str = "additive",
+    splits=(1, 1),
+    composition: str = "sequence",
+    layout: str = "contiguous",
+    dtype: torch.dtype = torch.float64,
+    **options,
+) -> Network:
     """Return couplings of branches of ``layers`` that split along ``splits``; affine ones double that dimension."""
     blocks = []
     for dim in splits:
@@ -44,10 +53,14 @@ MASKS_IN_CHANNELS_LAST = network((2, 4, 4, 4), "conv 3", "dropout", "conv 1", la
 # Scale and shift always lay along the channels, whatever dimension the coupling halved
 SPLITS_THE_BATCH = network((4, 3, 2), "linear", "tanh", kind="affine exp", splits=(0, 2))
 # The weight that autocast had rounded was not the one that was inverted
-UNDER_AUTOCAST = Network(Chain(tuple(Block(kind, (2, 4, 3, 3)) for kind in ("conv1x1", "actnorm", "conv1x1"))),
-                         Values((2, 4, 3, 3)), autocast=True)
+UNDER_AUTOCAST = Network(
+    Chain(tuple(Block(kind, (2, 4, 3, 3)) for kind in ("conv1x1", "actnorm", "conv1x1"))),
+    Values((2, 4, 3, 3)),
+    autocast=True,
+)
 # The recomputation moved batch statistics again where one block is recomputed within another
 NESTED_STATISTICS = network(
-    (4, 8, 2), "conv 3", network((4, 4, 2), "batch norm", "linear", "dropout", composition="by hand").chain)
+    (4, 8, 2), "conv 3", network((4, 4, 2), "batch norm", "linear", "dropout", composition="by hand").chain
+)
 # The sign of ActNorm's log-determinant shows only where its scale is not one
 SCALES_CHANNELS = Network(Chain((Block("actnorm", (2, 4, 4, 2)),)), Values((2, 4, 4, 2), scale=3.0))

@@ -10,8 +10,22 @@ from memcnn.testing.cases import OnlyInvertible
 from memcnn.testing.laws.twin import FLOOR, Outcome, plain_twin, run, weighted_sum
 from memcnn.testing.tolerances import tolerance
 
-__all__ = ["FLOOR", "Container", "OnlyInvertible", "Outcome", "assert_like_twin", "assert_same", "backward", "block",
-           "conv_branch", "data", "images", "plain_twin", "run", "weighted_sum"]
+__all__ = [
+    "FLOOR",
+    "Container",
+    "OnlyInvertible",
+    "Outcome",
+    "assert_like_twin",
+    "assert_same",
+    "backward",
+    "block",
+    "conv_branch",
+    "data",
+    "images",
+    "plain_twin",
+    "run",
+    "weighted_sum",
+]
 
 
 def assert_same(actual: Outcome, expected: Outcome, *, limit: float) -> None:
@@ -49,8 +63,12 @@ def conv_branch(channels: int = 3) -> nn.Sequential:
 
     The first convolution has no bias: before a normalisation its gradient is 0, and what is computed is rounding alone.
     """
-    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.Tanh(),
-                         nn.Conv2d(channels, channels, 3, padding=1))
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.Tanh(),
+        nn.Conv2d(channels, channels, 3, padding=1),
+    )
 
 
 def block(branch: Callable[[], nn.Module] = conv_branch, **options) -> InvertibleModuleWrapper:

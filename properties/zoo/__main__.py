@@ -31,16 +31,34 @@ def main(arguments: list[str] | None = None) -> int:
         missed += not caught
         rows.append(_row(fault, report.failed_laws, result, caught))
     alarms = [specimen.name for specimen in HEALTHY if not specimen.report().passed]
-    score = (f"{len(FAULTS) - missed} of {len(FAULTS)} faults are caught by the law that names them and by nothing "
-             f"unrelated; {len(alarms)} of {len(HEALTHY)} healthy specimens are found fault with.")
-    header = ("fault", "what it does", *(law.replace("_", " ") for law in LAWS), "claim", "error", "limit",
-              "the words of the check")
-    text = "\n".join(["# Deliberately broken blocks and engines, and the laws that catch them", "",
-                      f"`{COMMAND}`, torch {torch.__version__}, CPU, float32, seed 0.", "",
-                      score, "",
-                      "**X**: the law that names the fault. x: a law that fails in consequence, as gradients do where "
-                      "activations are rebuilt by a wrong inverse.", "",
-                      *_table(header, rows), ""])
+    score = (
+        f"{len(FAULTS) - missed} of {len(FAULTS)} faults are caught by the law that names them and by nothing "
+        f"unrelated; {len(alarms)} of {len(HEALTHY)} healthy specimens are found fault with."
+    )
+    header = (
+        "fault",
+        "what it does",
+        *(law.replace("_", " ") for law in LAWS),
+        "claim",
+        "error",
+        "limit",
+        "the words of the check",
+    )
+    text = "\n".join(
+        [
+            "# Deliberately broken blocks and engines, and the laws that catch them",
+            "",
+            f"`{COMMAND}`, torch {torch.__version__}, CPU, float32, seed 0.",
+            "",
+            score,
+            "",
+            "**X**: the law that names the fault. x: a law that fails in consequence, as gradients do where "
+            "activations are rebuilt by a wrong inverse.",
+            "",
+            *_table(header, rows),
+            "",
+        ]
+    )
     if options.out:
         options.out.write_text(text, encoding="utf-8")
     else:

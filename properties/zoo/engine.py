@@ -61,8 +61,11 @@ class Engine(nn.Module):
 
     def evaluated(self, branch: nn.Module, v: Tensor) -> tuple[Tensor, Before]:
         generator = torch.get_rng_state()
-        before = Before(generator, [b.clone() for b in branch.buffers()],
-                        (torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")))
+        before = Before(
+            generator,
+            [b.clone() for b in branch.buffers()],
+            (torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")),
+        )
         h = branch(v)
         if torch.equal(generator, torch.get_rng_state()):
             before.generator = None
@@ -77,8 +80,9 @@ class Engine(nn.Module):
         x1, dx2 = y1 - f, dy2 + from_F
         return whole(x1, x2), whole(dx1, dx2)
 
-    def differentiated(self, branch: nn.Module, before: Before, v: Tensor, d: Tensor, found: dict
-                       ) -> tuple[Tensor, Tensor]:
+    def differentiated(
+        self, branch: nn.Module, before: Before, v: Tensor, d: Tensor, found: dict
+    ) -> tuple[Tensor, Tensor]:
         """h = branch(v), and the gradient of v for the gradient d of h; those of the parameters go into ``found``."""
         parameters = [p for p in branch.parameters() if p.requires_grad]
         with self.again(branch, before), torch.enable_grad():

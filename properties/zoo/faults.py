@@ -2,5 +2,12 @@
 
 from properties.zoo import gradients, inverses, log_dets, memories, ours, states, upstream
 
-FAULTS = [*inverses.FAULTS, *gradients.FAULTS, *ours.FAULTS, *states.FAULTS, *memories.FAULTS, *log_dets.FAULTS,
-          *upstream.FAULTS]
+FAULTS = [
+    *inverses.FAULTS,
+    *gradients.FAULTS,
+    *ours.FAULTS,
+    *states.FAULTS,
+    *memories.FAULTS,
+    *log_dets.FAULTS,
+    *upstream.FAULTS,
+]

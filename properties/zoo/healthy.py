@@ -42,8 +42,14 @@ def chain(*modules: nn.Module, **options) -> ReversibleSequential:
 
 def flow() -> ReversibleSequential:
     """A step of Glow on two scales, as deep as it gets here."""
-    return chain(SpaceToDepth(), InvertibleConv1x1(16), ActNorm(16), affine(AffineAdapterExp, partial(branch, 8, 16)),
-                 ChannelPermutation(torch.randperm(16)), DepthToSpace())
+    return chain(
+        SpaceToDepth(),
+        InvertibleConv1x1(16),
+        ActNorm(16),
+        affine(AffineAdapterExp, partial(branch, 8, 16)),
+        ChannelPermutation(torch.randperm(16)),
+        DepthToSpace(),
+    )
 
 
 def set_actnorm() -> ActNorm:
@@ -62,8 +68,9 @@ def units(branch_of, width: int, exact: bool = False) -> nn.Module:
 
 
 def embedded() -> nn.Sequential:
-    return Container(InvertibleModuleWrapper(coupling()), ChannelPermutation([2, 0, 3, 1]),
-                     InvertibleModuleWrapper(coupling()))
+    return Container(
+        InvertibleModuleWrapper(coupling()), ChannelPermutation([2, 0, 3, 1]), InvertibleModuleWrapper(coupling())
+    )
 
 
 def nested() -> nn.Sequential:
@@ -74,8 +81,11 @@ HEALTHY = [
     Specimen("additive coupling", coupling),
     Specimen("additive coupling, larger", partial(coupling, normalised), shape=LARGE),
     Specimen("additive coupling, wrapped", lambda: InvertibleModuleWrapper(coupling())),
-    Specimen("additive coupling, wrapped, input kept", lambda: InvertibleModuleWrapper(coupling(), keep_input=True),
-             stores=True),
+    Specimen(
+        "additive coupling, wrapped, input kept",
+        lambda: InvertibleModuleWrapper(coupling(), keep_input=True),
+        stores=True,
+    ),
     Specimen("additive coupling, split along a side", lambda: AdditiveCoupling(branch(4), branch(4), split_dim=-1)),
     Specimen("additive coupling, batch normalisation", partial(coupling, normalised)),
     Specimen("additive coupling, batch normalisation, eval", lambda: coupling(normalised).eval()),
@@ -90,8 +100,10 @@ HEALTHY = [
     Specimen("affine coupling, exponential", partial(affine, AffineAdapterExp)),
     Specimen("affine coupling, wrapped", lambda: InvertibleModuleWrapper(affine(AffineAdapterExp))),
     Specimen("reversible block", lambda: ReversibleBlock(branch(), branch())),
-    Specimen("reversible block, affine",
-             lambda: ReversibleBlock(branch(2, 4), branch(2, 4), "affine", adapter=AffineAdapterSigmoid)),
+    Specimen(
+        "reversible block, affine",
+        lambda: ReversibleBlock(branch(2, 4), branch(2, 4), "affine", adapter=AffineAdapterSigmoid),
+    ),
     Specimen("activation normalisation, first pass", partial(ActNorm, 4)),
     Specimen("activation normalisation", set_actnorm),
     Specimen("invertible 1x1 convolution", partial(InvertibleConv1x1, 4)),
@@ -100,13 +112,20 @@ HEALTHY = [
     Specimen("depth to space", DepthToSpace, shape=(2, 8, 3, 2)),
     Specimen("reversible sequence", lambda: chain(coupling(), coupling())),
     Specimen("reversible sequence, affine", lambda: chain(*(affine(AffineAdapterExp) for _ in range(2)))),
-    Specimen("reversible sequence, dropout and batch normalisation",
-             lambda: chain(coupling(dropping), coupling(normalised))),
+    Specimen(
+        "reversible sequence, dropout and batch normalisation", lambda: chain(coupling(dropping), coupling(normalised))
+    ),
     Specimen("reversible sequence, nested", lambda: chain(coupling(), chain(coupling(), set_actnorm()))),
-    Specimen("reversible sequence, every second stored",
-             lambda: chain(*(coupling() for _ in range(3)), keep_every=2), stores=True),
-    Specimen("reversible sequence, exact", lambda: chain(coupling(normalised), coupling(normalised), exact=True),
-             finite_differences=False),
+    Specimen(
+        "reversible sequence, every second stored",
+        lambda: chain(*(coupling() for _ in range(3)), keep_every=2),
+        stores=True,
+    ),
+    Specimen(
+        "reversible sequence, exact",
+        lambda: chain(coupling(normalised), coupling(normalised), exact=True),
+        finite_differences=False,
+    ),
     Specimen("wrapped blocks in a container of one's own", embedded),
     Specimen("blocks nested in branches", lambda: coupling(nested), shape=(3, 8, 3, 4)),
     Specimen("a block of one's own with blocks nested in branches", lambda: Own(nested), shape=(3, 8, 3, 4)),
@@ -117,10 +136,20 @@ HEALTHY = [
     Specimen("a block of one's own", Own),
     Specimen("a block of one's own, batch normalisation", partial(Own, normalised), shape=LARGE),
     Specimen("an engine of one's own", lambda: Engine(Pair(), Pair()), wrap=False, chain=chain_of(Engine)),
-    Specimen("an engine of one's own, dropout", lambda: Engine(Pair(dropping), Pair(dropping)), wrap=False,
-             chain=chain_of(Engine, dropping), shape=LARGE),
-    Specimen("an engine of one's own, batch normalisation", lambda: Engine(Pair(normalised)), wrap=False,
-             chain=chain_of(Engine, normalised), shape=LARGE),
+    Specimen(
+        "an engine of one's own, dropout",
+        lambda: Engine(Pair(dropping), Pair(dropping)),
+        wrap=False,
+        chain=chain_of(Engine, dropping),
+        shape=LARGE,
+    ),
+    Specimen(
+        "an engine of one's own, batch normalisation",
+        lambda: Engine(Pair(normalised)),
+        wrap=False,
+        chain=chain_of(Engine, normalised),
+        shape=LARGE,
+    ),
 ]
 
 

@@ -101,8 +101,8 @@ class EvenBatch(Additive):
 
     def inverse(self, y: Tensor) -> Tensor:
         size = len(y) // 2
-        parts = [super(EvenBatch, self).inverse(y[i * size:(i + 1) * size]) for i in range(2)]
-        return torch.cat((*parts, y[2 * size:]))
+        parts = [super(EvenBatch, self).inverse(y[i * size : (i + 1) * size]) for i in range(2)]
+        return torch.cat((*parts, y[2 * size :]))
 
 
 class SingleSampleSqueezed(Own):
@@ -114,7 +114,7 @@ class OddRound(Own):
     """Gives the last column away where the width is odd."""
 
     def inverse(self, y: Tensor) -> Tensor:
-        return super().inverse(y)[..., :y.shape[-1] // 2 * 2]
+        return super().inverse(y)[..., : y.shape[-1] // 2 * 2]
 
 
 class InDouble(Own):
@@ -193,8 +193,10 @@ class Normalisation(nn.Module):
         return self.norm(x)
 
     def inverse(self, y: Tensor) -> Tensor:
-        mean, variance, weight, bias = (v.view(1, -1, 1, 1) for v in (
-            self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias))
+        mean, variance, weight, bias = (
+            v.view(1, -1, 1, 1)
+            for v in (self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias)
+        )
         return (y - bias) / weight * (variance + self.norm.eps).sqrt() + mean
 
 
@@ -270,67 +272,222 @@ def trained_norm(kind: type[Normalisation], *, eps: float = 1e-5) -> Normalisati
 
 FAULTS = [
     fault("sign flipped in the inverse", "x2 = y2 + G(y1)", SignFlipped, "inverse", FORTH, "something else than x"),
-    fault("sign flipped in half of the inverse", "x1 = y1 + F(x2)", SignFlippedInF, "inverse", FORTH,
-          "only in the first half along dimension 1"),
+    fault(
+        "sign flipped in half of the inverse",
+        "x1 = y1 + F(x2)",
+        SignFlippedInF,
+        "inverse",
+        FORTH,
+        "only in the first half along dimension 1",
+    ),
     fault("halves swapped", "the inverse returns (x2, x1)", HalvesSwapped, "inverse", FORTH, "halves .* swapped"),
-    fault("inverse in the order of forward", "F is undone before G", WrongOrder, "inverse", FORTH,
-          "something else than x"),
+    fault(
+        "inverse in the order of forward", "F is undone before G", WrongOrder, "inverse", FORTH, "something else than x"
+    ),
     fault("F in the place of G", "copied and not changed", FInPlaceOfG, "inverse", FORTH, "something else than x"),
     fault("G not undone", "x2 = y2", HalfForgotten, "inverse", FORTH, "something else than x"),
     fault("inverse is forward", "it calls couple", ForwardAgain, "inverse", FORTH, "does what forward does"),
-    fault("inverse does nothing", "a placeholder was never filled", Unchanged, "inverse", FORTH,
-          "returns its argument unchanged"),
-    fault("inverse only for an even batch", "it works on two halves of the batch", EvenBatch, "inverse", FORTH,
-          "only at 2 along dimension 0"),
-    fault("a batch of one is squeezed", "squeeze() without a dimension",
-          lambda: keeping(SingleSampleSqueezed()), "inverse", FORTH,
-          r"gives \(4, 3, 4\)", shape=(1, 4, 3, 4), stores=True),
-    fault("odd width is cut", "the inverse gives one column less",
-          lambda: keeping(OddRound()), "inverse", FORTH, r"gives \(3, 4, 4, 2\)",
-          shape=(3, 4, 4, 3), stores=True),
-    fault("inverse in another dtype", "it computes in float64 and does not come back",
-          lambda: keeping(InDouble()), "inverse", FORTH,
-          r"gives .*float64 on cpu, not .*float32", stores=True),
-    fault("shift undone after the scale", "y / s - t", partial(affine, ShiftAfterScale), "inverse", FORTH,
-          "something else than x"),
-    fault("scale multiplied again", "(y - t) * s", partial(affine, ScaledAgain), "inverse", FORTH,
-          "something else than x"),
-    fault("permutation inverted by itself", "right for transpositions alone",
-          lambda: keeping(PermutedAgain([1, 2, 3, 0])), "inverse", FORTH, "does what forward does", stores=True),
-    fault("1x1 convolution inverted by its transpose", "right until W has learned", lambda: keeping(Transposed(4)),
-          "inverse", FORTH, "something else than x", "log_det", stores=True),
-    fault("stale inverse of a weight", "kept in a buffer while W learns", lambda: keeping(StaleInverse(4)), "inverse",
-          FORTH, "something else than x", "log_det", stores=True),
-    fault("inverse in single precision", "W is inverted in float32, whatever its dtype",
-          lambda: keeping(InSinglePrecision(4)), "inverse", FORTH + " in float64", "of float32", "log_det",
-          stores=True),
-    fault("a constant of float32", "y = pi x, x = y / 3.1415927", layer(lambda x: torch.pi * x,
-                                                                      lambda y: y / 3.1415927),
-          "inverse", FORTH + " in float64", "float32"),
-    fault("space to depth in another order", "channels by position, then by channel", lambda: keeping(
-        OtherChannelOrder()), "inverse", FORTH, "something else than x", shape=(2, 3, 4, 4)),
-    fault("batch normalisation inverted by running statistics", "forward uses the batch's",
-          lambda: keeping(trained_norm(Normalisation)), "inverse", FORTH, "in eval mode it is right", stores=True),
-    fault("epsilon forgotten", "sqrt(variance), not sqrt(variance + eps)",
-          lambda: keeping(trained_norm(EpsilonForgotten, eps=1e-3).eval()), "inverse", FORTH, "something else than x",
-          stores=True),
-    fault("inverse only for small inputs: clamp", "forward clamps to [-1, 1]",
-          layer(lambda x: x.clamp(-1, 1), lambda y: y), "inverse", FORTH, "hundredth as large it is right",
-          stores=True),
-    fault("inverse only for small inputs: tanh", "forward saturates, the inverse clamps",
-          layer(lambda x: torch.tanh(2 * x), lambda y: torch.atanh(y.clamp(-0.99, 0.99)) / 2), "inverse", FORTH,
-          "hundredth as large it is right", stores=True),
-    fault("leaky ReLU with another slope", "0.01 there, 0.02 back",
-          layer(lambda x: torch.where(x > 0, x, 0.01 * x), lambda y: torch.where(y > 0, y, y / 0.02)), "inverse",
-          FORTH, "something else than x", stores=True),
-    fault("too few iterations", "three steps of a fixed point", lambda: keeping(FewIterations()), "inverse", FORTH,
-          "something else than x", stores=True),
-    fault("forward is not deterministic", "it skips F and G at every other call", lambda: keeping(Counting()),
-          "inverse", BACK, "not deterministic", "state", "gradients"),
-    fault("inverse remembers", "it returns the last input, whatever y is", lambda: keeping(Remembered()), "inverse",
-          BACK, "returns the last input", stores=True),
-    fault("exact grid overflows", "values are clipped at its end", overflowing, "inverse", FORTH,
-          "hundredth as large it is right", finite_differences=False, stores=True),
-    fault("inverse of normalised branches wrong", "the sign, where F has state", partial(SignFlippedInF, normalised),
-          "inverse", FORTH, "only in the first half along dimension 1"),
+    fault(
+        "inverse does nothing",
+        "a placeholder was never filled",
+        Unchanged,
+        "inverse",
+        FORTH,
+        "returns its argument unchanged",
+    ),
+    fault(
+        "inverse only for an even batch",
+        "it works on two halves of the batch",
+        EvenBatch,
+        "inverse",
+        FORTH,
+        "only at 2 along dimension 0",
+    ),
+    fault(
+        "a batch of one is squeezed",
+        "squeeze() without a dimension",
+        lambda: keeping(SingleSampleSqueezed()),
+        "inverse",
+        FORTH,
+        r"gives \(4, 3, 4\)",
+        shape=(1, 4, 3, 4),
+        stores=True,
+    ),
+    fault(
+        "odd width is cut",
+        "the inverse gives one column less",
+        lambda: keeping(OddRound()),
+        "inverse",
+        FORTH,
+        r"gives \(3, 4, 4, 2\)",
+        shape=(3, 4, 4, 3),
+        stores=True,
+    ),
+    fault(
+        "inverse in another dtype",
+        "it computes in float64 and does not come back",
+        lambda: keeping(InDouble()),
+        "inverse",
+        FORTH,
+        r"gives .*float64 on cpu, not .*float32",
+        stores=True,
+    ),
+    fault(
+        "shift undone after the scale",
+        "y / s - t",
+        partial(affine, ShiftAfterScale),
+        "inverse",
+        FORTH,
+        "something else than x",
+    ),
+    fault(
+        "scale multiplied again", "(y - t) * s", partial(affine, ScaledAgain), "inverse", FORTH, "something else than x"
+    ),
+    fault(
+        "permutation inverted by itself",
+        "right for transpositions alone",
+        lambda: keeping(PermutedAgain([1, 2, 3, 0])),
+        "inverse",
+        FORTH,
+        "does what forward does",
+        stores=True,
+    ),
+    fault(
+        "1x1 convolution inverted by its transpose",
+        "right until W has learned",
+        lambda: keeping(Transposed(4)),
+        "inverse",
+        FORTH,
+        "something else than x",
+        "log_det",
+        stores=True,
+    ),
+    fault(
+        "stale inverse of a weight",
+        "kept in a buffer while W learns",
+        lambda: keeping(StaleInverse(4)),
+        "inverse",
+        FORTH,
+        "something else than x",
+        "log_det",
+        stores=True,
+    ),
+    fault(
+        "inverse in single precision",
+        "W is inverted in float32, whatever its dtype",
+        lambda: keeping(InSinglePrecision(4)),
+        "inverse",
+        FORTH + " in float64",
+        "of float32",
+        "log_det",
+        stores=True,
+    ),
+    fault(
+        "a constant of float32",
+        "y = pi x, x = y / 3.1415927",
+        layer(lambda x: torch.pi * x, lambda y: y / 3.1415927),
+        "inverse",
+        FORTH + " in float64",
+        "float32",
+    ),
+    fault(
+        "space to depth in another order",
+        "channels by position, then by channel",
+        lambda: keeping(OtherChannelOrder()),
+        "inverse",
+        FORTH,
+        "something else than x",
+        shape=(2, 3, 4, 4),
+    ),
+    fault(
+        "batch normalisation inverted by running statistics",
+        "forward uses the batch's",
+        lambda: keeping(trained_norm(Normalisation)),
+        "inverse",
+        FORTH,
+        "in eval mode it is right",
+        stores=True,
+    ),
+    fault(
+        "epsilon forgotten",
+        "sqrt(variance), not sqrt(variance + eps)",
+        lambda: keeping(trained_norm(EpsilonForgotten, eps=1e-3).eval()),
+        "inverse",
+        FORTH,
+        "something else than x",
+        stores=True,
+    ),
+    fault(
+        "inverse only for small inputs: clamp",
+        "forward clamps to [-1, 1]",
+        layer(lambda x: x.clamp(-1, 1), lambda y: y),
+        "inverse",
+        FORTH,
+        "hundredth as large it is right",
+        stores=True,
+    ),
+    fault(
+        "inverse only for small inputs: tanh",
+        "forward saturates, the inverse clamps",
+        layer(lambda x: torch.tanh(2 * x), lambda y: torch.atanh(y.clamp(-0.99, 0.99)) / 2),
+        "inverse",
+        FORTH,
+        "hundredth as large it is right",
+        stores=True,
+    ),
+    fault(
+        "leaky ReLU with another slope",
+        "0.01 there, 0.02 back",
+        layer(lambda x: torch.where(x > 0, x, 0.01 * x), lambda y: torch.where(y > 0, y, y / 0.02)),
+        "inverse",
+        FORTH,
+        "something else than x",
+        stores=True,
+    ),
+    fault(
+        "too few iterations",
+        "three steps of a fixed point",
+        lambda: keeping(FewIterations()),
+        "inverse",
+        FORTH,
+        "something else than x",
+        stores=True,
+    ),
+    fault(
+        "forward is not deterministic",
+        "it skips F and G at every other call",
+        lambda: keeping(Counting()),
+        "inverse",
+        BACK,
+        "not deterministic",
+        "state",
+        "gradients",
+    ),
+    fault(
+        "inverse remembers",
+        "it returns the last input, whatever y is",
+        lambda: keeping(Remembered()),
+        "inverse",
+        BACK,
+        "returns the last input",
+        stores=True,
+    ),
+    fault(
+        "exact grid overflows",
+        "values are clipped at its end",
+        overflowing,
+        "inverse",
+        FORTH,
+        "hundredth as large it is right",
+        finite_differences=False,
+        stores=True,
+    ),
+    fault(
+        "inverse of normalised branches wrong",
+        "the sign, where F has state",
+        partial(SignFlippedInF, normalised),
+        "inverse",
+        FORTH,
+        "only in the first half along dimension 1",
+    ),
 ]

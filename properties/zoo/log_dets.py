@@ -153,25 +153,47 @@ def as_set(kind: type[ActNorm]) -> ActNorm:
 log_det_fault = partial(fault, law="log_det", claim=FORWARD, says="the Jacobian")
 
 FAULTS = [
-    log_det_fault("log-determinant with the sign reversed", "-log|s|", partial(affine, SignReversed),
-                  says="the sign is reversed"),
-    log_det_fault("the inverse's log-determinant is forward's", "the sign again", partial(affine, SignNotReversed),
-                  claim=INVERSE, says="the sign is reversed"),
+    log_det_fault(
+        "log-determinant with the sign reversed", "-log|s|", partial(affine, SignReversed), says="the sign is reversed"
+    ),
+    log_det_fault(
+        "the inverse's log-determinant is forward's",
+        "the sign again",
+        partial(affine, SignNotReversed),
+        claim=INVERSE,
+        says="the sign is reversed",
+    ),
     log_det_fault("one coupling's part missing", "log|s2| of G", partial(affine, HalfMissing)),
     log_det_fault("mean over the batch", "every sample is given the same", partial(affine, MeanOverTheBatch)),
-    log_det_fault("sum over the batch", "one value for all samples", partial(affine, SumOverTheBatch),
-                  says="one value a sample"),
-    log_det_fault("mean over the entries", "as for bits per dimension", partial(affine, MeanOverEntries),
-                  says="0.0208. times as much"),
+    log_det_fault(
+        "sum over the batch", "one value for all samples", partial(affine, SumOverTheBatch), says="one value a sample"
+    ),
+    log_det_fault(
+        "mean over the entries",
+        "as for bits per dimension",
+        partial(affine, MeanOverEntries),
+        says="0.0208. times as much",
+    ),
     log_det_fault("logarithm to base two", "bits, not nats", partial(affine, ToBaseTwo), says="1.443 times as much"),
-    log_det_fault("log-determinant in single precision", "slogdet of W in float32", lambda: InSinglePrecision(4),
-                  says="of float32"),
-    log_det_fault("positions not counted", "the factor H W is missing", partial(as_set, OnePosition),
-                  says="0.08333 times as much"),
+    log_det_fault(
+        "log-determinant in single precision",
+        "slogdet of W in float32",
+        lambda: InSinglePrecision(4),
+        says="of float32",
+    ),
+    log_det_fault(
+        "positions not counted", "the factor H W is missing", partial(as_set, OnePosition), says="0.08333 times as much"
+    ),
     log_det_fault("log-determinant of zero", "of a layer that scales", partial(as_set, VolumeKept)),
-    log_det_fault("the last layer's log-determinant", "not the sum over the chain",
-                  lambda: LastOnly(affine(AffineCoupling), affine(AffineCoupling))),
+    log_det_fault(
+        "the last layer's log-determinant",
+        "not the sum over the chain",
+        lambda: LastOnly(affine(AffineCoupling), affine(AffineCoupling)),
+    ),
     log_det_fault("logarithm of a negative scale", "log s, not log|s|", SignedLog, says="nan", stores=True),
-    log_det_fault("offset of the sigmoid forgotten", "log sigmoid(h), not of h + 2",
-                  partial(affine, WithoutOffset, AffineAdapterSigmoid)),
+    log_det_fault(
+        "offset of the sigmoid forgotten",
+        "log sigmoid(h), not of h + 2",
+        partial(affine, WithoutOffset, AffineAdapterSigmoid),
+    ),
 ]

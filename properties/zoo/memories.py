@@ -133,20 +133,33 @@ memory_fault = partial(fault, law="memory", claim=CLAIM, says=SAYS, shape=LARGE)
 FAULTS = [
     memory_fault("last output kept on the module", "for a plot", OnTheModule),
     memory_fault("a term kept with its graph", "a regulariser, until the next pass", WithItsGraph),
-    memory_fault("a hook keeps what it is shown", "the branch's input",
-                 lambda: AdditiveCoupling(InAHook(), branch())),
+    memory_fault("a hook keeps what it is shown", "the branch's input", lambda: AdditiveCoupling(InAHook(), branch())),
     memory_fault("history of outputs", "a list that nobody empties", History),
     memory_fault("a closure over each block", "lambda: x", wrap=False, **of(InAClosure)),
     memory_fault("each block's input kept", "a checkpoint, not an inverse", wrap=False, **of(EveryInput)),
     memory_fault("rebuilt values kept", "until the end of backward", wrap=False, **of(NeverFreed)),
     memory_fault("values of F and G kept", "to spare the inverse", wrap=False, **of(ValuesKept)),
-    fault("a mask kept", "a byte an entry: less than a generator's state", law="memory",
-          claim="what a further block holds", says="more of a batch twice as large", wrap=False, **of(MaskKept)),
+    fault(
+        "a mask kept",
+        "a byte an entry: less than a generator's state",
+        law="memory",
+        claim="what a further block holds",
+        says="more of a batch twice as large",
+        wrap=False,
+        **of(MaskKept),
+    ),
     memory_fault("coupling written in plain operations", "the wrapper has nothing to forget", PlainCouple),
-    memory_fault("wrapper disabled", "left from debugging",
-                 lambda: InvertibleModuleWrapper(AdditiveCoupling(branch(), branch()), disable=True)),
-    memory_fault("wrapper that keeps its input", "keep_input=True",
-                 lambda: InvertibleModuleWrapper(AdditiveCoupling(branch(), branch()), keep_input=True)),
-    memory_fault("every block stored", "keep_every=1", lambda: AdditiveCoupling(branch(), branch()),
-                 chain=stored_every_time),
+    memory_fault(
+        "wrapper disabled",
+        "left from debugging",
+        lambda: InvertibleModuleWrapper(AdditiveCoupling(branch(), branch()), disable=True),
+    ),
+    memory_fault(
+        "wrapper that keeps its input",
+        "keep_input=True",
+        lambda: InvertibleModuleWrapper(AdditiveCoupling(branch(), branch()), keep_input=True),
+    ),
+    memory_fault(
+        "every block stored", "keep_every=1", lambda: AdditiveCoupling(branch(), branch()), chain=stored_every_time
+    ),
 ]

@@ -43,8 +43,16 @@ class Specimen:
             torch.manual_seed(seed)
             module = self.make().to(dtype)
             chain = self.chain and (lambda depth: self.chain(depth).to(dtype))
-            report = check_all(module, x, seed=seed, wrap=self.wrap, depths=DEPTHS, chain=chain,
-                               finite_differences=self.finite_differences, deepest=DEEPEST)
+            report = check_all(
+                module,
+                x,
+                seed=seed,
+                wrap=self.wrap,
+                depths=DEPTHS,
+                chain=chain,
+                finite_differences=self.finite_differences,
+                deepest=DEEPEST,
+            )
         return Report(tuple(r for r in report.results if not (self.stores and r.law == "memory")))
 
 
@@ -65,22 +73,33 @@ class Fault:
     also: frozenset[str] = frozenset()
 
 
-def fault(name: str, what: str, make: Callable[[], nn.Module], law: str, claim: str, says: str, *also: str,
-          **options) -> Fault:
+def fault(
+    name: str, what: str, make: Callable[[], nn.Module], law: str, claim: str, says: str, *also: str, **options
+) -> Fault:
     """Return a fault of the module that ``make`` makes; the options are those of `Specimen`."""
     return Fault(Specimen(name, make, **options), what, law, claim, says, frozenset(also))
 
 
 def named_by(of: Fault, report: Report) -> Result | None:
     """Return the result that names the fault: a failure of its law and claim, in its words."""
-    return next((result for result in report.failures if result.law == of.law and result.claim.startswith(of.claim)
-                 and re.search(of.says, result.explanation)), None)
+    return next(
+        (
+            result
+            for result in report.failures
+            if result.law == of.law and result.claim.startswith(of.claim) and re.search(of.says, result.explanation)
+        ),
+        None,
+    )
 
 
 def branch(channels: int = 2, out_channels: int | None = None, *between: nn.Module) -> nn.Sequential:
     """Convolution, ``between``, tanh, convolution: (N, channels, H, W) to (N, out_channels, H, W)."""
-    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=not between), *between, nn.Tanh(),
-                         nn.Conv2d(channels, out_channels or channels, 1))
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1, bias=not between),
+        *between,
+        nn.Tanh(),
+        nn.Conv2d(channels, out_channels or channels, 1),
+    )
 
 
 def normalised() -> nn.Sequential:

@@ -14,8 +14,15 @@ from memcnn.testing.laws.result import Result, nothing_differs
 from memcnn.testing.laws.subject import Subject, as_tuple
 
 aten = torch.ops.aten
-PRODUCTS = {aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
-            aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_flash_attention.default}
+PRODUCTS = {
+    aten.convolution.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+}
 
 
 class _Products(TorchDispatchMode):
@@ -44,8 +51,12 @@ def products_keep_their_dtype(subject: Subject, claim: str) -> Result:
         except Exception as error:
             return Result("state", claim, skipped=f"does not run under autocast: {type(error).__name__}: {error}")
         if _rebuilds(module) and {y.dtype for y in outputs} - {x.dtype for x in leaves}:
-            return Result("state", claim, skipped="under autocast the output is of lower precision than the input, "
-                                                  "which no inverse rebuilds from it; keep the stream in float32")
+            return Result(
+                "state",
+                claim,
+                skipped="under autocast the output is of lower precision than the input, "
+                "which no inverse rebuilds from it; keep the stream in float32",
+            )
         calls = Counter()
         for part in module.modules():
             part.register_forward_pre_hook(lambda *_: calls.update(["in backward"]))
@@ -57,8 +68,14 @@ def products_keep_their_dtype(subject: Subject, claim: str) -> Result:
     if not _rebuilds(module) and not calls:
         return Result("state", claim, skipped="computes nothing again in backward")
     strange = backward.dtypes - forward.dtypes - _products_of_plain_backward(subject)
-    return nothing_differs(claim, [f"backward computes products in {_dtype(dtype)}, forward only in "
-                            f"{', '.join(sorted(map(_dtype, forward.dtypes)))}" for dtype in strange])
+    return nothing_differs(
+        claim,
+        [
+            f"backward computes products in {_dtype(dtype)}, forward only in "
+            f"{', '.join(sorted(map(_dtype, forward.dtypes)))}"
+            for dtype in strange
+        ],
+    )
 
 
 def _rebuilds(module: nn.Module) -> bool:

@@ -16,8 +16,13 @@ from memcnn.testing.laws.subject import Subject
 from memcnn.testing.laws.twin import worst
 
 
-def check_copies(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool | None = None,
-                 make: Callable[[], nn.Module] | None = None) -> Report:
+def check_copies(
+    module: nn.Module,
+    *inputs: Tensor,
+    seed: int = 0,
+    wrap: bool | None = None,
+    make: Callable[[], nn.Module] | None = None,
+) -> Report:
     """Check that copies of a module that has trained train on as the module.
 
     Each copy runs one further training step, whose outputs, gradients, buffers and random numbers must be those of the
@@ -37,9 +42,11 @@ def check_copies(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool |
     }
     if make is not None:
         copies["a module that loads the state"] = lambda module: _loaded(
-            replace(subject, module=make()).trained(), module)
-    return Report(tuple(_compare(subject, f"{name} trains on as the module", duplicate)
-                        for name, duplicate in copies.items()))
+            replace(subject, module=make()).trained(), module
+        )
+    return Report(
+        tuple(_compare(subject, f"{name} trains on as the module", duplicate) for name, duplicate in copies.items())
+    )
 
 
 def _loaded(other: nn.Module, module: nn.Module) -> nn.Module:
@@ -62,8 +69,9 @@ def _compare(subject: Subject, claim: str, duplicate: Callable[[nn.Module], nn.M
         twin = duplicate(module)
         shared = {p.data_ptr() for p in module.parameters()} & {p.data_ptr() for p in twin.parameters() if p.numel()}
         if shared:
-            return Result("copies", claim, len(shared), 0.0, "nothing may be shared",
-                          f"{len(shared)} parameters are shared")
+            return Result(
+                "copies", claim, len(shared), 0.0, "nothing may be shared", f"{len(shared)} parameters are shared"
+            )
         if [p.requires_grad for p in twin.parameters()] != [p.requires_grad for p in module.parameters()]:
             return Result("copies", claim, math.inf, 0.0, "", "other parameters are frozen than in the original")
         got = subject.run(twin, train_on)

@@ -45,8 +45,9 @@ class Comparison:
         if max(ratios) - min(ratios) < 1e-4 * abs(ratios[0]):
             return f"{what} is {ratios[0]:.4g} times what it should be"
         predicted, slope = max(self.slopes, key=lambda pair: abs(pair[0] - pair[1]))
-        return (f"{what} is wrong: along one direction it says {predicted:.4g}, where finite differences give "
-                f"{slope:.4g}")
+        return (
+            f"{what} is wrong: along one direction it says {predicted:.4g}, where finite differences give {slope:.4g}"
+        )
 
 
 def like_finite_differences(subject: Subject, *, explain: bool = True) -> Result:
@@ -60,32 +61,48 @@ def like_finite_differences(subject: Subject, *, explain: bool = True) -> Result
     try:
         outcome = subject.run(subject.trained())
     except Exception as error:
-        return Result("gradients", DIFFERENCES, math.inf, 0.0,
-                      explanation=f"the training step raised {type(error).__name__}: {error}")
+        return Result(
+            "gradients",
+            DIFFERENCES,
+            math.inf,
+            0.0,
+            explanation=f"the training step raised {type(error).__name__}: {error}",
+        )
     if any(y.dtype == torch.float32 for y in outcome.results):
         return Result("gradients", DIFFERENCES, skipped="an output stays float32 where all else is float64")
     found = _compared(subject, outcome)
     rough = max(comparison.doubt for comparison in found)
     if rough > ROUGH:
-        return Result("gradients", DIFFERENCES, skipped="the loss is too rough here: finite differences of two steps "
-                                                        f"differ by {rough:.1g}")
+        return Result(
+            "gradients",
+            DIFFERENCES,
+            skipped=f"the loss is too rough here: finite differences of two steps differ by {rough:.1g}",
+        )
     worst = max(found, key=lambda comparison: comparison.error)
     limit = max(LIMIT, 2 * rough)
     source = f"central differences at a step and its half, which agree to {rough:.1e}"
     if worst.error <= limit:
         return Result("gradients", DIFFERENCES, worst.error, limit, source)
     # the gradient may be as far off as the activations that backward rebuilds
-    rounding = Limit(torch.float64, 2 * subject.depth, conditions=condition_numbers(
-        subject, lambda s: named(s.run(s.trained()))))
+    rounding = Limit(
+        torch.float64, 2 * subject.depth, conditions=condition_numbers(subject, lambda s: named(s.run(s.trained())))
+    )
     result = rounding.judge("gradients", DIFFERENCES, worst.error)
     if not result.failed:
         return result
     explanation = worst.explain()
     if explain:
         explanation += but_right_without(
-            subject, lambda other: not like_finite_differences(other, explain=False).failed)
-    return Result("gradients", DIFFERENCES, worst.error, max(limit, result.limit),
-                  source if limit > result.limit else result.limit_from, explanation)
+            subject, lambda other: not like_finite_differences(other, explain=False).failed
+        )
+    return Result(
+        "gradients",
+        DIFFERENCES,
+        worst.error,
+        max(limit, result.limit),
+        source if limit > result.limit else result.limit_from,
+        explanation,
+    )
 
 
 def _compared(subject: Subject, outcome: Outcome) -> list[Comparison]:
@@ -99,10 +116,16 @@ def _compared(subject: Subject, outcome: Outcome) -> list[Comparison]:
         return subject.loss(subject.evaluated(module, values)).item()
 
     inputs = [x.detach().clone() for x in subject.inputs]
-    compared = [(name, x, gradient) for name, x, gradient in zip(
-        subject.input_names, inputs, outcome.input_gradients.values(), strict=True) if x.is_floating_point()]
-    compared += [(name, p.detach(), outcome.parameter_gradients[name]) for (name, _), p in zip(
-        subject.module.named_parameters(), module.parameters(), strict=True) if p.requires_grad]
+    compared = [
+        (name, x, gradient)
+        for name, x, gradient in zip(subject.input_names, inputs, outcome.input_gradients.values(), strict=True)
+        if x.is_floating_point()
+    ]
+    compared += [
+        (name, p.detach(), outcome.parameter_gradients[name])
+        for (name, _), p in zip(subject.module.named_parameters(), module.parameters(), strict=True)
+        if p.requires_grad
+    ]
     least = FLOOR * max((g.norm().item() for _, _, g in compared if g is not None), default=0.0)
     generator = torch.Generator().manual_seed(subject.seed)
     found = []
@@ -115,8 +138,10 @@ def _compared(subject: Subject, outcome: Outcome) -> list[Comparison]:
             slope, doubt = _slope(partial(loss, inputs), tensor, direction)
             predicted = (predicting * direction).sum().item()
             # along itself a gradient g has the slope |g|^2 / max|g|, far more than |g|
-            size = max(predicting.norm().item(), least, abs(slope) / max(1.0, direction.norm().item()),
-                       abs(predicted)) or 1.0
+            size = (
+                max(predicting.norm().item(), least, abs(slope) / max(1.0, direction.norm().item()), abs(predicted))
+                or 1.0
+            )
             slopes.append((predicted, slope))
             errors.append(abs(predicted - slope) / size)
             doubts.append(doubt / size)

@@ -23,8 +23,14 @@ from memcnn.testing.tolerances import distance
 KINDS = "outputs", "gradients of inputs", "gradients of parameters"
 
 
-def check_gradients(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool | None = None,
-                    finite_differences: bool = True, autocast: torch.dtype | None = None) -> Report:
+def check_gradients(
+    module: nn.Module,
+    *inputs: Tensor,
+    seed: int = 0,
+    wrap: bool | None = None,
+    finite_differences: bool = True,
+    autocast: torch.dtype | None = None,
+) -> Report:
     """Check that a training step has the gradients of plain backpropagation, for the inputs and every parameter.
 
     Runs on copies, with the same random numbers at every evaluation, so that dropout is compared mask for mask. The
@@ -68,20 +74,34 @@ def _like_plain(subject: Subject, where: str = "", *, explain: bool = True) -> l
         which = "the training step"
         got = subject.run(subject.trained())
     except Exception as error:
-        return [Result("gradients", claims["gradients of inputs"], math.inf, 0.0,
-                       explanation=f"{which} raised {type(error).__name__}: {error}")]
+        return [
+            Result(
+                "gradients",
+                claims["gradients of inputs"],
+                math.inf,
+                0.0,
+                explanation=f"{which} raised {type(error).__name__}: {error}",
+            )
+        ]
     if not wanted.is_finite:
-        return [Result("gradients", claims["gradients of inputs"],
-                       skipped="plain backpropagation gives values that are not finite here")]
-    limit = Limit(subject.dtype, 2 * subject.depth, subject.autocast, condition_numbers(
-        subject, _of_training, _of_plain_training))
+        return [
+            Result(
+                "gradients",
+                claims["gradients of inputs"],
+                skipped="plain backpropagation gives values that are not finite here",
+            )
+        ]
+    limit = Limit(
+        subject.dtype, 2 * subject.depth, subject.autocast, condition_numbers(subject, _of_training, _of_plain_training)
+    )
     gradient_errors = relative_errors(got.gradients, wanted.gradients)
     output_errors = relative_errors(_numbered(got), _numbered(wanted))
     results = []
     for kind, names, errors, actual, expected in (
-            (KINDS[0], output_errors, output_errors, _numbered(got), _numbered(wanted)),
-            (KINDS[1], wanted.input_gradients, gradient_errors, got.gradients, wanted.gradients),
-            (KINDS[2], wanted.parameter_gradients, gradient_errors, got.gradients, wanted.gradients)):
+        (KINDS[0], output_errors, output_errors, _numbered(got), _numbered(wanted)),
+        (KINDS[1], wanted.input_gradients, gradient_errors, got.gradients, wanted.gradients),
+        (KINDS[2], wanted.parameter_gradients, gradient_errors, got.gradients, wanted.gradients),
+    ):
         if names:
             name, error = worst({name: errors[name] for name in names})
             explanation = _explain(_readable(name, kind, subject), actual[name], expected[name])
@@ -112,6 +132,7 @@ def _readable(name: str, kind: str, subject: Subject) -> str:
 
 def _added(subject: Subject) -> list[Result]:
     """Check that a step adds its gradients to those of an earlier one, as accumulation over batches needs it."""
+
     def onto_ones(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
         for tensor in (*inputs, *module.parameters()):
             if tensor.requires_grad and tensor.is_leaf:
@@ -124,15 +145,25 @@ def _added(subject: Subject) -> list[Result]:
     except Exception:  # another claim reports a step that does not run
         return []
     leaves = {f"input {i}" for i, x in enumerate(subject.inputs) if is_dense(x)}
-    names = [name for name, gradient in wanted.items() if gradient is not None and gradient.isfinite().all()
-             and (name in leaves or not name.startswith("input "))]
+    names = [
+        name
+        for name, gradient in wanted.items()
+        if gradient is not None and gradient.isfinite().all() and (name in leaves or not name.startswith("input "))
+    ]
     errors = {name: distance([got[name]], [wanted[name] + 1]) for name in names}
     name, error = worst(errors)
     shown = subject.input_names[int(name.split()[1])] if name.startswith("input ") else name
-    limit = Limit(subject.dtype, subject.depth, subject.autocast, condition_numbers(
-        subject, _of_training, _of_plain_training))
-    return [limit.judge("gradients", "gradients are added to earlier ones", error,
-                        f"the gradient of {shown} is not added to the one that is there")]
+    limit = Limit(
+        subject.dtype, subject.depth, subject.autocast, condition_numbers(subject, _of_training, _of_plain_training)
+    )
+    return [
+        limit.judge(
+            "gradients",
+            "gradients are added to earlier ones",
+            error,
+            f"the gradient of {shown} is not added to the one that is there",
+        )
+    ]
 
 
 def _explain(what: str, got: Tensor | None, wanted: Tensor | None) -> str:

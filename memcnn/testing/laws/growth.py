@@ -32,16 +32,20 @@ def growth(subject: Subject, deepest: int = DEEPEST) -> str:
     reached, error = list(errors.items())[-1] if errors else (0, 0.0)
     dtype = str(subject.dtype).removeprefix("torch.")
     if reached == 1 and error >= FAILS:
-        return (f"{BADLY_CONDITIONED}in {dtype} the inverse of one block alone is off by {error:.2g} times "
-                "the input's largest entry")
+        return (
+            f"{BADLY_CONDITIONED}in {dtype} the inverse of one block alone is off by {error:.2g} times "
+            "the input's largest entry"
+        )
     if not math.isfinite(error):
         return f"{BADLY_CONDITIONED}{reached} such blocks give values that are not finite in {dtype}"
     if error < FAILS:
         return ""
     rate = (error / max(errors[1], torch.finfo(subject.dtype).eps)) ** (1 / (reached - 1))
     fails_at = max(2, round(1 + math.log(FAILS / max(errors[1], torch.finfo(subject.dtype).eps)) / math.log(rate)))
-    return (f"{BADLY_CONDITIONED}the error grows {rate:.2g}-fold a block, so that {dtype} fails (1 % of the "
-            f"input) at a depth of about {fails_at} such blocks with these weights")
+    return (
+        f"{BADLY_CONDITIONED}the error grows {rate:.2g}-fold a block, so that {dtype} fails (1 % of the "
+        f"input) at a depth of about {fails_at} such blocks with these weights"
+    )
 
 
 def _error_after(subject: Subject, depth: int) -> float | None:

@@ -14,8 +14,12 @@ def forward_hooks_are_called_once(subject: Subject, claim: str) -> Result:
     calls = _calls(subject, subject.trained(), subject.run)
     with torch.no_grad():
         wanted = _calls(subject, subject.fresh(), lambda module: subject.evaluated(module, subject.inputs))
-    faults = [f"the forward hook of {name or type(subject.module).__name__} was called {calls[name]} times a step, not "
-              f"{wanted[name]}" for name in wanted if calls[name] != wanted[name]]
+    faults = [
+        f"the forward hook of {name or type(subject.module).__name__} was called {calls[name]} times a step, not "
+        f"{wanted[name]}"
+        for name in wanted
+        if calls[name] != wanted[name]
+    ]
     faults += _hooks_left_out(subject)
     return nothing_differs(claim, faults)
 
@@ -24,15 +28,21 @@ def _hooks_left_out(subject: Subject) -> list[str]:
     """Name the parts whose hooks a plain forward pass leaves out, as one does that calls ``part.forward(x)``."""
     module, evaluated, called = subject.fresh(), Counter(), Counter()
     for name, part in module.named_modules():
+
         def counted(*args, name: str = name, forward: Callable = part.forward, **kwargs):
             evaluated.update([name])
             return forward(*args, **kwargs)
+
         part.forward = counted
         part.register_forward_hook(lambda *_, name=name: called.update([name]))
     with torch.no_grad():
         subject.evaluated(module, subject.inputs)
-    return [f"the forward hook of {name or type(subject.module).__name__} is called {called[name]} times in a forward "
-            f"pass that evaluates it {times} times" for name, times in evaluated.items() if called[name] < times]
+    return [
+        f"the forward hook of {name or type(subject.module).__name__} is called {called[name]} times in a forward "
+        f"pass that evaluates it {times} times"
+        for name, times in evaluated.items()
+        if called[name] < times
+    ]
 
 
 def _calls(subject: Subject, module: nn.Module, run: Callable[[nn.Module], object]) -> Counter:

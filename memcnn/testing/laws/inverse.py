@@ -30,8 +30,9 @@ NO_INVERSE = "values between outputs have no inverse here"
 
 
 @torch.no_grad()
-def check_inverse(module: nn.Module, *inputs: Tensor, seed: int = 0, deepest: int = DEEPEST,
-                  autocast: torch.dtype | None = None) -> Report:
+def check_inverse(
+    module: nn.Module, *inputs: Tensor, seed: int = 0, deepest: int = DEEPEST, autocast: torch.dtype | None = None
+) -> Report:
     """Check that ``module.inverse`` undoes ``module`` and the other way round, in the inputs' dtype and in float64.
 
     Runs on copies, in the module's mode, with dropout off (a mask drawn anew is another function). Errors are relative
@@ -78,18 +79,24 @@ def _inverse_undoes_forward(subject: Subject, where: str = "") -> Result:
     if result.explanation:
         return result
     if where and result.error <= tolerance(torch.float32):
-        return _with(result, f"in float64 the inverse is {result.error:.1g} off, as in float32: something in it, a "
-                             "constant or a cast, is of float32")
-    return _with(result, _what_it_does_instead(subject, module, x, y, back)
-                 + _but_right_elsewhere(subject, x, result.error))
+        return _with(
+            result,
+            f"in float64 the inverse is {result.error:.1g} off, as in float32: something in it, a "
+            "constant or a cast, is of float32",
+        )
+    return _with(
+        result, _what_it_does_instead(subject, module, x, y, back) + _but_right_elsewhere(subject, x, result.error)
+    )
 
 
 def _forward_undoes_inverse(subject: Subject) -> Result:
     module = subject.fresh()
     without_dropout(module)
     try:
-        y = [subject.on_grid((1 - SHARE) * value + SHARE * reordered(value))
-             if value.is_floating_point() else value for value in subject.evaluated(module, subject.inputs)]
+        y = [
+            subject.on_grid((1 - SHARE) * value + SHARE * reordered(value)) if value.is_floating_point() else value
+            for value in subject.evaluated(module, subject.inputs)
+        ]
         x = subject.evaluated(module.inverse, y)
     except Exception as error:
         return Result("inverse", BACK, math.inf, 0.0, explanation=f"raised {_name(error)}")
@@ -111,13 +118,13 @@ def _forward_undoes_inverse(subject: Subject) -> Result:
     return result
 
 
-def _compared(subject: Subject, claim: str, got: Sequence[Tensor], wanted: Sequence[Tensor], *,
-              inverse_first: bool) -> Result:
+def _compared(
+    subject: Subject, claim: str, got: Sequence[Tensor], wanted: Sequence[Tensor], *, inverse_first: bool
+) -> Result:
     """Compare what came back from one direction and then the other with what they started from."""
     if _kinds(got) != _kinds(wanted):
         name = "forward" if inverse_first else "inverse"
-        return Result("inverse", claim, math.inf, 0.0,
-                      explanation=f"{name} gives {_words(got)}, not {_words(wanted)}")
+        return Result("inverse", claim, math.inf, 0.0, explanation=f"{name} gives {_words(got)}, not {_words(wanted)}")
     compute = partial(_there_and_back, start=wanted, inverse_first=inverse_first)
     limit = Limit(subject.dtype, subject.depth, subject.autocast, condition_numbers(subject, compute))
     return limit.judge("inverse", claim, distance(got, wanted))
@@ -134,8 +141,9 @@ def _there_and_back(subject: Subject, *, start: Sequence[Tensor], inverse_first:
     return {"end": torch.cat([x.flatten() for x in end if x.is_floating_point()])}
 
 
-def _what_it_does_instead(subject: Subject, module: nn.Module, x: Sequence[Tensor], y: Sequence[Tensor],
-                          back: Sequence[Tensor]) -> str:
+def _what_it_does_instead(
+    subject: Subject, module: nn.Module, x: Sequence[Tensor], y: Sequence[Tensor], back: Sequence[Tensor]
+) -> str:
     """Explain what ``back``, which the inverse made of y, is in place of x."""
     close = 1e3 * tolerance(subject.dtype, depth=subject.depth)
     if not is_finite(back):
@@ -186,6 +194,7 @@ def _but_right_elsewhere(subject: Subject, x: Sequence[Tensor], error: float) ->
             return distance(back, inputs) <= min(limit, error / 10)
         except Exception:
             return False
+
     other = "eval" if subject.module.training else "training"
     if right(subject.fresh().train(not subject.module.training), x):
         return f"; in {other} mode it is right"

@@ -51,8 +51,9 @@ class Limit:
             limit = tolerance(**precision, depth=self.depth, condition=condition)
             source = describe(**precision, depth=self.depth, condition=condition)
             if limit >= 1:
-                return Result(law, claim, error, limit, source,
-                              skipped=f"{HOPELESS}the condition number is {condition:.2g}")
+                return Result(
+                    law, claim, error, limit, source, skipped=f"{HOPELESS}the condition number is {condition:.2g}"
+                )
             if error <= limit or error > FAR_BEYOND.get(changes, math.inf) * limit or changes == max(FAR_BEYOND):
                 break
         if not error <= limit and callable(explanation):

@@ -39,19 +39,25 @@ def check_log_det(module: nn.Module, *inputs: Tensor, seed: int = 0) -> Report:
     """
     subject = Subject(module, inputs, seed)
     if not callable(getattr(module, "forward_log_det", None)):
-        raise TypeError(f"the module must have forward_log_det(x), giving y and a log-determinant for each sample: "
-                        f"{type(module).__name__} has none")
+        raise TypeError(
+            f"the module must have forward_log_det(x), giving y and a log-determinant for each sample: "
+            f"{type(module).__name__} has none"
+        )
     x, *others = inputs
     if others or not x.numel() or x[0].numel() > LARGEST_SAMPLE:
         reason = f"wants one input of at most {LARGEST_SAMPLE} entries a sample"
         return Report((Result("log_det", "forward_log_det", skipped=reason),))
     methods = [name for name in METHODS if callable(getattr(module, name, None))]
     exact = subject.in_double()
-    results = [_guarded(f"{method} is log|det| of the Jacobian", _like_jacobian, exact, method, sample_by_sample)
-               for method in methods]
+    results = [
+        _guarded(f"{method} is log|det| of the Jacobian", _like_jacobian, exact, method, sample_by_sample)
+        for method in methods
+    ]
     if module.training:
-        results += [_guarded(f"{method} sums to log|det| of the batch's Jacobian", _like_jacobian_of_batch, exact,
-                             method) for method in methods]
+        results += [
+            _guarded(f"{method} sums to log|det| of the batch's Jacobian", _like_jacobian_of_batch, exact, method)
+            for method in methods
+        ]
     results.append(_guarded("forward_log_det gives what forward gives", _consistent, subject.initialised(), methods))
     return Report(tuple(result for result in results if result is not None))
 
@@ -68,8 +74,13 @@ def _like_jacobian(claim: str, subject: Subject, method: str, prepare: Callable[
     values = _start(subject, method, prepare)
     reported = _reported(subject, method, values, prepare)
     if reported.shape != values.shape[:1]:
-        return Result("log_det", claim, math.inf, 0.0, explanation=f"got shape {tuple(reported.shape)}, wanted one "
-                                                                   f"value a sample: ({values.shape[0]},)")
+        return Result(
+            "log_det",
+            claim,
+            math.inf,
+            0.0,
+            explanation=f"got shape {tuple(reported.shape)}, wanted one value a sample: ({values.shape[0]},)",
+        )
     if _mixes_samples(subject, method, values, prepare):
         return _of_batch(claim, subject, method, values, prepare)
     jacobians = _jacobians_of_samples(subject, method, values, prepare)
@@ -98,8 +109,9 @@ def _of_batch(claim: str, subject: Subject, method: str, values: Tensor, prepare
 def _compared(claim: str, subject: Subject, method: str, reported: Tensor, jacobians: Tensor) -> Result:
     wanted, reported = torch.linalg.slogdet(jacobians).logabsdet.cpu(), reported.cpu().double()
     error = ((reported - wanted).abs().max() / max(1.0, wanted.abs().max().item())).item()
-    limit = Limit(torch.float64, subject.depth, conditions=(
-        torch.linalg.cond(matrices).max().item() for matrices in [jacobians]))
+    limit = Limit(
+        torch.float64, subject.depth, conditions=(torch.linalg.cond(matrices).max().item() for matrices in [jacobians])
+    )
     return limit.judge("log_det", claim, error, _explain(method, reported, wanted, error))
 
 
@@ -145,8 +157,11 @@ def _consistent(claim: str, subject: Subject, methods: list[str]) -> Result:
     if "sum" in got:
         errors["sum"] = got["sum"].abs().max().item()
     name, error = worst(errors)
-    explanation = {"y": "forward_log_det gives other values than forward", "x": "inverse_log_det gives other values "
-                   "than inverse", "sum": "the log-determinants of the two directions do not cancel"}[name]
+    explanation = {
+        "y": "forward_log_det gives other values than forward",
+        "x": "inverse_log_det gives other values than inverse",
+        "sum": "the log-determinants of the two directions do not cancel",
+    }[name]
     limit = Limit(subject.dtype, 2 * subject.depth, conditions=condition_numbers(subject, compute))
     return limit.judge("log_det", claim, error, explanation)
 

@@ -24,9 +24,16 @@ MakeChain = Callable[[int], nn.Module]
 """Makes a chain of a number of blocks."""
 
 
-def check_memory(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool | None = None,
-                 depths: tuple[int, int] = (4, 12), chain: MakeChain | None = None, passes: int = 1,
-                 allowance: int | None = None) -> Report:
+def check_memory(
+    module: nn.Module,
+    *inputs: Tensor,
+    seed: int = 0,
+    wrap: bool | None = None,
+    depths: tuple[int, int] = (4, 12),
+    chain: MakeChain | None = None,
+    passes: int = 1,
+    allowance: int | None = None,
+) -> Report:
     """Check that the peak memory of a training step stays the same as the chain gets deeper, parameter gradients apart.
 
     Counts the bytes of tensors exactly (`memcnn.testing.memory.TensorMeter`), on any device. The limit is 1 % of what
@@ -51,8 +58,15 @@ def check_memory(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool |
     with torch.no_grad():
         outputs = subject.evaluated(subject.fresh(), inputs)
     if len(outputs) != 1 or outputs[0].shape != inputs[0].shape:
-        return Report((Result("memory", claim, skipped="the output has not the shape of the input, so that blocks do "
-                                                       "not form a chain"),))
+        return Report(
+            (
+                Result(
+                    "memory",
+                    claim,
+                    skipped="the output has not the shape of the input, so that blocks do not form a chain",
+                ),
+            )
+        )
     make, x = chain or _copies(subject), subject.inputs[0]
     measure = partial(bytes_per_block, make, depths=depths, seed=seed, passes=passes)
     try:
@@ -63,8 +77,10 @@ def check_memory(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool |
     if allowance is None:
         allowance = _buffer_bytes(module) + STATE_BYTES
     share, limit = SHARE * stored, SHARE * stored + allowance
-    source = (f"bytes a further block adds: {SHARE:.0%} of the {stored:,.0f} that plain backpropagation stores for it"
-              + ", its buffers and generator states" * (allowance > 0))
+    source = (
+        f"bytes a further block adds: {SHARE:.0%} of the {stored:,.0f} that plain backpropagation stores for it"
+        + ", its buffers and generator states" * (allowance > 0)
+    )
     fault = f"each further block holds {growth:,.0f} bytes of activations until its backward pass"
     result = Result("memory", claim, max(0.0, growth), limit, source, fault if not growth <= limit else "")
     return Report((result, _check_batch(x, measure, growth, share)) if share < growth <= limit else (result,))
@@ -77,8 +93,14 @@ def _check_batch(x: Tensor, measure: Callable[[Tensor], float], growth: float, s
         more = measure(torch.cat((x, x))) - growth
     except Exception as error:
         return Result("memory", claim, skipped=f"a batch twice as large raised {type(error).__name__}: {error}")
-    return Result("memory", claim, max(0.0, more), share, "bytes that a further block adds to a batch twice as large",
-                  "" if more <= share else f"each further block holds {more:,.0f} bytes more of a batch twice as large")
+    return Result(
+        "memory",
+        claim,
+        max(0.0, more),
+        share,
+        "bytes that a further block adds to a batch twice as large",
+        "" if more <= share else f"each further block holds {more:,.0f} bytes more of a batch twice as large",
+    )
 
 
 def bytes_per_block(make: MakeChain, x: Tensor, *, depths: tuple[int, int], seed: int = 0, passes: int = 1) -> float:
@@ -110,8 +132,13 @@ def _stored_bytes(subject: Subject, output: Tensor, passes: int) -> float:
     """Return what plain backpropagation stores for a further block."""
     if subject.plain() is None:
         return ENGINE_MAPS * output.numel() * output.element_size()
-    return bytes_per_block(lambda depth: nn.Sequential(*(subject.plain() for _ in range(depth))), subject.inputs[0],
-                           depths=(1, 3), seed=subject.seed, passes=passes)
+    return bytes_per_block(
+        lambda depth: nn.Sequential(*(subject.plain() for _ in range(depth))),
+        subject.inputs[0],
+        depths=(1, 3),
+        seed=subject.seed,
+        passes=passes,
+    )
 
 
 def _buffer_bytes(module: nn.Module) -> int:

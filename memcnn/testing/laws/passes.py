@@ -25,11 +25,18 @@ def two_steps_do_not_mix(subject: Subject, claim: str) -> Result:
     for order in (0, 1), (1, 0):
         got = gradients_of_two_steps(subject, subject.trained(), order)
         errors |= {f"{name} {order}": error for name, error in relative_errors(got, wanted).items()}
-    limit = _limit(subject, lambda s: gradients_of_two_steps(s, s.trained(), (0, 1)),
-                   lambda s: gradients_of_two_steps(s, s.plain(), (0, 1)))
-    return limit.judge("state", claim, worst(errors)[1],
-                       "a second forward pass before the backward pass of the first changes the gradients: the module "
-                       "keeps a pass's values on itself")
+    limit = _limit(
+        subject,
+        lambda s: gradients_of_two_steps(s, s.trained(), (0, 1)),
+        lambda s: gradients_of_two_steps(s, s.plain(), (0, 1)),
+    )
+    return limit.judge(
+        "state",
+        claim,
+        worst(errors)[1],
+        "a second forward pass before the backward pass of the first changes the gradients: the module "
+        "keeps a pass's values on itself",
+    )
 
 
 def second_step_is_plain(subject: Subject) -> list[Result]:
@@ -51,14 +58,21 @@ def second_step_is_plain(subject: Subject) -> list[Result]:
         which = "a second training step"
         got = second(subject, subject.trained())
     except Exception as error:
-        return [Result("gradients", claim, math.inf, 0.0,
-                       explanation=f"{which} raised {type(error).__name__}: {error}")]
+        return [
+            Result("gradients", claim, math.inf, 0.0, explanation=f"{which} raised {type(error).__name__}: {error}")
+        ]
     if not is_finite(wanted.values()):
         return [Result("gradients", claim, skipped=NOT_FINITE)]
     name, error = worst(relative_errors(got, wanted))
     limit = _limit(subject, lambda s: second(s, s.trained()), lambda s: second(s, s.plain()))
-    return [limit.judge("gradients", claim, error, f"in a second step the gradient of {name.removeprefix(SECOND)} is "
-                                                   "another one than plain backpropagation's")]
+    return [
+        limit.judge(
+            "gradients",
+            claim,
+            error,
+            f"in a second step the gradient of {name.removeprefix(SECOND)} is another one than plain backpropagation's",
+        )
+    ]
 
 
 def gradients_of_two_steps(subject: Subject, module: nn.Module, order: Sequence[int] = ()) -> NamedTensors:
@@ -78,8 +92,12 @@ def gradients_of_two_steps(subject: Subject, module: nn.Module, order: Sequence[
             parameter.grad = None
         if losses[i].requires_grad:
             losses[i].backward()
-        gradients.update({f"{(FIRST, SECOND)[i]}{name}": torch.zeros_like(x) if x.grad is None else x.grad
-                          for name, x in (leaves[i] | parameters).items()})
+        gradients.update(
+            {
+                f"{(FIRST, SECOND)[i]}{name}": torch.zeros_like(x) if x.grad is None else x.grad
+                for name, x in (leaves[i] | parameters).items()
+            }
+        )
 
     for i, batch in enumerate((subject.inputs, [reordered(x) for x in subject.inputs])):
         made = [leaf_like(x.detach().requires_grad_(x.is_floating_point())) for x in batch]
@@ -104,11 +122,15 @@ def graphs_can_be_retained(subject: Subject, claim: str) -> Result:
     first, second = _gradients_of_two_passes(subject, subject.trained())
     if not is_finite(first.values()):
         return Result("state", claim, skipped=NOT_FINITE)
-    limit = _limit(subject, lambda s: _gradients_of_two_passes(s, s.trained())[1],
-                   lambda s: _gradients_of_two_passes(s, s.plain())[1])
+    limit = _limit(
+        subject,
+        lambda s: _gradients_of_two_passes(s, s.trained())[1],
+        lambda s: _gradients_of_two_passes(s, s.plain())[1],
+    )
     name, error = worst(relative_errors(second, first))
-    return limit.judge("state", claim, error, f"in a second backward pass over a retained graph the gradient of {name} "
-                                              "is another one")
+    return limit.judge(
+        "state", claim, error, f"in a second backward pass over a retained graph the gradient of {name} is another one"
+    )
 
 
 def _gradients_of_two_passes(subject: Subject, module: nn.Module) -> tuple[NamedTensors, NamedTensors]:
@@ -128,7 +150,7 @@ def _gradients_of_two_passes(subject: Subject, module: nn.Module) -> tuple[Named
     return (found[0], found[1]) if found else ({}, {})
 
 
-def _limit(subject: Subject, compute: Callable[[Subject], NamedTensors],
-           plain: Callable[[Subject], NamedTensors]) -> Limit:
-    return Limit(subject.dtype, 2 * subject.depth, subject.autocast,
-                 condition_numbers(subject, compute, plain))
+def _limit(
+    subject: Subject, compute: Callable[[Subject], NamedTensors], plain: Callable[[Subject], NamedTensors]
+) -> Limit:
+    return Limit(subject.dtype, 2 * subject.depth, subject.autocast, condition_numbers(subject, compute, plain))

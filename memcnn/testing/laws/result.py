@@ -94,18 +94,26 @@ class Report:
 
     def to_dicts(self) -> list[dict]:
         """Return the results with their verdicts, for JSON. Errors that are not finite become text."""
+
         def plain(value: object) -> object:
             return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        return [{key: plain(value) for key, value in (asdict(result) | {"verdict": result.verdict}).items()}
-                for result in self.results]
+
+        return [
+            {key: plain(value) for key, value in (asdict(result) | {"verdict": result.verdict}).items()}
+            for result in self.results
+        ]
 
     def __str__(self) -> str:
-        rows = [(r.verdict, r.law, r.claim, "" if r.skipped else f"{r.error:.2g}",
-                 "" if r.skipped else f"{r.limit:.2g}") for r in self.results]
+        rows = [
+            (r.verdict, r.law, r.claim, "" if r.skipped else f"{r.error:.2g}", "" if r.skipped else f"{r.limit:.2g}")
+            for r in self.results
+        ]
         header = "", "law", "claim", "error", "limit"
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                 for row in (header, *rows)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (header, *rows)
+        ]
         remarks: dict[str, str] = {}  # by text: of results that say the same, only the first is shown
         for r in self.results:
             text = r.skipped or r.explanation

@@ -27,12 +27,14 @@ IN_PROPORTION = 0.1
 """Up to this relative effect, a change of many roundings counts as well as one of a single rounding."""
 HALF_OF_THE_DIGITS = 1e-8
 """An inverse that is further off than this in float64 has lost its values without the help of any engine."""
-EXACT = frozenset("""
+EXACT = frozenset(
+    """
     cat clone constant_pad_nd copy detach embedding fill flip gather index index_put index_select masked_fill max
     maximum min minimum neg pixel_shuffle pixel_unshuffle relu roll scatter select_backward slice_backward stack
     threshold_backward where zero _to_copy _unsafe_view
     empty_like full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like zeros_like
-""".split())
+""".split()
+)
 """Operations that do not round: they move or choose values, or make a tensor with the shape of another."""
 
 Computation = Callable[[Subject], NamedTensors]
@@ -134,6 +136,7 @@ def _amplification(subject: Subject, compute: Computation, base: NamedTensors, s
     proportion. A cast to a lower precision turns a single change into one of its own roundings, which is not
     amplification.
     """
+
     def effect(size: float) -> float:
         with Rounding(size, seed):
             changed = compute(subject)

@@ -16,8 +16,9 @@ from memcnn.testing.laws.twin import is_dense, leaf_like
 from memcnn.testing.tolerances import distance
 
 
-def check_state(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool | None = None,
-                autocast: torch.dtype | None = None) -> Report:
+def check_state(
+    module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool | None = None, autocast: torch.dtype | None = None
+) -> Report:
     """Check that a training step changes nothing that a plain forward pass does not change, gradients apart.
 
     It looks at the caller's inputs and outputs (values, versions, strides, storage), buffers, parameters, modes,
@@ -58,8 +59,10 @@ def _changed_by_training(subject: Subject) -> list[str]:
         outputs = subject.call(module, *(x for x, _ in held))
         after = [_seen(y) for y in outputs]
         subject.differentiate(outputs)
-    return [*_changes(held, before, "by a training step"),
-            *_changes([(y, f"output {i}") for i, y in enumerate(outputs)], after, "by backward")]
+    return [
+        *_changes(held, before, "by a training step"),
+        *_changes([(y, f"output {i}") for i, y in enumerate(outputs)], after, "by backward"),
+    ]
 
 
 def _intermediate(x: Tensor) -> Tensor:
@@ -91,8 +94,9 @@ def _changes(held: Sequence[tuple[Tensor, str]], before: Sequence[tuple], when: 
     faults = []
     for (x, name), (value, version, address, size, strides) in zip(held, before, strict=True):
         if x.untyped_storage().nbytes() != size:
-            faults.append(f"the storage of {name} was changed from {size} bytes to "
-                          f"{x.untyped_storage().nbytes()} {when}")
+            faults.append(
+                f"the storage of {name} was changed from {size} bytes to {x.untyped_storage().nbytes()} {when}"
+            )
         elif x.data_ptr() != address:
             faults.append(f"the storage of {name} was exchanged {when}")
         elif x.stride() != strides:
@@ -132,12 +136,17 @@ def _difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple
 
 def _explain_buffer(name: str, before: Tensor, wanted: Tensor, got: Tensor) -> str:
     if wanted.numel() == 1:
-        return (f"a step takes buffer {name} from {before.item():.6g} to {got.item():.6g}, a forward pass to "
-                f"{wanted.item():.6g}")
+        return (
+            f"a step takes buffer {name} from {before.item():.6g} to {got.item():.6g}, a forward pass to "
+            f"{wanted.item():.6g}"
+        )
     before, wanted, got = before.double(), wanted.double(), got.double()
     should = (wanted - before).norm().item()
-    return (f"a step moves buffer {name} {(got - before).norm().item() / should:.3g} times as far as a forward pass"
-            if should else f"a step moves buffer {name}, a forward pass does not")
+    return (
+        f"a step moves buffer {name} {(got - before).norm().item() / should:.3g} times as far as a forward pass"
+        if should
+        else f"a step moves buffer {name}, a forward pass does not"
+    )
 
 
 def _rest_of_the_module(subject: Subject, claim: str) -> Result:
@@ -145,8 +154,11 @@ def _rest_of_the_module(subject: Subject, claim: str) -> Result:
     modes = [(part, part.training) for part in module.modules()]
     parameters = [(p, p.detach().clone(), p.requires_grad) for p in module.parameters()]
     subject.run(module)
-    faults += [f"{type(part).__name__} was put in {'training' if part.training else 'eval'} mode"
-               for part, training in modes if part.training != training]
+    faults += [
+        f"{type(part).__name__} was put in {'training' if part.training else 'eval'} mode"
+        for part, training in modes
+        if part.training != training
+    ]
     names = [name for name, _ in subject.module.named_parameters()]
     for name, (parameter, value, requires_grad) in zip(names, parameters, strict=True):
         if parameter.requires_grad != requires_grad:

@@ -12,8 +12,15 @@ from memcnn.models.coupling import Coupling
 from memcnn.models.revop import InvertibleModuleWrapper
 from memcnn.testing.laws.twin import Outcome, duplicate, is_wrapped, leaf_like, plain_twin, run, seeded, weighted_sum
 
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
-            nn.MultiheadAttention)
+DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+    nn.MultiheadAttention,
+)
 
 
 class NotRunnable(ValueError):
@@ -43,11 +50,14 @@ class Subject:
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, nn.Module) or not callable(getattr(self.module, "inverse", None)):
-            raise TypeError(f"the module must be an nn.Module with forward and inverse: got "
-                            f"{type(self.module).__name__}; give it an inverse method")
+            raise TypeError(
+                f"the module must be an nn.Module with forward and inverse: got "
+                f"{type(self.module).__name__}; give it an inverse method"
+            )
         if not self.inputs or not all(isinstance(x, Tensor) for x in self.inputs):
-            raise TypeError("the inputs must be tensors, at least one: got "
-                            f"({', '.join(type(x).__name__ for x in self.inputs)})")
+            raise TypeError(
+                f"the inputs must be tensors, at least one: got ({', '.join(type(x).__name__ for x in self.inputs)})"
+            )
         if not any(x.is_floating_point() for x in self.inputs):
             raise TypeError(f"an input must be of floating point: got {', '.join(str(x.dtype) for x in self.inputs)}")
         try:
@@ -55,8 +65,9 @@ class Subject:
                 self.evaluated(self.fresh(), self.inputs)
         except Exception as error:
             shapes = ", ".join(str(tuple(x.shape)) for x in self.inputs)
-            raise NotRunnable(f"forward raised {type(error).__name__} for inputs of shape {shapes}, {self.dtype}: "
-                              f"{error}") from error
+            raise NotRunnable(
+                f"forward raised {type(error).__name__} for inputs of shape {shapes}, {self.dtype}: {error}"
+            ) from error
         object.__setattr__(self, "inputs", tuple(map(self.on_grid, self.inputs)))
 
     def on_grid(self, x: Tensor) -> Tensor:
@@ -71,8 +82,10 @@ class Subject:
     @property
     def depth(self) -> int:
         """The number of blocks: parts with an inverse of which no part has one, nested blocks included."""
+
         def blocks(module: nn.Module) -> int:
             return sum(map(blocks, module.children())) or callable(getattr(module, "inverse", None))
+
         return max(1, blocks(self.module))
 
     def in_double(self) -> "Subject":
@@ -156,8 +169,11 @@ def reordered(x: Tensor) -> Tensor:
 
 def without_dropout(module: nn.Module) -> bool:
     """Put dropout layers in evaluation mode, and return whether one drew masks before."""
-    active = [part for part in module.modules()
-              if isinstance(part, DROPOUTS) and part.training and getattr(part, "dropout", 1.0)]
+    active = [
+        part
+        for part in module.modules()
+        if isinstance(part, DROPOUTS) and part.training and getattr(part, "dropout", 1.0)
+    ]
     for part in active:
         part.eval()
     return bool(active)
@@ -175,6 +191,8 @@ def as_tuple(values: object) -> tuple[Tensor, ...]:
     """Return the tensors that a module returned as a tuple. Raises TypeError for anything else."""
     values = tuple(values) if isinstance(values, (tuple, list)) else (values,)
     if not all(isinstance(value, Tensor) for value in values):
-        raise TypeError("forward and inverse must return a tensor or a tuple of tensors: got "
-                        f"({', '.join(type(value).__name__ for value in values)}); check an adapter that does")
+        raise TypeError(
+            "forward and inverse must return a tensor or a tuple of tensors: got "
+            f"({', '.join(type(value).__name__ for value in values)}); check an adapter that does"
+        )
     return values

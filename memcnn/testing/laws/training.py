@@ -20,9 +20,15 @@ def sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, weight_decay=1e-3)
 
 
-def check_training(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool | None = None, steps: int = 3,
-                   optimiser: Callable[[Iterable[Tensor]], torch.optim.Optimizer] = sgd,
-                   evaluate: bool = True) -> Report:
+def check_training(
+    module: nn.Module,
+    *inputs: Tensor,
+    seed: int = 0,
+    wrap: bool | None = None,
+    steps: int = 3,
+    optimiser: Callable[[Iterable[Tensor]], torch.optim.Optimizer] = sgd,
+    evaluate: bool = True,
+) -> Report:
     """Check that training the module gives what training its plain twin gives.
 
     Compared are the outputs of every step, parameters, gradients, running statistics, the random numbers drawn, and the
@@ -69,11 +75,17 @@ def check_training(module: nn.Module, *inputs: Tensor, seed: int = 0, wrap: bool
         wanted = subject.run(subject.plain(), train)
         got = subject.run(subject.trained(), train)
     except Exception as error:
-        return Report((Result("training", claim, math.inf, 0.0,
-                              explanation=f"raised {type(error).__name__}: {error}"),))
+        return Report(
+            (Result("training", claim, math.inf, 0.0, explanation=f"raised {type(error).__name__}: {error}"),)
+        )
     if not wanted.is_finite:
         return Report((Result("training", claim, skipped="plain training gives values that are not finite here"),))
     name, error = worst(got.errors(wanted))
-    limit = Limit(subject.dtype, 2 * steps * subject.depth, conditions=condition_numbers(
-        subject, lambda s: named(s.run(s.trained(), train)), lambda s: named(s.run(s.plain(), train))))
+    limit = Limit(
+        subject.dtype,
+        2 * steps * subject.depth,
+        conditions=condition_numbers(
+            subject, lambda s: named(s.run(s.trained(), train)), lambda s: named(s.run(s.plain(), train))
+        ),
+    )
     return Report((limit.judge("training", claim, error, f"{name} differs from that of plain training"),))

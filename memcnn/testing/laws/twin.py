@@ -89,8 +89,10 @@ class Outcome:
         if len(self.results) != len(expected.results):
             return {"number of results": float("inf")}
         same_numbers = torch.equal(self.generators, expected.generators)
-        buffers = {name: relative_errors({name: self.buffers.get(name)}, {name: wanted})[name]
-                   for name, wanted in expected.buffers.items()}
+        buffers = {
+            name: relative_errors({name: self.buffers.get(name)}, {name: wanted})[name]
+            for name, wanted in expected.buffers.items()
+        }
         return {
             **_prefixed("result ", relative_errors(_numbered(self.results), _numbered(expected.results))),
             **_prefixed("gradient of ", relative_errors(self.gradients, expected.gradients)),
@@ -99,8 +101,14 @@ class Outcome:
         }
 
 
-def run(module: nn.Module, program: Callable[..., object], inputs: Sequence[Tensor], seed: int = 0, *,
-        named_like: nn.Module | None = None) -> Outcome:
+def run(
+    module: nn.Module,
+    program: Callable[..., object],
+    inputs: Sequence[Tensor],
+    seed: int = 0,
+    *,
+    named_like: nn.Module | None = None,
+) -> Outcome:
     """Run ``program(module, *copies of inputs)``, which differentiates and returns tensors or None.
 
     Args:
@@ -118,8 +126,13 @@ def run(module: nn.Module, program: Callable[..., object], inputs: Sequence[Tens
     named = named_like or module
     parameters = zip((name for name, _ in named.named_parameters()), module.parameters(), strict=True)
     buffers = zip((name for name, _ in named.named_buffers()), module.buffers(), strict=True)
-    return Outcome([result.detach() for result in results], {f"input {i}": x.grad for i, x in enumerate(leaves)},
-                   {name: p.grad for name, p in parameters}, dict(buffers), generators)
+    return Outcome(
+        [result.detach() for result in results],
+        {f"input {i}": x.grad for i, x in enumerate(leaves)},
+        {name: p.grad for name, p in parameters},
+        dict(buffers),
+        generators,
+    )
 
 
 def leaf_like(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import antsnormflows as an
 import torch
 
-from bench.finding.layers import Flow, Layer, dense
+from bench.audit.packages.layers import Flow, Layer, dense
 
 PACKAGE = "antsnormflows"
 IMAGE, VOLUME = (3, 4, 4, 4), (2, 4, 2, 2, 2)
@@ -25,7 +25,9 @@ LAYERS = [
     flow("GlowBlock2d(4, 8)", lambda: an.flows.GlowBlock2d(4, 8, init_zeros=False), IMAGE),
     flow("GlowBlock3d(4, 8)", lambda: an.flows.GlowBlock3d(4, 8, init_zeros=False), VOLUME),
     flow('AffineCouplingBlock(scale_map="exp")', lambda: an.flows.AffineCouplingBlock(dense(3, 6))),
-    flow("MaskedAffineFlow(b, t, s)", lambda: an.flows.MaskedAffineFlow(
-        torch.tensor([1.0, 0, 1, 0, 1, 0]), dense(6, 6), dense(6, 6))),
+    flow(
+        "MaskedAffineFlow(b, t, s)",
+        lambda: an.flows.MaskedAffineFlow(torch.tensor([1.0, 0, 1, 0, 1, 0]), dense(6, 6), dense(6, 6)),
+    ),
     flow("InvertibleAffine(6)", lambda: an.flows.InvertibleAffine(6)),
 ]

@@ -88,6 +88,7 @@ def test_a_condition_number_counts_the_inverses_of_blocks_within_branches():
         inner = Branch((2, 1, 3), ("linear", "tanh"), doubled=1 if "affine" in kind else None)
         outer = Branch((2, 2, 3), (Chain((Block(kind, (2, 2, 3), inner, inner),), "by hand"), "tanh"))
         return Network(Chain((Block("additive", (2, 4, 3), outer, outer),)), Values((2, 4, 3)), training=False)
+
     assert amplified(around("affine sigmoid")) > 1.5 * amplified(around("additive"))  # it divides by scales below 1
 
 
@@ -96,6 +97,7 @@ def test_nothing_can_be_said_where_the_dtype_is_too_small_for_a_value_on_the_way
         branch = Branch((2, 2, 3), ("linear",))
         chain = Chain((Block("additive", (2, 4, 3), branch, branch),) * 8)
         return amplified(Network(chain, Values((2, 4, 3), dtype, scale=scale)))
+
     assert of(1e38, torch.float32) == math.inf
     assert of(1e38, torch.float64) == pytest.approx(of(1.0, torch.float32), rel=0.9)
 
@@ -118,6 +120,7 @@ def test_a_cast_to_a_lower_precision_is_no_amplification(dtype: torch.dtype):
     class Rounded(Scaled):
         def forward(self, x: Tensor) -> Tensor:
             return x.bfloat16().to(x)
+
     subject = Subject(Rounded(0.0), (torch.randn(100, dtype=dtype),))
     assert condition_number(subject, lambda s: {"y": s.evaluated(s.fresh(), s.inputs)[0]}) < 100
 

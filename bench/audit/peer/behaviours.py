@@ -78,10 +78,12 @@ def gradients(model: nn.Module, x: Tensor) -> Found:
 
 def around(before: Callable = torch.clone, after: Callable = lambda y: y) -> Callable:
     """Return the program that differentiates after(model(before(x)))."""
+
     def program(model: nn.Module, x: Tensor) -> Found:
         y = after(model(before(x)))
         differentiate(y)
         return {"output": y, **gradients(model, x)}
+
     return program
 
 
@@ -256,41 +258,44 @@ def parameters_changed(model, x):
     return gradients(model, x)
 
 
-BEHAVIOURS = {behaviour.title: behaviour for behaviour in (
-    Behaviour("output", output),
-    Behaviour("gradient of the input", input_gradient),
-    Behaviour("gradients of the parameters", parameter_gradients),
-    Behaviour("input is a leaf: its gradient", leaf_input),
-    Behaviour("input is a leaf: two steps accumulate", accumulated),
-    Behaviour("caller's input intact after forward", input_after_forward),
-    Behaviour("caller's input intact after backward", input_after_backward),
-    Behaviour("caller's output intact after backward", output_after_backward),
-    Behaviour("no_grad leaves the batch alone", inference),
-    Behaviour("BatchNorm moves once a step", moves),
-    Behaviour("BatchNorm's running statistics", statistics),
-    Behaviour("dropout in F and G", around(), Masked),
-    Behaviour("dropout, two forwards before two backwards", two_forwards_two_backwards, Masked),
-    Behaviour("two forwards before two backwards", two_forwards_two_backwards),
-    Behaviour("two forwards before one backward", two_forwards_one_backward),
-    Behaviour("skip connection around the chain", skip),
-    Behaviour("input used by something else", input_used_elsewhere),
-    Behaviour("output used twice", around(after=lambda y: y * y.cos())),
-    Behaviour("ReLU before the chain", around(before=F.relu)),
-    Behaviour("sigmoid before the chain", around(before=torch.sigmoid)),
-    Behaviour("torch.autograd.grad", autograd_grad),
-    Behaviour("backward(inputs=...)", backward_inputs),
-    Behaviour("retain_graph: two backward passes", retained, passes=2),
-    Behaviour("double backward", double_backward),
-    Behaviour("bfloat16 autocast: recomputed in it", autocast_evaluations, Probed, dtype=torch.float32),
-    Behaviour("F frozen", frozen),
-    Behaviour("input needs no gradient", no_input_gradient),
-    Behaviour("deepcopy after a step", copied),
-    Behaviour("channels_last input", around(lambda x: x.contiguous(memory_format=torch.channels_last))),
-    Behaviour("strided input", around(lambda x: torch.cat([x, x], 3)[..., 1::2])),
-    Behaviour("forward hooks on F and G called once", hook_calls),
-    Behaviour("backward hooks on F and G called once", module_backward_hook_calls),
-    Behaviour("parameters changed before backward: refused", parameters_changed, must_raise=True),
-)}
+BEHAVIOURS = {
+    behaviour.title: behaviour
+    for behaviour in (
+        Behaviour("output", output),
+        Behaviour("gradient of the input", input_gradient),
+        Behaviour("gradients of the parameters", parameter_gradients),
+        Behaviour("input is a leaf: its gradient", leaf_input),
+        Behaviour("input is a leaf: two steps accumulate", accumulated),
+        Behaviour("caller's input intact after forward", input_after_forward),
+        Behaviour("caller's input intact after backward", input_after_backward),
+        Behaviour("caller's output intact after backward", output_after_backward),
+        Behaviour("no_grad leaves the batch alone", inference),
+        Behaviour("BatchNorm moves once a step", moves),
+        Behaviour("BatchNorm's running statistics", statistics),
+        Behaviour("dropout in F and G", around(), Masked),
+        Behaviour("dropout, two forwards before two backwards", two_forwards_two_backwards, Masked),
+        Behaviour("two forwards before two backwards", two_forwards_two_backwards),
+        Behaviour("two forwards before one backward", two_forwards_one_backward),
+        Behaviour("skip connection around the chain", skip),
+        Behaviour("input used by something else", input_used_elsewhere),
+        Behaviour("output used twice", around(after=lambda y: y * y.cos())),
+        Behaviour("ReLU before the chain", around(before=F.relu)),
+        Behaviour("sigmoid before the chain", around(before=torch.sigmoid)),
+        Behaviour("torch.autograd.grad", autograd_grad),
+        Behaviour("backward(inputs=...)", backward_inputs),
+        Behaviour("retain_graph: two backward passes", retained, passes=2),
+        Behaviour("double backward", double_backward),
+        Behaviour("bfloat16 autocast: recomputed in it", autocast_evaluations, Probed, dtype=torch.float32),
+        Behaviour("F frozen", frozen),
+        Behaviour("input needs no gradient", no_input_gradient),
+        Behaviour("deepcopy after a step", copied),
+        Behaviour("channels_last input", around(lambda x: x.contiguous(memory_format=torch.channels_last))),
+        Behaviour("strided input", around(lambda x: torch.cat([x, x], 3)[..., 1::2])),
+        Behaviour("forward hooks on F and G called once", hook_calls),
+        Behaviour("backward hooks on F and G called once", module_backward_hook_calls),
+        Behaviour("parameters changed before backward: refused", parameters_changed, must_raise=True),
+    )
+}
 
 
 def examine(build: Callable[..., nn.Module], behaviour: Behaviour) -> dict:
@@ -333,6 +338,7 @@ def _wrong(why: str) -> dict:
 
 def evaluations(build: Callable[..., nn.Module]) -> dict[str, float]:
     """Return how often a branch is evaluated, on average, in the forward and the backward pass of a step."""
+
     class Counted(nn.Module):
         def __init__(self, channels: int):
             super().__init__()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PEERS = {"upstream": "memcnn==1.5.2", "RevTorch": "revtorch==0.2.4", "RevLib": "revlib==1.7.2"}
 """The contenders that are somebody else's packages, and what to install for them."""
 
@@ -66,8 +66,12 @@ def wrapped(pairs, **_):
 
 def upstream(pairs, *, random, passes):
     peer = _peer("memcnn")
-    return nn.Sequential(*(peer.InvertibleModuleWrapper(peer.AdditiveCoupling(F, G), preserve_rng_state=random,
-                                                        num_bwd_passes=passes) for F, G in pairs))
+    return nn.Sequential(
+        *(
+            peer.InvertibleModuleWrapper(peer.AdditiveCoupling(F, G), preserve_rng_state=random, num_bwd_passes=passes)
+            for F, G in pairs
+        )
+    )
 
 
 def revtorch(pairs, *, random, passes):
@@ -81,8 +85,14 @@ def revlib(pairs, **_):
 
 
 CONTENDERS: dict[str, Callable[..., nn.Module]] = {
-    "plain": plain, "checkpoint": checkpointed, "ReversibleSequential": sequential, "wrapped blocks": wrapped,
-    "upstream": upstream, "RevTorch": revtorch, "RevLib": revlib}
+    "plain": plain,
+    "checkpoint": checkpointed,
+    "ReversibleSequential": sequential,
+    "wrapped blocks": wrapped,
+    "upstream": upstream,
+    "RevTorch": revtorch,
+    "RevLib": revlib,
+}
 
 
 def chain(contender: str, branches: Sequence[nn.Module], *, random: bool = False, passes: int = 1) -> Chain:
@@ -97,8 +107,13 @@ def chain(contender: str, branches: Sequence[nn.Module], *, random: bool = False
 
 def conv_branch(channels: int) -> nn.Sequential:
     """That of ``bench.cases``: (N, channels, H, W) to the same shape."""
-    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
-                         nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+    )
 
 
 def _ours():

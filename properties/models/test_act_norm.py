@@ -30,6 +30,7 @@ def test_the_first_pass_in_training_normalises_its_result(wrapped, direction):
 
 def test_a_recomputation_does_not_initialise_again():
     """Parameters, and gradients, are those of the twin that never recomputes, in the first steps of training."""
+
     def steps(module, x):
         optimiser = torch.optim.SGD(module.parameters(), 0.1)
         for _ in range(3):

@@ -4,7 +4,7 @@ import FrEIA.modules as fm
 import torch
 from torch import Tensor, nn
 
-from bench.finding.layers import Flow, Layer, Pair, convolutional, dense
+from bench.audit.packages.layers import Flow, Layer, Pair, convolutional, dense
 
 PACKAGE = "FrEIA"
 VECTOR, IMAGE = (6,), (4, 6, 6)
@@ -108,8 +108,9 @@ def vector(name: str, **options) -> Layer:
 
 
 def image(name: str, shape: tuple[int, ...] = IMAGE, **options) -> Layer:
-    return Layer(f"{_shown(name, options)} on images", lambda: Adapter(getattr(fm, name)([shape], **options)),
-                 (3, *shape))
+    return Layer(
+        f"{_shown(name, options)} on images", lambda: Adapter(getattr(fm, name)([shape], **options)), (3, *shape)
+    )
 
 
 def _shown(name: str, options: dict) -> str:
@@ -117,42 +118,68 @@ def _shown(name: str, options: dict) -> str:
     return f"{name}({', '.join(words)})"
 
 
-AUTOENCODER = {law: "its inverse is the transpose of its weight, only asymptotically the inverse (its documentation)"
-               for law in ("inverse", "wrapped")}
-couplings = ("NICECouplingBlock", "RNVPCouplingBlock", "GLOWCouplingBlock", "GINCouplingBlock",
-             "AffineCouplingOneSided")
+AUTOENCODER = {
+    law: "its inverse is the transpose of its weight, only asymptotically the inverse (its documentation)"
+    for law in ("inverse", "wrapped")
+}
+couplings = (
+    "NICECouplingBlock",
+    "RNVPCouplingBlock",
+    "GLOWCouplingBlock",
+    "GINCouplingBlock",
+    "AffineCouplingOneSided",
+)
 LAYERS = [
     *(vector(name, subnet_constructor=dense) for name in couplings),
     *(image(name, subnet_constructor=convolutional) for name in couplings),
     vector("GLOWCouplingBlock", subnet_constructor=dense, clamp_activation="TANH", split_len=0.3),
     vector("RNVPCouplingBlock", subnet_constructor=dense, clamp_activation="SIGMOID", split_len=1),
-    Layer("ConditionalAffineTransform(dims_c)", lambda: Conditional(
-        fm.ConditionalAffineTransform([VECTOR], [(3,)], subnet_constructor=dense), torch.randn(4, 3))),
-    Layer("GLOWCouplingBlock(dims_c)", lambda: Conditional(
-        fm.GLOWCouplingBlock([VECTOR], [(3,)], subnet_constructor=dense), torch.randn(4, 3))),
+    Layer(
+        "ConditionalAffineTransform(dims_c)",
+        lambda: Conditional(
+            fm.ConditionalAffineTransform([VECTOR], [(3,)], subnet_constructor=dense), torch.randn(4, 3)
+        ),
+    ),
+    Layer(
+        "GLOWCouplingBlock(dims_c)",
+        lambda: Conditional(fm.GLOWCouplingBlock([VECTOR], [(3,)], subnet_constructor=dense), torch.randn(4, 3)),
+    ),
     vector("AllInOneBlock", subnet_constructor=dense),
     image("AllInOneBlock", subnet_constructor=convolutional),
     vector("AllInOneBlock", subnet_constructor=dense, gin_block=True),
     vector("AllInOneBlock", subnet_constructor=dense, permute_soft=True, global_affine_type="SIGMOID"),
     vector("AllInOneBlock", subnet_constructor=dense, reverse_permutation=True, global_affine_type="EXP"),
     vector("AllInOneBlock", subnet_constructor=dense, learned_householder_permutation=2),
-    image("AllInOneBlock", subnet_constructor=convolutional, learned_householder_permutation=2,
-          reverse_permutation=True),
+    image(
+        "AllInOneBlock", subnet_constructor=convolutional, learned_householder_permutation=2, reverse_permutation=True
+    ),
     vector("ActNorm"),
     image("ActNorm"),
-    Layer("IResNetLayer()", lambda: _lipschitz(fm.IResNetLayer([(2,)], hutchinson_samples=1)), (4, 2), perturb=False,
-          known={"log_det": "estimated with random vectors (its documentation)"}),
+    Layer(
+        "IResNetLayer()",
+        lambda: _lipschitz(fm.IResNetLayer([(2,)], hutchinson_samples=1)),
+        (4, 2),
+        perturb=False,
+        known={"log_det": "estimated with random vectors (its documentation)"},
+    ),
     vector("HouseholderPerm", n_reflections=2),
     vector("HouseholderPerm", n_reflections=3),
     vector("HouseholderPerm", n_reflections=4, fixed=True),
-    Layer("HouseholderPerm(dims_c)", lambda: Conditional(fm.HouseholderPerm([VECTOR], [(12,)], n_reflections=2),
-                                                         torch.randn(4, 12))),
+    Layer(
+        "HouseholderPerm(dims_c)",
+        lambda: Conditional(fm.HouseholderPerm([VECTOR], [(12,)], n_reflections=2), torch.randn(4, 12)),
+    ),
     Layer("OrthogonalTransform()", lambda: Adapter(fm.OrthogonalTransform([VECTOR])), perturb=False),
     vector("PermuteRandom"),
-    Layer("FixedLinearTransform(M, b)", lambda: Adapter(fm.FixedLinearTransform(
-        [VECTOR], M=torch.eye(6) + 0.3 * torch.randn(6, 6), b=torch.randn(6)))),
-    Layer("Fixed1x1Conv(M)", lambda: Adapter(fm.Fixed1x1Conv([IMAGE], M=torch.eye(4) + 0.3 * torch.randn(4, 4))),
-          (3, *IMAGE)),
+    Layer(
+        "FixedLinearTransform(M, b)",
+        lambda: Adapter(fm.FixedLinearTransform([VECTOR], M=torch.eye(6) + 0.3 * torch.randn(6, 6), b=torch.randn(6))),
+    ),
+    Layer(
+        "Fixed1x1Conv(M)",
+        lambda: Adapter(fm.Fixed1x1Conv([IMAGE], M=torch.eye(4) + 0.3 * torch.randn(4, 4))),
+        (3, *IMAGE),
+    ),
     vector("InvertibleSigmoid"),
     image("InvertibleSigmoid"),
     vector("InvAutoAct"),
@@ -171,8 +198,9 @@ LAYERS = [
     image("Flatten"),
     image("Reshape", output_dims=(16, 3, 3)),
     Layer("Split()", lambda: Parts(fm.Split([VECTOR]))),
-    Layer("Split(section_sizes=(1, 2), dim=1)", lambda: Parts(fm.Split([IMAGE], section_sizes=(1, 2), dim=1)),
-          (3, *IMAGE)),
+    Layer(
+        "Split(section_sizes=(1, 2), dim=1)", lambda: Parts(fm.Split([IMAGE], section_sizes=(1, 2), dim=1)), (3, *IMAGE)
+    ),
     Layer("GaussianMixtureModel(dims_c)", Mixture),
 ]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench.finding.layers import Flow, Layer
+from bench.audit.packages.layers import Flow, Layer
 from memcnn.testing import Report, Result, WithLogDet, check_gradients, check_inverse, check_log_det, check_state
 from memcnn.testing.laws.subject import NotRunnable
 
@@ -75,7 +75,7 @@ class Package:
     def __init__(self, name: str) -> None:
         torch.set_num_threads(1)
         warnings.simplefilter("ignore")
-        self.package = importlib.import_module(f"bench.finding.{name}")
+        self.package = importlib.import_module(f"bench.audit.packages.{name}")
 
     def layers(self) -> dict:
         """Return the names of all layers."""
@@ -85,5 +85,11 @@ class Package:
         """Return the row of one layer in one mode, "train" or "eval"."""
         package, layer = self.package, self.package.LAYERS[number]
         found = examine(layer, mode, own_engine=getattr(package, "OWN_ENGINE", False))
-        return {"package": package.PACKAGE, "version": version(package.PACKAGE), "layer": layer.name, "mode": mode,
-                "known": layer.known or {}, **found}
+        return {
+            "package": package.PACKAGE,
+            "version": version(package.PACKAGE),
+            "layer": layer.name,
+            "mode": mode,
+            "known": layer.known or {},
+            **found,
+        }

@@ -11,9 +11,11 @@ from iunets.layers import InvertibleDownsampling2D, InvertibleUpsampling1D
 
 warnings.simplefilter("ignore")
 raised = 0
-for attempt in (lambda: InvertibleUpsampling1D(4)(torch.randn(1, 4, 8)),
-                lambda: InvertibleDownsampling2D(2, init="random"),
-                lambda: InvertibleDownsampling2D(2, method="householder")):
+for attempt in (
+    lambda: InvertibleUpsampling1D(4)(torch.randn(1, 4, 8)),
+    lambda: InvertibleDownsampling2D(2, init="random"),
+    lambda: InvertibleDownsampling2D(2, method="householder"),
+):
     try:
         attempt()
     except RuntimeError as error:

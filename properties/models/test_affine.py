@@ -21,13 +21,18 @@ from properties.support.memory import assert_flat
 from properties.support.twin import assert_like_twin, backward, images, plain_twin, run, weighted_sum
 
 adapters = pytest.mark.parametrize(
-    "adapter, outputs", [(AffineAdapterNaive, 1), (AffineAdapterSigmoid, 2), (AffineAdapterExp, 2)])
+    "adapter, outputs", [(AffineAdapterNaive, 1), (AffineAdapterSigmoid, 2), (AffineAdapterExp, 2)]
+)
 
 
 def branch(outputs: int = 1, channels: int = 3) -> nn.Sequential:
     """A branch whose result has ``outputs`` times the channels of its input."""
-    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.Tanh(),
-                         nn.Conv2d(channels, outputs * channels, 3, padding=1))
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1),
+        nn.BatchNorm2d(channels),
+        nn.Tanh(),
+        nn.Conv2d(channels, outputs * channels, 3, padding=1),
+    )
 
 
 def test_the_equations_and_the_adapters_numerics_are_those_of_1_5_2():
@@ -91,8 +96,9 @@ def test_the_branches_are_evaluated_twice_a_step(adapter, outputs, direction):
 def affine_chain(depth: int, channels: int = 4) -> ReversibleSequential:
     """Return couplings of which any number nearly keeps the size of its input."""
     adapter = partial(AffineAdapterExp, bound=0.1)
-    return ReversibleSequential(*(
-        AffineCoupling(branch(2, channels), branch(2, channels), adapter) for _ in range(depth)))
+    return ReversibleSequential(
+        *(AffineCoupling(branch(2, channels), branch(2, channels), adapter) for _ in range(depth))
+    )
 
 
 def test_a_further_block_costs_less_than_a_hundredth_of_its_activations():
@@ -193,8 +199,11 @@ def test_a_branch_that_gives_three_values_is_refused():
 
 def test_a_scale_of_another_shape_is_refused():
     module = InvertibleModuleWrapper(AffineCoupling(Returns(lambda x: (x.exp()[None], x))))
-    with pytest.raises(ValueError, match=r"does not fit its coupling: .* of shape \(2, 3, 5, 4\) and would become "
-                                         r".* of shape \(1, 2, 3, 5, 4\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"does not fit its coupling: .* of shape \(2, 3, 5, 4\) and would become "
+        r".* of shape \(1, 2, 3, 5, 4\)",
+    ):
         module(images())
 
 

@@ -7,7 +7,7 @@ import revtorch
 import torch
 from torch import Tensor, nn
 
-from bench.finding.layers import Layer, convolutional
+from bench.audit.packages.layers import Layer, convolutional
 
 PACKAGE = "revtorch"
 FURTHER = ("revlib",)
@@ -57,19 +57,39 @@ def dropped(channels: int) -> nn.Module:
 
 
 IMAGE = (3, 4, 6, 6)
-BRANCHES = {"convolutions": lambda: convolutional(2, 2), "BatchNorm": lambda: batch_normalised(2),
-            "dropout": lambda: dropped(2)}
+BRANCHES = {
+    "convolutions": lambda: convolutional(2, 2),
+    "BatchNorm": lambda: batch_normalised(2),
+    "dropout": lambda: dropped(2),
+}
 LAYERS = [
-    *(Layer(f"RevTorch ReversibleSequence, {name}", lambda branch=branch, seed=name == "dropout": RevTorch(
-        [revtorch.ReversibleBlock(branch(), branch(), fix_random_seed=seed)]), IMAGE) for name, branch in
-      BRANCHES.items()),
-    *(Layer(f"RevLib ReversibleSequential, {name}", lambda branch=branch: RevLib([branch(), branch()]), IMAGE)
-      for name, branch in BRANCHES.items()),
-    *(Layer(f"RevLib ReversibleSequential({mode.name}), convolutions",
-            lambda mode=mode: RevLib([convolutional(2, 2), convolutional(2, 2)], memory_mode=mode), IMAGE)
-      for mode in (revlib.MemoryModes.checkpoint, revlib.MemoryModes.autograd_graph)),
+    *(
+        Layer(
+            f"RevTorch ReversibleSequence, {name}",
+            lambda branch=branch, seed=name == "dropout": RevTorch(
+                [revtorch.ReversibleBlock(branch(), branch(), fix_random_seed=seed)]
+            ),
+            IMAGE,
+        )
+        for name, branch in BRANCHES.items()
+    ),
+    *(
+        Layer(f"RevLib ReversibleSequential, {name}", lambda branch=branch: RevLib([branch(), branch()]), IMAGE)
+        for name, branch in BRANCHES.items()
+    ),
+    *(
+        Layer(
+            f"RevLib ReversibleSequential({mode.name}), convolutions",
+            lambda mode=mode: RevLib([convolutional(2, 2), convolutional(2, 2)], memory_mode=mode),
+            IMAGE,
+        )
+        for mode in (revlib.MemoryModes.checkpoint, revlib.MemoryModes.autograd_graph)
+    ),
 ]
-CHAINED = {"RevTorch": lambda depth: RevTorch([revtorch.ReversibleBlock(convolutional(2, 2), convolutional(2, 2))
-                                               for _ in range(depth)]),
-           "RevLib": lambda depth: RevLib([convolutional(2, 2) for _ in range(2 * depth)])}
+CHAINED = {
+    "RevTorch": lambda depth: RevTorch(
+        [revtorch.ReversibleBlock(convolutional(2, 2), convolutional(2, 2)) for _ in range(depth)]
+    ),
+    "RevLib": lambda depth: RevLib([convolutional(2, 2) for _ in range(2 * depth)]),
+}
 OWN_ENGINE = True

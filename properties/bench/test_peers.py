@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from bench import cases, peer_tables
-from bench.peer import worker as worker_module
-from bench.peer.behaviours import BEHAVIOURS, examine
-from bench.peer.chains import Chain, Coupling, conv_branch
-from bench.peers import Failed, contenders
+from bench import cases
+from bench.audit import peer_tables
+from bench.audit.peer import worker as worker_module
+from bench.audit.peer.behaviours import BEHAVIOURS, examine
+from bench.audit.peer.chains import Chain, Coupling, conv_branch
+from bench.audit.peers import Failed, contenders
 
 TINY = {"blocks": 2, "batch": 2, "channels": 4, "side": 4}
 
@@ -71,21 +72,27 @@ class Raises(Coupling):
 
 def outcome_of(block: type[nn.Module], title: str) -> dict:
     def build(branches, **_):
-        return Chain(branches, nn.Sequential(*(block(*pair) for pair in zip(branches[::2], branches[1::2],
-                                                                             strict=True))))
+        return Chain(
+            branches, nn.Sequential(*(block(*pair) for pair in zip(branches[::2], branches[1::2], strict=True)))
+        )
+
     return examine(build, BEHAVIOURS[title])
 
 
-@pytest.mark.parametrize(("block", "title", "outcome", "detail"), [
-    (Coupling, "gradient of the input", "right", ""),
-    (Detached, "output", "right", ""),
-    (Detached, "gradient of the input", "wrong", "gradient of the input"),
-    (Detached, "dropout in F and G", "wrong", "gradient"),
-    (Twice, "BatchNorm moves once a step", "wrong", "2 moves, not 1"),
-    (Twice, "forward hooks on F and G called once", "wrong", "6 calls, not 4"),
-    (Raises, "output", "error", "ValueError: planted"),
-    (Raises, "parameters changed before backward: refused", "error", "ValueError: planted"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("block", "title", "outcome", "detail"),
+    [
+        (Coupling, "gradient of the input", "right", ""),
+        (Detached, "output", "right", ""),
+        (Detached, "gradient of the input", "wrong", "gradient of the input"),
+        (Detached, "dropout in F and G", "wrong", "gradient"),
+        (Twice, "BatchNorm moves once a step", "wrong", "2 moves, not 1"),
+        (Twice, "forward hooks on F and G called once", "wrong", "6 calls, not 4"),
+        (Raises, "output", "error", "ValueError: planted"),
+        (Raises, "parameters changed before backward: refused", "error", "ValueError: planted"),
+    ],
+    ids=str,
+)
 def test_a_planted_fault_is_seen(block, title, outcome, detail):
     found = outcome_of(block, title)
     assert found["outcome"] == outcome
@@ -109,18 +116,23 @@ def test_the_branches_are_those_of_the_other_benchmarks():
 
 def test_ratios_are_taken_within_a_round():
     seconds = {"plain": (1.0, 2.0, 4.0), "other": (3.0, 4.0, 4.0)}
-    times = [{"contender": name, "blocks": 4, "round": i, "seconds": s}
-             for name, values in seconds.items() for i, s in enumerate(values)]
+    times = [
+        {"contender": name, "blocks": 4, "round": i, "seconds": s}
+        for name, values in seconds.items()
+        for i, s in enumerate(values)
+    ]
     found = peer_tables.ratios(times)
     assert found[found.contender == "other"].ratio.tolist() == [3, 2, 1]
     assert peer_tables.spread(found[found.contender == "other"].ratio) == "2.00 [1.50, 2.50]"
 
 
 def test_the_behaviour_table_says_how_wrong():
-    rows = [{"contender": "a", "behaviour": "z", "outcome": "right", "error": 0.0, "detail": ""},
-            {"contender": "b", "behaviour": "z", "outcome": "wrong", "error": 0.5, "detail": "gradient"},
-            {"contender": "a", "behaviour": "c", "outcome": "wrong", "error": None, "detail": "2 moves, not 1"},
-            {"contender": "b", "behaviour": "c", "outcome": "error", "error": None, "detail": "why"}]
+    rows = [
+        {"contender": "a", "behaviour": "z", "outcome": "right", "error": 0.0, "detail": ""},
+        {"contender": "b", "behaviour": "z", "outcome": "wrong", "error": 0.5, "detail": "gradient"},
+        {"contender": "a", "behaviour": "c", "outcome": "wrong", "error": None, "detail": "2 moves, not 1"},
+        {"contender": "b", "behaviour": "c", "outcome": "error", "error": None, "detail": "why"},
+    ]
     table = peer_tables.behaviour_table({"behaviours": rows})
     assert table.to_dict("list") == {"a": ["right", "**wrong** (2 moves, not 1)"], "b": ["**wrong** (5e-01)", "error"]}
     assert table.index.tolist() == ["z", "c"]

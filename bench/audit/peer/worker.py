@@ -1,11 +1,11 @@
 """One contender in a process of its own: the methods of ``Worker`` answer the questions of ``bench.worker``.
 
-    hello                                    versions
-    behaviour(title)                         outcome; runs in a fork with a time limit
-    evaluations                              evaluations of F and G in a step
-    build(blocks, batch, channels, side)     makes the model and its batch
-    step(repeat)                             seconds of each training step of the model
-    memory, work                             peak bytes and floating-point operations of a step
+hello                                    versions
+behaviour(title)                         outcome; runs in a fork with a time limit
+evaluations                              evaluations of F and G in a step
+build(blocks, batch, channels, side)     makes the model and its batch
+step(repeat)                             seconds of each training step of the model
+memory, work                             peak bytes and floating-point operations of a step
 """
 
 import importlib

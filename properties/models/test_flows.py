@@ -24,9 +24,13 @@ from properties.support.flows import glow, nice
 from properties.support.memory import assert_flat
 from properties.support.twin import assert_like_twin, backward, data, images, run
 
-LAYERS = {"ActNorm": lambda: ActNorm(6), "InvertibleConv1x1": lambda: InvertibleConv1x1(6),
-          "ChannelPermutation": lambda: ChannelPermutation([3, 1, 4, 0, 5, 2]), "SpaceToDepth": SpaceToDepth,
-          "DepthToSpace": DepthToSpace}
+LAYERS = {
+    "ActNorm": lambda: ActNorm(6),
+    "InvertibleConv1x1": lambda: InvertibleConv1x1(6),
+    "ChannelPermutation": lambda: ChannelPermutation([3, 1, 4, 0, 5, 2]),
+    "SpaceToDepth": SpaceToDepth,
+    "DepthToSpace": DepthToSpace,
+}
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -127,8 +131,17 @@ def test_a_multi_scale_flow_trains_as_its_twin():
         return AffineCoupling(F, G, AffineAdapterExp)
 
     flow = ReversibleSequential(
-        SpaceToDepth(), ActNorm(12), InvertibleConv1x1(12), coupling(12), ChannelPermutation(range(12)[::-1]),
-        SpaceToDepth(), ActNorm(48), InvertibleConv1x1(48), coupling(48), DepthToSpace(4)).double()
+        SpaceToDepth(),
+        ActNorm(12),
+        InvertibleConv1x1(12),
+        coupling(12),
+        ChannelPermutation(range(12)[::-1]),
+        SpaceToDepth(),
+        ActNorm(48),
+        InvertibleConv1x1(48),
+        coupling(48),
+        DepthToSpace(4),
+    ).double()
     outcome = assert_like_twin(flow, backward, images(2, 3, 8, 8), depth=2 * len(flow))
     assert outcome.results[0].shape == (2, 3, 8, 8)
 
@@ -145,14 +158,22 @@ def test_layers_are_trained_by_the_same_steps_in_any_composition():
 # Refusals
 
 
-@pytest.mark.parametrize("layer, shape, message", [
-    (ActNorm(6), (2, 5, 4), r"ActNorm of 6 channels takes inputs of shape \(N, 6, ...\): got \(2, 5, 4\)"),
-    (InvertibleConv1x1(6), (6,), r"InvertibleConv1x1 of 6 channels takes inputs of shape \(N, 6, ...\): got \(6,\)"),
-    (ChannelPermutation([1, 0]), (2, 3), r"ChannelPermutation of 2 channels takes .*: got \(2, 3\)"),
-    (SpaceToDepth(), (2, 3, 4, 5), r"space to depth by 2 .*: got \(2, 3, 4, 5\); pad or crop it"),
-    (SpaceToDepth(), (2, 3), r"space to depth by 2 .*: got \(2, 3\)"),
-    (DepthToSpace(), (2, 6, 4, 5), r"depth to space by 2 .* a C that 2\*\*2 divides: got \(2, 6, 4, 5\)"),
-], ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None)
+@pytest.mark.parametrize(
+    "layer, shape, message",
+    [
+        (ActNorm(6), (2, 5, 4), r"ActNorm of 6 channels takes inputs of shape \(N, 6, ...\): got \(2, 5, 4\)"),
+        (
+            InvertibleConv1x1(6),
+            (6,),
+            r"InvertibleConv1x1 of 6 channels takes inputs of shape \(N, 6, ...\): got \(6,\)",
+        ),
+        (ChannelPermutation([1, 0]), (2, 3), r"ChannelPermutation of 2 channels takes .*: got \(2, 3\)"),
+        (SpaceToDepth(), (2, 3, 4, 5), r"space to depth by 2 .*: got \(2, 3, 4, 5\); pad or crop it"),
+        (SpaceToDepth(), (2, 3), r"space to depth by 2 .*: got \(2, 3\)"),
+        (DepthToSpace(), (2, 6, 4, 5), r"depth to space by 2 .* a C that 2\*\*2 divides: got \(2, 6, 4, 5\)"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
 def test_an_input_that_does_not_fit_is_refused(layer, shape, message):
     with pytest.raises(ValueError, match=message):
         layer(torch.zeros(shape))

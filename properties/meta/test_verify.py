@@ -10,7 +10,7 @@ import pytest
 
 from memcnn import verify
 
-BLOCKS = '''
+BLOCKS = """
 import torch
 from torch import nn
 
@@ -66,7 +66,7 @@ class Half(nn.Module):
 ready = Block()
 def broken():
     raise OSError("no weights here")
-'''
+"""
 
 ENVIRONMENT = {"PYTHONPATH": ":".join(["", *sys.path]), "OMP_NUM_THREADS": "1"}
 
@@ -104,8 +104,7 @@ def test_a_wrong_inverse_is_told_with_the_smallest_example(blocks, capsys):
 def test_the_example_runs_when_pasted_and_fails_as_told(blocks, capsys):
     _, out, _ = run(capsys, "user_blocks:Flipped", "--vary", "0,2,3", "--laws", "inverse")
     code = "\n".join(line[4:] for line in out.partition("breaks the law of inverse:\n")[2].splitlines())
-    pasted = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                            env=ENVIRONMENT)
+    pasted = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
     assert "FAIL  inverse" in pasted.stdout and "only in the first half along dimension 1" in pasted.stdout
 
 
@@ -137,20 +136,24 @@ def test_all_is_in_the_json(blocks, capsys):
     assert set(found["smallest failing"]) == {"inverse"} and found["summary"] in out
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["user_blocks"], "wanted package.module:factory"),
-    (["nowhere:make"], "cannot import nowhere"),
-    (["nowhere.py:make"], "there is no file nowhere.py"),
-    (["user_blocks:make"], "has no attribute 'make'"),
-    (["user_blocks:BLOCK_COUNT"], "has no attribute"),
-    (["user_blocks:broken"], "making the module raised OSError: no weights here"),
-    (["user_blocks:Half"], "an nn.Module with forward and inverse: got Half; give it an inverse method"),
-    (["user_blocks:Block", "--laws", "inversion"], "got inversion; choose from inverse"),
-    (["user_blocks:Block", "--examples", "0"], "got 0, wanted at least 1"),
-    (["user_blocks:Block", "--device", "abacus"], "got 'abacus', which this torch cannot use"),
-    (["user_blocks:Block", "--json", "nowhere/found.json"], "there is no folder"),
-    (["user_blocks:Block", "--laws", "log_det"], "Block has none"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["user_blocks"], "wanted package.module:factory"),
+        (["nowhere:make"], "cannot import nowhere"),
+        (["nowhere.py:make"], "there is no file nowhere.py"),
+        (["user_blocks:make"], "has no attribute 'make'"),
+        (["user_blocks:BLOCK_COUNT"], "has no attribute"),
+        (["user_blocks:broken"], "making the module raised OSError: no weights here"),
+        (["user_blocks:Half"], "an nn.Module with forward and inverse: got Half; give it an inverse method"),
+        (["user_blocks:Block", "--laws", "inversion"], "got inversion; choose from inverse"),
+        (["user_blocks:Block", "--examples", "0"], "got 0, wanted at least 1"),
+        (["user_blocks:Block", "--device", "abacus"], "got 'abacus', which this torch cannot use"),
+        (["user_blocks:Block", "--json", "nowhere/found.json"], "there is no folder"),
+        (["user_blocks:Block", "--laws", "log_det"], "Block has none"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_misuse_is_told_with_status_2(blocks, capsys, arguments, message):
     status, _, err = run(capsys, *arguments)
     assert status == 2
@@ -171,7 +174,7 @@ def test_what_is_no_shape_is_misuse(blocks, capsys, shape):
 
 
 def test_the_fixture_fails_a_test_with_the_table(blocks):
-    (blocks / "test_user.py").write_text('''
+    (blocks / "test_user.py").write_text("""
 import torch
 from user_blocks import Block, Flipped
 
@@ -180,9 +183,13 @@ def test_right(assert_reversible):
 
 def test_wrong(assert_reversible):
     assert_reversible(Flipped(), torch.randn(2, 4, 4, 4), laws=["inverse"])
-''')
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "memcnn.testing.plugin", "-p", "no:cacheprovider"],
-                          capture_output=True, text=True, env=ENVIRONMENT)
+""")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "memcnn.testing.plugin", "-p", "no:cacheprovider"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
     assert "1 failed, 1 passed" in done.stdout
     assert re.search(r"FAIL +inverse +inverse\(forward\(x\)\) = x", done.stdout)
     assert "only in the first half along dimension 1" in done.stdout

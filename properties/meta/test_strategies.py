@@ -37,6 +37,7 @@ def test_a_tensor_has_the_shape_and_layout_that_it_is_drawn_with(values: Values)
 
 def of_network(network: Network) -> set[str]:
     """Return all the names in a network."""
+
     def of_chain(chain: Chain, inside: str = "") -> set[str]:
         names = {inside + chain.composition}
         for block in chain.blocks:
@@ -45,6 +46,7 @@ def of_network(network: Network) -> set[str]:
                 for layer in branch.layers:
                     names |= {layer} if isinstance(layer, str) else {"nested blocks"} | of_chain(layer, "nested ")
         return names
+
     return of_chain(network.chain) | {network.input.layout}
 
 

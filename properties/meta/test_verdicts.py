@@ -24,10 +24,19 @@ def naive(*last: str, seed: int = 7711) -> Network:
 def nested() -> Network:
     """A learned factor deep within has a gradient of 1.4e-5, where the largest is 1."""
     one, F, G = (1, 1, 1), ("conv 1",), ("conv 3", "sigmoid")
-    inner = Chain((Block("affine sigmoid", (2, 1, 1), Branch(one, F, 0), Branch(one, G, 0), 0),
-                   Block("additive", (2, 1, 1), Branch(one, ("conv 1", "gelu")), Branch(one, F), 0)), "by hand")
-    outer = Block("affine sigmoid", (2, 2, 1), Branch((2, 1, 1), ("conv 1", "gelu"), 1),
-                  Branch((2, 1, 1), ("conv 1", "elu in place", inner), 1))
+    inner = Chain(
+        (
+            Block("affine sigmoid", (2, 1, 1), Branch(one, F, 0), Branch(one, G, 0), 0),
+            Block("additive", (2, 1, 1), Branch(one, ("conv 1", "gelu")), Branch(one, F), 0),
+        ),
+        "by hand",
+    )
+    outer = Block(
+        "affine sigmoid",
+        (2, 2, 1),
+        Branch((2, 1, 1), ("conv 1", "gelu"), 1),
+        Branch((2, 1, 1), ("conv 1", "elu in place", inner), 1),
+    )
     return Network(Chain((outer,), "only invertible"), Values((2, 2, 1), seed=2))
 
 
@@ -48,11 +57,13 @@ def test_no_drawn_network_is_called_wrong(network: Network):
 
 def scaled_by(log_scale: float) -> nn.Module:
     """A coupling whose F and G give ``log_scale`` and so little else that their gradients are none."""
+
     def branch() -> nn.Module:
         linear = nn.Linear(2, 2)
         nn.init.constant_(linear.bias, log_scale)
         nn.init.normal_(linear.weight, std=1e-3)
         return linear
+
     return AffineCoupling(branch(), branch(), AffineAdapterNaive).double()
 
 
@@ -85,6 +96,7 @@ def test_a_wrong_inverse_is_told_in_a_badly_conditioned_block_too():
 
         def inverse(self, y):
             return 1.0001 * self.coupling.inverse(y)
+
     assert not check_inverse(Wrong(), torch.randn(3, 4, dtype=torch.float64)).passed
 
 
@@ -114,8 +126,11 @@ def finite_within(distance: float) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda y, x: (1 + 1e-9) * y if (y - x).abs().max() <= distance else torch.full_like(y, torch.inf)
 
 
-@pytest.mark.parametrize("undone", [lambda y, x: y / 0, refused, finite_within(1e-9)],
-                         ids=["not finite", "refuses all other values", "not finite far off"])
+@pytest.mark.parametrize(
+    "undone",
+    [lambda y, x: y / 0, refused, finite_within(1e-9)],
+    ids=["not finite", "refuses all other values", "not finite far off"],
+)
 def test_an_inverse_whose_conditioning_cannot_be_measured_is_not_excused(undone):
     result = check_inverse(Identity(undone), torch.randn(3, 4, dtype=torch.float64)).results[0]
     assert result.failed, result

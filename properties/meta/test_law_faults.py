@@ -117,8 +117,10 @@ class CopiesShare(Own):
     def __deepcopy__(self, memo: dict) -> "CopiesShare":
         twin = CopiesShare.__new__(CopiesShare)
         memo[id(self)] = twin
-        twin.__dict__ = {key: copy.deepcopy(value, memo) if key != "_modules" else dict(value)
-                         for key, value in self.__dict__.items()}
+        twin.__dict__ = {
+            key: copy.deepcopy(value, memo) if key != "_modules" else dict(value)
+            for key, value in self.__dict__.items()
+        }
         return twin
 
 
@@ -156,8 +158,9 @@ def test_a_second_step_is_compared_with_plain_backpropagation():
 
 def test_training_through_an_inverse_without_gradients_is_seen():
     assert not failing(check_gradients, InverseWithoutGradients())
-    assert "gradients = finite differences in float64" in failing(check_gradients, Inverted(InverseWithoutGradients()),
-                                                                  wrap=False)
+    assert "gradients = finite differences in float64" in failing(
+        check_gradients, Inverted(InverseWithoutGradients()), wrap=False
+    )
     assert not failing(check_gradients, Inverted(InvertibleModuleWrapper(Own())))
 
 
@@ -190,8 +193,9 @@ def test_a_value_that_an_optimiser_step_makes_stale_is_seen():
 def test_a_state_that_copies_share_or_lose_is_seen():
     assert not failing(check_copies, Own(), make=Own)
     assert failing(check_copies, CopiesShare()) == {"a deep copy trains on as the module"}
-    assert failing(check_copies, StateLost(2.0), make=StateLost) == {"a module that loads the state trains on as the "
-                                                                   "module"}
+    assert failing(check_copies, StateLost(2.0), make=StateLost) == {
+        "a module that loads the state trains on as the module"
+    }
 
 
 def test_under_autocast_errors_of_the_branches_precision_are_allowed_and_larger_ones_not():
@@ -201,6 +205,7 @@ def test_under_autocast_errors_of_the_branches_precision_are_allowed_and_larger_
     class Wrong(Own):
         def inverse(self, y: Tensor) -> Tensor:
             return 1.2 * super().inverse(y)
+
     assert failing(check_inverse, Wrong(), autocast=torch.bfloat16)
 
 

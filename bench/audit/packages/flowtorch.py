@@ -4,7 +4,7 @@ import flowtorch.bijectors as fb
 import torch
 from torch import Tensor, nn
 
-from bench.finding.layers import Flow, Layer, Pair
+from bench.audit.packages.layers import Flow, Layer, Pair
 
 PACKAGE = "flowtorch"
 
@@ -44,6 +44,15 @@ def flow(name: str, draw=lambda x: x, **options) -> Layer:
 
 
 LAYERS = [
-    flow("Affine"), flow("AffineFixed"), flow("ELU"), flow("Exp"), flow("LeakyReLU"), flow("Permute"),
-    flow("Power", draw=lambda x: x.exp()), flow("Sigmoid"), flow("Softplus"), flow("Spline"), flow("Tanh"),
+    flow("Affine"),
+    flow("AffineFixed"),
+    flow("ELU"),
+    flow("Exp"),
+    flow("LeakyReLU"),
+    flow("Permute"),
+    flow("Power", draw=lambda x: x.exp()),
+    flow("Sigmoid"),
+    flow("Softplus"),
+    flow("Spline"),
+    flow("Tanh"),
 ]

@@ -18,7 +18,8 @@ attempts = {
     "Split(section_sizes=[1, 2])": lambda: Split([(6,)], section_sizes=[1, 2])((x,)),
     "HouseholderPerm(dims_c)": lambda: HouseholderPerm([(6,)], [(6, 2)], n_reflections=2)((x,), [torch.randn(4, 6, 2)]),
     "GaussianMixtureModel in float64": lambda: GaussianMixtureModel([(6,)], [(2,), (2, 6), (2, 21)])(
-        (x.double(),), [*mixture, torch.zeros(4, dtype=torch.long)]),
+        (x.double(),), [*mixture, torch.zeros(4, dtype=torch.long)]
+    ),
 }
 raised = 0
 for name, attempt in attempts.items():

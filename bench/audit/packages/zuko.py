@@ -3,7 +3,7 @@
 import zuko
 from torch import Tensor
 
-from bench.finding.layers import Flow, Layer, Pair
+from bench.audit.packages.layers import Flow, Layer, Pair
 
 PACKAGE = "zuko"
 
@@ -29,8 +29,10 @@ def flow(name: str, make, shape=(4, 3), **options) -> Layer:
 
 
 small = {"transforms": 1, "hidden_features": (16,)}
-BISECTION = {"inverse": "the inverse is a bisection down to 1e-6 (its documentation)",
-             "wrapped": "the inverse is a bisection down to 1e-6 (its documentation)"}
+BISECTION = {
+    "inverse": "the inverse is a bisection down to 1e-6 (its documentation)",
+    "wrapped": "the inverse is a bisection down to 1e-6 (its documentation)",
+}
 LAYERS = [
     flow("NICE(3)", lambda: zuko.flows.NICE(3, **small)),
     flow("MAF(3)", lambda: zuko.flows.MAF(3, **small)),
@@ -40,7 +42,10 @@ LAYERS = [
     flow("SOSPF(3)", lambda: zuko.flows.SOSPF(3, **small), known=BISECTION),
     flow("BPF(3)", lambda: zuko.flows.BPF(3, **small), known=BISECTION),
     flow("GF(3)", lambda: zuko.flows.GF(3, transforms=1), known=BISECTION),
-    Layer("GeneralCouplingTransform(4)", lambda: Adapter(
-        zuko.flows.GeneralCouplingTransform(4, hidden_features=(16,))), (4, 4)),
+    Layer(
+        "GeneralCouplingTransform(4)",
+        lambda: Adapter(zuko.flows.GeneralCouplingTransform(4, hidden_features=(16,))),
+        (4, 4),
+    ),
     Layer("ElementWiseTransform(3)", lambda: Adapter(zuko.flows.ElementWiseTransform(3)), (4, 3)),
 ]

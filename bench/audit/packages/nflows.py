@@ -5,7 +5,7 @@ from nflows.nn.nets import ResidualNet
 from nflows.transforms.nonlinearities import CauchyCDF
 from torch import nn
 
-from bench.finding.layers import Flow, Layer, convolutional, unit
+from bench.audit.packages.layers import Flow, Layer, convolutional, unit
 
 PACKAGE = "nflows"
 MASK = [1, 0, 1, 0, 1, 0]
@@ -33,9 +33,12 @@ class Image(nn.Module):
 
 def coupling(name: str, *, image: bool = False, draw=lambda x: x, **options) -> Layer:
     words = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    return flow(f"{name}({words})" + (" on images" if image else ""),
-                lambda: getattr(nt, name)([1, 0, 1, 0] if image else MASK, Image if image else net, **options),
-                IMAGE if image else (4, 6), draw=draw)
+    return flow(
+        f"{name}({words})" + (" on images" if image else ""),
+        lambda: getattr(nt, name)([1, 0, 1, 0] if image else MASK, Image if image else net, **options),
+        IMAGE if image else (4, 6),
+        draw=draw,
+    )
 
 
 def _multiscale() -> nn.Module:
@@ -50,28 +53,43 @@ def _cached(linear: nn.Module) -> nn.Module:
     return linear
 
 
-BATCH_NORM = {law: "its inverse exists in eval mode only (its documentation)"
-              for law in ("inverse in train", "log_det in train", "state in train", "wrapped in train")}
+BATCH_NORM = {
+    law: "its inverse exists in eval mode only (its documentation)"
+    for law in ("inverse in train", "log_det in train", "state in train", "wrapped in train")
+}
 tails = {"tails": "linear", "tail_bound": 3.0}
 LAYERS = [
     coupling("AffineCouplingTransform"),
     coupling("AffineCouplingTransform", image=True),
     coupling("AdditiveCouplingTransform"),
-    *(coupling(f"Piecewise{kind}CouplingTransform", draw=unit) for kind in
-      ("Linear", "Quadratic", "Cubic", "RationalQuadratic")),
-    *(coupling(f"Piecewise{kind}CouplingTransform", **tails) for kind in
-      ("Linear", "Quadratic", "Cubic", "RationalQuadratic")),
+    *(
+        coupling(f"Piecewise{kind}CouplingTransform", draw=unit)
+        for kind in ("Linear", "Quadratic", "Cubic", "RationalQuadratic")
+    ),
+    *(
+        coupling(f"Piecewise{kind}CouplingTransform", **tails)
+        for kind in ("Linear", "Quadratic", "Cubic", "RationalQuadratic")
+    ),
     coupling("PiecewiseRationalQuadraticCouplingTransform", image=True, **tails),
     coupling("PiecewiseRationalQuadraticCouplingTransform", **tails, apply_unconditional_transform=True),
     flow("MaskedAffineAutoregressiveTransform(6, 16)", lambda: nt.MaskedAffineAutoregressiveTransform(6, 16)),
-    *(flow(f"MaskedPiecewise{kind}AutoregressiveTransform({options})",
-           lambda kind=kind, arguments=arguments: getattr(nt, f"MaskedPiecewise{kind}AutoregressiveTransform")(
-               features=6, hidden_features=16, **arguments), draw=draw)
-      for kind, options, arguments, draw in [
-          ("Linear", "8, 6, 16", {"num_bins": 8}, unit), ("Quadratic", "6, 16", {}, unit),
-          ("Cubic", "8, 6, 16", {"num_bins": 8}, unit), ("RationalQuadratic", "6, 16", {}, unit),
-          ("Quadratic", '6, 16, tails="linear"', tails, lambda x: x),
-          ("RationalQuadratic", '6, 16, tails="linear"', tails, lambda x: x)]),
+    *(
+        flow(
+            f"MaskedPiecewise{kind}AutoregressiveTransform({options})",
+            lambda kind=kind, arguments=arguments: getattr(nt, f"MaskedPiecewise{kind}AutoregressiveTransform")(
+                features=6, hidden_features=16, **arguments
+            ),
+            draw=draw,
+        )
+        for kind, options, arguments, draw in [
+            ("Linear", "8, 6, 16", {"num_bins": 8}, unit),
+            ("Quadratic", "6, 16", {}, unit),
+            ("Cubic", "8, 6, 16", {"num_bins": 8}, unit),
+            ("RationalQuadratic", "6, 16", {}, unit),
+            ("Quadratic", '6, 16, tails="linear"', tails, lambda x: x),
+            ("RationalQuadratic", '6, 16, tails="linear"', tails, lambda x: x),
+        ]
+    ),
     flow("NaiveLinear(6)", lambda: nt.NaiveLinear(6)),
     flow("LULinear(6)", lambda: nt.LULinear(6)),
     flow("SVDLinear(6, 4)", lambda: nt.SVDLinear(6, 4)),
@@ -98,8 +116,12 @@ LAYERS = [
     flow("Sigmoid(learn_temperature=True)", lambda: nt.Sigmoid(learn_temperature=True)),
     flow("Logit()", lambda: nt.Logit(), draw=unit),
     flow("CauchyCDF()", lambda: CauchyCDF()),
-    *(flow(f"Piecewise{kind}CDF([6])", lambda kind=kind: getattr(nt, f"Piecewise{kind}CDF")([6]), draw=unit)
-      for kind in ("Linear", "Quadratic", "Cubic", "RationalQuadratic")),
-    flow("CompositeCDFTransform(Sigmoid(), PiecewiseRationalQuadraticCDF([6]))", lambda: nt.CompositeCDFTransform(
-        nt.Sigmoid(), nt.PiecewiseRationalQuadraticCDF([6]))),
+    *(
+        flow(f"Piecewise{kind}CDF([6])", lambda kind=kind: getattr(nt, f"Piecewise{kind}CDF")([6]), draw=unit)
+        for kind in ("Linear", "Quadratic", "Cubic", "RationalQuadratic")
+    ),
+    flow(
+        "CompositeCDFTransform(Sigmoid(), PiecewiseRationalQuadraticCDF([6]))",
+        lambda: nt.CompositeCDFTransform(nt.Sigmoid(), nt.PiecewiseRationalQuadraticCDF([6])),
+    ),
 ]
