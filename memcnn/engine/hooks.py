@@ -99,7 +99,7 @@ class Hooks:
 
 
 def restore_hooks(then: Hooks | None, registries: list[Registry], undo: list[tuple]) -> None:
-    """Set the hooks, which are now in ``registries``, for a second evaluation. ``undo`` receives calls that undo this."""
+    """Set the hooks in ``registries`` for a second evaluation. ``undo`` receives the calls that undo this."""
     if then is not None:
         then.check()
         registries += [other for other in then.registries if not any(other[0] is known for known, _ in registries)]

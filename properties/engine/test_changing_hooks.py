@@ -1,4 +1,4 @@
-"""Hooks that change values in place, or that are removed before backward, change the recomputation as the forward pass."""
+"""The recomputation sees hooks that change values in place, or are removed before backward, as forward saw them."""
 
 import threading
 from collections import Counter
