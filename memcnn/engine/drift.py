@@ -85,7 +85,7 @@ class Drift:
         read_arrived()
 
     def check(self, what: Comparison, numbers: Tensor) -> None:
-        """Warn of the first tensor that differs. ``numbers`` are the statistics of the forward pass, then the rebuilt."""
+        """Warn of the first tensor that differs. ``numbers``: statistics of the forward pass, then the rebuilt."""
         then, now = numbers.double().chunk(2)
         for index, shape, before, after in zip(what.indices, what.shapes, then.tolist(), now.tolist(), strict=True):
             if difference := _difference(before, after, shape.numel()):
