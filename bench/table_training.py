@@ -54,7 +54,7 @@ def train_cells(given: argparse.Namespace, settings: Settings) -> int:
     if failures:
         said.append(f"{len(failures)} failed")
     if left_out:
-        said.append(f"{len(left_out)} not begun for lack of time")
+        said.append(f"{len(left_out)} not started for lack of time")
     if stopped:
         said.append(f"stopped ({stopped}); the same command goes on from here")
     _print(", ".join(said) + ".\n")
@@ -118,7 +118,7 @@ def _fitting(
             found.append(needs.of(cell))
         else:
             left_out.append(cell)
-            _print(f"{cell}  not begun: a quarter of the budget is used up for timing other networks")
+            _print(f"{cell}  not started: a quarter of the budget is used up for timing other networks")
     for cell in planning.within(found, settings.remaining_seconds, _print):
         found = [need for need in found if need.cell != cell]
         yield cell

@@ -61,7 +61,7 @@ def test_the_plan_is_what_training_within_the_budget_does(budget, lanes, whole, 
             one.together_seconds for one in NEEDS if one.cell.model == name))  # fmt: skip
         assert set(begun) == whole | ({part} if part else set())
         assert sum("to be resumed" in text for text in said) == (part is not None)
-        assert sum("not begun" in text for text in said) == len(NEEDS) - len(begun)
+        assert sum("not started" in text for text in said) == len(NEEDS) - len(begun)
 
 
 def test_what_is_done_already_is_subtracted():
@@ -189,5 +189,5 @@ def test_a_budget_begins_what_can_finish_and_says_what_it_leaves_out(tmp_path, m
     assert main(["--train", "--budget=60s", *WORDS, *folders]) == 3
     said = capsys.readouterr().out
     assert begun == ["resnet32"]
-    assert "revnet38  cifar10  s0  needs 16.9 min, has 50 s: not begun" in said
-    assert "1 of 2 cells complete, 1 not begun for lack of time." in said
+    assert "revnet38  cifar10  s0  needs 16.9 min, has 50 s: not started" in said
+    assert "1 of 2 cells complete, 1 not started for lack of time." in said
