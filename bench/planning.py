@@ -91,7 +91,7 @@ def iterations_done(settings: Settings, cell: Cell) -> int:
 
 
 def choose(needs: Iterable[Need], left_seconds: float) -> tuple[Need, bool] | None:
-    """Return the cell to start in the remaining time, and whether it can finish; None if starting one is not worthwhile."""
+    """Return the cell to start in the remaining time, and whether it can finish; None if no start is worthwhile."""
     needs = list(needs)
     finishing = [need for need in needs if need.together_seconds <= left_seconds]
     if finishing:
@@ -101,7 +101,13 @@ def choose(needs: Iterable[Need], left_seconds: float) -> tuple[Need, bool] | No
 
 
 def within(needs: Iterable[Need], left_seconds: Callable[[], float], say: Callable[[str], None]) -> Iterator[Cell]:
-    """Yield the cells to begin, each when there is room for it, and say which are not started, or cannot finish."""
+    """Yield the cells to start, each when there is room for it. Report the cells that cannot finish or start.
+
+    Args:
+        needs: the time that each cell needs.
+        left_seconds: returns the seconds that remain.
+        say: prints a line.
+    """
     waiting = list(needs)
     while waiting and (choice := choose(waiting, left_seconds())):
         need, finishes = choice

@@ -60,7 +60,7 @@ def test_the_plan_is_what_training_within_the_budget_does(budget, lanes, whole, 
         assert begun[: len(whole)] == sorted(whole, key=lambda name: -next(
             one.together_seconds for one in NEEDS if one.cell.model == name))  # fmt: skip
         assert set(begun) == whole | ({part} if part else set())
-        assert sum("to be resumed" in text for text in said) == (part is not None)
+        assert sum("a later command resumes it" in text for text in said) == (part is not None)
         assert sum("not started" in text for text in said) == len(NEEDS) - len(begun)
 
 
@@ -171,7 +171,7 @@ def test_the_plan_is_printed_and_nothing_is_written(tmp_path, monkeypatch, capsy
     assert row.split() == "resnet32 cifar10 s0 0 % 10 2.0 1000.00 1000.00 0.5 0.5 whole".split()
     assert "2 missing cells: 105 s one after the other, 78 s with 2 at a time." in said
     assert [line.split()[-1] for line in said.splitlines() if line.startswith("re")] == ["whole", "part"]
-    assert "1 of them fit into 50 s" in said and "for revnet38 cifar10 s0, to be resumed later." in said
+    assert "1 of them fit into 50 s" in said and "goes to revnet38 cifar10 s0, which a later command resumes." in said
     assert not list(tmp_path.iterdir())
 
 
