@@ -95,8 +95,8 @@ def _head(result: dict) -> str:
 # Reversible blocks compared with their peers
 
 {result["started"]}: {device["name"]}, {device["cores"]} cores, one thread for each contender. Load average of the \
-last minute, with this run's own process: {load} before and after. torch {software["torch"]}, Python {software["python"]}, \
-memcnn {software["memcnn"]}, commit {(result["commit"] or "unknown")[:12]}{changes}. Peers: \
+last minute, with this run's own process: {load} before and after. torch {software["torch"]}, Python \
+{software["python"]}, memcnn {software["memcnn"]}, commit {(result["commit"] or "unknown")[:12]}{changes}. Peers: \
 {", ".join(result["peers"].values())}.
 
 Rerun: `python -m bench.peers --install --out reports`; add `--quick` for a small case. `plain`, `checkpoint` \
@@ -112,9 +112,10 @@ def _behaviour_section(result: dict) -> str:
 ## Behaviour
 
 {count} small programs run on a chain of two couplings with conv-BN-ReLU-conv-BN branches in float64. Their results \
-are compared with plain autograd on the same weights. Right: the error is below 1e-9. Wrong: the cell shows the largest \
-relative error, or a count. Where a program needs it, peers run with their own options for dropout and for two \
-backward passes (upstream: preserve_rng_state, num_bwd_passes; RevTorch: fix_random_seed, eagerly_discard_variables).
+are compared with plain autograd on the same weights. Right: the error is below 1e-9. Wrong: the cell shows the \
+largest relative error, or a count. Where a program needs it, peers run with their own options for dropout and for \
+two backward passes (upstream: preserve_rng_state, num_bwd_passes; RevTorch: fix_random_seed, \
+eagerly_discard_variables).
 
 {behaviour_table(result).to_markdown()}
 
@@ -129,9 +130,9 @@ def _cost_section(result: dict) -> str:
 ## Cost
 
 One forward and backward pass in float32, input {_shape(result["case"])} in two streams, the same branches. Time: \
-median [quartiles] of the ratio to plain within a round, n = {result["rounds"]} interleaved rounds. Peak: allocated bytes \
-above parameters, input and output gradient; gradients of the parameters (0.14 MiB a block) and of the input are included. \
-n = 1, because bytes do not vary.
+median [quartiles] of the ratio to plain within a round, n = {result["rounds"]} interleaved rounds. Peak: allocated \
+bytes above parameters, input and output gradient; gradients of the parameters (0.14 MiB a block) and of the input \
+are included. n = 1, because bytes do not vary.
 
 {cost_table(result).to_markdown()}
 """
@@ -142,8 +143,8 @@ def _python_section(result: dict) -> str:
     return f"""\
 ## Python time
 
-A chain of {tiny["blocks"]} blocks on {_shape(tiny)}, where kernels take almost no time. Median [quartiles] of \
-n = {3 * result["rounds"]} interleaved rounds; a round is the fastest of 5 steps.
+A chain of {tiny["blocks"]} blocks on {_shape(tiny)}, where kernels take almost no time. Median [quartiles] of n = \
+{3 * result["rounds"]} interleaved rounds; a round is the fastest of 5 steps.
 
 {python_table(result).to_markdown()}
 """
