@@ -10,7 +10,7 @@ import pytest
 from bench import figures, folders, report, result, summary
 from bench.cases import SUBJECTS, Chain
 from bench.networks import Network
-from properties.bench.results import MACHINE, row, written
+from properties.support.results import MACHINE, row, written
 
 MIB = 2**20
 SLOPES = {

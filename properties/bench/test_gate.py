@@ -12,7 +12,7 @@ import torch
 from bench import gate, measure
 from bench.cases import Chain
 from memcnn import AdditiveCoupling
-from properties.bench.results import MACHINE, measured, row, written
+from properties.support.results import MACHINE, measured, row, written
 
 ROOT = Path(__file__).resolve().parents[2]
 BASELINE = ROOT / "bench" / "baselines" / "cpu.json"

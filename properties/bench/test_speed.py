@@ -15,7 +15,7 @@ from bench.speed.floor import UPDATE_BYTES, Work, work
 from memcnn.memory import step_flops
 from memcnn.models.resnet import MODELS, CifarResNet, basic_branch, resnet32
 from memcnn.training.execution import Execution
-from properties.training.capture import Stream, stand_in
+from properties.support.capture import Stream, stand_in
 
 BATCH = 2
 

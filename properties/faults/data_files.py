@@ -10,7 +10,7 @@ import reports
 from memcnn.data import files
 from memcnn.training import record
 from properties.faults.ground import Ground
-from properties.training.test_data import write_fake
+from properties.support.cifar_files import write_fake
 
 SOURCE = files.DATASETS["cifar10"]
 FILES = [name for name, _ in [*SOURCE.train_list, *SOURCE.test_list]]

@@ -17,7 +17,7 @@ import torch
 
 from memcnn.training import checkpoint
 from properties.faults.ground import NAME, Ground, small_disk
-from properties.training.runs import tiny
+from properties.support.runs import tiny
 
 FALLS_BACK = "Going on from the one before, checkpoint.previous.pt."
 

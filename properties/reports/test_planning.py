@@ -16,7 +16,7 @@ from memcnn.training.recipe import PUBLISHED, SMOKE, override
 from memcnn.training.record import load
 from memcnn.training.timing import Cost, cost_of_records, timed
 from memcnn.training.trainer import Job, Place
-from properties.training.runs import RECIPE, run, tiny_training
+from properties.support.runs import RECIPE, run, tiny_training
 
 CPU = torch.device("cpu")
 

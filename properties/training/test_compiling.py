@@ -15,9 +15,9 @@ from memcnn.training.compilation import compiled
 from memcnn.training.execution import Execution
 from memcnn.training.graph import captured
 from memcnn.training.step import Evaluation, TrainingStep
-from properties.training.capture import stand_in
-from properties.training.runs import DATA
-from properties.training.test_fast import COMPILED, CPU, GRAPH, PLAIN, SMALL
+from properties.support.capture import stand_in
+from properties.support.executions import COMPILED, CPU, GRAPH, PLAIN, SMALL
+from properties.support.runs import DATA
 
 PLAN = cifar.epoch_plan(0, 0, 40, pad=2, flip=True)
 PART = PLAN.part(0, 8)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from memcnn import data as loading
 from memcnn.data import files
-from properties.training.test_data import no_network, small_source  # noqa: F401
 
 FOLDER = "cifar-10-batches-py"
 

@@ -24,8 +24,8 @@ from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import load, run_name
 from memcnn.training.stopping import Stop
 from memcnn.training.trainer import BadArgument
-from properties.training.runs import NAME, RECIPE, checkpoint_of, curve_of, run, tiny, tiny_training, without
-from properties.training.test_fast import small_revnet
+from properties.support.executions import small_revnet
+from properties.support.runs import NAME, RECIPE, checkpoint_of, curve_of, run, tiny, tiny_training, without
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs PyTorch's gloo: install a build with it")
 RANKS = 2

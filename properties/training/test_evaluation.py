@@ -8,9 +8,9 @@ from memcnn import data as cifar
 from memcnn.training.execution import Execution
 from memcnn.training.recipe import override
 from memcnn.training.step import Evaluation, TrainingStep
-from properties.training.capture import stand_in
-from properties.training.runs import DATA, RECIPE
-from properties.training.test_fast import BF16, COMPILED, GRAPH, PLAIN, Reading, small_resnet, small_revnet
+from properties.support.capture import stand_in
+from properties.support.executions import BF16, COMPILED, GRAPH, PLAIN, Reading, small_resnet, small_revnet
+from properties.support.runs import DATA, RECIPE
 
 EXECUTIONS = [PLAIN, GRAPH, COMPILED, BF16, Execution(graph=True, compile=True)]
 

@@ -11,11 +11,10 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from memcnn import data as cifar
 from memcnn.kernels import NarrowConv2d
-from memcnn.models.resnet import MODELS, CifarResNet, basic_branch
+from memcnn.models.resnet import MODELS
 from memcnn.testing.tolerances import relative_error, tolerance
 from memcnn.training.execution import Execution
 from memcnn.training.options import add_execution_options, execution_of, explicit_execution
@@ -24,31 +23,16 @@ from memcnn.training.record import run_name
 from memcnn.training.step import TrainingStep
 from memcnn.training.stopping import Stop
 from properties.devices import needs_cuda, waiting_is_an_error
-from properties.training.capture import stand_in
-from properties.training.runs import DATA, NAME, RECIPE, checkpoint_of, curve_of, run, without
+from properties.support.capture import stand_in
+from properties.support.executions import BF16, COMPILED, CPU, GRAPH, PLAIN, SMALL, Reading, small_resnet, small_revnet
+from properties.support.runs import DATA, NAME, RECIPE, checkpoint_of, curve_of, run, without
 
 pytestmark = [
     pytest.mark.usefixtures("tiny_runs"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # the compiler
 ]
-CPU = torch.device("cpu")
-PLAIN, GRAPH, COMPILED, BF16 = Execution(), Execution(graph=True), Execution(compile=True), Execution(precision="bf16")
 FAST = [GRAPH, COMPILED, BF16]
 STEPS = 5
-SMALL = override(RECIPE, learning_rate=0.02, milestones=(2, 4))
-
-
-def small_revnet(num_classes: int = 10, *, disable: bool = False) -> CifarResNet:
-    """Three reversible units and one that strides.
-
-    Not narrower: with fewer than 8 channels oneDNN's strided 1x1 convolution of channels_last images writes out of its
-    bounds (https://github.com/uxlfoundation/oneDNN/issues/6035).
-    """
-    return CifarResNet(basic_branch, (2, 2), (8, 8, 16), num_classes, reversible=True, disable=disable)
-
-
-def small_resnet(num_classes: int = 10, *, disable: bool = False) -> CifarResNet:
-    return CifarResNet(basic_branch, (2, 2), (8, 8, 16), num_classes)
 
 
 @pytest.fixture
@@ -132,21 +116,6 @@ def test_a_loss_that_is_no_number_is_noted_with_the_first_iteration_that_had_it(
             step(plan.part(8 * i, 8 * i + 8), 0.1)
         iteration, loss = step.bad.tolist()
         assert iteration == 8 and loss != loss
-
-
-class Reading(TorchDispatchMode):
-    """Notes the operations for whose result Python must wait."""
-
-    WAITING = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "allclose", "unique")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__ in self.WAITING:
-            self.found.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("make", [small_revnet, small_resnet])

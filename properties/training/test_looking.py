@@ -14,9 +14,8 @@ from memcnn.models.resnet import revnet38
 from memcnn.training import files, record
 from memcnn.training.listing import list_runs
 from memcnn.training.recipe import SMOKE, Recipe, override
-from properties.training.runs import DATA, NAME, run
-from properties.training.test_command_line import tiny_command
-from properties.training.test_record import FAILED, FULL, PARTIAL, STARTED, changed
+from properties.support.records import FAILED, FULL, PARTIAL, STARTED, changed
+from properties.support.runs import DATA, NAME, run, tiny_command
 
 HOST = socket.gethostname()
 

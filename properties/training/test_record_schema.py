@@ -13,7 +13,7 @@ from memcnn.training import record
 from memcnn.training.recipe import Recipe
 from memcnn.training.record import RunRecord, Segment
 from memcnn.training.record_rules import STATUSES
-from properties.training.test_record import FULL, GENERATED, INCONSISTENT, KINDS, PURE, changed
+from properties.support.records import FULL, GENERATED, INCONSISTENT, KINDS, PURE, changed
 
 SCHEMA = json.loads((Path(record.__file__).parent / "record.schema.json").read_text("utf-8"))
 BETWEEN_FIELDS = {"iterations", "test_iteration", "reason"}

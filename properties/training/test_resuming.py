@@ -19,7 +19,7 @@ from memcnn.training.recipe import override
 from memcnn.training.record import RunRecord, load
 from memcnn.training.state import MixedExecution
 from memcnn.training.stopping import Stop
-from properties.training.runs import DATA, NAME, RECIPE, Slow, checkpoint_of, curve_of, run, scalars, tiny, without
+from properties.support.runs import DATA, NAME, RECIPE, Slow, checkpoint_of, curve_of, run, scalars, tiny, without
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
 

@@ -14,8 +14,8 @@ from memcnn.models.resnet import MODELS
 from memcnn.training.loop import COLUMNS, Run
 from memcnn.training.recipe import override
 from memcnn.training.record import RunRecord, load
-from properties.training.runs import DATA, NAME, RECIPE, checkpoint_of, curve_of, run, tiny, without
-from properties.training.test_augmentation import one_image
+from properties.support.cifar_files import one_image
+from properties.support.runs import DATA, NAME, RECIPE, checkpoint_of, curve_of, run, tiny, without
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
 

@@ -14,6 +14,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import nn
 
 from memcnn import data as cifar_data
+from memcnn import train as command_line
 from memcnn.data import images
 from memcnn.models.resnet import MODELS
 from memcnn.training.execution import Execution
@@ -59,6 +60,12 @@ class Slow(nn.Module):
 def run(runs: Path, *, execution: Execution = PLAIN, budget_seconds: float | None = None, **options) -> RunRecord:
     """The tiny run; ``options`` are fields of a `Job` and a `Place`."""
     return train(job_of(**options), execution, place_of(runs, **options), budget_seconds=budget_seconds)
+
+
+def tiny_command(runs, *more: str) -> int:
+    """Run ``memcnn.train`` on the tiny network with further arguments; return the exit status."""
+    words = "resnet32 cifar10 --recipe smoke --data generated --batch-size 8 --test-images 20".split()
+    return command_line.main([*words, "--runs", str(runs), *more])
 
 
 def job_of(**options) -> Job:
