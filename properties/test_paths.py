@@ -44,9 +44,7 @@ def test_every_path_and_module_that_a_text_names_exists(path):
 
 
 def test_a_missing_path_module_or_link_is_found():
-    wrong = "bench/nothing.py", "memcnn.nothing"
-    text = f"See `{wrong[0]}`, `bench/cases.py`, memcnn/engine/*.py, reports/bench/<device>/speed.csv and reports/out/page. "
-    text += (
-        f"Run `python -m {wrong[1]}` or python -m bench.speed. [Here](nothing.md), [there](test_paths.py), `x[1](y)`."
-    )
+    wrong = "/".join(["bench", "nothing.py"]), "memcnn.nothing"
+    there = "`bench/cases.py`, memcnn/engine/*.py, reports/bench/<device>/speed.csv, reports/out/page"
+    text = f"{there}, `{wrong[0]}`. `python -m {wrong[1]}`, python -m bench.speed. [Here](nothing.md), `x[1](y)`."
     assert missing(text, ROOT / "properties") == [*wrong, "nothing.md"]
