@@ -141,7 +141,7 @@ def saved(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def on_gpu(values: pd.DataFrame, measurements: Path, records: Path) -> str:
-    """Return the published activations beside those measured on GPUs, as Markdown, with a dash for missing measurements.
+    """Return published activations beside those measured on GPUs, as Markdown; a dash stands for no measurement.
 
     Args:
         values: the published numbers, one row for each network.
@@ -209,8 +209,8 @@ Why they differ:
 {saved}
 
 *Held after forward* is the published quantity. *Peak of step* is the highest total during forward and backward, without
-model, gradients and batch. In a RevNet it lies in the backward pass, which recomputes the activations of one branch at a
-time; the published number leaves it out. *Whole step on CUDA* is the total with parameters, gradients, momentum and
+model, gradients and batch. In a RevNet it lies in the backward pass, which recomputes the activations of one branch at
+a time; the published number leaves it out. *Whole step on CUDA* is the total with parameters, gradients, momentum and
 batch, in 512-byte blocks; `python -m bench.memory --help` lists the bytes that no prediction counts. *Stored* is the
 same network under ordinary autograd (`disable=True`).
 
@@ -221,6 +221,6 @@ same network under ordinary autograd (`disable=True`).
 MiB at batch 100 with the engine on, as counted by CUDA's allocator, with the kernels' workspaces. *Held*: the bytes
 after the forward pass, without the model but with the batch, like the published number. They come from
 reports/bench/*/memory.csv, which `python -m bench.measured_memory` writes. *Peak*: the highest total during forward and
-backward, without model, gradients and batch. It comes from the same files and from the records of runs on a GPU. In bf16 weights, residual stream and
-BatchNorm statistics stay float32. A dash is a number that nobody measured.
+backward, without model, gradients and batch. It comes from the same files and from the records of runs on a GPU. In
+bf16 weights, residual stream and BatchNorm statistics stay float32. A dash is a number that nobody measured.
 """

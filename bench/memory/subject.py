@@ -139,7 +139,7 @@ def largest_depth(subject: Subject, budget_bytes: int, *, disable: bool, limit: 
         limit: the largest number of units a stage to try.
 
     Returns:
-        The result of ``memcnn.memory.largest_that_fits``, and ``layers``, the number of layers that one more unit a stage adds.
+        The result of ``memcnn.memory.largest_that_fits``, and ``layers``, the layers that one more unit a stage adds.
     """
     make, units = DEPTHS[subject.name], len(subject.make_model().stages[0])
 

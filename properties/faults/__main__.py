@@ -56,11 +56,11 @@ def page(outcomes: list[Outcome], seed: int) -> str:
     lines = [
         "# Faults, and the training that they cost",
         f"Made by `python -m properties.faults`, seed {seed}, on {date.today()}. {names}; {processor}.",
-        f"In each try, `python -m memcnn.train` trains a small reversible network on generated images for {ITERATIONS} "
-        f"iterations in its own process, with a checkpoint after every {INTERVAL} iterations. A run survives a fault if "
-        "the same command resumes it, repeats no more than one interval, ends with the same bits as an undisturbed run "
-        "(weights, momentum, curve, record, TensorBoard), and leaves no other file. If the run must not start, it "
-        "survives if the command refuses it, names the cause and changes nothing.",
+        "In each try, `python -m memcnn.train` trains a small reversible network on generated images for "
+        f"{ITERATIONS} iterations in its own process, with a checkpoint after every {INTERVAL} iterations. A run "
+        "survives a fault if the same command resumes it, repeats no more than one interval, ends with the same bits "
+        "as an undisturbed run (weights, momentum, curve, record, TensorBoard), and leaves no other file. If the run "
+        "must not start, it survives if the command refuses it, names the cause and changes nothing.",
         "| fault | tries | survived | lost | what happens |\n| --- | ---: | ---: | ---: | --- |\n"
         + "\n".join(
             f"| {one.fault} | {one.tries} | {one.survived} | {one.lost} | {escape_markdown(clean(one.text))} |"

@@ -1,4 +1,4 @@
-"""Where faults are tried: tiny runs in processes of their own, and what an undisturbed one of them ends with."""
+"""The ground for fault tests: tiny runs in their own processes, and the final state of an undisturbed run."""
 
 import json
 import os

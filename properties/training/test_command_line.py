@@ -1,4 +1,4 @@
-"""The command line: what it hands to training, what it says, and its exit statuses."""
+"""Tests of the command line: the arguments that it passes to training, its messages, and its exit statuses."""
 
 import argparse
 import re

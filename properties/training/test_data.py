@@ -1,4 +1,4 @@
-"""Loading: what is official, what is missing, and what is made up."""
+"""Tests of loading: official, missing and generated data."""
 
 import time
 

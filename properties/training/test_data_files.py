@@ -1,4 +1,4 @@
-"""CIFAR's files, whoever wrote them: nothing in them is run, and what is no batch, or not official, is named."""
+"""CIFAR files from any source: no code in them runs, and files that are no batch or not official are named."""
 
 import codecs
 import os

@@ -33,7 +33,7 @@ TWO = f"{NAME}-p{RANKS}"  # the folder of the tiny run of two processes
 
 
 class Shares(nn.Module):
-    """In training, each rank's share of a batch on its own; running statistics are those of the first rank."""
+    """In training, normalise each rank's share of a batch separately; keep the running statistics of rank 0."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

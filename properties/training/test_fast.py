@@ -1,4 +1,4 @@
-"""However steps are executed, they compute what the plain step computes, and a resumed run ends with the same bits."""
+"""Every execution of a step computes the results of the plain step, and a resumed run ends with the same bits."""
 
 import argparse
 import functools
@@ -37,7 +37,7 @@ STEPS = 5
 
 @pytest.fixture
 def executable(monkeypatch):
-    """Every execution can be had on this machine: CUDA graphs by a stand-in, and a compiler that takes no minutes."""
+    """Allow every execution on this machine, with a stand-in for CUDA graphs and a fast compiler backend."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the stand-ins are for a CPU
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -47,7 +47,7 @@ def executable(monkeypatch):
 
 
 def train_steps(make, execution: Execution, *, device: torch.device = CPU, steps: int = STEPS):
-    """The losses of some steps, (steps,), and all that they leave."""
+    """Return the losses of some steps, shape (steps,), and the ``TrainingStep`` afterwards."""
     data = DATA.to(device)
     torch.manual_seed(0)
     model = make().to(device, memory_format=torch.channels_last)
@@ -67,7 +67,7 @@ def assert_like_plain(make, execution: Execution, limit: float, device: torch.de
     losses, step = train_steps(make, execution, device=device)
     plain_losses, plain = train_steps(make, PLAIN, device=device)
     assert relative_error(losses, plain_losses) <= limit
-    assert losses.unique().numel() == STEPS, "a step that moves nothing is like any other"
+    assert losses.unique().numel() == STEPS, "the weights must change, or every execution looks right"
     for got, wanted in zip(step.model.state_dict().items(), plain.model.state_dict().items(), strict=True):
         assert relative_error(got[1], wanted[1]) <= limit, got[0]
     assert step.iteration == plain.iteration == STEPS
@@ -106,7 +106,7 @@ def test_under_bf16_a_revnets_gradients_are_those_of_its_twin(executable):
     assert relative_error(*gradients) <= 4 * torch.finfo(torch.bfloat16).eps
 
 
-def test_a_loss_that_is_no_number_is_noted_with_the_first_iteration_that_had_it(executable):
+def test_the_first_iteration_with_a_nan_loss_is_recorded(executable):
     for execution in (PLAIN, GRAPH):
         _, step = train_steps(small_resnet, execution, steps=2)
         step.load_state_dict(step.state_dict(), iteration=7)
@@ -322,7 +322,7 @@ def test_on_cuda_steps_are_like_the_plain_ones_and_wait_for_nothing(make, execut
 
 
 def test_waiting_is_an_error_only_where_it_is_asked_for(monkeypatch):
-    """With a stand-in that warns as PyTorch does, once the mode is set."""
+    """A stand-in warns like PyTorch once the mode is set."""
     mode = 1
 
     def set_mode(value: int | str) -> None:

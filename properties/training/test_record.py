@@ -1,4 +1,4 @@
-"""The run record: it comes back as it was written, and a bad one is refused by file and reason, whatever it holds."""
+"""The run record: it is read as it was written, and a bad record is refused with its file and the reason."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""What a run refuses: bad arguments, and a folder that holds, or is held by, another run."""
+"""A run refuses bad arguments, and a folder that holds another run or is locked by one."""
 
 import fcntl
 import os

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("tiny_runs")
 
 
 class Killed(BaseException):
-    """In place of a kill: nothing is saved after it."""
+    """Stand in for a kill: nothing is saved after it."""
 
 
 def run_in_parts(runs, parts: list[tuple[int, str]], checkpoint_seconds: float) -> RunRecord:

@@ -1,4 +1,4 @@
-"""What a run leaves can be used: its checkpoint evaluated, its weights loaded, and by name nothing else reached."""
+"""The files of a run are usable: its checkpoint can be evaluated and its weights loaded; other names are refused."""
 
 import json
 from dataclasses import replace
