@@ -1,12 +1,11 @@
-"""Compare two commits: time in alternation, memory and evaluations of F and G exactly.
+"""Compare two commits: time in alternating rounds, memory and evaluations of F and G exactly.
 
     python -m bench.compare HEAD~3 HEAD
-    python -m bench.compare main .                     "." is the tree as it is, uncommitted changes included
+    python -m bench.compare main .                     "." is the working tree, with its uncommitted changes
     python -m bench.compare v1 v2 -k tiny --rounds 30  cases whose names contain "tiny"
 
-Each side runs the ``memcnn`` of its commit, with the cases and meters of this tree, in a process of its own. Every
-round times both, and the one that goes first alternates. The table goes to standard output. Exit status: 0, or 1 if a
-side failed.
+Each side is a process that runs the ``memcnn`` of its commit with the cases and meters of this tree. Every round times
+both sides, in alternating order. The command prints the table. Exit status: 0, or 1 if a side failed.
 """
 
 import argparse
@@ -25,14 +24,14 @@ from bench import measure
 from bench.cases import Chain
 from bench.networks import Network
 from bench.result import spread
-from bench.worker import Failed, Worker
+from bench.worker import Failed, Interpreter, Worker
 
 ROOT = Path(__file__).resolve().parents[1]
-METERS = Path("memcnn") / "memory"  # it needs nothing but torch; older commits have no such meters, or other ones
+METERS = Path("memcnn") / "memory"  # it needs only torch; older commits have other meters or none
 
 
 def cases() -> list:
-    """Return the cases that are compared."""
+    """Return the cases to compare."""
     return [
         *(Chain("chain", subject, 8, 4) for subject in ("plain", "keep-every-2", "wrapped", "reversible")),
         *(Chain("tiny", subject, 32, 2, 4, 4) for subject in ("plain", "wrapped", "reversible")),
@@ -41,10 +40,10 @@ def cases() -> list:
 
 
 def unpack(commit: str, folder: Path) -> str:
-    """Put ``memcnn`` of a commit, and ``bench`` and the meters of this tree, into a folder.
+    """Put ``memcnn`` of a commit into a folder, with ``bench`` and the meters of this tree.
 
     Args:
-        commit: any name that git knows, or "." for the tree as it is.
+        commit: any name that git resolves to a commit, or "." for the working tree.
         folder: an empty folder.
 
     Returns:
@@ -73,21 +72,21 @@ def _git(*arguments: str) -> bytes:
 
 
 def start(name: str, folder: Path, threads: int | None) -> Worker:
-    """Start a process that measures with the packages of a folder; ``Side`` answers."""
+    """Start a process that measures with the packages of a folder; ``Side`` answers its questions."""
     environment = {"KINETO_LOG_LEVEL": "99", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    return Worker(name, "bench.compare:Side", root=folder, environment=environment)
+    return Worker(name, "bench.compare:Side", interpreter=Interpreter(folder, environment=environment))
 
 
 class Side:
-    """What a process measures; its methods answer the questions of ``bench.worker``."""
+    """One side of the comparison, in its own process. Its methods answer the questions of ``bench.worker``."""
 
     def __init__(self) -> None:
         self.cases = {str(case): case for case in cases()}
 
     def exact(self, case: str, device: str) -> dict:
         """Measure the memory of a step, and count the evaluations of F and G."""
-        of, on = self.cases[case], torch.device(device)
-        return measure.memory(of, on) | measure.evaluations(of, on)
+        chosen, on = self.cases[case], torch.device(device)
+        return measure.memory(chosen, on) | measure.evaluations(chosen, on)
 
     def seconds(self, case: str, device: str) -> dict:
         """Return the median time of a step."""
@@ -107,7 +106,7 @@ def _seconds(case, device: torch.device) -> dict:
 
 
 def compared(sides: list[Worker], case: str, rounds: int, device: str) -> dict:
-    """Return a row of the table."""
+    """Measure one case on both sides, and return a row of the table."""
     try:
         exact = [side.ask("exact", case=case, device=device) for side in sides]
         seconds: list[list[float]] = [[], []]
@@ -137,15 +136,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("commits", metavar="COMMIT", nargs=2, help="any name that git knows; . is the tree as it is")
-    parser.add_argument("-k", metavar="TEXT", default="", help="only cases whose names contain it")
-    parser.add_argument("--rounds", type=int, default=15, help="(%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: as OMP_NUM_THREADS says)")
+    parser.add_argument("commits", metavar="COMMIT", nargs=2, help="any name of a commit; . is the working tree")
+    parser.add_argument("-k", metavar="TEXT", default="", help="only cases whose names contain TEXT")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds that time both sides (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--threads", type=int, help="PyTorch's CPU threads (default: OMP_NUM_THREADS)")
     options = parser.parse_args()
     chosen = [str(case) for case in cases() if options.k in str(case)]
     if not chosen or options.rounds < 1:
-        parser.error("nothing to do: -k leaves no case, or --rounds is below 1")
+        parser.error("nothing to measure: -k must match a case, and --rounds must be 1 or more")
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary) / name for name in "AB"]
         for folder in folders:

@@ -1,13 +1,19 @@
-"""Everything there is to measure on a GPU, in one command, into one folder that can be committed as it is.
+"""Run all GPU measurements with one command, and write them to one folder that is ready to commit.
 
     python -m bench.gpu_day                               into reports/bench/<device>
-    python -m bench.gpu_day --budget 13m                  on a GPU that is lent for a quarter of an hour
+    python -m bench.gpu_day --budget 13m                  within 13 minutes
     python -m bench.gpu_day --stages tests,memory         only some of it
 
-Stages: the tests that touch a GPU; the time of a training step of each network in the fastest execution, deterministic
-and not, alone and four runs together; the memory of a step; the benchmark suites. Each has a time limit, a stage that
-fails or runs over its limit does not keep the others from running, and each one's results are on the disk as soon as
-they are measured. Exit status: 0 if all stages succeeded, 1 if one did not, 2 for misuse.
+The stages are:
+
+* tests: the tests that use a GPU;
+* speed: the time of a training step of each network in the fastest execution and the fastest deterministic one, alone
+  and with four runs together;
+* memory: the memory of a training step;
+* suites: the benchmark suites.
+
+Each stage has a time limit. If a stage fails or exceeds its limit, the next one starts all the same. Results are on the
+disk as soon as they are measured. Exit status: 0 if all stages succeeded, 1 if one did not, 2 for misuse.
 """
 
 import argparse
@@ -28,12 +34,21 @@ from memcnn.training.options import duration
 ROOT = Path(__file__).resolve().parents[1]
 SUMMARY = "gpu-day.md"
 TESTS = "cuda-tests.txt"
-LAST_LINES = 40  # of the tests' output: failures and their count
+LAST_LINES = 40
+"""Number of lines of the tests' output to keep: they name the failures and their count."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command of this repository, and the seconds after which it is ended."""
+    """A command of this repository.
+
+    Attributes:
+        kind: one of ``KINDS``, the names that --stages takes.
+        name: the stage's name in the summary.
+        module: the module that ``python -m`` runs.
+        arguments: the module's arguments.
+        limit_seconds: the time after which the stage is ended.
+    """
 
     kind: str
     name: str
@@ -52,10 +67,10 @@ KINDS = ("tests", "speed", "memory", "suites")
 
 
 def stages(folder: Path, device: str, group: int) -> list[Stage]:
-    """Return all stages, in the order in which they run.
+    """Return all stages in the order in which they run.
 
     Args:
-        folder: where the results go.
+        folder: the folder of the results.
         device: "cuda" or "cuda:1".
         group: number of runs whose steps are interleaved.
     """
@@ -72,12 +87,12 @@ def stages(folder: Path, device: str, group: int) -> list[Stage]:
 
 
 def run(stage: Stage, limit_seconds: float, log: Path | None) -> str:
-    """Run a stage, show its output, and return what became of it: "done", "failed (status 1)" or "over its limit".
+    """Run a stage and print its output. Return its outcome: "done", "failed (status 1)" or "over its limit".
 
     Args:
-        stage: what runs; its processes are ended when the time is over.
-        limit_seconds: the time that it may take.
-        log: file for the end of its output; None for none.
+        stage: the stage; its processes are killed at the time limit.
+        limit_seconds: the time limit.
+        log: file that receives the last lines of the output; None to write no file.
     """
     command = [sys.executable, "-m", stage.module, *stage.arguments]
     lines: list[str] = []
@@ -102,7 +117,7 @@ def run(stage: Stage, limit_seconds: float, log: Path | None) -> str:
 
 
 def summary(environment: dict, rows: list[tuple[Stage, float, str]]) -> str:
-    """Return the list of stages as Markdown, with where and with what they ran."""
+    """Return device, software and the list of stages as Markdown."""
     device, software = environment["device"], environment["software"]
     changes = "" if environment["clean"] in (True, None) else " with local changes"
     lines = [
@@ -119,13 +134,20 @@ def summary(environment: dict, rows: list[tuple[Stage, float, str]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages, write and print the summary; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="bench.gpu_day", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--budget", type=duration, metavar="TIME", help="be done before so much time is over: 13m")
-    add("--group", type=int, default=4, metavar="N", help="runs whose steps are interleaved (default: %(default)s)")
-    add("--stages", default=",".join(KINDS), metavar="A,B,...", help="of %(default)s")
+    add("--budget", type=duration, metavar="TIME", help="finish within this time, such as 13m")
+    add(
+        "--group",
+        type=int,
+        default=4,
+        metavar="N",
+        help="runs whose steps are interleaved (default: %(default)s)",
+    )
+    add("--stages", default=",".join(KINDS), metavar="A,B,...", help="some of %(default)s")
     folders.add_place_options(parser, "all results", device="cuda")
     given = parser.parse_args(arguments)
     started = time.monotonic()
@@ -134,7 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--stages: got {', '.join(unknown)}, wanted some of {', '.join(KINDS)}")
     device, folder = folders.place_of(parser, given)
     if device.type != "cuda":
-        parser.error(f"--device: got {given.device}, wanted a GPU; on a CPU: python -m bench, python -m bench.speed")
+        parser.error(
+            f"--device: got {given.device}, wanted a GPU; on a CPU run python -m bench or python -m bench.speed"
+        )
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     shown = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
@@ -147,9 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         left = float("inf") if given.budget is None else given.budget - (begun - started)
         print(f"== {stage.name}: {stage.shown}", flush=True)
         log = folder / TESTS if stage.kind == "tests" else None
-        status = run(stage, min(stage.limit_seconds, left), log) if left > 1 else "not begun: the budget is used up"
+        status = run(stage, min(stage.limit_seconds, left), log) if left > 1 else "not started: the budget is used up"
         rows.append((stage, time.monotonic() - begun, status))
-        write_by_rename(folder / SUMMARY, summary(environment, rows).encode())  # as far as it has come
+        write_by_rename(folder / SUMMARY, summary(environment, rows).encode())  # written after each stage
     print(summary(environment, rows))
     return int(any(status != "done" for _, _, status in rows))
 

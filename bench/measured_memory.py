@@ -1,10 +1,11 @@
-"""Measure the memory of a training step of the six networks on this device: memory.csv in reports/bench/<device>.
+"""Measure the memory of a training step of the six networks, and write it to reports/bench/<device>/memory.csv.
 
     python -m bench.measured_memory                                   all six, batch 100, float32 and bf16
-    python -m bench.measured_memory --networks resnet32 --batch 10    fewer, smaller
+    python -m bench.measured_memory --networks resnet32 --batch 10    one network, a smaller batch
 
-On a GPU the bytes are those of CUDA's allocator, after a step that warms up libraries and lets cuDNN choose; on a CPU
-those of all tensors. The table of results and reports/activations.md show what was measured at batch 100 on a GPU.
+On a GPU the bytes are those that CUDA's allocator gives out, after one step that loads libraries and lets cuDNN choose
+its algorithms. On a CPU they are those of all tensors. The table of results and reports/activations.md show the
+measurements at batch 100 on a GPU.
 """
 
 import argparse
@@ -29,19 +30,20 @@ from reports.tables import GPU_PRECISIONS, MEMORY_FILE
 
 
 def row(network: str, precision: str, *, engine: bool, batch: int, device: torch.device) -> dict:
-    """Measure one network, in bytes.
+    """Measure one network in bytes.
 
     Args:
         network: one of the six.
-        precision: "float32" or "bf16", which is under autocast.
-        engine: False runs the reversible units as plain autograd.
+        precision: "float32", or "bf16" for bfloat16 autocast.
+        engine: False runs the reversible units by plain autograd.
         batch: images of a step.
         device: where the step runs.
 
     Returns:
-        ``activation_bytes`` is the highest total during forward and backward beyond model, gradients and batch, as in
-        the record of a run; ``peak_bytes`` adds parameters, buffers and gradients. ``held_bytes`` is what is held when
-        the forward pass has ended, beyond the model and with the batch: the published quantity.
+        A row of memory.csv. ``activation_bytes`` is the highest total during forward and backward, without model,
+        gradients and batch, as in the record of a run. ``peak_bytes`` adds parameters, buffers and gradients.
+        ``held_bytes`` is the total after the forward pass, without the model but with the batch: the published
+        quantity.
     """
     execution = Execution(precision=precision)
     model = MODELS[network](disable=not engine).to(device, memory_format=torch.channels_last).train()
@@ -71,7 +73,7 @@ def _step_memory(model: nn.Module, inputs: tuple[Tensor, Tensor], loss_of: Calla
 def held_after_forward(
     make_batch: Callable[[], tuple[Tensor, Tensor]], loss_of: Callable[..., Tensor], device: torch.device
 ) -> int:
-    """Return the bytes of batch, output, loss and of what backward will need, once the loss is there."""
+    """Return the bytes held after the forward pass: batch, output, loss and the tensors saved for backward."""
     if device.type != "cuda":
         with TensorMeter() as meter:
             inputs = make_batch()
@@ -82,12 +84,12 @@ def held_after_forward(
         inputs = make_batch()
         loss = loss_of(*inputs)
         held_bytes = torch.cuda.memory_allocated(device) - before
-    del loss, inputs  # until here they hold what was counted
+    del loss, inputs  # they keep the counted tensors alive until here
     return held_bytes
 
 
 def measure(networks: Sequence[str], *, batch: int, device: torch.device) -> pd.DataFrame:
-    """Measure each network in both precisions, RevNets with the engine on and off; a row each."""
+    """Return a row for each network and precision, and for RevNets also with the engine on and off."""
     found = folders.environment(device, "none")
     where = {
         "device_type": device.type, "device": found["device"]["name"],
@@ -103,12 +105,12 @@ def measure(networks: Sequence[str], *, batch: int, device: torch.device) -> pd.
                 rows.append({**row(network, precision, engine=engine, batch=batch, device=device), **where})
                 gc.collect()
                 if device.type == "cuda":
-                    torch.cuda.empty_cache()  # what this one had reserved
+                    torch.cuda.empty_cache()  # release the memory reserved for this network
     return pd.DataFrame(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write memory.csv and print the table; return 0."""
+    """Write memory.csv, print the table and return 0."""
     parser = argparse.ArgumentParser(
         prog="bench.measured_memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

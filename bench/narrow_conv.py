@@ -1,11 +1,12 @@
-"""Microseconds of the weight gradients of narrow 3x3 convolutions: cuDNN's, and those of our kernel's plans.
+"""Time the weight gradients of narrow 3x3 convolutions: by cuDNN, and by every plan of our kernel.
 
     python -m bench.narrow_conv                                   the shapes of all six networks, batch 100
-    python -m bench.narrow_conv --networks resnet32 --benchmark   cuDNN free to choose its algorithm
+    python -m bench.narrow_conv --networks resnet32 --benchmark   cuDNN chooses its algorithm by timing
 
-For each shape it prints which networks have it and how often, what every plan takes, which is chosen, and the errors of
-cuDNN and of the chosen plan against float64. Then, for each network, it prints what the chosen plans save in a step. It
-needs a CUDA device and Triton. The first run compiles some ten kernels, which takes longer than timing them.
+The first table has a row for each shape: the time of cuDNN and of every plan, the chosen plan, and the errors of cuDNN
+and of the chosen plan against float64. The second table shows how much time the chosen plans save in a step of each
+network. The command needs a CUDA device and Triton. The first run compiles about ten kernels, which takes longer than
+timing them.
 """
 
 import argparse
@@ -27,7 +28,7 @@ Shape = tuple[int, int, int, int, int]  # N, C_in, C_out, H, W
 
 
 def shapes(network: str, *, batch: int) -> Counter[Shape]:
-    """Count the layers of each shape that ``use_narrow_convolutions`` changes, without computing anything.
+    """Count by shape the layers that ``use_narrow_convolutions`` changes, without computing anything.
 
     Args:
         network: a name in ``MODELS``.
@@ -35,27 +36,27 @@ def shapes(network: str, *, batch: int) -> Counter[Shape]:
     """
     found: Counter[Shape] = Counter()
 
-    def note(module: nn.Module, inputs: tuple[Tensor]) -> None:
+    def record(module: nn.Module, inputs: tuple[Tensor]) -> None:
         n, in_channels, height, width = inputs[0].shape
         found[n, in_channels, module.out_channels, height, width] += 1
 
     with torch.device("meta"), torch.no_grad():
         model = MODELS[network](disable=True)
         for name in kernels.use_narrow_convolutions(model):
-            model.get_submodule(name).register_forward_pre_hook(note)
+            model.get_submodule(name).register_forward_pre_hook(record)
         model(torch.empty(batch, 3, 32, 32))
     return found
 
 
 def relative_error(result: Tensor, output_gradient: Tensor, x: Tensor) -> float:
-    """Return the norm of the error of a weight gradient, as a share of the norm of the gradient in float64."""
+    """Return the norm of a weight gradient's error, divided by the norm of the gradient in float64."""
     weight = torch.zeros(result.shape, dtype=torch.float64, device=x.device, requires_grad=True)
     (exact,) = torch.autograd.grad(F.conv2d(x.double(), weight, padding=1), weight, output_gradient.double())
     return ((result - exact).norm() / exact.norm()).item()
 
 
 def row(shape: Shape, choices: kernels.Choices, device: torch.device, dtype: torch.dtype) -> dict:
-    """Measure one shape. Return a row of the table."""
+    """Measure one shape, and return a row of the first table."""
     n, in_channels, out_channels, height, width = shape
     x, gradient = (
         torch.randn(n, c, height, width, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
@@ -84,7 +85,7 @@ def row(shape: Shape, choices: kernels.Choices, device: torch.device, dtype: tor
 
 
 def savings(table: Sequence[dict], layers: dict[str, Counter[Shape]]) -> pd.DataFrame:
-    """Return, for each network, the milliseconds of its narrow weight gradients: by cuDNN, and as chosen."""
+    """Return for each network the milliseconds of its narrow weight gradients: by cuDNN, and by the chosen plans."""
     by_shape = {line["shape"]: line for line in table}
     rows = []
     for network, counts in layers.items():
@@ -104,14 +105,14 @@ def savings(table: Sequence[dict], layers: dict[str, Counter[Shape]]) -> pd.Data
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the tables. Return 0, or 2 where there is nothing to measure with."""
+    """Print the tables. Return 0, or 2 if there is no CUDA device or no Triton."""
     parser = argparse.ArgumentParser(
         prog="bench.narrow_conv", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--networks", default=",".join(MODELS), metavar="A,B,...", help="default: %(default)s")
+    parser.add_argument("--networks", default=",".join(MODELS), metavar="A,B,...", help="some of %(default)s")
     parser.add_argument("--batch", type=int, default=PUBLISHED.batch_size, help="images a step (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--benchmark", action="store_true", help="let cuDNN choose its algorithm by measurement")
+    parser.add_argument("--benchmark", action="store_true", help="let cuDNN choose its algorithm by timing")
     given = parser.parse_args(arguments)
     networks = given.networks.split(",")
     if unknown := sorted(set(networks) - set(MODELS)):
@@ -119,7 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.batch < 1:
         parser.error(f"--batch: got {given.batch}, wanted 1 or more")
     if not torch.cuda.is_available():
-        print("bench.narrow_conv measures GPU kernels and found no CUDA device: run it on one", file=sys.stderr)
+        print(
+            "bench.narrow_conv found no CUDA device, but measures GPU kernels: run it on a machine with a GPU",
+            file=sys.stderr,
+        )
         return 2
     try:
         import triton

@@ -1,7 +1,7 @@
-"""The cells of the table that fit into a budget of time on this device, and the order of their training.
+"""The cells of the table that fit into a time budget on this device, and the order in which they are trained.
 
-Within a budget the longest cell that can still finish is begun first. What is left of the time, when none can finish,
-goes to one cell that a later command resumes.
+The longest cell that can still finish starts first. When no cell can finish any more, the remaining time goes to one
+cell, which a later command resumes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,9 +16,9 @@ from memcnn.training.record import BadRecord
 from memcnn.training.timing import Cost, cost_of_records, timed
 
 MARGIN = 1.05
-"""The factor by which a run is expected to take longer than what was timed."""
+"""Factor by which a run is expected to take longer than the timing says."""
 LEAST_TRAINING_SECONDS = 5.0
-"""A cell that cannot finish is begun if it can be trained for at least so long after its start."""
+"""A cell that cannot finish is started only if it can train for at least this long."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Need:
 
     Attributes:
         cell: the cell.
-        done: iterations that were done before.
-        iterations: iterations of the recipe.
-        alone: the cost of the network alone on the device.
-        together: its cost beside the others that share the device.
-        alone_seconds: seconds until the cell is complete, alone.
-        together_seconds: seconds until it is complete, together.
+        done: iterations that are already done.
+        iterations: all iterations of the recipe.
+        alone: the cost of the network when it has the device to itself.
+        together: its cost when other cells share the device.
+        alone_seconds: seconds until the cell is complete if it has the device to itself.
+        together_seconds: seconds until the cell is complete if other cells share the device.
     """
 
     cell: Cell
@@ -45,13 +45,13 @@ class Need:
 
 
 class Needs:
-    """The time that cells need on a device. Each network is timed once, for the first of its cells.
+    """Computes the time that cells need on a device. Each network is timed once, for its first cell.
 
     Args:
-        settings: what the cells have in common.
+        settings: the settings that all cells share.
         device: the device that trains.
-        at_once: how many cells share it.
-        use_records: take the time from an equal run's record where there is one.
+        at_once: number of cells that share the device.
+        use_records: take the time from the record of an equal run if there is one.
     """
 
     def __init__(self, settings: Settings, device: torch.device, at_once: int, *, use_records: bool) -> None:
@@ -59,7 +59,7 @@ class Needs:
         self._costs: dict[str, tuple[Cost, Cost]] = {}
 
     def knows(self, cell: Cell) -> bool:
-        """Return True if ``of`` need not time the cell's network."""
+        """Return True if the cell's network has been timed already."""
         return cell.model in self._costs
 
     def of(self, cell: Cell) -> Need:
@@ -81,7 +81,7 @@ class Needs:
 
 
 def iterations_done(settings: Settings, cell: Cell) -> int:
-    """Return after how many iterations a cell would be resumed."""
+    """Return the iteration from which a cell would be resumed; 0 if it starts from the beginning."""
     try:
         record = settings.record_of(cell)
     except BadRecord:
@@ -91,7 +91,7 @@ def iterations_done(settings: Settings, cell: Cell) -> int:
 
 
 def choose(needs: Iterable[Need], left_seconds: float) -> tuple[Need, bool] | None:
-    """Return the cell to begin with so much time left, and whether it can finish; None where none is worth a start."""
+    """Return the cell to start in the remaining time, and whether it can finish; None if no start is worthwhile."""
     needs = list(needs)
     finishing = [need for need in needs if need.together_seconds <= left_seconds]
     if finishing:
@@ -101,23 +101,40 @@ def choose(needs: Iterable[Need], left_seconds: float) -> tuple[Need, bool] | No
 
 
 def within(needs: Iterable[Need], left_seconds: Callable[[], float], say: Callable[[str], None]) -> Iterator[Cell]:
-    """Yield the cells to begin, each when there is room for it, and say which are not begun, or cannot finish."""
+    """Yield the cells to start, each when there is room for it. Report the cells that cannot finish or start.
+
+    Args:
+        needs: the time that each cell needs.
+        left_seconds: returns the seconds that remain.
+        say: prints a line.
+    """
     waiting = list(needs)
     while waiting and (choice := choose(waiting, left_seconds())):
         need, finishes = choice
         waiting.remove(need)
         if not finishes:
-            say(f"{need.cell}  needs {minutes(need.together_seconds)}, has {minutes(left_seconds())}: begun, to be "
-                "resumed by a later command")  # fmt: skip
+            say(f"{need.cell}  needs {minutes(need.together_seconds)}, has {minutes(left_seconds())}: started; a "
+                "later command resumes it")  # fmt: skip
         yield need.cell
         if not finishes:
             break
     for need in waiting:
-        say(f"{need.cell}  needs {minutes(need.together_seconds)}, has {minutes(max(0.0, left_seconds()))}: not begun")
+        say(
+            f"{need.cell}  needs {minutes(need.together_seconds)}, has {minutes(max(0.0, left_seconds()))}: not started"
+        )
 
 
 def simulate(needs: Iterable[Need], budget_seconds: float | None, lanes: int) -> tuple[dict[Cell, str], float]:
-    """Return what becomes of each cell ("whole", "part" or "no"), and the seconds until the last of them has ended."""
+    """Simulate the training of cells within a budget.
+
+    Args:
+        needs: the time that each cell needs.
+        budget_seconds: the budget; None for no limit.
+        lanes: number of cells that train at the same time, on all devices.
+
+    Returns:
+        How much of each cell is trained ("whole", "part" or "no"), and the seconds until the last one ends.
+    """
     waiting, fate = list(needs), {}
     free_at = [0.0] * lanes
     while waiting:
@@ -140,10 +157,10 @@ def table(needs: list[Need], budget_seconds: float | None, at_once: int, lanes: 
     """Return the plan as text: a line for each cell, and the total.
 
     Args:
-        needs: what the missing cells need.
-        budget_seconds: the time that there is, None for any.
-        at_once: how many cells share a device.
-        lanes: how many cells are trained at a time, on all devices.
+        needs: the time that each missing cell needs.
+        budget_seconds: the budget; None for no limit.
+        at_once: number of cells that share a device.
+        lanes: number of cells that train at the same time, on all devices.
     """
     fate, end = simulate(needs, budget_seconds, lanes)
     together = [] if at_once == 1 else [f"ms/step, {at_once} together", f"min, {at_once} together"]
@@ -177,10 +194,10 @@ def _totals(
         lines.append(f"{count} of them fit into {minutes(budget_seconds)}, and take {minutes(end)}")
         if "part" in fate.values():
             part = next(cell for cell, what in fate.items() if what == "part")
-            lines[-1] += f", with the rest of the time for {' '.join(str(part).split())}, to be resumed later"
+            lines[-1] += f"; the rest of the time goes to {' '.join(str(part).split())}, which a later command resumes"
     return [f"{line}." for line in lines]
 
 
 def minutes(seconds: float) -> str:
-    """Return a time in minutes, as "4.1 min", or in seconds where it is short."""
+    """Return a time as text: "4.1 min", or "50 s" below two minutes."""
     return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.0f} s"

@@ -1,14 +1,14 @@
-"""Rebuild the published table of accuracy and time from records of training runs; --train first runs what is missing.
+"""Rebuild the published table of accuracy and time from the records of training runs; --train first runs missing cells.
 
-    python -m bench.reproduce_table                       render what there is
+    python -m bench.reproduce_table                       render the existing records
     python -m bench.reproduce_table --train --seeds 0-2   every model on both data sets with three seeds, then render
     python -m bench.reproduce_table --plan --budget 13m   how long each missing cell takes here, and which ones fit
-    python -m bench.reproduce_table --train --budget 13m  the longest cells that can finish, and the rest for one
+    python -m bench.reproduce_table --train --budget 13m  train the longest cells that can finish in time
     python -m bench.reproduce_table --train --devices 0,1 --jobs-per-device 3   six cells at a time on two GPUs
     python -m bench.reproduce_table --train --cluster local                     a Ray task for each cell
 
-Stopped by --budget or Ctrl-C, the same command goes on where it was. Exit status: 0 every wanted cell is complete
-(always without --train), 3 some are incomplete, 1 some failed, 2 misuse.
+After a stop by --budget or Ctrl-C, the same command continues where it stopped. Exit status: 0 if every wanted cell is
+complete (always without --train), 3 if some are incomplete, 1 if some failed, 2 for misuse.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from memcnn.training.environment import device_info
 from memcnn.training.recipe import RECIPES
 
 RESERVED_SECONDS = 10.0
-"""The part of the budget for start-up and rendering."""
+"""Part of the budget that is reserved for start-up and rendering."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do what the command line asks for; return the exit status."""
+    """Run the command line, and return the exit status."""
     started = time.monotonic()
     parser = build_parser(__doc__)
     given = parser.parse_args(arguments)
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             if error.name != "ray":
                 raise
-            parser.error("--cluster needs Ray: pip install ray; --devices needs nothing")
+            parser.error("--cluster needs Ray: pip install ray, or use --devices, which needs no further package")
         except ConnectionError as error:
             parser.error(f"--cluster {given.cluster}: {error}")
     report = reports.build(given.runs, given.records)
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def plan(given: argparse.Namespace, settings: Settings) -> str:
-    """Return what the missing cells need on this device, and which fit into the budget. Writes nothing."""
+    """Return how long each missing cell takes on this device, and which cells fit into the budget. Write no file."""
     device, at_once = first_device(given), given.jobs_per_device or 1
     settings = replace(settings, execution=settings.execution.on(device)[0])
     missing = [cell for cell in wanted_cells(given) if not (committed(given, cell) or is_complete(settings, cell))]

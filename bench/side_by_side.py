@@ -1,9 +1,8 @@
-"""The measurements of all devices in one page, with a group of columns for each device.
+"""Write one page with the measurements of all devices, in a group of columns for each device.
 
     python -m bench.side_by_side      reads reports/bench/*/, writes reports/bench/README.md and a page of it
 
-A device has columns for what was measured on it; a dash stands for a case that was not measured. The page, page.html,
-is rendered into reports/out/bench, which git ignores.
+A dash stands for a case that was not measured on a device. The HTML page goes to reports/out/bench, which git ignores.
 """
 
 import argparse
@@ -14,8 +13,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from bench import folders, result, speed_text, summary
+from bench import folders, result, summary
 from bench.result import spread
+from bench.speed import text as speed_text
 from memcnn.training.files import write_by_rename
 from memcnn.training.text import clean
 from reports import page
@@ -39,10 +39,10 @@ class Device:
 
 
 def load(folder: Path) -> Device | None:
-    """Read a device's folder; None when it holds no measurement.
+    """Read a device's folder; return None if it holds no measurement.
 
     Raises:
-        ValueError: when a file in it cannot be used.
+        ValueError: if a file in it cannot be used.
     """
     suites, speed, memory, origin = pd.DataFrame(), speed_text.read(folder), pd.DataFrame(), ""
     environment = folders.read_environment(folder)
@@ -82,10 +82,12 @@ CHAINS = (
 )
 NETWORKS = "Images a second, forward, backward and SGD; the batch is 8 on a CPU and 100 on a GPU."
 SPEED = (
-    "Batch 100, augmentation included; median. Executions as bench.speed names them; “of 4” is the time of "
-    "a step where the steps of 4 runs are interleaved on 4 streams."
+    "Batch 100, augmentation included; median. `python -m bench.speed` names the executions. “of 4” is the time of a "
+    "step when the steps of 4 runs are interleaved on 4 streams."
 )
-MEMORY = "Batch 100. Peak: the worst instant beyond model, gradients and batch. Held: when the forward pass has ended."
+MEMORY = (
+    "Batch 100. Peak: the highest total of a step, without model, gradients and batch. Held: after the forward pass."
+)
 
 
 def chains(device: Device) -> pd.DataFrame:
@@ -156,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bench.side_by_side", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, default=folders.MEASUREMENTS, help="the folder of the devices' folders")
+    parser.add_argument("--folder", type=Path, default=folders.MEASUREMENTS, help="holds a folder for each device")
     root = parser.parse_args(arguments).folder
     devices, status = [], 0
     for folder in sorted(path for path in root.glob("*") if path.is_dir()):

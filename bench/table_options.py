@@ -1,4 +1,4 @@
-"""The command line of ``bench.reproduce_table``: its options, and what they mean on this machine."""
+"""The command line of ``bench.reproduce_table``: its options, their checks, and the devices that they select."""
 
 import argparse
 import re
@@ -17,7 +17,7 @@ from memcnn.training.record import DATASETS
 from memcnn.training.trainer import pick_device
 
 MODELS = ("resnet32", "revnet38", "resnet110", "revnet110", "resnet164", "revnet164")
-"""The networks of a kind side by side, the quick ones first."""
+"""The networks in the order of training: quick ones first, and a RevNet after the ResNet of similar size."""
 
 
 def seed_list(text: str) -> list[int]:
@@ -54,7 +54,7 @@ def choice_list(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
-    """Return the parser of the command line; the paragraphs of its description follow the options."""
+    """Return the parser of the command line. Paragraphs of ``description`` after the first follow the options."""
     usage, status = description.split("\n\n", 1)
     parser = argparse.ArgumentParser(
         prog="bench.reproduce_table",
@@ -68,16 +68,22 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--runs", default="runs", **folder, help="training output (default: ./%(default)s)")
     add("--records", default=reports.RECORDS, **folder, help="committed records (default: reports/records)")
-    add("--out", default=out, **folder, help="where the tables go (default: reports/out)")
-    add("--train", action="store_true", help="first run the cells that are not complete")
-    add("--plan", action="store_true", help="print how long each missing cell takes on this device; writes nothing")
+    add("--out", default=out, **folder, help="folder of the tables (default: reports/out)")
+    add("--train", action="store_true", help="first train the cells that are not complete")
+    add("--plan", action="store_true", help="print how long each missing cell takes on this device; write no file")
     add = parser.add_argument_group("with --train and --plan").add_argument
-    add("--models", type=choice_list(MODELS), default=list(MODELS), **names, help=f"of {','.join(MODELS)}")
-    add("--datasets", type=choice_list(DATASETS), default=list(DATASETS), **names, help=f"of {','.join(DATASETS)}")
-    add("--seeds", type=seed_list, default=[0], metavar="LIST", help="0-4 or 0,1,2 (default: 0); a verdict needs three")
+    add("--models", type=choice_list(MODELS), default=list(MODELS), **names, help=f"some of {','.join(MODELS)}")
+    add("--datasets", type=choice_list(DATASETS), default=list(DATASETS), **names, help=f"some of {','.join(DATASETS)}")
+    add(
+        "--seeds",
+        type=seed_list,
+        default=[0],
+        metavar="LIST",
+        help="0-4 or 0,1,2 (default: 0); a verdict needs 3 seeds",
+    )
     add("--recipe", choices=RECIPES, default="published", help="set of hyper-parameters (default: %(default)s)")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
-    add("--devices", type=device_list, metavar="A,B,...", help="several at once: 0,1 or cpu; a process for each")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is a GPU, else cpu)")
+    add("--devices", type=device_list, metavar="A,B,...", help="several devices, each with its own process: 0,1 or cpu")
     add(
         "--jobs-per-device",
         type=count,
@@ -85,30 +91,41 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         help="cells that share a device: on a GPU they take turns in one "
         "process, on a CPU each has a process (default: 1)",
     )
-    add("--cluster", metavar="ADDRESS", help="of a Ray cluster, whose nodes share the folder RUNS, or: local")
-    add("--threads", type=count, metavar="N", help="CPU threads of a cell (default: PyTorch's choice; on a cluster 1)")
+    add(
+        "--cluster",
+        metavar="ADDRESS",
+        help="a Ray cluster whose nodes share the folder of --runs, or: local",
+    )
+    add(
+        "--threads",
+        type=count,
+        metavar="N",
+        help="CPU threads for each cell (default: as PyTorch; on a cluster 1)",
+    )
     add(
         "--budget",
         type=duration,
         metavar="TIME",
-        help="be done before so much time is over: 90s, 9m, 1h30m; begins "
-        "the longest cells that can finish, and gives the rest of the time to one that can be resumed",
+        help="finish within this time, such as 90s, 9m or 1h30m: start the "
+        "longest cells that can finish, and use the remaining time for one that a later command resumes",
     )
     data = "(default: $MEMCNN_DATA, else ./data; downloaded when missing)"
     add("--data", **folder, help=f'the CIFAR files, or the word "generated" for made-up images {data}')
-    add("--unofficial-data", action="store_true", help="train on files with wrong checksums too; the table says so")
+    add("--unofficial-data", action="store_true", help="also train on files with wrong checksums; the table marks them")
     add_allow_mixed(add)
     add_execution_options(parser)
     return parser
 
 
 def check_places(given: argparse.Namespace) -> None:
-    """Raise ValueError where the places exclude each other, do not exist, or are named twice."""
+    """Raise ValueError if the places exclude each other, do not exist, or are named twice."""
     places = [name for name in ("device", "devices", "cluster") if getattr(given, name)]
     if len(places) > 1:
         raise ValueError(f"got --{' and --'.join(places)}: wanted one of them")
     if given.plan and (given.train or given.cluster):
-        raise ValueError(f"got --plan and --{'train' if given.train else 'cluster'}: --plan only looks at this machine")
+        raise ValueError(
+            f"got --plan and --{'train' if given.train else 'cluster'}: --plan only times cells on this machine"
+        )
     option, names = ("devices", given.devices) if given.devices else ("device", [given.device])
     try:
         named = [str(_indexed(pick_device(name, World()))) for name in names if name]
@@ -131,10 +148,10 @@ def first_device(given: argparse.Namespace) -> torch.device:
 
 
 def chosen_execution(given: argparse.Namespace) -> Execution:
-    """Return the execution that the options ask for; on a GPU --fast is the default of --train and --plan.
+    """Return the execution that the options ask for. On a GPU, --fast is the default of --train and --plan.
 
     Raises:
-        ValueError: when the options contradict each other.
+        ValueError: if the options contradict each other.
     """
     if given.cluster or not (given.train or given.plan):
         return execution_of(given)

@@ -1,4 +1,4 @@
-"""The cells of the table that a command line asks for: which are missing, and their training."""
+"""The cells of the table that a command line asks for, and the training of the missing ones."""
 
 import argparse
 import sys
@@ -21,16 +21,16 @@ from memcnn.training.text import clean
 from reports import cells
 
 TIMING_SHARE = 0.25
-"""The share of the budget after which no further network is timed."""
+"""Share of the budget after which no further network is timed."""
 
 
 def wanted_cells(given: argparse.Namespace) -> list[Cell]:
-    """Return the cells: every cell's first seed before any second one, and CIFAR-10 before CIFAR-100."""
+    """Return the cells, ordered by seed, data set (CIFAR-10 first) and model."""
     return [Cell(model, dataset, seed) for seed, dataset, model in product(given.seeds, given.datasets, given.models)]
 
 
 def train_cells(given: argparse.Namespace, settings: Settings) -> int:
-    """Train every wanted cell that is not complete, and print a line for each; return the exit status."""
+    """Train every wanted cell that is not complete, print a line for each cell, and return the exit status."""
     wanted = wanted_cells(given)
     numbers = {cell: f"[{place:>{len(str(len(wanted)))}}/{len(wanted)}]" for place, cell in enumerate(wanted, 1)}
     complete, failures, stopped, left_out = 0, [], None, []
@@ -50,21 +50,21 @@ def train_cells(given: argparse.Namespace, settings: Settings) -> int:
     if not stopped and complete + len(failures) + len(left_out) < len(wanted):
         used_up = settings.deadline is not None and settings.remaining_seconds() <= 0
         stopped = "budget exhausted" if used_up else "interrupted"
-    said = [f"{complete} of {len(wanted)} cells complete"]
+    parts = [f"{complete} of {len(wanted)} cells complete"]
     if failures:
-        said.append(f"{len(failures)} failed")
+        parts.append(f"{len(failures)} failed")
     if left_out:
-        said.append(f"{len(left_out)} not begun for lack of time")
+        parts.append(f"{len(left_out)} not started for lack of time")
     if stopped:
-        said.append(f"stopped ({stopped}); the same command goes on from here")
-    _print(", ".join(said) + ".\n")
+        parts.append(f"stopped ({stopped}); the same command continues from here")
+    _print(", ".join(parts) + ".\n")
     if failures:
         return 1
     return 0 if complete == len(wanted) else 3
 
 
 def _print(text: str) -> None:
-    """Print a line above the bars of the runs that are under way."""
+    """Print a line above the progress bars."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
@@ -72,7 +72,7 @@ def _print(text: str) -> None:
 def _outcomes(
     wanted: list[Cell], settings: Settings, given: argparse.Namespace, left_out: list[Cell]
 ) -> Iterator[Outcome]:
-    """Yield each cell that is begun before a stop, with its record or its error; after an error the others go on.
+    """Yield each cell that starts before a stop, with its record or its exception. After an exception, continue.
 
     Cells that do not fit into the budget are added to ``left_out``.
     """
@@ -100,7 +100,7 @@ def _outcomes(
 def _fitting(
     missing: list[Cell], settings: Settings, given: argparse.Namespace, left_out: list[Cell]
 ) -> Iterator[Cell]:
-    """Yield the cells to train within the budget, each when there is room for it; first those that are complete."""
+    """Yield first the complete cells, then the cells to train within the budget, each when there is room for it."""
     pending = []
     for cell in missing:
         if is_complete(settings, cell):
@@ -118,7 +118,7 @@ def _fitting(
             found.append(needs.of(cell))
         else:
             left_out.append(cell)
-            _print(f"{cell}  not begun: a quarter of the budget is used up for timing other networks")
+            _print(f"{cell}  not started: a quarter of the budget is used up for timing other networks")
     for cell in planning.within(found, settings.remaining_seconds, _print):
         found = [need for need in found if need.cell != cell]
         yield cell
@@ -134,7 +134,7 @@ def is_complete(settings: Settings, cell: Cell) -> bool:
 
 
 def _in_turn(cells: Iterable[Cell], settings: Settings, device: str | None) -> Iterator[Outcome]:
-    """Train one cell after the other in this process; yield each and its outcome."""
+    """Train the cells in sequence in this process. Yield each cell with its outcome."""
     for cell in cells:
         remaining_seconds = settings.remaining_seconds()
         if remaining_seconds is not None and remaining_seconds <= 0:
@@ -152,7 +152,7 @@ def _in_turn(cells: Iterable[Cell], settings: Settings, device: str | None) -> I
 
 
 def committed(given: argparse.Namespace, cell: Cell) -> RunRecord | None:
-    """Return the cell's complete run among the committed records, if there is one on the data that are wanted."""
+    """Return the cell's complete run from the committed records, if there is one on the requested data."""
     try:
         kind = GENERATED if whereabouts(given.data) == GENERATED else "official"
         name = run_name(cell.model, cell.dataset, RECIPES[given.recipe], cell.seed, data=kind)
@@ -164,7 +164,7 @@ def committed(given: argparse.Namespace, cell: Cell) -> RunRecord | None:
 
 
 def _line_of(record: RunRecord) -> str:
-    """Return accuracy, time and state of a run, for its line."""
+    """Return accuracy, time and status of a run as text."""
     accuracy = cells.DASH if record.test_accuracy is None else f"{record.test_accuracy:.1f}"
     words = f"accuracy {accuracy:>5} %  {cells.duration(record.train_seconds):>5}  {record.status}{record.mark}"
     if record.status == "complete":

@@ -1,19 +1,20 @@
-"""Workers: processes that measure for a command and answer its questions. The only protocol between the two.
+"""Workers: processes that measure for a command. This is the only protocol between a command and its workers.
 
 A worker runs this file as a script. It imports an object and answers questions by calling the object's methods:
 
-    worker = Worker("upstream", "bench.audit.peer.worker:Worker", "upstream", root=ROOT, python=VENV_PYTHON)
+    interpreter = Interpreter(ROOT, python=VENV_PYTHON)
+    worker = Worker("upstream", "bench.audit.peer.worker:Contender", "upstream", interpreter=interpreter)
     worker.ask("step", repeat=3)       # {"seconds": [...]}, or Failed with the reason
     worker.end()
 
 A question is a line of JSON on the worker's standard input, ``{"question": name, "arguments": {...}}``. An answer is a
-line of JSON on its standard output, ``{"answer": {...}}`` or ``{"failed": reason}``; whatever else the worker prints
-goes to its standard error. A worker that fails to answer one question answers the next one. If it ends, or does not
-answer in time, ``Failed`` says so with the last lines of its standard error, and the other workers go on.
+line of JSON on its standard output, ``{"answer": {...}}`` or ``{"failed": reason}``. Everything else that the worker
+prints goes to its standard error. A worker that fails to answer one question can answer the next one. If a worker ends,
+or does not answer in time, ``Failed`` reports it with the last lines of its standard error. Other workers continue.
 
-Only the standard library is imported here: the environment of a worker may lack everything else. (``multiprocessing``
-and ``execnet`` do not serve: the first cannot start the Python of another environment without this project's packages,
-the second does not keep the standard error of a process that crashes.)
+This file imports only the standard library, because the environment of a worker may lack everything else. Neither
+``multiprocessing`` nor ``execnet`` fits: the first cannot start the Python of an environment without this project's
+packages, the second loses the standard error of a process that crashes.
 """
 
 from __future__ import annotations
@@ -29,54 +30,62 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 LIMIT_SECONDS = 600.0
-"""The time for an answer, unless the question has a limit of its own."""
+"""Time limit for an answer, unless the question sets another one."""
 END_SECONDS = 5.0
-"""The time that a worker has to end by itself."""
+"""Time in which a worker must end by itself before it is killed."""
 LAST_LINES = 5
-"""How many lines of a worker's standard error a message quotes."""
+"""Number of lines of a worker's standard error that a message quotes."""
 
 
 class Failed(RuntimeError):
-    """A worker did not answer a question; the message names the worker and the reason."""
+    """Raised if a worker does not answer a question; the message names the worker and the reason."""
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """The Python in which a worker runs.
+
+    Attributes:
+        root: the folder from which the worker's module is imported, and the worker's current folder.
+        python: the interpreter; the running one by default.
+        options: options of the interpreter, such as ``-I``.
+        keep_root: False removes ``root`` from the module search path after the worker's object was created.
+        environment: variables to add to this process's environment.
+    """
+
+    root: Path
+    python: str | Path = sys.executable
+    options: tuple[str, ...] = ()
+    keep_root: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class Worker:
-    """A worker process, as its command sees it.
+    """The command's end of a worker process.
 
     Args:
         name: the worker's name, for messages.
         target: the object that answers, as ``module:factory``; the factory is called with ``arguments``.
         arguments: the factory's arguments.
-        root: the folder from which ``module`` is imported.
-        python: the interpreter; the running one by default.
-        options: options of the interpreter, such as ``-I``.
-        keep_root: False removes ``root`` from the module search path once the object is there.
-        environment: variables to add to this process's environment.
-        limit_seconds: the time for an answer, unless the question has a limit of its own.
+        interpreter: the Python in which the worker runs.
+        limit_seconds: time limit for an answer, unless the question sets another one.
     """
 
     def __init__(
-        self,
-        name: str,
-        target: str,
-        *arguments: str,
-        root: Path,
-        python: str | Path = sys.executable,
-        options: Sequence[str] = (),
-        keep_root: bool = True,
-        environment: Mapping[str, str] | None = None,
-        limit_seconds: float = LIMIT_SECONDS,
+        self, name: str, target: str, *arguments: str, interpreter: Interpreter, limit_seconds: float = LIMIT_SECONDS
     ) -> None:
         self.name, self.limit_seconds = name, limit_seconds
-        command = [python, "-W", "ignore", *options, __file__, str(root), str(int(keep_root)), target, *arguments]
-        self._errors = tempfile.TemporaryFile()  # a pipe that nobody reads would fill up and stop the worker
+        root, keep_root = str(interpreter.root), str(int(interpreter.keep_root))
+        python = [interpreter.python, "-W", "ignore", *interpreter.options]
+        self._errors = tempfile.TemporaryFile()  # a pipe that nobody reads would fill up and block the worker
         self.process = subprocess.Popen(
-            command,
+            [*python, __file__, root, keep_root, target, *arguments],
             cwd=root,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, **interpreter.environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -92,16 +101,17 @@ class Worker:
 
         Args:
             question: the name of a method of the worker's object.
-            limit_seconds: the time for the answer; the worker's own limit by default.
-            **arguments: the method's arguments, all of them JSON.
+            limit_seconds: time limit for the answer; the worker's limit by default.
+            **arguments: the method's arguments; JSON must be able to represent them.
 
         Raises:
-            Failed: when the method raised an exception, the process ended, or the time is over; then it is killed.
+            Failed: if the method raised an exception, the process ended, or there was no answer in time. In the last
+                case the process is killed.
         """
         limit_seconds = self.limit_seconds if limit_seconds is None else limit_seconds
         try:
             print(json.dumps({"question": question, "arguments": arguments}), file=self.process.stdin, flush=True)
-        except (BrokenPipeError, ValueError):  # it has ended, or was killed
+        except (BrokenPipeError, ValueError):  # the process has ended or was killed
             pass
         try:
             line = self._lines.get(timeout=limit_seconds)
@@ -109,7 +119,7 @@ class Worker:
             self._kill()
             raise Failed(f"{self.name}: no answer to {question!r} within {limit_seconds:g} s{self._quoted()}") from None
         if not line:
-            self._lines.put("")  # so that the next question ends here, too
+            self._lines.put("")  # so that the next question fails here as well
             raise Failed(f"{self.name}: the process {self._how_ended()} at {question!r}{self._quoted()}")
         message = json.loads(line)
         if "failed" in message:
@@ -117,9 +127,9 @@ class Worker:
         return message["answer"]
 
     def end(self) -> None:
-        """Let the process end, and kill it if it does not."""
+        """Ask the process to end, and kill it if it does not."""
         try:
-            self.process.stdin.close()  # on which the worker ends
+            self.process.stdin.close()  # the worker ends when its input ends
         except BrokenPipeError:
             pass
         try:
@@ -127,12 +137,12 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._kill()
         self._reader.join(END_SECONDS)
-        if not self._reader.is_alive():  # else something that it started still holds its output
+        if not self._reader.is_alive():  # otherwise a child of the worker still holds its output
             self.process.stdout.close()
         self._errors.close()
 
     def _read(self) -> None:
-        """Hand on the lines of the process, and an empty one at its end."""
+        """Queue each line of the process, and an empty line when its output ends."""
         for line in self.process.stdout:
             self._lines.put(line)
         self._lines.put("")
@@ -148,7 +158,7 @@ class Worker:
         return f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
 
     def _quoted(self) -> str:
-        """Return the last lines of the process's standard error, for a message."""
+        """Return the last lines of the process's standard error for a message."""
         if self._errors.closed:
             return ""
         self._errors.seek(0)
@@ -157,7 +167,7 @@ class Worker:
 
 
 def kill_group(process: subprocess.Popen) -> None:
-    """Kill a process that leads a session of its own, with all that it started, and wait for its end."""
+    """Kill a process that leads its own session, and its child processes; wait for its end."""
     if hasattr(os, "killpg"):
         try:
             os.killpg(process.pid, signal.SIGKILL)
@@ -169,9 +179,9 @@ def kill_group(process: subprocess.Popen) -> None:
 
 
 def serve(target: str, arguments: Sequence[str], *, root: str, keep_root: bool) -> None:
-    """Answer the questions on standard input until it ends."""
+    """Answer the questions on standard input until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # other output must not look like an answer
+    os.dup2(2, 1)  # anything else that is printed must not look like an answer
     sys.path.insert(0, root)
     module, _, factory = target.partition(":")
     questions = getattr(importlib.import_module(module), factory)(*arguments)
@@ -189,5 +199,5 @@ def serve(target: str, arguments: Sequence[str], *, root: str, keep_root: bool) 
 
 if __name__ == "__main__":
     if not sys.flags.isolated:
-        sys.path.pop(0)  # the folder of this file, whose modules are no top-level modules
+        sys.path.pop(0)  # the folder of this file: its modules are not top-level modules
     serve(sys.argv[3], sys.argv[4:], root=sys.argv[1], keep_root=bool(int(sys.argv[2])))

@@ -1,4 +1,4 @@
-"""What all tests share: one thread, how hard hypothesis tries, header, summary, devices, the folder of images."""
+"""Setup of all tests: one thread, hypothesis profiles, header, summary, devices and the folder of images."""
 
 import os
 import platform

@@ -1,7 +1,6 @@
-"""The tables as a reader sees them: frames of finished text, the same for every format.
+"""The tables as frames of text, which all output formats share.
 
-Columns are (group, name) pairs. Numbers are rounded in this file and nowhere else. An em dash stands for what was not
-measured.
+Columns are (group, name) pairs. Only this file rounds numbers. An em dash stands for a number that was not measured.
 """
 
 import pandas as pd
@@ -28,7 +27,7 @@ def number(value: float, digits: int, *, sign: bool = False) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format as h:mm; below ten minutes as "4 min 03 s", below a minute as "59 s"."""
+    """Format as "h:mm", below ten minutes as "4 min 03 s", and below a minute as "59 s"."""
     if pd.isna(seconds):
         return DASH
     minutes, rest = divmod(round(seconds), 60)
@@ -41,20 +40,20 @@ def duration(seconds: float) -> str:
 
 
 def spread(least: str, most: str) -> str:
-    """Join the two as a range, or return one of them when they are equal."""
+    """Join two values as a range, or return one of them if they are equal."""
     return least if least == most else f"{least}\N{EN DASH}{most}"
 
 
 def accuracy(row: pd.Series) -> str:
-    """Format the mean and the sample standard deviation of the full runs; the mean alone for one run."""
+    """Format the mean and the sample standard deviation of the full runs; only the mean for a single run."""
     mean = number(row["mean_percent"], 2)
     return mean if pd.isna(row["sd_percent"]) else f"{mean} ± {number(row['sd_percent'], 2)}"
 
 
 def time(row: pd.Series) -> str:
-    """Return the mean training time if all runs had one kind of device, else the shortest and the longest.
+    """Return the mean training time; for different kinds of device, the shortest and the longest time.
 
-    If a run shared its device with others, the cell says with how many runs at most.
+    If a run shared its device with others, add the largest number of runs that shared it.
     """
     if not pd.isna(row["devices"]) and ";" in row["devices"]:
         text = spread(duration(row["seconds_least"]), duration(row["seconds_most"]))
@@ -64,12 +63,12 @@ def time(row: pd.Series) -> str:
 
 
 def sharing(runs: float) -> str:
-    """Return what is added to a training time that was measured while ``runs`` runs trained on the device."""
+    """Return the remark for a training time that was measured while ``runs`` runs trained on the device."""
     return f" (shared by {runs:.0f})" if runs > 1 else ""
 
 
 def run_time(rows: pd.DataFrame) -> list[str]:
-    """Return the training time of each run, and how many runs shared its device, unless it was alone."""
+    """Return the training time of each run, with the number of runs that shared its device if there were others."""
     pairs = zip(rows["train_seconds"], rows["shared_by"], strict=True)
     return [duration(seconds) + sharing(runs) for seconds, runs in pairs]
 
@@ -134,7 +133,7 @@ def memory(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def narrow_memory(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the memory table without the columns that a terminal or a printed page has no room for."""
+    """Return the memory table without the columns that do not fit on a terminal or a printed page."""
     return memory(table).drop(columns=[(TENSORS, "of published"), (TENSORS, "records"), (ON_GPU, "device")])
 
 
@@ -145,7 +144,7 @@ def _range(rows: pd.DataFrame, precision: str) -> list[str]:
 
 
 def full_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs behind the main table, one row each."""
+    """Return a row for each run in the main table."""
     rows = runs[runs["full"]]
     return _flat(
         {
@@ -163,7 +162,7 @@ def full_runs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def other_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return every run that does not count, one row each, and the reasons why it does not."""
+    """Return a row for each run that does not count, with the reasons."""
     rows = runs[~runs["full"]]
     done = [f"{done:,} / {planned:,}" for done, planned in zip(rows["iterations"], rows["planned"], strict=True)]
     return _flat(

@@ -1,4 +1,4 @@
-"""Training curves as SVG, one picture for each data set, in the colours of the page around it."""
+"""Training curves as SVG, with one picture for each data set, in the text colour of the surrounding page."""
 
 import io
 import math
@@ -14,15 +14,15 @@ from reports.cells import LABELS
 CURVE = "curve.csv"
 LEAST_POINTS = 3
 COLOURS = dict(zip(MODELS, ("#d4720b", "#c2413c", "#9a4fb0", "#2f8f5b", "#2a7fba", "#6b6fd0"), strict=True))
-_INK = "#010203"  # drawn in this colour, then handed to the page as `currentColor`, so that it follows light and dark
+_INK = "#010203"  # replaced by `currentColor`, so that pictures follow the page's light or dark theme
 
 
 def read_curves(runs: pd.DataFrame) -> tuple[dict[str, pd.DataFrame], list[str]]:
     """Read the epochs and test accuracies (%) in the curve.csv of each run.
 
     Returns:
-        The curves by the run's folder; and a line for each file that cannot be used. A run without the file, or with
-        fewer than ``LEAST_POINTS`` evaluations, is in neither.
+        The curves by the run's folder, and a line for each file that cannot be used. Runs without the file, or with
+        fewer than ``LEAST_POINTS`` evaluations, are in neither.
     """
     curves, problems = {}, []
     for folder in runs["folder"]:
@@ -42,7 +42,7 @@ def read_curves(runs: pd.DataFrame) -> tuple[dict[str, pd.DataFrame], list[str]]
 
 
 def draw_curves(runs: pd.DataFrame, curves: dict[str, pd.DataFrame]) -> list[tuple[str, str]]:
-    """Return (title, SVG) for each data set, full runs apart from the others; a run is a line in its model's colour."""
+    """Return (title, SVG) pairs: for each data set a picture of full runs and one of other runs, coloured by model."""
     pictures = []
     for dataset, of_dataset in runs.groupby("dataset", sort=False):
         for is_full, word in ((True, "full runs"), (False, "other runs")):

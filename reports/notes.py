@@ -1,4 +1,4 @@
-"""The sentences under the tables: how to read a column, what counts, and which command fills what is missing."""
+"""The sentences under the tables: the meaning of each column, which runs count, and the command for missing runs."""
 
 import pandas as pd
 
@@ -8,53 +8,56 @@ from reports.cells import LABELS
 from reports.verdict import LEAST_RUNS, NOT_ENOUGH, WIDEST_POINTS
 
 RESULTS = (
-    "Accuracy is the share of the 10,000 test images classified right, in per cent. This project's is that of the last "
-    "iterate, never of the best: mean ± sample standard deviation over full runs with different seeds; “runs” "
-    "says how many.",
-    "A full run completed the published recipe (SGD, batch 100, 80,000 iterations, no hyper-parameter changed) on the "
-    "official CIFAR files with the reversible engine on, executed in one way from start to end. Nothing else enters "
-    "this table. A run that went on in another precision, or on another type of device, is marked “mixed execution” "
-    "and listed under the other runs.",
-    "Time is h:mm; below ten minutes it is in minutes and seconds. Published times are from one GeForce GTX 1080. This "
-    "project's are training alone, without start-up and evaluation: the mean over the runs, or the shortest and the "
-    "longest where they ran on different devices. “Shared by N” marks a time in which up to N runs trained on the "
-    "device at once: such a run takes longer than it would alone.",
-    "Difference is this project's mean less the published PyTorch value, in percentage points. One cause is known: the "
-    "published PyTorch evaluation shifted and mirrored the test images at random, this project's leaves them alone.",
-    "Verdict: published values are taken for single runs, so the published PyTorch accuracy is held against the 95 % "
-    "prediction interval for one more run, mean ± t · sd · √(1 + 1/n), with t from Student's distribution at n − 1 "
-    "degrees of freedom. Inside it is “reproduced”, outside “differs”. It is “not enough "
-    f"runs” below {LEAST_RUNS} runs, and where the value lies inside an interval wider than ±{WIDEST_POINTS:.0f} "
-    "points, which tells nothing. With 3 runs and a usual sd of 0.2 the interval is ±1.0 point. Of 12 perfectly "
-    "reproduced cells, 0.6 would say “differs” by chance.",
+    "Accuracy is the percentage of the 10,000 test images that are classified correctly. For this project it is the "
+    "accuracy of the last iterate, not of the best one: mean ± sample standard deviation over full runs with different "
+    "seeds. “runs” is the number of these runs.",
+    "A full run completed the published recipe (SGD, batch 100, 80,000 iterations, no hyper-parameter changed) on "
+    "the official CIFAR files with the reversible engine on and the same execution from start to end. Only full runs "
+    "enter this table. A run that was resumed in another precision, or on another type of device, is marked “mixed "
+    "execution” and listed under the other runs.",
+    "Time is h:mm; below ten minutes it is in minutes and seconds. Published times are from one GeForce GTX 1080. "
+    "This project's times are training only, without start-up and evaluation: the mean over the runs or, if they ran "
+    "on different devices, the shortest and the longest. “Shared by N” means that up to N runs trained on the device "
+    "at the same time; such a run takes longer than it would alone.",
+    "Difference is this project's mean minus the published PyTorch value, in percentage points. One cause is known: "
+    "the published PyTorch evaluation shifted and mirrored the test images at random; this project does not change "
+    "them.",
+    "Verdict: we take each published value as the result of one run. So the published PyTorch accuracy is compared "
+    "with the 95 % prediction interval for one more run, mean ± t · sd · √(1 + 1/n), with t from Student's "
+    "distribution with n − 1 degrees of freedom. A value inside is “reproduced”, a value outside “differs”. The "
+    f"verdict is “not enough runs” with fewer than {LEAST_RUNS} runs, or if the value lies inside an interval wider "
+    f"than ±{WIDEST_POINTS:.0f} points, which proves nothing. With 3 runs and a typical sd of 0.2 the interval is "
+    "±1.0 point. If all 12 cells were perfectly reproduced, 0.6 of them would be expected to say “differs” by "
+    "chance.",
     "Published: TensorFlow from revnet-public, the code of arXiv 1707.04585; PyTorch from the MemCNN README, "
     "recomputed 11 June 2018. A dash is a number that nobody measured.",
 )
 
 CURVES = (
-    "Test accuracy at every evaluation, a line for each run; runs with fewer than three evaluations are left out. "
-    "Dashed: generated data, or the reversible engine off."
+    "Test accuracy at every evaluation, with a line for each run. Runs with fewer than three evaluations are left out. "
+    "Dashed lines: generated data, or the reversible engine off."
 )
 
 MEMORY = (
-    "One training step at batch 100, in MiB (1,048,576 bytes). The published table, in the MemCNN paper, is headed MB, "
-    "but its parameter figures come out for all six models only as MiB: parameters and BatchNorm statistics in the "
-    "CUDA allocator's blocks of 512 bytes. This project's parameters are the bare tensors.",
-    "The published and the other activation columns are two quantities. Published: what PyTorch had allocated when the "
-    "forward pass ended, beyond the model. This project: the highest total at any instant of forward and backward, "
-    "beyond parameters and gradients. A RevNet is at its highest in the backward pass, which the published figure "
-    "leaves out. reports/activations.md recomputes the published quantity and explains every difference.",
+    "One training step at batch 100, in MiB (1,048,576 bytes). The published table, in the MemCNN paper, is labelled "
+    "MB. But the parameter numbers of all six models match only in MiB, for parameters and BatchNorm statistics in "
+    "the CUDA allocator's blocks of 512 bytes. This project's parameters are the tensors without such blocks.",
+    "The published activations are another quantity than the other activation columns. Published: the bytes that "
+    "PyTorch had allocated after the forward pass, without the model. This project: the highest total during forward "
+    "and backward, without parameters and gradients. A RevNet reaches its peak in the backward pass, which the "
+    "published number leaves out. reports/activations.md recomputes the published quantity and explains every "
+    "difference.",
     "Tensors, float32: the bytes of all tensors, which are the same on every machine, from the records of runs on a "
-    "CPU. Measured on a GPU: what the CUDA allocator handed out, kernels' scratch included, from the records of runs "
-    "on a GPU and from reports/bench/*/memory.csv. In bf16 most activations of residual branches take half the bytes; "
-    "float32 includes tf32, whose tensors are float32.",
-    "Every record at batch 100 with the engine on counts, whatever its length and data: neither changes the shapes. "
-    "Where measurements differ, the least and the most are shown; “of published” uses the most.",
+    "CPU. Measured on a GPU: the bytes that the CUDA allocator gave out, with the kernels' workspaces, from the "
+    "records of runs on a GPU and from reports/bench/*/memory.csv. In bf16 most activations of residual branches "
+    "take half the bytes; float32 includes tf32, whose tensors are float32.",
+    "Every record at batch 100 with the engine on counts, because neither the length of a run nor its data change the "
+    "shapes. If measurements differ, the table shows the smallest and the largest; “of published” uses the largest.",
 )
 
 
 def summary(table: pd.DataFrame) -> str:
-    """Count in one sentence how many cells of the main table have which verdict."""
+    """Return a sentence with the number of cells for each verdict."""
     count = table["verdict"].value_counts()
     return (
         f"{len(table)} cells: {count.get('reproduced', 0)} reproduced, {count.get('differs', 0)} differ, "
@@ -63,7 +66,7 @@ def summary(table: pd.DataFrame) -> str:
 
 
 def executions(runs: pd.DataFrame) -> list[str]:
-    """Explain in a sentence for each device and execution how the full runs of the main table were computed."""
+    """Return a sentence for each device and execution of the full runs in the main table."""
     full = runs[runs["full"]]
     lines = []
     for (device, execution), group in full.groupby(["device", "execution"], sort=True):
@@ -79,7 +82,7 @@ def _count(number: int) -> str:
 
 
 def command(table: pd.DataFrame) -> str | None:
-    """Return the command that runs what the main table lacks; None when every cell has its verdict."""
+    """Return the command that trains the missing runs of the main table; None if every cell has a verdict."""
     lacking = table[table["verdict"] == NOT_ENOUGH].reset_index()
     if lacking.empty:
         return None

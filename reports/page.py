@@ -1,4 +1,4 @@
-"""One page of tables, figures and notes, as HTML and as Markdown. The results and the benchmarks share it.
+"""A page of tables, figures and notes, as HTML and as Markdown, for the results and the benchmarks.
 
 page = Page("Title", [Section("Memory", table=frame, note="MiB")])
 html(page)        # needs no other file
@@ -19,7 +19,7 @@ from reports.verdict import DIFFERS, NOT_ENOUGH, REPRODUCED
 
 VERDICTS = (REPRODUCED, DIFFERS, NOT_ENOUGH)
 PROSE = ("device", "why it does not count")
-"""Names of columns whose cells may be broken into lines."""
+"""Names of columns whose cells may wrap."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Figure:
     """A picture.
 
     Attributes:
-        title: what it shows.
-        svg: the picture itself.
-        link: where a Markdown page finds it; "" leaves it out there.
+        title: the caption.
+        svg: the picture as SVG.
+        link: path of the picture for Markdown pages; "" leaves it out there.
     """
 
     title: str
@@ -39,17 +39,17 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page, under a heading of its own.
+    """A part of a page with its own heading.
 
     Attributes:
         title: the heading.
         note: a paragraph above the table.
-        table: a frame of finished text, see ``reports.cells``.
+        table: a frame of text, see ``reports.cells``.
         cards: (title, frame) pairs that replace the tables on a narrow screen; Markdown leaves such a section out.
         figures: pictures.
-        notes: a list of remarks below.
-        command: a command that fills what is missing.
-        wide: the section is left out on a narrow screen, where another section has its cards.
+        notes: remarks below the table.
+        command: a command that measures the missing values.
+        wide: True hides the section on a narrow screen, where the cards of another section replace it.
     """
 
     title: str
@@ -67,11 +67,11 @@ class Page:
     """A page.
 
     Attributes:
-        title: its heading.
-        sections: its parts.
-        summary: what the page says, in a sentence or in several.
-        origin: where and with what it was measured: one text, or one for each device.
-        commands: the commands that make it, one after the other.
+        title: the heading.
+        sections: the parts.
+        summary: the result in one or more sentences.
+        origin: device and software of the measurements, one text for each device.
+        commands: the commands that create the page, in order.
     """
 
     title: str
@@ -82,7 +82,7 @@ class Page:
 
 
 def html(page: Page) -> str:
-    """Return the page as HTML that needs no other file. All text in it is escaped."""
+    """Return the page as HTML that needs no other file. All text is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -107,12 +107,12 @@ def markdown(page: Page) -> str:
         parts += [f"![{figure.title}]({figure.link})" for figure in section.figures if figure.link]
         parts += ["\n".join(f"* {text.escape_markdown(note)}" for note in section.notes)]
         if section.command:
-            parts += ["What is missing here is filled by", f"```sh\n{section.command}\n```"]
+            parts += ["This command measures the missing values:", f"```sh\n{section.command}\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def text_frame(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a frame of numbers and text as a frame of finished text, with six significant digits.
+    """Convert a frame of numbers and text to a frame of text, with six significant digits.
 
     Args:
         table: one row for each line of the table; its columns have plain names.
@@ -122,11 +122,11 @@ def text_frame(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def inline_svg(svg: str, prefix: str) -> str:
-    """Return a picture that may stand within a page of several pictures.
+    """Return a picture for use in a page with several pictures.
 
     Args:
         svg: a picture as matplotlib writes it.
-        prefix: a name that no other picture of the page has. It precedes all names that the picture refers to.
+        prefix: unique in the page; it is added to all names to which the picture refers.
     """
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     referred = set(re.findall(r'(?:href="#|url\(#)([\w.-]+)', svg))

@@ -1,6 +1,6 @@
-"""The table of results at the top of the README, made from the committed records.
+"""Write the table of results at the top of the README from the committed records.
 
-python -m reports.readme    write it into README.md, between the two comments that mark its place
+python -m reports.readme    write the table into README.md, between the two comments that mark its place
 """
 
 import sys
@@ -20,13 +20,13 @@ BEGIN, END = "<!-- results: python -m reports.readme -->", "<!-- end of results 
 
 
 class NoPlace(ValueError):
-    """The file has no pair of comments between which the table belongs."""
+    """Raised if the README lacks the two comments that mark the place of the table."""
 
 
 def block(report: Report) -> str:
-    """Return both data sets as one Markdown table, and the sentences that say what it shows.
+    """Return both data sets as one Markdown table, with sentences about the runs.
 
-    Only committed records may be shown: a reader of the README has no others.
+    The report must hold only committed records, because a reader of the README has no others.
     """
     columns = {("", "model"): [cells.LABELS[model] for model in MODELS]}
     for dataset in DATASETS:
@@ -63,15 +63,18 @@ def inserted(readme: str, content: str) -> str:
     """Return the README with ``content`` between its two comments.
 
     Raises:
-        NoPlace: when the comments are missing, doubled or in the wrong order.
+        NoPlace: if the comments are missing, repeated or in the wrong order.
     """
     parts = [readme.partition(BEGIN)[0], readme.partition(BEGIN)[2].partition(END)[2]]
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise NoPlace(f"wanted {BEGIN} and {END} in the file, once each and in this order")
+        raise NoPlace(
+            f"wanted {BEGIN} and {END} in the file, once each and in this order; put them back around the table"
+        )
     return f"{parts[0]}{BEGIN}\n\n{content}\n\n{END}{parts[1]}"
 
 
 def main() -> int:
+    """Write the table; return 0, or 2 if the README has no place for it."""
     report = build(runs=RECORDS, records=RECORDS)
     try:
         content = inserted(README.read_text("utf-8"), block(report))

@@ -17,11 +17,11 @@ UNITS = "Test accuracy in per cent; training time in h:mm, or with its units."
 def write(report: Report, out: str | Path) -> list[Path]:
     """Write table.md, table.csv, table.tex, table.html, memory.csv and runs.csv.
 
-    The CSV files hold the plain numbers to ten digits, and an empty field where there is none.
+    The CSV files hold the numbers to ten digits. A missing number is an empty field.
 
     Args:
-        report: what is written.
-        out: the folder, which is made if it is missing.
+        report: the tables and curves.
+        out: the folder; it is created if it is missing.
 
     Returns:
         The paths of the files, in the order above.
@@ -48,12 +48,12 @@ def markdown(report: Report) -> str:
 
 
 def html(report: Report) -> str:
-    """Return the whole report as one HTML page that needs no other file."""
+    """Return the whole report as an HTML page that needs no other file."""
     return page.html(page_of(report))
 
 
 def page_of(report: Report) -> page.Page:
-    """Return the whole report as a page: tables with their notes, curves, memory, lists of runs, files left out."""
+    """Return the whole report as a page: tables with notes, curves, memory, lists of runs, and files left out."""
     sections = [
         Section(cells.LABELS[dataset], note=UNITS, table=cells.results(report.results, dataset), wide=True)
         for dataset in DATASETS
@@ -73,7 +73,7 @@ def page_of(report: Report) -> page.Page:
 
 
 def latex(report: Report) -> str:
-    """Return table floats to \\input into a document, as the comment on top explains. Lists of runs are in runs.csv."""
+    """Return table floats for ``\\input``; a comment at the top shows how. The lists of runs are in runs.csv."""
     parts = [
         f"% {TITLE}. {_origin(report)}\n% The runs behind these tables, and all others, are in runs.csv.\n"
         "% \\documentclass{article}\\usepackage{booktabs}\\usepackage[T1]{fontenc}\\usepackage[margin=2cm]{geometry}\n"
@@ -89,17 +89,17 @@ def latex(report: Report) -> str:
     memory = cells.narrow_memory(report.memory)
     caption = (
         "Memory of one training step at batch 100. Published: allocated at the end of the forward pass. The other "
-        "activation columns: the highest total during forward and backward, beyond parameters and gradients, in "
-        "float32 as the sum of all tensors, and as the CUDA allocator handed it out."
+        "activation columns: the highest total during forward and backward, without parameters and gradients, in "
+        "float32 as the sum of all tensors, and as the CUDA allocator gave it out."
     )
     parts.append(text.latex(memory, caption=caption, label="tab:memory"))
     return "\n\n".join(parts) + "\n"
 
 
 def terminal(report: Report, *, width: int = 120) -> str:
-    """Return the tables in lines of at most ``width`` characters, and what is missing.
+    """Return the tables and the command for missing runs, in lines of at most ``width`` characters.
 
-    The width is at least 76. The line of the command may be longer.
+    The width is at least 76. The line with the command may be longer.
     """
     width = max(width, 76)
     parts = [_origin(report)]
@@ -119,7 +119,7 @@ def terminal(report: Report, *, width: int = 120) -> str:
     parts += notes.executions(report.runs)
     parts.append(notes.summary(report.results))
     if command := notes.command(report.results):
-        parts.append(f"What is missing is filled by\n  {command}")
+        parts.append(f"This command trains the missing runs:\n  {command}")
     return "\n\n".join(text.wrap(part, width) if "\n" not in part else part for part in parts)
 
 
@@ -132,6 +132,6 @@ def _origin(report: Report) -> str:
 def _run_lists(report: Report) -> list[tuple[str, str, pd.DataFrame]]:
     lists = [
         ("Full runs", "The runs behind the tables of accuracy and time.", cells.full_runs(report.runs)),
-        ("Other runs", "None of these enters the tables of accuracy and time.", cells.other_runs(report.runs)),
+        ("Other runs", "These runs do not enter the tables of accuracy and time.", cells.other_runs(report.runs)),
     ]
     return [(title, explanation, frame) for title, explanation, frame in lists if not frame.empty]

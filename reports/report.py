@@ -1,4 +1,4 @@
-"""From the folders of runs to everything a report shows, as plain data."""
+"""Read the folders of runs, and build all data of a report."""
 
 import platform
 from dataclasses import dataclass
@@ -13,15 +13,23 @@ from memcnn.training.record import load_all
 from reports.figures import draw_curves, read_curves
 from reports.tables import MEASUREMENTS, clean, gpu_measurements, memory_table, results_table, runs_table
 
-RECORDS = Path(__file__).with_name("records")  # the committed ones
+RECORDS = Path(__file__).with_name("records")
+"""The folder of the committed records."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The tables (see reports/tables.py), the training curves as (title, SVG), and where all this comes from.
+    """All data of a report.
 
     Attributes:
+        results: the main table, see ``reports.tables.results_table``.
+        memory: the memory table, see ``reports.tables.memory_table``.
+        runs: a row for each run, see ``reports.tables.runs_table``.
+        curves: (title, SVG) pairs of training curves.
         problems: a line for each file that could not be used, with its name and the reason.
+        made: date and time.
+        commit: abbreviated commit of this tree.
+        software: versions of the software that built the report.
     """
 
     results: pd.DataFrame
@@ -35,12 +43,12 @@ class Report:
 
 
 def build(runs: str | Path = "runs", records: str | Path = RECORDS, measurements: str | Path = MEASUREMENTS) -> Report:
-    """Read every record, and every measurement of memory on a GPU. No content of a file makes this fail.
+    """Read all records and all measurements of memory on GPUs. A bad file is reported in ``problems``.
 
     Args:
         runs: folder of runs; it may be missing.
-        records: folder of committed runs. Where both hold a full run of the same model, data set and seed, this one
-            counts.
+        records: folder of committed runs. If both folders hold a full run of the same model, data set and seed, the
+            committed one counts.
         measurements: holds a folder for each measured device, see ``reports.tables.gpu_measurements``.
     """
     found, problems = [], []

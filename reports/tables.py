@@ -1,4 +1,4 @@
-"""Published numbers and run records as pandas tables of plain numbers; what is not known is missing, never zero."""
+"""Published numbers and run records as pandas tables of numbers. An unknown number is missing, never zero."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -27,9 +27,9 @@ RUN_COLUMNS = (
 
 
 def published() -> pd.DataFrame:
-    """Read reports/published.csv, and add ``minutes``, made from h:mm.
+    """Read reports/published.csv, and add the column ``minutes``.
 
-    A row for each (model, dataset, implementation), and a row for the memory of each model, which has no data set.
+    There is a row for each (model, dataset, implementation), and a row without data set for the memory of each model.
     """
     table = pd.read_csv(Path(__file__).with_name("published.csv"))
     clock = table["time_h_mm"].str.split(":", expand=True).astype(float)
@@ -37,7 +37,7 @@ def published() -> pd.DataFrame:
 
 
 def why_not_full(record: RunRecord) -> list[str]:
-    """Explain what keeps a run out of the main table; empty exactly for the runs where ``record.is_full``."""
+    """Return the reasons that keep a run out of the main table. The list is empty if and only if ``record.is_full``."""
     reasons = []
     if record.status != "complete":
         reason = "still running, or killed" if record.reason is None else record.reason
@@ -87,13 +87,13 @@ def runs_table(records: list[tuple[Path, RunRecord]]) -> pd.DataFrame:
 
 
 def results_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the main table: published values, and this project's full runs beside them.
+    """Return the main table: published values beside this project's full runs.
 
     One row for each (dataset, model). Columns: ``tensorflow_accuracy_percent``, ``tensorflow_minutes``, the same two
     for ``pytorch``, ``n``, ``mean_percent``, ``sd_percent`` (of the sample; missing below two runs), ``low_percent``,
     ``high_percent`` (95 % prediction interval; missing below three runs), ``seconds_mean``, ``seconds_least``,
     ``seconds_most``, ``devices``, ``shared_by`` (largest number of runs that trained on a run's device at the same
-    time), ``difference_points`` (mean less the published PyTorch value), ``verdict``.
+    time), ``difference_points`` (mean minus the published PyTorch value), ``verdict``.
     """
     values = published().dropna(subset="accuracy_percent").set_index(["dataset", "model", "implementation"])
     table = values[["accuracy_percent", "minutes"]].unstack()
@@ -220,7 +220,7 @@ def _row(folder: Path, record: RunRecord, reasons: list[str]) -> tuple:
 
 
 def _parts(record: RunRecord) -> str:
-    """List how the parts of a mixed run were executed, as "bf16 on cuda to iteration 400, float32 on cpu to 1000"."""
+    """Describe the parts of a mixed run: "bf16 on cuda to iteration 400; float32 on cpu to iteration 1,000"."""
     parts: list[tuple[str, int]] = []
     for segment in record.segments:
         how = f"{segment.execution} on {segment.device['type']}"
@@ -232,12 +232,12 @@ def _parts(record: RunRecord) -> str:
 
 
 def _executions(record: RunRecord) -> str:
-    """List the executions of a run's parts, each once, in the order of their first use."""
+    """Return the distinct executions of a run's parts, in the order of their first use."""
     return "; ".join(dict.fromkeys(part.execution for part in record.segments if part.iterations))
 
 
 def _recipe(recipe: Recipe) -> str:
-    """Explain how a recipe departs from the published one."""
+    """Describe how a recipe differs from the published one."""
     if recipe in RECIPES.values():
         return f"{recipe.name} recipe: {recipe.iterations} iterations of {recipe.batch_size} images"
     changed = [f.name for f in fields(Recipe) if getattr(recipe, f.name) != getattr(PUBLISHED, f.name)]

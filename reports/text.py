@@ -1,8 +1,8 @@
-"""A frame of finished text as a Markdown, LaTeX or terminal table.
+"""Render a frame of text as a Markdown, LaTeX or terminal table.
 
 Each function takes a frame whose columns are (group, name) pairs and whose cells are lines of printable characters; see
-``reports.cells``. tabulate lays out Markdown and pandas' Styler LaTeX. Escaping is our own: tabulate has none, and
-Styler's leaves ``<``, ``>``, ``|``, quotes, and signs that some font encodings lack.
+``reports.cells``. tabulate lays out Markdown, and pandas' Styler LaTeX. We escape text ourselves, because tabulate does
+not escape, and Styler does not escape ``<``, ``>``, ``|``, quotes, and signs that some font encodings lack.
 """
 
 import re
@@ -13,7 +13,7 @@ import pandas as pd
 from tabulate import tabulate
 
 LEFT = {"", "model", "data set", "verdict", "data", "device", "execution", "torch", "commit", "why it does not count"}
-"""Names of columns that are aligned to the left; all others are aligned to the right."""
+"""Names of left-aligned columns; all others are right-aligned."""
 NOTED = ("why it does not count", "device", "execution", "torch", "commit")
 IN_NOTES = ("batch", "data")  # `why it does not count` contains them
 SHORT = {
@@ -45,13 +45,13 @@ def groups(columns: pd.MultiIndex) -> list[tuple[str, int]]:
 
 
 def escape_markdown(text: str) -> str:
-    """Escape the text so that GitHub shows it as it is."""
+    """Escape text so that GitHub shows it literally."""
     text = re.sub(r"([\\`*|~#]|\](?=\())", r"\\\1", text)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def escape_latex(text: str) -> str:
-    """Escape the text so that LaTeX prints it as it is; letters outside Latin-1 become a question mark."""
+    """Escape text so that LaTeX prints it literally; letters outside Latin-1 become a question mark."""
     return "".join(_LATEX.get(letter, letter if ord(letter) < 256 else "?") for letter in text)
 
 
@@ -90,9 +90,14 @@ def latex(frame: pd.DataFrame, *, caption: str, label: str) -> str:
 
 
 def terminal(frame: pd.DataFrame, width: int, *, short: bool = False) -> str:
-    """Return columns under their groups, two blanks apart; names are short if asked, or if long ones do not fit.
+    """Return columns under their groups, separated by two blanks.
 
-    The layout is our own: neither tabulate nor rich has a heading over several columns, and both pad narrow ones.
+    This is our own layout, because tabulate and rich have no heading over several columns, and both pad narrow ones.
+
+    Args:
+        frame: the table.
+        width: characters in a line; if long names do not fit, short ones are used.
+        short: always use short names.
     """
     rows, left = frame.values.tolist(), _left(frame)
     for names in (SHORT,) if short else ({}, SHORT):

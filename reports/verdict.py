@@ -1,4 +1,4 @@
-"""The rule that decides whether runs reproduce a published accuracy, and the reason for it.
+"""The rule that decides whether runs reproduce a published accuracy.
 
 A published accuracy is a single number without a spread, so we take it as the result of one training run, and ask
 whether it could have been one more run of ours. The answer is the 95 % prediction interval for one further run, from n

@@ -1,1 +1,1 @@
-"""Audits of other people's packages: the peers of this engine, and the invertible layers of nine public packages."""
+"""Audits of other people's packages: engines like this one (``peers``) and invertible layers (``findings``)."""

@@ -1,12 +1,12 @@
-"""Run the checks of `memcnn.testing` on layers of public packages, and write what they found.
+"""Run the checks of ``memcnn.testing`` on the layers of public packages, and write a page with the results.
 
-    python -m bench.findings --install    put the packages into results/findings-venv, with the running torch, and check
-    python -m bench.findings              check
-    python -m bench.findings --render     the page alone, from the last results
+    python -m bench.findings --install    first install the packages into results/findings-venv, with the running torch
+    python -m bench.findings              check all layers
+    python -m bench.findings --render     write the page again, from the last results
 
-Writes findings.json and findings.md. The findings in words, each with a program that needs only the package and torch,
-are the files of bench/audit/packages/reproductions. They are run again, and a finding whose program no longer holds is
-named.
+The command writes findings.json and findings.md. Each finding is a file of bench/audit/packages/reproductions: a text,
+and a program that needs only the package and torch. The command runs these programs, and the page marks a finding whose
+program no longer shows it.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 
 from bench.audit.peer.chains import ROOT
 from bench.audit.peers import install
-from bench.worker import Failed, Worker
+from bench.worker import Failed, Interpreter, Worker
 from memcnn.training.environment import git_state
 
 VENV = ROOT / "results" / "findings-venv"
@@ -41,38 +41,45 @@ PACKAGES = (
     "antsnormflows==1.0.0",
 )
 NEEDS = ("scipy==1.17.1", "UMNN==1.71")
-"""What the packages import beside the running environment."""
+"""Further requirements of the packages that the running environment may lack."""
 FILES = ("freia", "normflows", "nflows", "zuko", "iunets", "engines", "flowtorch", "antsnormflows")
 COLUMNS = ("inverse", "log_det", "gradients", "state", "wrapped")
-SINGLE = 1.2e-4  # 1,000 roundings of float32
+SINGLE = 1.2e-4
+"""Largest error that counts as float32 precision: 1,000 roundings."""
 REPRODUCTIONS = Path(__file__).parent / "packages" / "reproductions"
 
 INTRODUCTION = """\
-Rerun: `python -m bench.findings --install --out reports`. Every layer is drawn with three seeds and inputs of scale
-1, 0.1 and 4 in training mode, and once in eval mode, its parameters moved by 0.2 times a normal number where it
-starts as the identity. inverse, log_det, gradients and state judge the layer itself (the gradient of a flow is that
-of a loss in which its log-determinant takes part, compared with finite differences); wrapped compares gradients
-with plain backpropagation when it runs in this project's InvertibleModuleWrapper. **FAIL** is what the checks say,
-not yet a finding: several are conditioning or the edge of a domain. declared: its package says so. float32: right
-to float32's precision also where all else is float64, as with matrices rounded when they were made. An empty cell:
-nothing to check, or skipped."""
+Rerun: `python -m bench.findings --install --out reports`.
+
+Every layer is checked with three seeds and inputs of scale 1, 0.1 and 4 in training mode, and with one seed in eval
+mode. Normal noise times 0.2 is added to the parameters of layers that start as the identity.
+
+* inverse, log_det, gradients and state check the layer itself. The gradient of a flow is the gradient of a loss that
+  contains its log-determinant. It is compared with finite differences.
+* wrapped runs the layer in this project's InvertibleModuleWrapper, and compares gradients with plain backpropagation.
+* **FAIL** is the verdict of a check and not yet a finding: some failures come from a badly conditioned inverse or from
+  inputs at the edge of a domain.
+* declared: the package's documentation says that this does not hold.
+* float32: in float64 the layer is only right to float32 precision, for example because it rounded a matrix when it
+  was created.
+* An empty cell: there was nothing to check, or the check was skipped."""
 
 NO_FINDINGS = """\
-* `ActNorm` of FrEIA and normflows (and normflows' `GlowBlock`): the first batch sets the parameters by operations
-  that autograd records, which the recomputation of that step lacks, so that the wrapper refuses it. Run one batch
-  through it before it is wrapped.
-* normflows' `Residual`: the number of terms of its series is drawn from numpy's generator, which the checks do not
-  seed, and the gradient leaves out the power iteration of its Lipschitz constant, by design.
-* nflows' transforms with `using_cache=True` in eval mode: finite differences move a parameter, the cache does not
-  follow; see the finding.
-* RevTorch and RevLib: forward hooks, BatchNorm's counter and autocast in the recomputation, compared at length in
-  peers.md; RevTorch's masks come from Python's generator, so that no two steps have the same gradient.
-* iunets' `StandardAdditiveCoupling` calls `F.forward`, which leaves out the hooks of F.
-* `InvertibleSigmoid` at inputs of scale 4 is saturated: its inverse is badly conditioned, as logit(y) at y = 1 must
-  be."""
+* `ActNorm` of FrEIA and normflows (and normflows' `GlowBlock`): the first batch sets the parameters, and autograd
+  records these operations. The recomputation of that step does not run them, so the wrapper refuses the layer. Run
+  one batch through the layer before wrapping it.
+* normflows' `Residual` draws the number of terms of its series from numpy's generator, which the checks do not seed.
+  By design, its gradient leaves out the power iteration of the Lipschitz constant.
+* nflows' transforms with `using_cache=True` in eval mode: finite differences change a parameter, but the cached
+  weight stays the same. See the finding.
+* RevTorch and RevLib: peers.md compares their forward hooks, BatchNorm counters and autocast in the recomputation.
+  RevTorch draws its masks from Python's generator, so that no two steps have the same gradient.
+* iunets' `StandardAdditiveCoupling` calls `F.forward`, which skips the hooks of F.
+* `InvertibleSigmoid` saturates at inputs of scale 4. Its inverse, logit(y), is badly conditioned near y = 1."""
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
+    """Run the Python of the packages' environment with these arguments."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [VENV / "bin" / "python", "-W", "ignore", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -80,9 +87,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def layers(package: str) -> list[dict]:
-    """Return a row for each layer and mode, see ``bench.audit.packages.worker``.
+    """Check all layers of a package, and return a row for each layer and mode (``bench.audit.packages.worker``).
 
-    A layer whose check ends the process, or takes longer than the limit, is named; a new process checks the next one.
+    If a check ends the process or exceeds the time limit, print the layer's name and continue in a new process.
     """
     rows, worker = [], start(package)
     try:
@@ -102,19 +109,13 @@ def layers(package: str) -> list[dict]:
 
 
 def start(package: str) -> Worker:
-    """Start a process that checks the layers of one package, in the environment where it is installed."""
-    return Worker(
-        package,
-        "bench.audit.packages.worker:Package",
-        package,
-        root=ROOT,
-        python=VENV / "bin" / "python",
-        environment={"OMP_NUM_THREADS": "1"},
-    )
+    """Start a worker that checks the layers of one package, in the environment in which the package is installed."""
+    interpreter = Interpreter(ROOT, python=VENV / "bin" / "python", environment={"OMP_NUM_THREADS": "1"})
+    return Worker(package, "bench.audit.packages.worker:Package", package, interpreter=interpreter)
 
 
 def slim(row: dict) -> dict:
-    """Return the row with all failures, and for each column one PASS if anything passed."""
+    """Return the row with all failures, but with at most one PASS in each column."""
     kept = ("verdict", "law", "claim", "error", "explanation", "scale")
     columns = {}
     for column, results in row.get("columns", {}).items():
@@ -125,6 +126,7 @@ def slim(row: dict) -> dict:
 
 
 def reproductions() -> Iterator[dict]:
+    """Run the program of each finding, and yield its output and whether the finding still holds."""
     for file in sorted(REPRODUCTIONS.glob("*.py")):
         done = run(str(file))
         yield {
@@ -136,7 +138,7 @@ def reproductions() -> Iterator[dict]:
 
 
 def verdict(row: dict, column: str) -> str:
-    """Return the verdict on one layer in one mode: PASS, **FAIL**, declared, float32, or why there is none."""
+    """Return the verdict on one layer in one mode: PASS, **FAIL**, declared, float32, "does not run", or nothing."""
     if "refused" in row:
         return "does not run"
     results = [result for result in row["columns"].get(column, []) if result["verdict"] != "SKIP"]
@@ -153,13 +155,11 @@ def verdict(row: dict, column: str) -> str:
 
 
 def cell(rows: list[dict], column: str) -> str:
-    """Return one verdict, or one for each mode where they differ."""
+    """Return the verdict on a layer; if the modes differ, the verdict for each mode."""
     by_mode = {row["mode"]: verdict(row, column) for row in rows if verdict(row, column)}
-    return (
-        next(iter(by_mode.values()), "")
-        if len(set(by_mode.values())) < 2
-        else ", ".join(f"{found} ({mode})" for mode, found in by_mode.items())
-    )
+    if len(set(by_mode.values())) < 2:
+        return next(iter(by_mode.values()), "")
+    return ", ".join(f"{found} ({mode})" for mode, found in by_mode.items())
 
 
 def reason(rows: list[dict]) -> str:
@@ -170,26 +170,28 @@ def reason(rows: list[dict]) -> str:
         for column in COLUMNS:
             if verdict(row, column) == "**FAIL**":
                 first = next(r for r in row["columns"][column] if r["verdict"] == "FAIL")
-                said = (first["explanation"] or first["claim"]).splitlines()[0][:160]
-                return f"{column}, inputs x {first['scale']:g}: {said}"
+                text = (first["explanation"] or first["claim"]).splitlines()[0][:160]
+                return f"{column}, inputs x {first['scale']:g}: {text}"
     return ""
 
 
 def table(rows: list[dict]) -> list[str]:
+    """Return the lines of a Markdown table with a row for each layer."""
     lines = [f"| layer | {' | '.join(COLUMNS)} | what failed first |", "| --- " * (len(COLUMNS) + 2) + "|"]
     for name in dict.fromkeys(row["layer"] for row in rows):
-        of = [row for row in rows if row["layer"] == name]
-        cells = [f"`{name}`", *(cell(of, column) for column in COLUMNS), reason(of).replace("|", "\\|")]
+        modes = [row for row in rows if row["layer"] == name]
+        cells = [f"`{name}`", *(cell(modes, column) for column in COLUMNS), reason(modes).replace("|", "\\|")]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
 def render(result: dict) -> str:
+    """Return the page as Markdown."""
     rows = result["layers"]
     packages = list(dict.fromkeys((row["package"], row["version"]) for row in rows))
     count = len({(row["package"], row["layer"]) for row in rows})
     lines = [
-        "# The checks on code that nobody here wrote",
+        "# The checks on other people's packages",
         "",
         f"{result['started']}: torch {result['torch']}, commit {result['commit']}; "
         f"{count} layers of {', '.join(result['packages'])}.",
@@ -198,40 +200,43 @@ def render(result: dict) -> str:
         "",
         "## Findings",
         "",
-        "Each was reproduced by hand with the package and torch alone; program and output stand below it.",
+        "Each finding was reproduced by hand with only the package and torch. Its program and output follow its text.",
         "",
     ]
     for found in result["reproductions"]:
-        code = (REPRODUCTIONS / found["file"]).read_text("utf-8")
-        title, _, words = ast.get_docstring(ast.parse(code)).partition("\n")
-        program = code.split('"""', 2)[2].strip()
-        state = "" if found["holds"] else f"\n\n**Does not hold in this run**: {found['error'].splitlines()[-1:]}"
-        lines += [
-            f"### {title}",
-            "",
-            words.strip() + state,
-            "",
-            "```python",
-            program,
-            "```",
-            "",
-            "```",
-            found["output"],
-            "```",
-            "",
-        ]
-    lines += ["## Failures that are no findings", "", NO_FINDINGS, "", "## Layers", ""]
+        lines += finding(found)
+    lines += ["## Failures that are not findings", "", NO_FINDINGS, "", "## Layers", ""]
     for package, version in packages:
         lines += [f"### {package} {version}", "", *table([row for row in rows if row["package"] == package]), ""]
     return "\n".join(lines)
 
 
+def finding(found: dict) -> list[str]:
+    """Return the lines of one finding: title, text, program and output."""
+    code = (REPRODUCTIONS / found["file"]).read_text("utf-8")
+    title, _, text = ast.get_docstring(ast.parse(code)).partition("\n")
+    program = code.split('"""', 2)[2].strip()
+    error = found["error"].splitlines()[-1:]
+    state = "" if found["holds"] else f"\n\n**This run does not show it**: {error[0] if error else 'no message'}"
+    return [
+        f"### {title}",
+        "",
+        text.strip() + state,
+        "",
+        *("```python", program, "```"),
+        "",
+        *("```", found["output"], "```"),
+        "",
+    ]
+
+
 def main() -> int:
+    """Check the layers, write findings.json and findings.md; return 0."""
     parser = argparse.ArgumentParser(
         prog="bench.findings", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--install", action="store_true", help="first (re)make results/findings-venv")
-    parser.add_argument("--render", action="store_true", help="write findings.md from the folder's findings.json")
+    parser.add_argument("--install", action="store_true", help="first create results/findings-venv anew")
+    parser.add_argument("--render", action="store_true", help="only write findings.md from the folder's findings.json")
     parser.add_argument("--out", type=Path, default=Path("results/findings"), help="folder of the files (%(default)s)")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
-"""Compare this project with its peers: what programs they get right, and what a training step costs with them.
+"""Compare this project with its peers: which programs they get right, and what a training step costs.
 
-    python -m bench.peers --install    put the peers into results/peers-venv, with the running torch, and compare
+    python -m bench.peers --install    first install the peers into results/peers-venv, with the running torch
     python -m bench.peers --quick      a small case: about two minutes on two cores
-    python -m bench.peers              about twenty
+    python -m bench.peers              about twenty minutes
+    python -m bench.peers --render     write the page again, from the last results
 
-Writes peers.json and, from it alone, peers.md. A contender whose package is not installed, or whose process fails, is
-left out from there on. Exit status: 0 if all contenders answered, 1 if one failed.
+The command writes peers.json, and peers.md from peers.json alone. It leaves out a contender whose package is not
+installed or whose process fails. Exit status: 0 if all contenders answered, 1 if one failed.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sysconfig
 import venv
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -25,7 +27,7 @@ import torch
 from bench.audit.peer.behaviours import BEHAVIOURS
 from bench.audit.peer.chains import CONTENDERS, PEERS, ROOT
 from bench.audit.peer_tables import render
-from bench.worker import Failed, Worker
+from bench.worker import Failed, Interpreter, Worker
 from memcnn.training.environment import device_info, git_state, software_versions
 
 VENV = ROOT / "results" / "peers-venv"
@@ -33,57 +35,69 @@ TINY = {"batch": 2, "channels": 4, "side": 4}
 TINY_BLOCKS, TINY_STEPS = 32, 5
 
 
+@dataclass(frozen=True)
+class Contenders:
+    """The workers of all contenders that have not failed, and the failures.
+
+    Attributes:
+        workers: one for each contender; a worker that fails is removed.
+        failures: a row with "contender" and "reason" for each worker that failed.
+    """
+
+    workers: list[Worker]
+    failures: list[dict]
+
+    def each(self, ask: Callable[[Worker], dict], *, first: int = 0) -> Iterator[tuple[str, dict]]:
+        """Call ``ask`` with each worker in turn, and yield the worker's name and its answer.
+
+        A worker that fails moves from ``workers`` to ``failures``, and the others continue.
+
+        Args:
+            ask: asks one worker and returns its answer.
+            first: number of the worker that starts.
+        """
+        for worker in self.workers[first:] + self.workers[:first]:
+            try:
+                answer = ask(worker)
+            except Failed as failure:
+                print(f"left out: {failure}", file=sys.stderr)
+                self.workers.remove(worker)
+                self.failures.append({"contender": worker.name, "reason": str(failure)})
+            else:
+                yield worker.name, answer
+
+
 def start(name: str) -> Worker:
-    """Start the process of a contender (``bench.audit.peer.worker``); a peer runs in the environment of the peers."""
-    return Worker(
-        name,
-        "bench.audit.peer.worker:Worker",
-        name,
-        root=ROOT,
+    """Start the worker of a contender; the worker of a peer runs in the environment of the peers."""
+    interpreter = Interpreter(
+        ROOT,
         python=_venv_python() if name in PEERS else sys.executable,
-        options=["-I"],
+        options=("-I",),
         keep_root=False,  # a contender's memcnn must not be this project's
         environment={"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"},
     )
+    return Worker(name, "bench.audit.peer.worker:Contender", name, interpreter=interpreter)
 
 
 @contextmanager
-def contenders(names: Sequence[str], failures: list[dict] | None = None) -> Iterator[list[Worker]]:
-    """Start a process for each name, all before the first is waited for, and yield those that are ready.
+def contenders(names: Sequence[str], failures: list[dict] | None = None) -> Iterator[Contenders]:
+    """Start all workers at once, wait until they are ready, and yield them; end them afterwards.
 
     Args:
         names: keys of ``CONTENDERS``.
-        failures: gets a row for each contender that fails to start.
+        failures: receives a row for each contender that fails.
     """
     with ExitStack() as stack:
-        ready = [start(name) for name in names]
-        for worker in ready:
+        ready = Contenders([start(name) for name in names], [] if failures is None else failures)
+        for worker in ready.workers:
             stack.callback(worker.end)
-        for name, answer in each(ready, [] if failures is None else failures, lambda worker: worker.ask("hello")):
+        for name, answer in ready.each(lambda worker: worker.ask("hello")):
             if answer["torch"] != torch.__version__:
                 raise SystemExit(
                     f"{name} runs torch {answer['torch']}, this process {torch.__version__}: delete "
                     f"{VENV.relative_to(ROOT)} and run bench.peers --install"
                 )
         yield ready
-
-
-def each(
-    workers: list[Worker], failures: list[dict], ask: Callable[[Worker], dict], *, first: int = 0
-) -> Iterator[tuple[str, dict]]:
-    """Ask the workers in turn, from number ``first`` on; yield the name and the answer of each.
-
-    A worker that fails is removed from ``workers`` and added to ``failures``; the others go on.
-    """
-    for worker in workers[first:] + workers[:first]:
-        try:
-            answer = ask(worker)
-        except Failed as failure:
-            print(f"left out: {failure}", file=sys.stderr)
-            workers.remove(worker)
-            failures.append({"contender": worker.name, "reason": str(failure)})
-        else:
-            yield worker.name, answer
 
 
 def install(folder: Path = VENV, requirements: Iterable[str] = PEERS.values()) -> None:
@@ -101,8 +115,8 @@ def _venv_python() -> Path:
     return VENV / "bin" / "python"
 
 
-def measure_behaviours(workers: list[Worker], failures: list[dict]) -> dict:
-    """Return the outcome of each behaviour, and the evaluations of F and G, with each contender."""
+def measure_behaviours(running: Contenders) -> dict:
+    """Return the outcome of each behaviour, and the evaluations of F and G, for each contender."""
 
     def behave(worker: Worker) -> dict:
         _progress(f"behaviours: {worker.name}")
@@ -110,57 +124,52 @@ def measure_behaviours(workers: list[Worker], failures: list[dict]) -> dict:
 
     outcomes = [
         {"contender": name, "behaviour": title, **outcome}
-        for name, found in each(workers, failures, behave)
+        for name, found in running.each(behave)
         for title, outcome in found.items()
     ]
-    evaluations = [
-        {"contender": name, **answer} for name, answer in each(workers, failures, lambda w: w.ask("evaluations"))
-    ]
+    evaluations = [{"contender": name, **answer} for name, answer in running.each(lambda w: w.ask("evaluations"))]
     return {"behaviours": outcomes, "evaluations": evaluations}
 
 
-def measure_memory(workers: list[Worker], failures: list[dict], blocks: int, case: dict) -> list[dict]:
-    """Build a chain in each worker and measure its memory; the workers keep what they built."""
+def measure_memory(running: Contenders, blocks: int, case: dict) -> list[dict]:
+    """Build a chain in each worker and measure the memory of a step. The workers keep their chains."""
 
     def build(worker: Worker) -> dict:
         _progress(f"memory: {blocks} blocks, {worker.name}")
         worker.ask("build", blocks=blocks, **case)
         return worker.ask("memory")
 
-    return [{"contender": name, "blocks": blocks, **answer} for name, answer in each(workers, failures, build)]
+    return [{"contender": name, "blocks": blocks, **answer} for name, answer in running.each(build)]
 
 
-def measure_work(workers: list[Worker], failures: list[dict], case: dict) -> list[dict]:
+def measure_work(running: Contenders, case: dict) -> list[dict]:
     """Count the floating-point operations of the convolutions of two blocks at batch 2."""
 
     def build(worker: Worker) -> dict:
         worker.ask("build", blocks=2, **{**case, "batch": 2})
         return worker.ask("work")
 
-    return [{"contender": name, **answer} for name, answer in each(workers, failures, build)]
+    return [{"contender": name, **answer} for name, answer in running.each(build)]
 
 
-def measure_time(
-    workers: list[Worker], failures: list[dict], blocks: int, rounds: int, case: dict, steps: int = 1
-) -> list[dict]:
-    """Time what the workers have built, in rounds of ``steps`` steps of every contender in turn.
+def measure_time(running: Contenders, blocks: int, rounds: int, case: dict, steps: int = 1) -> list[dict]:
+    """Time the chains that the workers have built.
 
-    Rotate the starting contender, so that drift affects all contenders equally.
+    In each round every contender runs ``steps`` steps, of which the fastest counts. Another contender starts each
+    round, so that drift affects all contenders equally.
     """
     rows = []
     for number in range(rounds):
-        _progress(
-            f"time: {blocks} blocks of {case['batch']} x {case['channels']} x {case['side']}^2, "
-            f"round {number + 1} of {rounds}"
-        )
-        answers = each(workers, failures, lambda w: w.ask("step", repeat=steps), first=number % max(1, len(workers)))
-        for name, answer in answers:
+        shape = f"{case['batch']} x {case['channels']} x {case['side']}^2"
+        _progress(f"time: {blocks} blocks of {shape}, round {number + 1} of {rounds}")
+        first = number % max(1, len(running.workers))
+        for name, answer in running.each(lambda worker: worker.ask("step", repeat=steps), first=first):
             rows.append({"contender": name, "blocks": blocks, "round": number, "seconds": min(answer["seconds"])})
     return rows
 
 
 def measure(*, quick: bool) -> Iterator[dict]:
-    """Yield the result so far, once for each depth at which time is taken."""
+    """Yield the result so far after each depth at which the contenders were timed."""
     names = [name for name in CONTENDERS if name not in PEERS or _venv_python().is_file()]
     case = {"batch": 4 if quick else 32, "channels": 64, "side": 32}
     rounds, shallow, depths = (3, 2, (4, 8)) if quick else (9, 4, (16, 32))
@@ -178,22 +187,27 @@ def measure(*, quick: bool) -> Iterator[dict]:
         **git_state(),
         "failures": failures,
     }
-    with contenders(names, failures) as workers:  # of their own: a process that forks must not have run a backward pass
-        result |= measure_behaviours(workers, failures)
-    with contenders(names, failures) as workers:
-        result["work"] = measure_work(workers, failures, case)
-
-        def warm_up(worker: Worker) -> dict:
-            worker.ask("build", blocks=TINY_BLOCKS, **TINY)
-            return worker.ask("step", repeat=TINY_STEPS)
-
-        list(each(workers, failures, warm_up))
-        result["tiny_time"] = measure_time(workers, failures, TINY_BLOCKS, 3 * rounds, TINY, TINY_STEPS)
-        result["memory"], result["time"] = measure_memory(workers, failures, shallow, case), []
+    with contenders(names, failures) as running:  # separate processes: a process that forks must not have run backward
+        result |= measure_behaviours(running)
+    with contenders(names, failures) as running:
+        result["work"] = measure_work(running, case)
+        result["tiny_time"] = _measure_tiny(running, 3 * rounds)
+        result["memory"], result["time"] = measure_memory(running, shallow, case), []
         for blocks in depths:
-            result["memory"] += measure_memory(workers, failures, blocks, case)  # this also warms up
-            result["time"] += measure_time(workers, failures, blocks, rounds, case)
+            result["memory"] += measure_memory(running, blocks, case)  # this also warms up
+            result["time"] += measure_time(running, blocks, rounds, case)
             yield {**result, "load_after": os.getloadavg()}
+
+
+def _measure_tiny(running: Contenders, rounds: int) -> list[dict]:
+    """Build and warm up a chain on tiny tensors in each worker, and time it."""
+
+    def warm_up(worker: Worker) -> dict:
+        worker.ask("build", blocks=TINY_BLOCKS, **TINY)
+        return worker.ask("step", repeat=TINY_STEPS)
+
+    list(running.each(warm_up))
+    return measure_time(running, TINY_BLOCKS, rounds, TINY, TINY_STEPS)
 
 
 def _progress(text: str) -> None:
@@ -201,21 +215,28 @@ def _progress(text: str) -> None:
 
 
 def main() -> int:
+    """Measure, write peers.json and peers.md, print the page; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="batch 4, depths 4 and 8, 3 rounds")
-    parser.add_argument("--install", action="store_true", help="first (re)make results/peers-venv")
+    parser.add_argument("--install", action="store_true", help="first create results/peers-venv anew")
+    parser.add_argument("--render", action="store_true", help="only write peers.md from the folder's peers.json")
     parser.add_argument("--out", type=Path, default=Path("results/peers"), help="folder of the files (%(default)s)")
     arguments = parser.parse_args()
+    data, page = arguments.out / "peers.json", arguments.out / "peers.md"
+    if arguments.render:
+        page.write_text(render(json.loads(data.read_text("utf-8"))), "utf-8")
+        return 0
     if arguments.install:
         install()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for result in measure(quick=arguments.quick):
-        (arguments.out / "peers.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        data.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
         if "plain" in {row["contender"] for row in result["failures"]}:
-            print("bench.peers: plain failed, to which the tables compare; see above, and peers.json", file=sys.stderr)
+            print("bench.peers: plain failed, so there is nothing to compare with; see above and peers.json",
+                  file=sys.stderr)  # fmt: skip
             return 1
-        (arguments.out / "peers.md").write_text(text := render(result), "utf-8")
+        page.write_text(text := render(result), "utf-8")
     print(text)
     return int(bool(result["failures"]))

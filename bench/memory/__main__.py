@@ -1,18 +1,18 @@
-"""Predict the memory of a training step without computing it, and what fits a device.
+"""Predict the memory of a training step without computing the step, and the largest batch and depth that fit a device.
 
     python -m bench.memory revnet110 --batch 100 --device-memory 24GiB
     python -m bench.memory package.module:factory --shape 100,3,224,224 --optimizer adam
     python -m bench.memory --table --out reports/activations.md
 
-A step is forward pass and loss, backward pass, update. MODEL is one of the six networks, on CIFAR's images, or a
-function of your own that returns an nn.Module. Such a module takes one input of --shape; its loss is the mean of its
-output.
+A step is forward pass with loss, backward pass and update. MODEL is one of the six networks, on images of CIFAR's size,
+or your own function that returns an nn.Module. Such a module takes one input of --shape, and its loss is the mean of
+its output.
 
 Counted: every tensor, in the 512-byte blocks of CUDA's caching allocator, with optimisers as they run on CUDA.
-Not counted: the CUDA context (some 0.5 GiB), the scratch memory of cuDNN and cuBLAS, and free memory between blocks.
-Set --reserve for these. The prediction assumes that kernels save what the CPU's kernels save; under bfloat16 autocast
-it counts BatchNorm's statistics as bfloat16 where kernels keep float32, some 0.03 %. The command then computes a step
-on the CPU and, where there is one, on a CUDA device, and prints the prediction's error.
+Not counted: the CUDA context (about 0.5 GiB), the workspaces of cuDNN and cuBLAS, and free memory between blocks. Set
+--reserve for these. The prediction assumes that CUDA's kernels save the same tensors as the CPU's. Under bfloat16
+autocast it counts BatchNorm's statistics as bfloat16 where kernels keep float32, which is about 0.03 %. After the
+prediction, the command computes a step on the CPU and on a CUDA device if there is one, and prints the error.
 """
 
 import argparse
@@ -45,14 +45,14 @@ CHECK_BATCH = 8
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do what the command line asks for. Return 0; misuse ends the process with status 2."""
+    """Run the command line and return 0; misuse ends the process with status 2."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop
     parser = build_parser(__doc__, optimizers=OPTIMIZERS, dtypes=DTYPES)
     given = parser.parse_args(arguments)
     if given.table and given.model is not None:
         parser.error(f"argument MODEL: got {given.model!r}, wanted none with --table, which is about all six networks")
     if given.out is not None and not given.table:
-        parser.error("argument --out: wanted --table, which it is for; --json takes the numbers of one model")
+        parser.error("argument --out: wanted --table with it; use --json for the numbers of one model")
     if given.table:
         page = published.render(progress=progress)
         if given.out is not None:

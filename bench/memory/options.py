@@ -54,10 +54,17 @@ def build_parser(text: str, *, optimizers: Iterable[str], dtypes: Iterable[str])
     add("--dtype", choices=dtypes, default="float32", help="bfloat16: under autocast, as in training")
     add("--disable", action="store_true", help="run the reversible units by ordinary autograd")
     add("--optimizer", choices=optimizers, default="sgd", help="sgd has momentum (default: %(default)s)")
-    add("--device-memory", type=size, metavar="SIZE", help="search what fits a device of this size, like 24GiB")
-    add("--reserve", type=size, default=MIB << 10, metavar="SIZE", help="keep so much free for what is not counted "
+    add(
+        "--device-memory",
+        type=size,
+        metavar="SIZE",
+        help="search the largest batch and depth for a device of this size, like 24GiB",
+    )
+    add("--reserve", type=size, default=MIB << 10, metavar="SIZE", help="memory to keep free for uncounted bytes "
         "(default: 1GiB)")  # fmt: skip
-    add("--most-units", type=count, default=64, metavar="N", help="search up to so many units a stage (%(default)s)")
+    add(
+        "--most-units", type=count, default=64, metavar="N", help="largest number of units a stage to try (%(default)s)"
+    )
     add("--no-check", action="store_true", help="do not compute a step to measure the prediction's error")
     add("--json", type=file, metavar="FILE", help="write all numbers to this file, in bytes")
     add("--table", action="store_true", help="recompute the published table of activations")

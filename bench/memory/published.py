@@ -1,4 +1,4 @@
-"""The published memory of the six networks: recomputed on fake tensors, measured on GPUs, and why it differs."""
+"""The page on the memory of the six networks: published, recomputed on fake tensors, and measured on GPUs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +40,7 @@ def render(*, progress: Callable[[str], None] = lambda text: None, batch: int = 
 
 
 def row(name: str, batch: int) -> dict:
-    """Return all numbers of one network, in bytes; ``twin`` is the network with the engine off."""
+    """Return all numbers of one network, in bytes; ``twin`` stands for the network with the engine off."""
     reversible, twin = MODELS[name], lambda: MODELS[name](disable=True)
     held = held_after_forward(reversible, batch)
     has_engine = name.startswith("revnet")
@@ -65,7 +65,13 @@ def make_batch(batch: int) -> tuple[Tensor, Tensor]:
 
 
 def held_after_forward(make_model: Callable[[], nn.Module], batch: int) -> dict[str, int]:
-    """Count in three ways the bytes beyond the model once the loss is there: batch, outputs, what backward needs."""
+    """Count the bytes held after the forward pass, without the model, by three rules.
+
+    They are batch, outputs, loss and the tensors saved for backward.
+
+    Returns:
+        Bytes as "tensors", as "blocks" of today's allocator, and as "blocks of 2018".
+    """
     with FakeTensorMode():
         model = make_model()
         with TensorMeter() as tensors, TensorMeter(block_bytes=CUDA_BLOCK_BYTES) as blocks, Meter2018() as old:
@@ -77,19 +83,19 @@ def held_after_forward(make_model: Callable[[], nn.Module], batch: int) -> dict[
                 "blocks": blocks.current_bytes,
                 "blocks of 2018": old.allocated_bytes,
             }
-            del loss  # until here it holds the graph
+            del loss  # it keeps the graph alive until here
             return held
 
 
 def peak_activations(make_model: Callable[[], nn.Module], batch: int) -> int:
-    """Return the bytes that a step adds to model, gradients and batch at its worst instant."""
+    """Return the peak bytes of a step, without model, gradients and batch."""
     with FakeTensorMode():
         model, (images, labels) = make_model(), make_batch(batch)
         return measure_step_memory(model, lambda: F.cross_entropy(model(images), labels).backward()).activation_bytes
 
 
 def whole_step(make_model: Callable[[], nn.Module], batch: int) -> int:
-    """Return the bytes of everything at the worst instant of a training step, in the allocator's blocks."""
+    """Return the peak bytes of a training step, everything included, in the allocator's blocks."""
     return predict_step_memory(make_model, lambda: make_batch(batch), device="cuda").peak_bytes
 
 
@@ -103,7 +109,7 @@ def model_blocks(make_model: Callable[[], nn.Module]) -> int:
 
 
 def without_stem_relu(model: nn.Module) -> nn.Module:
-    """Return the network as if its first ReLU saved nothing for backward."""
+    """Replace the network's first ReLU by a module that saves nothing for backward, and return the network."""
     model.stem[2] = nn.Identity()
     return model
 
@@ -123,7 +129,7 @@ def beside_published(table: pd.DataFrame, values: pd.DataFrame) -> pd.DataFrame:
 
 
 def saved(table: pd.DataFrame) -> pd.DataFrame:
-    """Return reversible units beside their twins with stored activations, in MiB."""
+    """Return the memory with reversible units beside that of their twins with stored activations, in MiB."""
     columns = {"held after forward": "held", "peak of step": "peak", "whole step on CUDA": "step"}
     pairs = {}
     for text, name in columns.items():
@@ -135,7 +141,7 @@ def saved(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def on_gpu(values: pd.DataFrame, measurements: Path, records: Path) -> str:
-    """Return the published activations beside those measured on GPUs, as Markdown; a dash where nobody measured.
+    """Return published activations beside those measured on GPUs, as Markdown; a dash stands for no measurement.
 
     Args:
         values: the published numbers, one row for each network.
@@ -171,8 +177,8 @@ PAGE = """# Memory of the six networks: published and recomputed
 
     {command}
 
-makes this page on any machine: the networks run on fake tensors, which have shapes and lifetimes but no data, so that
-the numbers are exact (torch {torch}) and the same everywhere. Batch {batch}, float32, ten classes, MiB.
+writes this page on any machine. The networks run on fake tensors, which have shapes and lifetimes but no data, so the
+numbers are exact (torch {torch}) and the same everywhere. Batch {batch}, float32, ten classes, MiB.
 
 ## Beside the published table
 
@@ -180,40 +186,41 @@ the numbers are exact (torch {torch}) and the same everywhere. Batch {batch}, fl
 
 Why they differ:
 
-* **Unit.** The published table is headed MB, but its numbers are MiB. *Parameters* are parameters and BatchNorm's
+* **Unit.** The published table is labelled MB, but its numbers are MiB. *Parameters* are parameters and BatchNorm's
   buffers in the allocator's 512-byte blocks.
-* **What is counted.** *Activations* are what was allocated beyond the model when the forward pass of the *first*
-  iteration had ended: batch, output, loss and what backward needs. From the second iteration on gradients and momentum
-  would add twice the parameters. *Here* counts the same instant, tensor by tensor.
-* **The allocator of 2018** took requests above 1 MiB in units of 128 KiB. Maps of 100 x 64 x 8 x 8 float32 take 12.5
-  units, so each was counted half a unit too large, and the batch, 9.4 units, as 10. *As counted in 2018* applies that
-  allocator's rules to the tensors of this forward pass (memcnn/memory/allocator_2018.py).
-* **The stem's ReLU** ({stem} MiB, RevNet-38 and -110). Its output is saved for its own backward, and is the input of
-  the first reversible unit. MemCNN 1.5 emptied the storage of a block's input, the saved output with it, and so did not
-  count it; that is also why these two networks cannot be trained by it on today's PyTorch. This project never empties a
-  tensor that somebody else has saved. In RevNet-164 the first unit is not reversible, and both keep that map.
-* **What is left**: below 0.1 but for RevNet-38. Its last stage has 112 channels, whose maps fit no block left over by
-  another stage exactly; that allocator gave out such blocks whole, so that the count depends on the order in which
-  blocks came free, cuDNN's workspaces among them. MemCNN 1.5.2's own forward pass, on a CPU and by the same rules,
-  gives 85.3 (and for the others the published numbers to 0.1).
+* **Counted tensors.** *Activations* are the bytes allocated after the forward pass of the *first* iteration, without
+  the model: batch, output, loss and the tensors saved for backward. From the second iteration on, gradients and
+  momentum would add twice the parameters. *Here* sums the tensors at the same instant.
+* **The allocator of 2018** rounded requests above 1 MiB up to units of 128 KiB. A map of 100 x 64 x 8 x 8 float32
+  numbers takes 12.5 units and was counted as 13. The batch takes 9.4 units and was counted as 10. *As counted in 2018*
+  applies the rules of that allocator to the tensors of this forward pass (memcnn/memory/allocator_2018.py).
+* **The stem's ReLU** ({stem} MiB, RevNet-38 and -110). ReLU saves its output for its own backward, and this output is
+  the input of the first reversible unit. MemCNN 1.5 emptied the storage of a block's input. This emptied the saved
+  output as well, so the output was not counted. For the same reason MemCNN 1.5 cannot train these two networks on
+  current PyTorch. This project never empties a tensor that other code has saved. In RevNet-164 the first unit is not
+  reversible, and both keep that map.
+* **The remaining difference** is below 0.1, except for RevNet-38. Its last stage has 112 channels, and its maps do not
+  exactly fit a block freed by another stage. The allocator of 2018 gave out such blocks whole, so the count depends on
+  the order in which blocks were freed, cuDNN's workspaces included. The forward pass of MemCNN 1.5.2 itself, on a CPU
+  and by the same rules, gives 85.3 (and for the other networks the published numbers to 0.1).
 
 ## What reversibility saves
 
 {saved}
 
-*Held after forward* is what the published figure means. *Peak of step* is the worst instant of forward and backward
-beyond model, gradients and batch: in a RevNet it lies in the backward pass, where one branch's activations are rebuilt,
-which the published figure leaves out. *Whole step on CUDA* is everything, parameters, gradients, momentum and batch
-included, in 512-byte blocks; see `python -m bench.memory --help` for what no prediction counts. *Stored* is the same
-network under ordinary autograd (`disable=True`).
+*Held after forward* is the published quantity. *Peak of step* is the highest total during forward and backward, without
+model, gradients and batch. In a RevNet it lies in the backward pass, which recomputes the activations of one branch at
+a time; the published number leaves it out. *Whole step on CUDA* is the total with parameters, gradients, momentum and
+batch, in 512-byte blocks; `python -m bench.memory --help` lists the bytes that no prediction counts. *Stored* is the
+same network under ordinary autograd (`disable=True`).
 
 ## Measured on a GPU
 
 {on_gpu}
 
-MiB at batch 100, with the engine on, as CUDA's allocator counts them, kernels' scratch included. *Held*: when the
-forward pass has ended, beyond the model and with the batch, as the published figure; from reports/bench/*/memory.csv,
-which `python -m bench.measured_memory` writes. *Peak*: the highest total during forward and backward, beyond model,
-gradients and batch; from the same files, and from the records of runs on a GPU. In bf16 weights, residual stream and
-BatchNorm statistics stay float32. A dash is a number that nobody measured.
+MiB at batch 100 with the engine on, as counted by CUDA's allocator, with the kernels' workspaces. *Held*: the bytes
+after the forward pass, without the model but with the batch, like the published number. They come from
+reports/bench/*/memory.csv, which `python -m bench.measured_memory` writes. *Peak*: the highest total during forward and
+backward, without model, gradients and batch. It comes from the same files and from the records of runs on a GPU. In
+bf16 weights, residual stream and BatchNorm statistics stay float32. A dash is a number that nobody measured.
 """

@@ -1,4 +1,4 @@
-"""What ``bench.memory`` predicts: the training step of a model, and the largest batch and depth that fit a device."""
+"""The training step that ``bench.memory`` predicts, and the search for the largest batch and depth that fit."""
 
 import importlib
 import sys
@@ -30,16 +30,16 @@ DEPTHS = {
 }
 """The six networks as functions of their units a stage."""
 MODEL = f"one of {', '.join(MODELS)}, or package.module:factory"
-"""What the argument MODEL may be, for messages."""
+"""Valid values of the argument MODEL, for messages."""
 
 
 class Unusable(ValueError):
-    """The request cannot be carried out; the message says what was got, what is wanted, and the fix."""
+    """Raised if a request cannot be carried out; the message names the given value, the expected one and the fix."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and how it is trained.
+    """A model and its training step.
 
     Attributes:
         name: the model's name, for messages.
@@ -75,22 +75,22 @@ class Subject:
 
 
 def predict(subject: Subject, device: str) -> PeakSplit:
-    """Predict the worst instant of a step on a device ("cpu" or "cuda").
+    """Predict the peak memory of a step on a device ("cpu" or "cuda").
 
     Raises:
-        Unusable: when the model cannot run on fake tensors of the subject's shape.
+        Unusable: if the model cannot run on fake tensors of the subject's shape.
     """
     try:
         return predict_step_memory(subject.make_model, subject.make_batch, device=device, **subject.options)
     except Exception as error:  # a user's model may raise anything
         raise Unusable(
             f"{subject.name} on an input of shape {subject.shape}: {type(error).__name__}: {_first_line(error)}; "
-            "wanted a model that takes one such tensor and looks at no values, see --shape"
+            "wanted a model that takes one such tensor and does not read its values; see --shape"
         ) from error
 
 
 def measure(subject: Subject, device: str) -> PeakSplit:
-    """Compute the step on a device, and measure it with the tensor meter and with the allocator."""
+    """Compute the step on a device, and measure its tensors and the bytes of the allocator."""
     model, optimizer, batch, step = training_step(
         lambda: subject.make_model().to(device),
         lambda: tuple(t.to(device) for t in subject.make_batch()),
@@ -130,16 +130,16 @@ def largest_batch(subject: Subject, budget_bytes: int) -> dict:
 
 
 def largest_depth(subject: Subject, budget_bytes: int, *, disable: bool, limit: int) -> dict:
-    """Search the most units a stage of one of the six networks whose step on CUDA fits.
+    """Search the largest number of units a stage with which a network's step on CUDA fits.
 
     Args:
         subject: one of the six networks.
-        budget_bytes: the bytes that there are.
+        budget_bytes: the available bytes.
         disable: run the reversible units by ordinary autograd.
-        limit: the most units a stage to try.
+        limit: the largest number of units a stage to try.
 
     Returns:
-        The result of ``memcnn.memory.largest_that_fits``, and ``layers``, the layers that a further unit adds.
+        The result of ``memcnn.memory.largest_that_fits``, and ``layers``, the layers that one more unit a stage adds.
     """
     make, units = DEPTHS[subject.name], len(subject.make_model().stages[0])
 
@@ -165,7 +165,7 @@ def subject_of(given: Namespace) -> Subject:
     """Return the subject that the command line asks for.
 
     Raises:
-        Unusable: when options contradict each other, or the model cannot be imported.
+        Unusable: if options contradict each other, or the model cannot be imported.
     """
     how = {"optimizer": given.optimizer, "dtype": given.dtype}
     if given.model in MODELS:
@@ -183,7 +183,7 @@ def subject_of(given: Namespace) -> Subject:
 
 
 def progress(text: str) -> None:
-    """Print what is going on to standard error."""
+    """Print a line of progress to standard error."""
     print(f"  {text} ...", file=sys.stderr, flush=True)
 
 

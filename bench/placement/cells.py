@@ -36,14 +36,14 @@ class Settings:
     """The settings that all cells share.
 
     Attributes:
-        recipe: what to compute.
+        recipe: the training recipe.
         runs: the folder of all runs.
         data: see ``memcnn.data.load``.
-        threads: CPU threads of a cell; None for PyTorch's choice.
-        deadline: the ``time.time()`` at which all must be over, None for none.
-        execution: how the steps are run.
-        unofficial_data: train on files with wrong checksums too.
-        allow_mixed: resume a run in another execution, too.
+        threads: CPU threads for each cell; None for PyTorch's default.
+        deadline: the ``time.time()`` at which all training must have ended; None for no deadline.
+        execution: how training steps run.
+        unofficial_data: also train on files with wrong checksums.
+        allow_mixed: also resume a run in another execution.
     """
 
     recipe: Recipe
@@ -56,7 +56,7 @@ class Settings:
     allow_mixed: bool = False
 
     def remaining_seconds(self) -> float | None:
-        """Return the seconds that are left before the deadline; None without one."""
+        """Return the seconds until the deadline; None without a deadline."""
         return None if self.deadline is None else self.deadline - time.time()
 
     def job(self, cell: Cell) -> Job:
@@ -70,7 +70,7 @@ class Settings:
         )
 
     def place(self, **others) -> Place:
-        """Return where cells are trained; ``others`` are further fields of a ``Place``."""
+        """Return the place in which cells train; ``others`` are further fields of ``Place``."""
         return Place(data=self.data, unofficial_data=self.unofficial_data, runs=self.runs, **others)
 
     def folder_of(self, cell: Cell) -> Path:
@@ -82,7 +82,7 @@ class Settings:
         """Return the record of a cell's run.
 
         Raises:
-            BadRecord: when there is none, or it cannot be read.
+            BadRecord: if there is no record, or it cannot be read.
         """
         return load(self.folder_of(cell))
 
@@ -92,7 +92,7 @@ class Settings:
         return Stop(None if seconds is None else time.monotonic() + seconds)
 
 
-@cache  # for unofficial files all of them must be read
+@cache  # to recognise unofficial files it reads all of them
 def _data_kind(dataset: str, data: str | None, unofficial: bool) -> str:
     return Place(data=data, unofficial_data=unofficial).data_kind(dataset)
 
@@ -120,14 +120,14 @@ def in_turns(
     shared_by: int = 1,
     progress: bool = False,
 ) -> Iterator[Outcome]:
-    """Train cells in this process, ``at_once`` of them at a time; yield each and its outcome as it ends.
+    """Train ``at_once`` cells at a time in this process. Yield each cell with its outcome when it ends.
 
     Args:
-        cells: taken one by one when there is room.
-        settings: what the cells have in common.
-        device: the name of the device; None for a GPU where there is one, else the CPU.
-        at_once: how many cells take turns.
-        shared_by: how many processes like this one share the device.
+        cells: the cells; the next one is taken when there is room for it.
+        settings: the settings that all cells share.
+        device: the name of the device; None for a GPU if there is one, else the CPU.
+        at_once: number of cells that take turns.
+        shared_by: number of such processes that share the device.
         progress: show progress on standard error.
     """
     if settings.threads is not None:

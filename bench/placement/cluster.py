@@ -1,4 +1,4 @@
-"""Cells trained on a Ray cluster."""
+"""Train cells on a Ray cluster."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,26 +8,26 @@ from bench.placement.progress import POLL_SECONDS, bars
 from memcnn.training.record import BadRecord, RunRecord
 
 RETRIES = 10
-"""How often a cell is begun again after its worker or node was lost."""
+"""Number of times that a cell is restarted after its worker or node was lost."""
 
 
 def on_cluster(
     cells: Sequence[Cell], settings: Settings, address: str, jobs_per_device: int, *, num_cpus: int | None = None
 ) -> Iterator[Outcome]:
-    """Train cells as Ray tasks; yield each and its outcome as it ends.
+    """Train cells as Ray tasks. Yield each cell with its outcome when it ends.
 
-    A cell whose worker or node is lost is begun again elsewhere, up to ``RETRIES`` times.
+    If a worker or node is lost, its cells restart elsewhere, each at most ``RETRIES`` times.
 
     Args:
         cells: the cells.
-        settings: what the cells have in common.
-        address: address of a running cluster, or "local" for one on this machine that ends with the command.
-        jobs_per_device: how many cells share a GPU, if the cluster has any.
-        num_cpus: CPUs of a local cluster; those of the machine by default.
+        settings: the settings that all cells share.
+        address: address of a running cluster, or "local" to start one on this machine for this command.
+        jobs_per_device: number of cells that share a GPU, if the cluster has GPUs.
+        num_cpus: CPUs of a local cluster; all CPUs of the machine by default.
 
     Raises:
-        ModuleNotFoundError: without Ray.
-        ConnectionError: when there is no cluster at the address.
+        ModuleNotFoundError: if Ray is not installed.
+        ConnectionError: if there is no cluster at the address.
     """
     import ray
 
@@ -62,7 +62,7 @@ def on_cluster(
 
 
 def _result(ray, reference, cell: Cell, settings: Settings) -> RunRecord | Exception:
-    """Return the record of a task that has ended, or the reason why there is none."""
+    """Return the record of a task that has ended, or the exception that explains why there is none."""
     try:
         return ray.get(reference)
     except ray.exceptions.TaskCancelledError:

@@ -1,4 +1,4 @@
-"""Cells trained in processes of their own on the devices of this machine."""
+"""Train cells in separate processes on the devices of this machine."""
 
 import multiprocessing
 import signal
@@ -15,16 +15,16 @@ from memcnn.training.stopping import Stop
 def on_devices(
     cells: Iterable[Cell], settings: Settings, devices: Sequence[str], jobs_per_device: int
 ) -> Iterator[Outcome]:
-    """Train cells in processes of their own; yield each and its outcome as it ends.
+    """Train cells in separate processes. Yield each cell with its outcome when it ends.
 
-    A GPU has one process, in which its cells take turns; a CPU has one for each of its `jobs_per_device` cells. After
-    Ctrl-C, SIGTERM or the deadline all processes stop cleanly, and no further cell is begun.
+    A GPU has one process, in which its cells take turns. A CPU has ``jobs_per_device`` processes, each with one cell.
+    After Ctrl-C, SIGTERM or the deadline all processes stop cleanly, and no further cell starts.
 
     Args:
-        cells: taken one by one when there is room.
-        settings: what the cells have in common.
+        cells: the cells; the next one is taken when there is room for it.
+        settings: the settings that all cells share.
         devices: names of devices.
-        jobs_per_device: how many cells share a device.
+        jobs_per_device: number of cells that share a device.
     """
     places = []
     for number in range(jobs_per_device):
@@ -42,7 +42,7 @@ def on_devices(
 
 
 def _supply(places: list["Place"], cells: Iterator[Cell], stop: Stop, view: Bars) -> Iterator[Outcome]:
-    """Give each place a cell whenever it has room, until all are done or a stop; yield the outcomes."""
+    """Give each place a cell when it has room, until all cells are done or there is a stop. Yield the outcomes."""
     while True:
         reason = stop.reason(needed_seconds=0.0)
         for place in places:
@@ -57,20 +57,20 @@ def _supply(places: list["Place"], cells: Iterator[Cell], stop: Stop, view: Bars
             return
         for connection in wait(list(connections), POLL_SECONDS):
             for cell, outcome in connections[connection].receive():
-                if getattr(outcome, "status", None) == "partial":  # a stop reaches the other processes as well
+                if getattr(outcome, "status", None) == "partial":  # the other processes stop as well
                     cells = iter(())
                 yield cell, outcome
         view.show([cell for place in places for cell in place.running])
 
 
 class Place:
-    """A process that trains cells on one device. It asks for a cell when it has room, and reports each that ends.
+    """A process that trains cells on one device. It asks for a cell when it has room, and sends the outcome of each.
 
     Args:
-        settings: what the cells have in common.
+        settings: the settings that all cells share.
         device: the name of the device.
-        at_once: how many cells take turns in the process.
-        shared_by: how many such processes share the device.
+        at_once: number of cells that take turns in the process.
+        shared_by: number of such processes that share the device.
     """
 
     def __init__(self, settings: Settings, device: str, *, at_once: int, shared_by: int) -> None:
@@ -79,15 +79,15 @@ class Place:
         self.connection: Connection | None = None
         self.running: list[Cell] = []
         self.asks = self.interrupted = False
-        self.last_words = ""
+        self.last_message = ""
 
     @property
     def has_room(self) -> bool:
-        """Whether a cell would be begun at once; the first one starts the process."""
+        """True if the next cell would start at once. The first cell starts the process."""
         return self.asks or self.process is None
 
     def take(self, cell: Cell) -> None:
-        """Begin a cell."""
+        """Start a cell."""
         self.running.append(cell)
         if self.process is not None:
             self._answer(cell)
@@ -100,17 +100,17 @@ class Place:
         far_end.close()
 
     def dismiss(self) -> None:
-        """Let the process end when the cells that it trains have ended."""
+        """Let the process end after its running cells."""
         self._answer(None)
 
     def interrupt(self) -> None:
-        """Let the process stop cleanly."""
+        """Ask the process to stop cleanly."""
         if self.process is not None and not self.interrupted:
             self.interrupted = True
             self.process.terminate()
 
     def receive(self) -> Iterator[Outcome]:
-        """Read one message of the process; yield the outcomes in it."""
+        """Read one message of the process, and yield the outcomes in it."""
         try:
             message = self.connection.recv()
         except (EOFError, OSError):
@@ -119,36 +119,36 @@ class Place:
         if message is None:
             self.asks = True
         elif isinstance(message, str):
-            self.last_words = message
+            self.last_message = message
         else:
             self.running.remove(message[0])
             yield message
 
     def _answer(self, cell: Cell | None) -> None:
         self.asks = False
-        with suppress(OSError):  # it has ended, which the next message says
+        with suppress(OSError):  # the process has ended; ``receive`` notices that
             self.connection.send(cell)
 
     def _ended(self) -> Iterator[Outcome]:
-        """Yield the cells that the process did not report, unless it was interrupted."""
+        """Yield the running cells of a process that has ended as lost, unless it was interrupted."""
         self.process.join()
         status, left = self.process.exitcode, self.running
         self.connection.close()
-        how = f"was killed by signal {-status}" if status < 0 else f"failed: {self.last_words or f'status {status}'}"
-        self.process, self.connection, self.running, self.asks, self.last_words = None, None, [], False, ""
+        how = f"was killed by signal {-status}" if status < 0 else f"failed: {self.last_message or f'status {status}'}"
+        self.process, self.connection, self.running, self.asks, self.last_message = None, None, [], False, ""
         for cell in left:
             if not self.interrupted and status not in INTERRUPTED:
                 yield cell, Lost(f"its process {how}")
 
 
 INTERRUPTED = (3, -signal.SIGTERM)
-"""Exit statuses of a process that was interrupted before it trained."""
+"""Exit statuses of a process that was interrupted before it started to train."""
 
 
 def _train_cells(
     connection: Connection, first: Cell, settings: Settings, device: str, at_once: int, shared_by: int
 ) -> None:
-    """Train cells in this process: the first one, then those that the parent sends."""
+    """Train the first cell and then the cells that the parent process sends."""
 
     def cells() -> Iterator[Cell]:
         cell = first

@@ -1,4 +1,4 @@
-"""Bars for the cells that other processes are training."""
+"""Progress bars for the cells that other processes train."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,18 +10,18 @@ from bench.placement.cells import Cell, Settings
 from memcnn.training.record import BadRecord
 
 POLL_SECONDS = 1.0
-"""The time between two looks at the cells that are being trained."""
+"""Time between two updates of the bars."""
 
 
 class Bars:
-    """A bar for every cell that is being trained, from its record; no bars if standard error is no terminal."""
+    """Shows a bar for every running cell, from its record; no bars unless standard error is a terminal."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.bars: dict[Cell, tqdm] = {}
 
     def show(self, cells: Sequence[Cell]) -> None:
-        """Show the bars of these cells, and no others."""
+        """Show the bars of these cells, and close all others."""
         if not sys.stderr.isatty():
             return
         for cell in [cell for cell in self.bars if cell not in cells]:
@@ -29,7 +29,7 @@ class Bars:
         for cell in cells:
             try:
                 record = self.settings.record_of(cell)
-            except BadRecord:  # nothing written yet
+            except BadRecord:  # no record has been written yet
                 continue
             if cell not in self.bars:
                 self.bars[cell] = tqdm(total=self.settings.recipe.iterations, desc=str(cell), leave=False, unit="it")
@@ -41,7 +41,7 @@ class Bars:
 
 @contextmanager
 def bars(settings: Settings) -> Iterator[Bars]:
-    """Yield the bars, and remove them in the end."""
+    """Yield the bars, and remove them at the end."""
     view = Bars(settings)
     try:
         yield view

@@ -1,4 +1,4 @@
-"""``bench.memory`` predicts what is measured, finds what fits, and reports bad arguments; so does its table."""
+"""Tests of ``bench.memory``: predictions, the search for what fits, bad arguments, and the page of activations."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def test_depths_are_those_of_the_named_networks(name):
     assert memory.layers(name) * units + 2 == int(re.search(r"\d+", name)[0])
 
 
-def test_the_published_activations_are_those_of_the_rules_of_2018():
+def test_the_rules_of_2018_give_the_published_activations():
     values = tables.published().dropna(subset="activations_mib").set_index("model").loc["resnet32"]
     held = published.held_after_forward(MODELS["resnet32"], 100)
     assert held["blocks of 2018"] / MIB == pytest.approx(values.activations_mib, abs=0.05)
@@ -67,7 +67,7 @@ def test_the_published_activations_are_those_of_the_rules_of_2018():
     assert published.model_blocks(MODELS["resnet32"]) / MIB == pytest.approx(values.parameters_mib, abs=0.05)
 
 
-def test_the_stems_relu_saves_one_map_that_a_reversible_first_unit_could_do_without():
+def test_the_stems_relu_saves_one_map_if_the_first_unit_is_reversible():
     def without(name: str) -> int:
         whole = published.held_after_forward(MODELS[name], 4)["tensors"]
         return whole - published.held_after_forward(
@@ -77,10 +77,10 @@ def test_the_stems_relu_saves_one_map_that_a_reversible_first_unit_could_do_with
     assert without("resnet32") == 0
 
 
-def test_the_peak_beside_what_is_held_is_the_recorded_one():
-    """The bytes that runs on a CPU recorded for a step at batch 100, in float32.
+def test_the_peak_equals_that_of_recorded_runs():
+    """Runs on a CPU have recorded these bytes for a float32 step at batch 100.
 
-    Records of RevNets from before recomputations left running statistics alone have 912 bytes more.
+    Old records of RevNets, made when recomputations still updated running statistics, have 912 bytes more.
     """
     assert published.peak_activations(MODELS["resnet32"], 100) == 250_685_064
     assert published.peak_activations(MODELS["revnet38"], 100) == 108_139_144
@@ -113,7 +113,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("arguments", BAD)
-def test_a_bad_argument_is_told_and_ends_with_status_two(arguments, capsys):
+def test_a_bad_argument_is_reported_and_ends_with_status_two(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         main(arguments.split())
     assert end.value.code == 2
@@ -134,7 +134,7 @@ def test_the_command_predicts_and_measures_its_error(tmp_path, capsys):
         assert "on CUDA: not measured, there is no CUDA device" in out
 
 
-def test_the_bytes_that_are_measured_are_those_that_are_predicted(tmp_path, capsys):
+def test_measured_bytes_equal_predicted_bytes(tmp_path, capsys):
     arguments = ["--networks", "revnet38", "--batch", "2", "--device", "cpu", "--out", str(tmp_path)]
     assert measured_memory.main(arguments) == 0
     table = pd.read_csv(tmp_path / "memory.csv").set_index(["precision", "engine"])
@@ -147,7 +147,7 @@ def test_the_bytes_that_are_measured_are_those_that_are_predicted(tmp_path, caps
     assert set(table.device_type) == {"cpu"} and set(table.meter) == {"tensors"} and table.commit.notna().all()
 
 
-def test_on_a_gpu_what_is_held_is_the_rise_of_the_allocators_count_with_the_batch(monkeypatch):
+def test_on_a_gpu_held_bytes_are_the_increase_of_the_allocators_count(monkeypatch):
     held = []
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000 + sum(len(h()) for h in held if h()))
 
@@ -165,10 +165,10 @@ def test_on_a_gpu_what_is_held_is_the_rise_of_the_allocators_count_with_the_batc
         return loss
 
     assert measured_memory.held_after_forward(make_batch, loss_of, torch.device("cuda")) == 100 + 20 + 107
-    assert torch.cuda.memory_allocated(None) == 1000, "nothing of it stays"
+    assert torch.cuda.memory_allocated(None) == 1000, "all of it was freed"
 
 
-def test_the_page_of_activations_has_a_dash_where_nobody_measured_on_a_gpu(tmp_path):
+def test_the_page_of_activations_has_a_dash_for_missing_gpu_measurements(tmp_path):
     values = tables.published().dropna(subset="activations_mib").set_index("model")
     none = published.on_gpu(values, tmp_path / "none", tmp_path / "none")
     assert none.count("—") == 6 * 5

@@ -1,4 +1,4 @@
-"""Tables, figures and pages say what was measured, with unit, n and spread, and no more than that."""
+"""Tests of ``bench.report``: tables, figures and pages show the measurements with unit, n and spread."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import pytest
 from bench import figures, folders, report, result, summary
 from bench.cases import SUBJECTS, Chain
 from bench.networks import Network
-from properties.bench.results import MACHINE, row, written
+from properties.support.results import MACHINE, row, written
 
 MIB = 2**20
 SLOPES = {
@@ -26,7 +26,7 @@ DEPTHS = (1, 4, 9, 16, 64)
 
 
 def peak(subject: str, depth: int) -> int:
-    """In MiB, exactly on the line that is to be found."""
+    """Return a peak in MiB that lies exactly on the line to be fitted."""
     return 20 + SLOPES[subject] * depth + (4 * isqrt(depth) if subject == "checkpoint-sqrt" else 0)
 
 
@@ -91,7 +91,7 @@ def test_the_table_of_contenders_has_memory_and_evaluations(results):
     assert row_of_plain["evaluations of F and G per block and step"] == 4
 
 
-def test_scratch_is_what_the_allocator_gave_beyond_the_tensors(results):
+def test_scratch_is_the_allocated_memory_beyond_the_tensors(results):
     assert set(table(results, "What the allocator gave beyond that, MiB").to_numpy().ravel()) == {2}
 
 
@@ -107,18 +107,18 @@ def test_the_largest_depth_is_that_of_the_line_through_the_measured_peaks(result
     assert (summary.largest_depth(fits, 19 * MIB) == 0).all()
 
 
-def test_a_line_is_not_drawn_through_too_few_depths(results):
+def test_too_few_depths_get_no_line(results):
     few = result.series_of(results, "memory", "depth")
     assert summary.fit(few[few.depth <= 9]).empty
 
 
-def test_a_step_is_told_as_steps_and_images_per_second(results):
+def test_the_table_of_networks_has_steps_and_images_per_second(results):
     networks = table(results, "Training step of the CIFAR networks")
     assert list(networks.index) == ["resnet32", "revnet38, engine off", "revnet38, engine on"]
     assert networks.loc["revnet38, engine on", ["steps/s", "images/s", "peak MiB"]].tolist() == [2, 16, 10]
 
 
-def test_python_time_is_told_per_block(results):
+def test_python_time_is_reported_per_block(results):
     assert table(results, "Tiny tensors").loc["plain autograd", "microseconds per block"] == "1000 [1000, 1000]"
 
 
@@ -177,7 +177,7 @@ def test_the_page_needs_no_other_file_and_escapes_what_was_measured(results, tmp
     assert len(pd.read_csv(tmp_path / "out" / "measurements.csv")) == len(results)
 
 
-def test_what_is_committed_gives_the_same_page_again(results, tmp_path, monkeypatch):
+def test_committed_data_renders_the_same_page_again(results, tmp_path, monkeypatch):
     root, pages = tmp_path / "bench", tmp_path / "out"
     monkeypatch.setattr(folders, "MEASUREMENTS", root)
     monkeypatch.setattr(folders, "PAGES", pages)

@@ -1,4 +1,4 @@
-"""The benchmark compares equal work, takes its cases in turn, and measures what it says."""
+"""Tests of the benchmark suites: cases do equal work, take turns, and are measured correctly."""
 
 import dataclasses
 import gc
@@ -87,8 +87,8 @@ def test_compiled_branches_are_compiled_once_for_all_blocks(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_a_graph_is_captured_of_a_warm_step_and_keeps_its_tensors(monkeypatch):
-    """With the calls that a GPU would get, in their order."""
+def test_a_graph_captures_a_warm_step_and_keeps_its_tensors_alive(monkeypatch):
+    """The test records the calls that a GPU would receive, in order."""
     calls = []
 
     class Graph:
@@ -136,7 +136,7 @@ def test_on_cuda_a_replayed_step_computes_what_the_eager_one_does(subject):
         torch.testing.assert_close(first / wanted.abs().max(), wanted / wanted.abs().max(), rtol=1e-3, atol=1e-3)
 
 
-def test_what_needs_a_gpu_says_so_and_the_rest_says_how_to_run_it():
+def test_a_skipped_mode_says_that_it_needs_a_gpu_or_how_to_run_it():
     reasons = {case.mode: why_not(case, cuda=False, everywhere=False) for case in modes(quick=True, cuda=False)}
     assert set(reasons) == set(MODES) and "need a GPU" in reasons.pop("graph")
     assert all("--modes" in reason for reason in reasons.values())
@@ -174,7 +174,7 @@ def test_the_subjects_store_what_their_names_say(device):
     x_bytes = in_blocks(2 * 4 * 6 * 6 * 4, block_bytes)
 
     def added_bytes(subject: str) -> int:
-        """By twelve further blocks."""
+        """Return the activation bytes that twelve more blocks add."""
         peaks = [measure.memory(dataclasses.replace(small(subject, depth), series="gate"), device) for depth in (4, 16)]
         return peaks[1]["activation_bytes"] - peaks[0]["activation_bytes"]
 
@@ -199,7 +199,7 @@ def test_the_peak_of_a_network_is_split_to_the_byte(device):
     assert split["activation_bytes"] < plain["activation_bytes"]
 
 
-def test_subjects_of_a_cycle_are_timed_in_turn_each_time_another_one_first():
+def test_subjects_take_turns_and_another_one_starts_each_round():
     turns = in_turn([*chains(quick=True, cuda=False), *networks(quick=True, cuda=False)], 3)
     tiny = [(case.subject, repeat) for case, repeat in turns if case.series == "tiny"]
     assert [repeat for _, repeat in tiny] == [0] * 7 + [1] * 7 + [2] * 7
@@ -263,7 +263,7 @@ def test_the_environment_of_a_gpu_names_its_libraries_clock_and_commit(gpus):
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Of a command that measures, as if no test had started it: in a worker of pytest-xdist benchmarks are off."""
+    """Return an environment without pytest-xdist's variables, because a worker of xdist switches benchmarks off."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     return {**inherited, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 

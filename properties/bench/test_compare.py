@@ -1,4 +1,4 @@
-"""Two commits are measured side by side, each with its own memcnn."""
+"""Tests of ``bench.compare``: it measures two commits in alternation, each with its own memcnn."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs a checkout: clone it")
-def test_a_commit_is_compared_with_the_tree_as_it_is():
+def test_a_commit_is_compared_with_the_working_tree():
     command = [
         sys.executable,
         "-m",
@@ -48,7 +48,7 @@ class Scripted:
         return self.exact
 
 
-def test_the_two_alternate_and_a_ratio_is_that_of_one_round():
+def test_the_sides_alternate_and_ratios_are_taken_within_a_round():
     log = []
     a = Scripted([9.0, 1.0, 2.0, 4.0], log, peak_bytes=1000, evaluations=4)
     b = Scripted([9.0, 1.1, 2.4, 4.4], log, peak_bytes=1050, evaluations=4)
@@ -58,13 +58,13 @@ def test_the_two_alternate_and_a_ratio_is_that_of_one_round():
     assert log == [a, b, b, a, a, b, b, a]
 
 
-def test_a_side_that_fails_is_named_and_not_timed():
+def test_a_side_that_fails_is_reported_and_not_timed():
     log = []
     a, b = Scripted([1.0] * 9, log, peak_bytes=1, evaluations=1), Scripted([1.0] * 9, log)
     assert compare.compared([a, b], "case", 3, "cpu")["time B / A"] == "failed: B: KeyError: 'x'"
     assert log == []
 
 
-def test_a_commit_that_git_does_not_know_is_refused(tmp_path):
+def test_an_unknown_commit_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="no-such-commit"):
         compare.unpack("no-such-commit", tmp_path)

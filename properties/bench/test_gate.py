@@ -12,7 +12,7 @@ import torch
 from bench import gate, measure
 from bench.cases import Chain
 from memcnn import AdditiveCoupling
-from properties.bench.results import MACHINE, measured, row, written
+from properties.support.results import MACHINE, measured, row, written
 
 ROOT = Path(__file__).resolve().parents[2]
 BASELINE = ROOT / "bench" / "baselines" / "cpu.json"
@@ -151,7 +151,7 @@ def test_seconds_are_compared_on_equal_machines_alone(tmp_path, capsys):
     assert run(base, other, "--fail", "median:10%") == 0
 
 
-def test_time_within_the_spread_is_told_and_does_not_fail(tmp_path, capsys):
+def test_time_within_the_spread_is_reported_and_does_not_fail(tmp_path, capsys):
     base = timed(tmp_path / "base", [(1.0, 1.2), (1.0, 1.3), (1.0, 1.9)])
     now = timed(tmp_path / "now", [(1.0, 1.25), (1.0, 1.5), (1.0, 1.6)])
     assert run(base, now, "--fail", "ratio:10%") == 0

@@ -1,12 +1,13 @@
-"""One command measures all there is on a GPU; no stage keeps another from running, whatever becomes of it."""
+"""Tests of ``bench.gpu_day``: it runs all stages, even after one has failed or exceeded its limit."""
 
 import time
 
 import pytest
 import torch
 
-from bench import folders, gpu_day, measured_memory, speed
+from bench import folders, gpu_day, measured_memory
 from bench.gpu_day import KINDS, Stage
+from bench.speed.__main__ import build_parser as speed_parser
 from memcnn.models.resnet import MODELS
 
 SLEEP = ("-n1", "-r1", "import time; time.sleep(60)")
@@ -45,18 +46,18 @@ def test_a_stage_that_fails_or_hangs_does_not_keep_the_others_from_running(a_gpu
     assert "/nowhere.json" in capsys.readouterr().out
 
 
-def test_no_stage_is_begun_after_the_budget_and_one_that_runs_is_ended_with_it(a_gpu, tmp_path, monkeypatch):
+def test_the_budget_ends_the_running_stage_and_starts_no_other(a_gpu, tmp_path, monkeypatch):
     planned = [Stage("speed", "endless", "timeit", SLEEP, 60), Stage("suites", "late", "platform", (), 60)]
     monkeypatch.setattr(gpu_day, "stages", lambda folder, device, group: planned)
     assert gpu_day.main(["--out", str(tmp_path), "--budget", "3s"]) == 1
     text = (tmp_path / "gpu-day.md").read_text()
-    assert "| over its limit |" in text and "| late | 0 | not begun: the budget is used up |" in text
+    assert "| over its limit |" in text and "| late | 0 | not started: the budget is used up |" in text
 
 
 def test_the_stages_are_commands_that_their_programs_understand(tmp_path):
     found = gpu_day.stages(tmp_path, "cuda:1", 4)
     assert list(dict.fromkeys(stage.kind for stage in found)) == list(KINDS)
-    parsed = [speed.build_parser().parse_args(stage.arguments) for stage in found if stage.kind == "speed"]
+    parsed = [speed_parser().parse_args(stage.arguments) for stage in found if stage.kind == "speed"]
     assert [given.networks for given in parsed] == list(MODELS)
     assert all(given.fast and given.group == 4 and given.out == tmp_path for given in parsed)
     (memory,) = [stage for stage in found if stage.kind == "memory"]

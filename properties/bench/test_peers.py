@@ -1,4 +1,4 @@
-"""The comparison with peers: what this project gets right, and that what is wrong is seen as wrong."""
+"""Tests of ``bench.peers``: this project gets every program right, and planted faults are found."""
 
 import os
 import signal
@@ -20,8 +20,8 @@ TINY = {"blocks": 2, "batch": 2, "channels": 4, "side": 4}
 
 @pytest.fixture(scope="module", params=["ReversibleSequential", "wrapped blocks"])
 def ours(request):
-    with contenders([request.param, "plain"]) as workers:
-        yield workers
+    with contenders([request.param, "plain"]) as running:
+        yield running.workers
 
 
 def test_this_project_gets_every_behaviour_right(ours):
@@ -42,14 +42,14 @@ def test_convolution_work_is_four_thirds_of_plain(ours):
     assert ours[0].ask("memory")["peak_bytes"] > ours[0].ask("memory")["gradient_bytes"] > 0
 
 
-def test_a_command_that_fails_says_why_and_leaves_the_worker_at_work(ours):
+def test_a_worker_answers_after_a_question_that_failed(ours):
     with pytest.raises(Failed, match="no such behaviour"):
         ours[0].ask("behaviour", title="no such behaviour")
     assert ours[0].ask("hello")["torch"] == torch.__version__
 
 
 class Detached(Coupling):
-    """Planted: G's gradient does not reach the first half."""
+    """Planted fault: the gradient of G does not reach the first half."""
 
     def forward(self, x):
         x1, x2 = x.chunk(2, 1)
@@ -58,7 +58,7 @@ class Detached(Coupling):
 
 
 class Twice(Coupling):
-    """Planted: F is evaluated once too often."""
+    """Planted fault: F is evaluated twice."""
 
     def forward(self, x):
         self.F(x.chunk(2, 1)[1])
@@ -93,7 +93,7 @@ def outcome_of(block: type[nn.Module], title: str) -> dict:
     ],
     ids=str,
 )
-def test_a_planted_fault_is_seen(block, title, outcome, detail):
+def test_a_planted_fault_is_found(block, title, outcome, detail):
     found = outcome_of(block, title)
     assert found["outcome"] == outcome
     assert detail in found["detail"] and "\n" not in found["detail"]
@@ -104,13 +104,13 @@ def terminated():
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_what_crashes_or_hangs_is_an_error_and_does_so_alone(monkeypatch):
+def test_a_crash_or_a_hang_is_reported_as_an_error_and_stays_in_its_fork(monkeypatch):
     monkeypatch.setattr(worker_module, "LIMIT_SECONDS", 0.2)
     assert worker_module.in_a_fork(terminated)["detail"] == f"ended by signal {signal.SIGTERM:d}"
     assert worker_module.in_a_fork(lambda: time.sleep(60))["detail"] == "no answer within 0.2 s"
 
 
-def test_the_branches_are_those_of_the_other_benchmarks():
+def test_the_branches_equal_those_of_the_other_benchmarks():
     assert str(list(conv_branch(8))) == str(list(cases.Branch(8)))
 
 
@@ -126,7 +126,7 @@ def test_ratios_are_taken_within_a_round():
     assert peer_tables.spread(found[found.contender == "other"].ratio) == "2.00 [1.50, 2.50]"
 
 
-def test_the_behaviour_table_says_how_wrong():
+def test_the_behaviour_table_shows_the_size_of_an_error():
     rows = [
         {"contender": "a", "behaviour": "z", "outcome": "right", "error": 0.0, "detail": ""},
         {"contender": "b", "behaviour": "z", "outcome": "wrong", "error": 0.5, "detail": "gradient"},

@@ -6,7 +6,8 @@ import shutil
 import pandas as pd
 import pytest
 
-from bench import folders, side_by_side, speed_text
+from bench import folders, side_by_side
+from bench.speed import text as speed_text
 from reports import page
 
 CPU = folders.MEASUREMENTS / "cpu"

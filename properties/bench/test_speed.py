@@ -1,4 +1,4 @@
-"""The floor of a training step is counted right, and the table holds what was measured."""
+"""Tests of ``bench.speed``: the floor of a training step, the timing of groups, and the rows of the table."""
 
 from contextlib import contextmanager
 from itertools import groupby
@@ -7,12 +7,15 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import measure, speed, speed_text
-from bench.speed import UPDATE_BYTES, Work, work
+from bench import measure
+from bench.speed import __main__ as speed
+from bench.speed import floor, steps, timing
+from bench.speed import text as speed_text
+from bench.speed.floor import UPDATE_BYTES, Work, work
 from memcnn.memory import step_flops
 from memcnn.models.resnet import MODELS, CifarResNet, basic_branch, resnet32
 from memcnn.training.execution import Execution
-from properties.training.capture import Stream, stand_in
+from properties.support.capture import Stream, stand_in
 
 BATCH = 2
 
@@ -45,9 +48,9 @@ def test_the_floor_takes_the_slower_of_arithmetic_and_memory_for_each_part():
 
 def test_the_report_has_a_row_for_each_execution_with_its_distance(tmp_path, monkeypatch, capsys):
     ticks = iter(range(10**6))
-    monkeypatch.setattr(measure, "clock", lambda: next(ticks))  # between two looks at it one second passes
+    monkeypatch.setattr(measure, "clock", lambda: next(ticks))  # one second passes between two calls
     monkeypatch.setattr(measure, "source", measure.source)
-    monkeypatch.setattr(speed, "ceilings", lambda device, execution: (1e9, 1e12))
+    monkeypatch.setattr(floor, "ceilings", lambda device, execution: (1e9, 1e12))
     arguments = ["--networks", "resnet32", "--batch", str(BATCH), "--device", "cpu", "--out", str(tmp_path)]
     assert speed.main(arguments) == 0
     text = (tmp_path / "speed.md").read_text()
@@ -55,12 +58,12 @@ def test_the_report_has_a_row_for_each_execution_with_its_distance(tmp_path, mon
     assert f"python -m bench.speed {' '.join(arguments)}" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| resnet32")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    floor = work("resnet32", batch=BATCH, precision="float32").floor_seconds(1e9, 1e12)
+    floor_seconds = work("resnet32", batch=BATCH, precision="float32").floor_seconds(1e9, 1e12)
     assert cells[:5] == ["resnet32", "float32", "1", str(BATCH), "1,000 (1,000 to 1,000)"]
-    assert cells[-1] == f"{1 / floor:.1f}"
+    assert cells[-1] == f"{1 / floor_seconds:.1f}"
     row = speed_text.read(tmp_path).iloc[0]
     assert (row.ms, row.to_plain, str(row.rounds), row.steps, row.device_type) == (1000, 1, cells[5], 1, "cpu")
-    assert row.floor_ms == pytest.approx(1e3 * floor, rel=1e-5) and row.clock == "wall" and row.torch in text
+    assert row.floor_ms == pytest.approx(1e3 * floor_seconds, rel=1e-5) and row.clock == "wall" and row.torch in text
 
 
 def measured(network: str, ms: float, **more) -> pd.DataFrame:
@@ -96,7 +99,7 @@ def test_rows_are_added_to_those_of_earlier_runs_and_take_the_place_of_the_same_
     ]
     lines = speed_text.origins(table)
     assert [line[:30] for line in lines] == ["resnet32: 2026-11-28, a proces", "revnet38: 2026-11-27, a proces"]
-    assert "process's own CPU time" in lines[0] and "commit 000000000000" in lines[0]
+    assert "this process's CPU time" in lines[0] and "commit 000000000000" in lines[0]
     table = pd.concat([table, measured("resnet110", 9.0, execution="bf16, graph", gflop_per_second=700_000.4)])
     assert [line.partition(" in a matrix")[0] for line in speed_text.ceilings(table)] == [
         "Ceilings in float32 (resnet32, revnet38): 1 GFLOP/s",
@@ -112,8 +115,8 @@ def test_a_file_of_other_columns_is_refused_before_anything_is_measured(tmp_path
 
 
 @pytest.fixture
-def gpu_in_effect(monkeypatch):
-    """Graphs can be captured on the CPU; the graphs that were, and the streams that work was queued on, in order."""
+def captured_on_cpu(monkeypatch):
+    """Capture graphs on the CPU. Yield the graphs, and the numbers of the streams in the order of their use."""
     queued = []
     with stand_in(monkeypatch) as graphs:
         made = []
@@ -135,12 +138,12 @@ def gpu_in_effect(monkeypatch):
         yield graphs, queued
 
 
-def test_a_group_interleaves_captured_steps_of_separate_runs_on_separate_streams(gpu_in_effect, monkeypatch):
-    graphs, queued = gpu_in_effect
+def test_a_group_interleaves_captured_steps_of_separate_runs_on_separate_streams(captured_on_cpu, monkeypatch):
+    graphs, queued = captured_on_cpu
     models = []
     monkeypatch.setitem(MODELS, "resnet32", lambda: models.append(small_resnet()) or models[-1])
     torch.manual_seed(0)
-    run = speed.step_of("resnet32", speed.Way(Execution(graph=True), 3), batch=BATCH, device=torch.device("cpu"))
+    run = steps.step_of("resnet32", steps.Way(Execution(graph=True), 3), batch=BATCH, device=torch.device("cpu"))
     run(1)
     assert len(graphs) == len(models) == 3
     assert [number for number, _ in groupby(queued)] == [0, 1, 2]  # a capture enters its run's stream once more
@@ -154,24 +157,24 @@ def test_a_group_interleaves_captured_steps_of_separate_runs_on_separate_streams
 
 
 def small_resnet() -> CifarResNet:
-    """Not narrower: oneDNN's strided 1x1 convolutions with fewer than 8 channels write out of their bounds."""
+    """Return a ResNet of 8 channels. With fewer, oneDNN's strided 1x1 convolutions write out of bounds."""
     return CifarResNet(basic_branch, units=(1, 1), channels=(8, 8, 16), num_classes=10)
 
 
 def test_the_time_of_a_group_is_that_of_one_of_its_steps(monkeypatch, capsys):
-    monkeypatch.setattr(speed, "step_of", lambda network, way, **options: lambda count: None)
+    monkeypatch.setattr(steps, "step_of", lambda network, way, **options: lambda count: None)
     monkeypatch.setattr(
-        speed,
+        timing,
         "timed",
         lambda steps, device, limit: (
             pd.DataFrame({way: [0.004 * (2 if way.group > 1 else 1)] * 3 for way in steps}),
             dict.fromkeys(steps, 7),
         ),
     )
-    ways = [speed.PLAIN, speed.Way(Execution(graph=True)), speed.Way(Execution(graph=True), 4)]
-    where = speed.where_and_with_what(torch.device("cpu"), "wall")
-    rates = {"float32": (1e12, 1e12)}
-    table = speed.rows("resnet32", ways, rates, batch=BATCH, device=torch.device("cpu"), where=where)
+    ways = [steps.PLAIN, steps.Way(Execution(graph=True)), steps.Way(Execution(graph=True), 4)]
+    cpu = torch.device("cpu")
+    setup = speed.Setup(cpu, BATCH, {"float32": (1e12, 1e12)}, speed.origin(cpu, "wall"))
+    table = speed.measured_rows("resnet32", ways, setup)
     assert list(table.group) == [1, 1, 4] and list(table.ms) == [4.0, 4.0, 2.0] and set(table.steps) == {7}
     assert list(table.to_plain) == [1, 1, 0.5]
 
@@ -184,9 +187,9 @@ def test_on_a_gpu_a_round_queues_as_many_steps_as_fill_its_time(monkeypatch):
         now[0] += 0.004 * count
 
     monkeypatch.setattr(measure, "clock", lambda: now[0])
-    times, counts = speed.timed({"way": run}, torch.device("cuda"))
-    assert counts == {"way": round(speed.ROUND_SECONDS / 0.004)} == {"way": calls[-1]}
-    assert times["way"].tolist() == pytest.approx([0.004] * speed.MOST_ROUNDS)
+    times, counts = timing.timed({"way": run}, torch.device("cuda"))
+    assert counts == {"way": round(timing.ROUND_SECONDS / 0.004)} == {"way": calls[-1]}
+    assert times["way"].tolist() == pytest.approx([0.004] * timing.MOST_ROUNDS)
 
 
 FASTEST = [

@@ -1,4 +1,4 @@
-"""A worker answers, and what goes wrong in it is reported with the reason and goes wrong alone."""
+"""Tests of ``bench.worker``: a worker answers questions, and its failures are reported and affect no other worker."""
 
 import sys
 import time
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.worker import Failed, Worker
+from bench.worker import Failed, Interpreter, Worker
 
 SUBJECT = """
 import os, sys, time
@@ -57,7 +57,7 @@ def start(tmp_path):
     started = []
 
     def start(target: str = "subject:Subject", **options) -> Worker:
-        started.append(Worker("the worker", target, "a word", root=tmp_path, **options))
+        started.append(Worker("the worker", target, "a word", interpreter=Interpreter(tmp_path, **options)))
         return started[-1]
 
     yield start
@@ -66,13 +66,13 @@ def start(tmp_path):
         assert worker.process.poll() is not None
 
 
-def test_it_answers_and_what_it_prints_is_no_answer(start):
+def test_a_worker_answers_and_its_printed_lines_are_not_answers(start):
     worker = start()
     assert worker.ask("echo", number=3, words=["a"]) == {"word": "a word", "number": 3, "words": ["a"]}
     assert worker.ask("echo") == {"word": "a word"}
 
 
-def test_a_question_that_fails_leaves_it_at_work(start):
+def test_a_worker_answers_after_a_question_that_failed(start):
     worker = start()
     with pytest.raises(Failed, match="^the worker: KeyError: 'planted'$"):
         worker.ask("fail")
@@ -81,7 +81,7 @@ def test_a_question_that_fails_leaves_it_at_work(start):
     assert worker.ask("echo") == {"word": "a word"}
 
 
-def test_if_it_ends_the_last_lines_of_its_standard_error_are_quoted(start):
+def test_the_message_quotes_the_last_lines_of_an_ended_workers_standard_error(start):
     worker = start()
     quoted = "".join(f"\n  line {number}" for number in range(15, 20))
     with pytest.raises(Failed, match=f"^the worker: the process ended with status 7 at 'end'{quoted}$"):
@@ -90,21 +90,21 @@ def test_if_it_ends_the_last_lines_of_its_standard_error_are_quoted(start):
         worker.ask("echo")
 
 
-def test_a_signal_is_named_and_another_worker_goes_on(start):
+def test_the_message_names_the_signal_and_another_worker_continues(start):
     first, second = start(), start()
     with pytest.raises(Failed, match="was ended by signal 9 at 'crash'"):
         first.ask("crash")
     assert second.ask("echo") == {"word": "a word"}
 
 
-def test_if_it_cannot_start_the_reason_is_in_the_message(start):
+def test_the_message_says_why_a_worker_could_not_start(start):
     with pytest.raises(
         Failed, match="ended with status 1 at 'echo'(\n.*)*ModuleNotFoundError: No module named 'nowhere'"
     ):
         start("nowhere:Subject").ask("echo")
 
 
-def test_no_answer_in_time_ends_it_with_what_it_started(start, tmp_path):
+def test_a_worker_without_an_answer_in_time_is_killed_with_its_children(start, tmp_path):
     worker = start()
     assert worker.ask("echo")
     started = time.monotonic()
@@ -120,19 +120,19 @@ def test_no_answer_in_time_ends_it_with_what_it_started(start, tmp_path):
         worker.ask("echo")
 
 
-def test_much_standard_error_does_not_stop_it(start):
+def test_a_long_standard_error_does_not_block_a_worker(start):
     assert start().ask("chatter", limit_seconds=60) == {}
 
 
-def test_the_root_comes_first_or_is_gone(start, tmp_path):
+def test_the_root_is_first_on_the_search_path_or_removed_from_it(start, tmp_path):
     here = str(Path(__file__).resolve().parents[2] / "bench")
     assert start().ask("path")["path"][0] == str(tmp_path)
     assert here not in start().ask("path")["path"]
-    found = start(keep_root=False, options=["-I"], python=sys.executable).ask("path")
+    found = start(keep_root=False, options=("-I",), python=sys.executable).ask("path")
     assert found["isolated"] and str(tmp_path) not in found["path"] and here not in found["path"]
 
 
-def test_its_environment_has_what_is_added(start, tmp_path, monkeypatch):
+def test_variables_are_added_to_the_environment(start, tmp_path, monkeypatch):
     monkeypatch.setenv("MEMCNN_TEST", "outer")
     (tmp_path / "other.py").write_text(
         "import os\n\nclass Other:\n    def __init__(self, word):\n        pass\n\n"

@@ -54,13 +54,13 @@ def page(outcomes: list[Outcome], seed: int) -> str:
     versions, processor = software_versions(), device_info(torch.device("cpu"))["name"]
     names = ", ".join(f"{name} {versions[name]}" for name in ("memcnn", "python", "torch", "platform"))
     lines = [
-        "# Faults, and what is lost by them",
+        "# Faults, and the training that they cost",
         f"Made by `python -m properties.faults`, seed {seed}, on {date.today()}. {names}; {processor}.",
-        f"Each try is a run of {ITERATIONS} iterations of a small reversible network on generated images, with a "
-        f"checkpoint after every {INTERVAL}, by `python -m memcnn.train` in a process of its own. It is survived when "
-        "no more than one interval has to be done again, and the run, taken up by the same command, ends with the same "
-        "bits as an undisturbed one (weights, momentum, curve, record, what TensorBoard shows) and leaves no other "
-        "file; or, where it must not run, when it is refused by name and changes nothing.",
+        "In each try, `python -m memcnn.train` trains a small reversible network on generated images for "
+        f"{ITERATIONS} iterations in its own process, with a checkpoint after every {INTERVAL} iterations. A run "
+        "survives a fault if the same command resumes it, repeats no more than one interval, ends with the same bits "
+        "as an undisturbed run (weights, momentum, curve, record, TensorBoard), and leaves no other file. If the run "
+        "must not start, it survives if the command refuses it, names the cause and changes nothing.",
         "| fault | tries | survived | lost | what happens |\n| --- | ---: | ---: | ---: | --- |\n"
         + "\n".join(
             f"| {one.fault} | {one.tries} | {one.survived} | {one.lost} | {escape_markdown(clean(one.text))} |"

@@ -1,4 +1,4 @@
-"""Data files that are not what they should be."""
+"""Faults of data files: truncated, changed, replaced and hostile files."""
 
 import os
 import pickle
@@ -10,7 +10,7 @@ import reports
 from memcnn.data import files
 from memcnn.training import record
 from properties.faults.ground import Ground
-from properties.training.test_data import write_fake
+from properties.support.cifar_files import write_fake
 
 SOURCE = files.DATASETS["cifar10"]
 FILES = [name for name, _ in [*SOURCE.train_list, *SOURCE.test_list]]
@@ -18,7 +18,7 @@ ALL = ("--test-images", "all")
 
 
 def spoilt(ground: Ground, rng: Random, spoil: Callable[[bytes], bytes]) -> tuple[Path, Path, dict]:
-    """A small data set with one spoilt file: its folder, that file, and the job that takes the others for official."""
+    """Write a data set with one damaged file. Return its folder, that file, and options that accept the rest."""
     folder = ground.new_runs()
     official = write_fake(folder, SOURCE)
     path = folder / SOURCE.base_folder / rng.choice(FILES)

@@ -1,4 +1,4 @@
-"""Disks that take no more, and checkpoints that are not what was written."""
+"""Faults of disks (full or read-only) and of checkpoints (damaged or replaced)."""
 
 import errno
 import io
@@ -17,7 +17,7 @@ import torch
 
 from memcnn.training import checkpoint
 from properties.faults.ground import NAME, Ground, small_disk
-from properties.training.runs import tiny
+from properties.support.runs import tiny
 
 FALLS_BACK = "Going on from the one before, checkpoint.previous.pt."
 
@@ -52,7 +52,7 @@ def full_disk(ground: Ground, rng: Random, tries: int) -> Iterator[str]:
 
 
 def _fill(folder: Path, *, room: int) -> None:
-    """Leave about `room` bytes on the disk."""
+    """Fill the disk until about ``room`` bytes are free."""
     name = folder / f"filler-{len(list(folder.iterdir()))}"
     with suppress(OSError), open(name, "wb", buffering=0) as file:
         while file.write(bytes(4096)):
@@ -78,7 +78,7 @@ def read_only_folder(ground: Ground, rng: Random, tries: int) -> Iterator[str]:
 
 @contextmanager
 def read_only(runs: Path, is_disk: bool) -> Iterator[None]:
-    """Nobody may write in `runs`: a disk mounted so, or folders without the permission where none may be mounted."""
+    """Make ``runs`` read-only: remount its disk, or remove the permission from its folders."""
     if is_disk:
         subprocess.run(["mount", "-o", "remount,ro", str(runs.parent)], check=True)
         yield
@@ -180,7 +180,7 @@ def another_runs_checkpoint(ground: Ground, rng: Random, tries: int) -> Iterator
 
 
 def saved(values: object) -> bytes:
-    """A file of torch.save."""
+    """Return the bytes that ``torch.save`` writes."""
     buffer = io.BytesIO()
     torch.save(values, buffer)
     return buffer.getvalue()

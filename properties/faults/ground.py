@@ -1,4 +1,4 @@
-"""Where faults are tried: tiny runs in processes of their own, and what an undisturbed one of them ends with."""
+"""The ground for fault tests: tiny runs in their own processes, and the final state of an undisturbed run."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from memcnn.training import checkpoint, record
 from memcnn.training.files import HOLDER, LOCK
 from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import run_name
-from properties.training.runs import curve_of, scalars, without
+from properties.support.runs import curve_of, scalars, without
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERVAL, ITERATIONS = 4, 16

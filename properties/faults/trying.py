@@ -8,14 +8,16 @@ from properties.faults import data_files, disks, kills
 from properties.faults.ground import Ground
 
 Fault = Callable[[Ground, Random, int], Iterator[str]]
-"""Tries it so many times and yields after each that is survived; its docstring names it, the last text tells of it."""
+"""A generator that tries a fault a number of times, and yields a text after each try that was survived.
+
+The docstring names the fault in the table; the last text describes the outcome."""
 
 FAULTS: tuple[Fault, ...] = (*kills.FAULTS, *disks.FAULTS, *data_files.FAULTS)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of the tries, how many were survived, and lost; trying ends with the first that is lost, told by `text`."""
+    """The number of survived and lost tries. The tries end with the first lost one, which ``text`` describes."""
 
     fault: str
     tries: int

@@ -109,7 +109,7 @@ def work(
 
 
 def _watch_iterations(numbers: mmap.mmap, stop_at: int | None, spoil: tuple[int, str] | None) -> None:
-    """Every step asks for its learning rate, and tells by it which iteration it is."""
+    """Record the iteration whenever a step asks for its learning rate."""
     original = Recipe.learning_rate_after
 
     def asked(recipe: Recipe, iterations: int) -> float:

@@ -224,7 +224,7 @@ def test_on_a_gpu_every_plan_is_right_and_one_is_chosen(channels, size):
 
 @needs_gpu
 def test_on_a_gpu_a_captured_gradient_is_the_eager_one():
-    """In a graph, the library computes what was not measured, and the chosen plan what was."""
+    """In a graph, measured shapes use the chosen plan, and all other shapes use the library."""
     x, gradient = (
         torch.randn(4, 16, 8, 8, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
         for _ in range(2)

@@ -175,14 +175,14 @@ def test_names_and_order_of_arguments_are_those_of_1_5_2():
         AffineCoupling(F, implementation_fwd=1)
 
 
-def test_a_branch_that_gives_no_pair_is_refused_and_told_of_adapters():
+def test_a_branch_that_returns_no_pair_is_refused_and_the_message_names_adapters():
     x = images()  # two samples: unpacking the branch's result would even succeed
     with pytest.raises(TypeError, match=r"a pair \(scale, shift\): got Tensor; .*adapter=AffineAdapterNaive"):
         AffineCoupling(branch()).double()(x)
 
 
 class Returns(nn.Module):
-    """What ``make`` makes of the half that it is given."""
+    """Return the values that ``make`` computes from its half of the input."""
 
     def __init__(self, make):
         super().__init__()

@@ -33,13 +33,13 @@ FULL = RunRecord(
 
 @pytest.fixture(scope="session")
 def full():
-    """A full run of ResNet-32 on CIFAR-10 with the named fields changed, in one segment unless segments are given."""
+    """Return a function that returns a full run of ResNet-32 on CIFAR-10 with changed fields."""
     return lambda **changes: dataclasses.replace(FULL, **{"segments": (), **changes})
 
 
 @pytest.fixture(scope="session")
 def put():
-    """Write a record, and if given its curve.csv text, into its own folder below `root`; the folder."""
+    """Return a function that writes a record, and optionally its curve.csv, to a folder below ``root``."""
 
     def write(root, record, curve=None):
         folder = root / run_name(record.model, record.dataset, record.recipe, record.seed)

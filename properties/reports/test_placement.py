@@ -1,4 +1,4 @@
-"""Cells trained side by side end as those trained one after the other, whatever happens to their processes."""
+"""Cells trained in parallel end with the same results as cells trained in sequence, even if processes are killed."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def settings(runs: Path, **changes) -> Settings:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> dict[Cell, RunRecord]:
-    """The records of cells trained one after the other in this process."""
+    """Return the records of cells trained in sequence in this process."""
     runs = tmp_path_factory.mktemp("undisturbed")
     return {cell: train_cell(cell, settings(runs), "cpu") for cell in CELLS}
 
@@ -40,7 +40,7 @@ def folder_of(runs: Path, cell: Cell) -> Path:
 
 
 def when_under_way(runs: Path, cell: Cell, act) -> threading.Thread:
-    """Calls ``act(process id)`` once the cell has written a checkpoint."""
+    """Call ``act(process id)`` after the cell has written a checkpoint. Return the thread that waits for it."""
 
     def holder() -> int | None:
         try:
@@ -64,7 +64,7 @@ def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def test_a_killed_process_costs_its_own_cell_alone_which_the_same_command_completes(undisturbed, tmp_path):
+def test_a_killed_process_loses_only_its_own_cell_and_the_same_command_completes_it(undisturbed, tmp_path):
     killer = when_under_way(tmp_path, CELLS[1], kill)
     outcomes = dict(on_devices(CELLS, settings(tmp_path), ["cpu"], 2))
     killer.join()
@@ -75,7 +75,7 @@ def test_a_killed_process_costs_its_own_cell_alone_which_the_same_command_comple
     assert again[CELLS[1]].interruptions == 1
 
 
-def test_at_the_deadline_nothing_further_is_begun(tmp_path):
+def test_no_cell_starts_after_the_deadline(tmp_path):
     assert list(on_devices(CELLS, settings(tmp_path, deadline=time.time() - 1), ["cpu"], 2)) == []
     assert not any(tmp_path.iterdir())
 
@@ -115,17 +115,15 @@ def test_the_command_trains_on_the_devices_it_is_given(tmp_path, capsys):
         (["--devices=,"], "wanted devices like 0,1 or cpu"),
     ],
 )
-@pytest.mark.skipif(torch.cuda.is_available(), reason="names GPUs that are not there; run on a machine without any")
-def test_places_that_exclude_each_other_or_do_not_exist_are_refused_before_anything_starts(
-    words, message, capsys, tmp_path
-):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="names GPUs that do not exist: run it on a machine without a GPU")
+def test_conflicting_or_missing_places_are_refused_before_anything_starts(words, message, capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         main(["--train", "--recipe=smoke", *words, *(f"--{name}={tmp_path / name}" for name in ("runs", "out"))])
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.filterwarnings("ignore")  # Ray's own
+@pytest.mark.filterwarnings("ignore")  # warnings of Ray itself
 def test_a_cluster_completes_every_cell_when_a_worker_and_a_node_are_lost(undisturbed, tmp_path):
     ray = pytest.importorskip("ray", reason="needs Ray: pip install ray")
     from ray.cluster_utils import Cluster

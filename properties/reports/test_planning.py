@@ -16,7 +16,7 @@ from memcnn.training.recipe import PUBLISHED, SMOKE, override
 from memcnn.training.record import load
 from memcnn.training.timing import Cost, cost_of_records, timed
 from memcnn.training.trainer import Job, Place
-from properties.training.runs import RECIPE, run, tiny_training
+from properties.support.runs import RECIPE, run, tiny_training
 
 CPU = torch.device("cpu")
 
@@ -60,8 +60,8 @@ def test_the_plan_is_what_training_within_the_budget_does(budget, lanes, whole, 
         assert begun[: len(whole)] == sorted(whole, key=lambda name: -next(
             one.together_seconds for one in NEEDS if one.cell.model == name))  # fmt: skip
         assert set(begun) == whole | ({part} if part else set())
-        assert sum("to be resumed" in text for text in said) == (part is not None)
-        assert sum("not begun" in text for text in said) == len(NEEDS) - len(begun)
+        assert sum("a later command resumes it" in text for text in said) == (part is not None)
+        assert sum("not started" in text for text in said) == len(NEEDS) - len(begun)
 
 
 def test_what_is_done_already_is_subtracted():
@@ -171,7 +171,7 @@ def test_the_plan_is_printed_and_nothing_is_written(tmp_path, monkeypatch, capsy
     assert row.split() == "resnet32 cifar10 s0 0 % 10 2.0 1000.00 1000.00 0.5 0.5 whole".split()
     assert "2 missing cells: 105 s one after the other, 78 s with 2 at a time." in said
     assert [line.split()[-1] for line in said.splitlines() if line.startswith("re")] == ["whole", "part"]
-    assert "1 of them fit into 50 s" in said and "for revnet38 cifar10 s0, to be resumed later." in said
+    assert "1 of them fit into 50 s" in said and "goes to revnet38 cifar10 s0, which a later command resumes." in said
     assert not list(tmp_path.iterdir())
 
 
@@ -189,5 +189,5 @@ def test_a_budget_begins_what_can_finish_and_says_what_it_leaves_out(tmp_path, m
     assert main(["--train", "--budget=60s", *WORDS, *folders]) == 3
     said = capsys.readouterr().out
     assert begun == ["resnet32"]
-    assert "revnet38  cifar10  s0  needs 16.9 min, has 50 s: not begun" in said
-    assert "1 of 2 cells complete, 1 not begun for lack of time." in said
+    assert "revnet38  cifar10  s0  needs 16.9 min, has 50 s: not started" in said
+    assert "1 of 2 cells complete, 1 not started for lack of time." in said

@@ -30,7 +30,7 @@ hostile_text = st.sampled_from(HOSTILE) | st.text(max_size=30)
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page: its tags, its links to elsewhere, the text of its cells."""
+    """Parses a page like a browser: its tags, external links and the text of its cells."""
 
     def __init__(self, source):
         super().__init__()

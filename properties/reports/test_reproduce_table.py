@@ -20,9 +20,9 @@ GENERATED = {"official": False, "checksums": {"generated": "0" * 32}}
 
 @pytest.fixture
 def trained(monkeypatch, full):
-    """Replaces the training of a cell by a finished record, or by what `outcomes` says for (model, dataset, seed).
+    """Replace the training of a cell by a finished record. Return the recorded calls, and a dict of other outcomes.
 
-    An outcome is changes to that record, or an exception to raise. Returned: the calls so far, the outcomes to fill.
+    The test may set ``outcomes[model, dataset, seed]`` to changes of that record, or to an exception to raise.
     """
     calls, outcomes = [], {}
 
@@ -40,7 +40,7 @@ def trained(monkeypatch, full):
 
 @pytest.fixture
 def run(tmp_path, capsys, monkeypatch):
-    """The exit status and the lines printed by the command, in a folder of its own."""
+    """Return a function that runs the command in a temporary folder and returns its exit status and printed lines."""
     monkeypatch.setenv("COLUMNS", "120")
 
     def command(*words):
@@ -66,7 +66,7 @@ def test_without_train_the_tables_are_written_and_nothing_is_trained(run, traine
     assert all((tmp_path / "out" / name).stat().st_size for name in names)
 
 
-def test_cells_run_seed_by_seed_with_the_like_side_by_side(run, trained):
+def test_cells_run_seed_by_seed_and_networks_of_one_depth_are_neighbours(run, trained):
     status, lines = run("--train", "--seeds", "0-1", "--device", "cpu")
     wanted = [(model, dataset, seed) for seed in (0, 1) for dataset in DATASETS for model in MODELS]
     assert [cell for cell, _ in trained[0]] == wanted
@@ -86,7 +86,7 @@ def test_the_options_of_a_run_reach_the_trainer(run, trained, tmp_path):
     assert 3500 < options["budget_seconds"] <= 3600 - RESERVED_SECONDS
 
 
-def test_files_with_wrong_checksums_are_trained_on_where_asked_for_and_marked(run, trained):
+def test_unofficial_data_trains_on_files_with_wrong_checksums_and_marks_them(run, trained):
     trained[1]["revnet38", "cifar10", 0] = {"data": {"official": False, "checksums": {"data_batch_1": "0" * 32}}}
     trained[1]["resnet110", "cifar10", 0] = {"data": GENERATED}
     status, lines = run("--train", "--datasets", "cifar10", "--unofficial-data")
@@ -98,7 +98,7 @@ def test_files_with_wrong_checksums_are_trained_on_where_asked_for_and_marked(ru
     ]
 
 
-def test_a_failing_cell_is_reported_and_the_others_go_on(run, trained):
+def test_a_failing_cell_is_reported_and_the_others_continue(run, trained):
     trained[1]["revnet38", "cifar10", 0] = FileNotFoundError("no files\nhere")
     trained[1]["resnet110", "cifar10", 0] = dict(PARTIAL, status="failed", reason="loss is nan at iteration 900")
     trained[1]["resnet164", "cifar10", 0] = FileNotFoundError("no files\nhere")
@@ -125,10 +125,10 @@ def test_a_failure_outweighs_a_stop(run, trained):
     assert run("--train")[0] == 1
 
 
-def test_no_cell_begins_when_the_budget_is_used_up(run, trained):
+def test_no_cell_starts_when_the_budget_is_used_up(run, trained):
     status, lines = run("--train", "--budget", f"{RESERVED_SECONDS:.0f}s")
     assert status == 3 and not trained[0]
-    assert "0 of 12 cells complete, stopped (budget exhausted); the same command goes on from here." in lines
+    assert "0 of 12 cells complete, stopped (budget exhausted); the same command continues from here." in lines
 
 
 def test_a_committed_complete_run_is_not_trained_again(run, trained, tmp_path, full, put):
@@ -156,7 +156,7 @@ def test_a_committed_complete_run_is_not_trained_again(run, trained, tmp_path, f
         ["--nonsense"],
     ],
 )
-def test_misuse_ends_with_status_2_and_a_word_on_what_was_wanted(run, trained, capsys, words):
+def test_misuse_ends_with_status_2_and_names_what_was_expected(run, trained, capsys, words):
     with pytest.raises(SystemExit) as stopped:
         run("--train", *words)
     assert stopped.value.code == 2 and not trained[0]
@@ -171,7 +171,7 @@ def test_seeds_are_read_as_a_list_of_numbers_and_ranges(text, seeds):
 SMOKE = "--train --recipe smoke --data generated --models revnet38 --datasets cifar10 --device cpu".split()
 
 
-def test_a_real_smoke_run_ends_in_the_table_of_other_runs_and_is_not_repeated(run, tmp_path):
+def test_a_smoke_run_appears_in_the_table_of_other_runs_and_is_not_repeated(run, tmp_path):
     status, lines = run(*SMOKE)
     assert status == 0 and re.match(r"\[1/1\] revnet38  cifar10  s0  accuracy .* complete \(generated data\)", lines[0])
     folder = tmp_path / "runs" / "revnet38-cifar10-smoke-s0-generated"

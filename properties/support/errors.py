@@ -6,16 +6,16 @@ from memcnn.testing import Report
 from memcnn.testing.cases import Network
 
 LARGEST: dict[tuple[str, str, str], tuple[float, float]] = {}
-"""By law, kind of block and precision: the error that came closest to its limit, and that limit."""
+"""(law, kind of block, precision) -> the error closest to its limit, and that limit."""
 UNDECIDED = "rounding may be as large", "not finite", "have no inverse"
-"""Words of results that could not be decided for this network."""
+"""Phrases that mark a result as undecidable for a network."""
 
 
 def assert_holds(report: Report, network: Network, label: str) -> None:
     """Assert that no claim of the report fails, and reject the example if rounding left one undecided.
 
     Args:
-        report: of a check of the network.
+        report: the report of a check of the network.
         network: names the kind of block and the precision in the table of largest errors.
         label: names the law there.
     """

@@ -1,4 +1,4 @@
-"""Chains of which any number of steps nearly keeps the size of its input."""
+"""Chains that nearly keep the size of their input at any depth."""
 
 from functools import partial
 

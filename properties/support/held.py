@@ -1,4 +1,4 @@
-"""What the engine keeps alive between forward and backward."""
+"""The tensors that the engine keeps alive between forward and backward."""
 
 import gc
 

@@ -7,16 +7,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memcnn import data as cifar
-from memcnn._torchvision import torchvision
 from properties.devices import needs_cuda
-
-
-def one_image(pixels: torch.Tensor, mean: torch.Tensor, *, pad: int, top: int, left: int, flip: bool) -> torch.Tensor:
-    """The recipe's words, by torchvision, for one uint8 image (3, 32, 32)."""
-    transforms = torchvision.transforms.functional
-    image = transforms.to_tensor(pixels.permute(1, 2, 0).numpy()) - mean
-    image = transforms.crop(transforms.pad(image, [pad]), top, left, 32, 32)
-    return transforms.hflip(image) if flip else image
+from properties.support.cifar_files import one_image
 
 
 @given(seed=st.integers(0, 2**32), batch=st.integers(1, 7), pad=st.integers(0, 4), draw=st.data())

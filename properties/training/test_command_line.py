@@ -1,4 +1,4 @@
-"""The command line: what it hands to training, what it says, and its exit statuses."""
+"""Tests of the command line: the arguments that it passes to training, its messages, and its exit statuses."""
 
 import argparse
 import re
@@ -19,7 +19,7 @@ from memcnn.training.execution import Execution
 from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import load
 from memcnn.training.trainer import Job, Place, train
-from properties.training.runs import tiny
+from properties.support.runs import tiny, tiny_command
 
 PACKAGE = Path(memcnn.__file__).resolve().parent
 
@@ -60,11 +60,6 @@ def test_every_hyper_parameter_can_be_given(tmp_path, monkeypatch):
     job = Job(model="revnet38", dataset="cifar100", recipe=recipe, seed=5, fresh=True, disable=True)
     place = Place(data="generated", runs="there", device="cpu")
     assert given_to_train == {"asked": (job, Execution(), place)}
-
-
-def tiny_command(runs, *more: str) -> int:
-    words = "resnet32 cifar10 --recipe smoke --data generated --batch-size 8 --test-images 20".split()
-    return command.main([*words, "--runs", str(runs), *more])
 
 
 def test_exit_statuses_and_last_lines(tiny_runs, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Compiling happens once for an architecture, before training, silently, and captures wait for no other stream."""
+"""Each architecture is compiled once, before training and without output; captures wait for no other stream."""
 
 import copy
 import functools
@@ -15,9 +15,9 @@ from memcnn.training.compilation import compiled
 from memcnn.training.execution import Execution
 from memcnn.training.graph import captured
 from memcnn.training.step import Evaluation, TrainingStep
-from properties.training.capture import stand_in
-from properties.training.runs import DATA
-from properties.training.test_fast import COMPILED, CPU, GRAPH, PLAIN, SMALL
+from properties.support.capture import stand_in
+from properties.support.executions import COMPILED, CPU, GRAPH, PLAIN, SMALL
+from properties.support.runs import DATA
 
 PLAN = cifar.epoch_plan(0, 0, 40, pad=2, flip=True)
 PART = PLAN.part(0, 8)
@@ -32,7 +32,7 @@ def tiny_resnet(num_classes: int = 10) -> CifarResNet:
 
 
 def tiny_revnet(num_classes: int = 10, *, disable: bool = False) -> CifarResNet:
-    """A reversible unit without activation in front, one that strides, and another reversible one."""
+    """Return a RevNet with a reversible unit without leading activation, a strided unit, and a reversible unit."""
     return CifarResNet(basic_branch, (1, 2), (8, 8, 16), num_classes, reversible=True, disable=disable)
 
 
@@ -129,7 +129,7 @@ def test_a_step_that_loads_a_state_is_captured_again(graphs):
 
 @needs_compiler
 def test_nothing_is_said_while_compiling():
-    """With the compiler that training uses, and all parts of a RevNet."""
+    """The test uses the compiler of training, and all kinds of units of a RevNet."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = CifarResNet(basic_branch, (1,), (8, 8), reversible=True).to(memory_format=torch.channels_last)

@@ -1,7 +1,5 @@
-"""Loading: what is official, what is missing, and what is made up."""
+"""Tests of loading: official, missing and generated data."""
 
-import hashlib
-import pickle
 import time
 
 import pytest
@@ -13,14 +11,6 @@ from torch import nn
 
 from memcnn import data as loading
 from memcnn.data import files
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*arguments, **options):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
 
 
 def test_missing_files_offline_say_where_and_how(tmp_path, no_network):
@@ -37,45 +27,6 @@ def test_missing_files_offline_say_where_and_how(tmp_path, no_network):
     ):
         assert part in message
     assert not wanted.exists(), "a folder was left behind"
-
-
-def write_fake(folder, source, *, spoil=None):
-    """A small set in the layout of torchvision's `source`; MD5 by file. `spoil` names a file to damage."""
-    base = folder / source.base_folder
-    base.mkdir(parents=True)
-    sums = {}
-    for name, _ in [*source.train_list, *source.test_list]:
-        count = 4
-        pixels = torch.randint(
-            256, (count, 3072), generator=torch.Generator().manual_seed(len(sums)), dtype=torch.uint8
-        )
-        labels = [i % 10 for i in range(count)]
-        content = pickle.dumps({"data": pixels.numpy(), "labels": labels, "fine_labels": labels})
-        (base / name).write_bytes(content)
-        sums[name] = hashlib.md5(content).hexdigest()
-    content = pickle.dumps({source.meta["key"]: list("abcdefghij")})
-    (base / source.meta["filename"]).write_bytes(content)
-    sums[source.meta["filename"]] = hashlib.md5(content).hexdigest()
-    if spoil:
-        (base / spoil).write_bytes(b"spoilt")
-    return sums
-
-
-@pytest.fixture
-def small_source(monkeypatch):
-    """CIFAR10 with the checksums of a small made-up set, so that loading can be tried without the real files."""
-
-    def make(folder, **options):
-        original = loading.DATASETS["cifar10"]
-        sums = write_fake(folder, original, **options)
-        train = [[name, sums[name]] for name, _ in original.train_list]
-        test = [[name, sums[name]] for name, _ in original.test_list]
-        meta = {**original.meta, "md5": sums[original.meta["filename"]]}
-        source = type("CIFAR10", (original,), {"train_list": train, "test_list": test, "meta": meta})
-        monkeypatch.setitem(loading.DATASETS, "cifar10", source)
-        return sums
-
-    return make
 
 
 def test_files_are_read_in_torchvisions_order_and_their_checksums_returned(tmp_path, small_source):

@@ -1,4 +1,4 @@
-"""CIFAR's files, whoever wrote them: nothing in them is run, and what is no batch, or not official, is named."""
+"""CIFAR files from any source: no code in them runs, and files that are no batch or not official are named."""
 
 import codecs
 import os
@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from memcnn import data as loading
 from memcnn.data import files
-from properties.training.test_data import no_network, small_source  # noqa: F401
 
 FOLDER = "cifar-10-batches-py"
 

@@ -24,8 +24,8 @@ from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import load, run_name
 from memcnn.training.stopping import Stop
 from memcnn.training.trainer import BadArgument
-from properties.training.runs import NAME, RECIPE, checkpoint_of, curve_of, run, tiny, tiny_training, without
-from properties.training.test_fast import small_revnet
+from properties.support.executions import small_revnet
+from properties.support.runs import NAME, RECIPE, checkpoint_of, curve_of, run, tiny, tiny_training, without
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs PyTorch's gloo: install a build with it")
 RANKS = 2
@@ -33,7 +33,7 @@ TWO = f"{NAME}-p{RANKS}"  # the folder of the tiny run of two processes
 
 
 class Shares(nn.Module):
-    """In training, each rank's share of a batch on its own; running statistics are those of the first rank."""
+    """In training, normalise each rank's share of a batch separately; keep the running statistics of rank 0."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

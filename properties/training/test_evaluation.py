@@ -1,4 +1,4 @@
-"""An evaluation, captured or not and however it is interleaved, adds up what one pass over the test images does."""
+"""An evaluation, captured or not, interleaved or not, gives the sums of one pass over the test images."""
 
 import pytest
 import torch
@@ -8,9 +8,9 @@ from memcnn import data as cifar
 from memcnn.training.execution import Execution
 from memcnn.training.recipe import override
 from memcnn.training.step import Evaluation, TrainingStep
-from properties.training.capture import stand_in
-from properties.training.runs import DATA, RECIPE
-from properties.training.test_fast import BF16, COMPILED, GRAPH, PLAIN, Reading, small_resnet, small_revnet
+from properties.support.capture import stand_in
+from properties.support.executions import BF16, COMPILED, GRAPH, PLAIN, Reading, small_resnet, small_revnet
+from properties.support.runs import DATA, RECIPE
 
 EXECUTIONS = [PLAIN, GRAPH, COMPILED, BF16, Execution(graph=True, compile=True)]
 
@@ -22,7 +22,7 @@ def graphs(monkeypatch):
 
 
 def trained(make, seed: int = 0):
-    """A network that has moved away from its initial weights and statistics."""
+    """Return a network after three training steps."""
     torch.manual_seed(seed)
     model = make().to(memory_format=torch.channels_last)
     step = TrainingStep(model, override(RECIPE, learning_rate=0.05), DATA, PLAIN)
@@ -34,7 +34,7 @@ def trained(make, seed: int = 0):
 
 @torch.no_grad()
 def in_one_pass(model, count: int) -> tuple[float, float]:
-    """Summed loss and right answers on the first test images."""
+    """Return the summed loss and the number of right answers on the first ``count`` test images."""
     model.eval()
     logits = model(cifar.normalise(DATA.test_images[:count], DATA.mean).contiguous(memory_format=torch.channels_last))
     labels = DATA.test_labels[:count]

@@ -1,4 +1,4 @@
-"""However steps are executed, they compute what the plain step computes, and a resumed run ends with the same bits."""
+"""Every execution of a step computes the results of the plain step, and a resumed run ends with the same bits."""
 
 import argparse
 import functools
@@ -11,11 +11,10 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from memcnn import data as cifar
 from memcnn.kernels import NarrowConv2d
-from memcnn.models.resnet import MODELS, CifarResNet, basic_branch
+from memcnn.models.resnet import MODELS
 from memcnn.testing.tolerances import relative_error, tolerance
 from memcnn.training.execution import Execution
 from memcnn.training.options import add_execution_options, execution_of, explicit_execution
@@ -24,36 +23,21 @@ from memcnn.training.record import run_name
 from memcnn.training.step import TrainingStep
 from memcnn.training.stopping import Stop
 from properties.devices import needs_cuda, waiting_is_an_error
-from properties.training.capture import stand_in
-from properties.training.runs import DATA, NAME, RECIPE, checkpoint_of, curve_of, run, without
+from properties.support.capture import stand_in
+from properties.support.executions import BF16, COMPILED, CPU, GRAPH, PLAIN, SMALL, Reading, small_resnet, small_revnet
+from properties.support.runs import DATA, NAME, RECIPE, checkpoint_of, curve_of, run, without
 
 pytestmark = [
     pytest.mark.usefixtures("tiny_runs"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # the compiler
 ]
-CPU = torch.device("cpu")
-PLAIN, GRAPH, COMPILED, BF16 = Execution(), Execution(graph=True), Execution(compile=True), Execution(precision="bf16")
 FAST = [GRAPH, COMPILED, BF16]
 STEPS = 5
-SMALL = override(RECIPE, learning_rate=0.02, milestones=(2, 4))
-
-
-def small_revnet(num_classes: int = 10, *, disable: bool = False) -> CifarResNet:
-    """Three reversible units and one that strides.
-
-    Not narrower: with fewer than 8 channels oneDNN's strided 1x1 convolution of channels_last images writes out of its
-    bounds (https://github.com/uxlfoundation/oneDNN/issues/6035).
-    """
-    return CifarResNet(basic_branch, (2, 2), (8, 8, 16), num_classes, reversible=True, disable=disable)
-
-
-def small_resnet(num_classes: int = 10, *, disable: bool = False) -> CifarResNet:
-    return CifarResNet(basic_branch, (2, 2), (8, 8, 16), num_classes)
 
 
 @pytest.fixture
 def executable(monkeypatch):
-    """Every execution can be had on this machine: CUDA graphs by a stand-in, and a compiler that takes no minutes."""
+    """Allow every execution on this machine, with a stand-in for CUDA graphs and a fast compiler backend."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the stand-ins are for a CPU
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -63,7 +47,7 @@ def executable(monkeypatch):
 
 
 def train_steps(make, execution: Execution, *, device: torch.device = CPU, steps: int = STEPS):
-    """The losses of some steps, (steps,), and all that they leave."""
+    """Return the losses of some steps, shape (steps,), and the ``TrainingStep`` afterwards."""
     data = DATA.to(device)
     torch.manual_seed(0)
     model = make().to(device, memory_format=torch.channels_last)
@@ -83,7 +67,7 @@ def assert_like_plain(make, execution: Execution, limit: float, device: torch.de
     losses, step = train_steps(make, execution, device=device)
     plain_losses, plain = train_steps(make, PLAIN, device=device)
     assert relative_error(losses, plain_losses) <= limit
-    assert losses.unique().numel() == STEPS, "a step that moves nothing is like any other"
+    assert losses.unique().numel() == STEPS, "the weights must change, or every execution looks right"
     for got, wanted in zip(step.model.state_dict().items(), plain.model.state_dict().items(), strict=True):
         assert relative_error(got[1], wanted[1]) <= limit, got[0]
     assert step.iteration == plain.iteration == STEPS
@@ -122,7 +106,7 @@ def test_under_bf16_a_revnets_gradients_are_those_of_its_twin(executable):
     assert relative_error(*gradients) <= 4 * torch.finfo(torch.bfloat16).eps
 
 
-def test_a_loss_that_is_no_number_is_noted_with_the_first_iteration_that_had_it(executable):
+def test_the_first_iteration_with_a_nan_loss_is_recorded(executable):
     for execution in (PLAIN, GRAPH):
         _, step = train_steps(small_resnet, execution, steps=2)
         step.load_state_dict(step.state_dict(), iteration=7)
@@ -132,21 +116,6 @@ def test_a_loss_that_is_no_number_is_noted_with_the_first_iteration_that_had_it(
             step(plan.part(8 * i, 8 * i + 8), 0.1)
         iteration, loss = step.bad.tolist()
         assert iteration == 8 and loss != loss
-
-
-class Reading(TorchDispatchMode):
-    """Notes the operations for whose result Python must wait."""
-
-    WAITING = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "allclose", "unique")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__ in self.WAITING:
-            self.found.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("make", [small_revnet, small_resnet])
@@ -353,7 +322,7 @@ def test_on_cuda_steps_are_like_the_plain_ones_and_wait_for_nothing(make, execut
 
 
 def test_waiting_is_an_error_only_where_it_is_asked_for(monkeypatch):
-    """With a stand-in that warns as PyTorch does, once the mode is set."""
+    """A stand-in warns like PyTorch once the mode is set."""
     mode = 1
 
     def set_mode(value: int | str) -> None:

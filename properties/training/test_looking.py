@@ -14,9 +14,8 @@ from memcnn.models.resnet import revnet38
 from memcnn.training import files, record
 from memcnn.training.listing import list_runs
 from memcnn.training.recipe import SMOKE, Recipe, override
-from properties.training.runs import DATA, NAME, run
-from properties.training.test_command_line import tiny_command
-from properties.training.test_record import FAILED, FULL, PARTIAL, STARTED, changed
+from properties.support.records import FAILED, FULL, PARTIAL, STARTED, changed
+from properties.support.runs import DATA, NAME, run, tiny_command
 
 HOST = socket.gethostname()
 
@@ -34,7 +33,7 @@ def put(runs, name, content, *, holder=None):
         (folder / files.HOLDER).write_text(json.dumps(values))
 
 
-def test_the_list_tells_of_every_run_how_far_it_is(tmp_path, capsys):
+def test_the_list_shows_the_progress_of_every_run(tmp_path, capsys):
     child = os.fork()
     if child == 0:
         os._exit(0)
@@ -99,7 +98,7 @@ def test_the_configuration_is_all_of_the_recipe(capsys):
     assert (values["model"], values["dataset"], values["seed"], values["engine"]) == ("revnet38", "cifar100", 3, False)
 
 
-def test_a_dry_run_tells_what_would_run_and_writes_nothing(tmp_path, monkeypatch, capsys):
+def test_a_dry_run_describes_the_run_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = "revnet38 cifar10 --recipe smoke --batch-size 2 --dry-run --data nowhere --device cpu".split()
     assert command.main(words) == 0
@@ -120,16 +119,16 @@ def test_a_dry_run_tells_what_would_run_and_writes_nothing(tmp_path, monkeypatch
 def test_a_dry_run_sees_where_the_run_is_and_how_long_one_like_it_took(tiny_runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cifar_data, "generate", lambda num_classes, **sizes: DATA)
 
-    def told(name: str) -> str:
+    def printed(name: str) -> str:
         assert tiny_command(tmp_path, "--device", "cpu", "--dry-run", "--iterations", "300") == 0
         return next(line for line in capsys.readouterr().out.splitlines() if line.startswith(name))
 
-    run(tmp_path)  # too short to tell
-    assert "for 300 iterations of " in told("time") and "steps just timed" in told("time")
+    run(tmp_path)  # too short to measure
+    assert "for 300 iterations of " in printed("time") and "steps just timed" in printed("time")
     run(tmp_path, recipe=override(SMOKE, batch_size=8, test_images=20, iterations=300))
     (folder,) = (path for path in tmp_path.iterdir() if path.name != NAME)
     milliseconds = f"{1000 * record.load(folder).train_seconds / 300:,.1f}"
-    assert told("run").endswith("is complete")
-    assert f"0:00:00 for 0 iterations of {milliseconds} ms, as in {folder.name}; " in told("time")
+    assert printed("run").endswith("is complete")
+    assert f"0:00:00 for 0 iterations of {milliseconds} ms, as in {folder.name}; " in printed("time")
     with files.locked(folder):
-        assert f"busy, process {os.getpid()} on {HOST}" in told("run")
+        assert f"busy, process {os.getpid()} on {HOST}" in printed("run")

@@ -56,7 +56,7 @@ def test_changes_in_two_goes_are_named_like_changes_in_one(base, first, second):
     assert override(override(base, **first), **second) == override(base, **{**first, **second})
 
 
-def test_the_name_tells_the_changed_fields_in_their_order():
+def test_the_name_lists_the_changed_fields_in_order():
     assert override(PUBLISHED, iterations=1500).name == "published-iterations=1500"
     changed = override(PUBLISHED, test_images=100, milestones=(5, 6), flip=False)
     assert changed.name == "published-milestones=5+6-flip=false-test_images=100"

@@ -13,7 +13,7 @@ from memcnn.training import record
 from memcnn.training.recipe import Recipe
 from memcnn.training.record import RunRecord, Segment
 from memcnn.training.record_rules import STATUSES
-from properties.training.test_record import FULL, GENERATED, INCONSISTENT, KINDS, PURE, changed
+from properties.support.records import FULL, GENERATED, INCONSISTENT, KINDS, PURE, changed
 
 SCHEMA = json.loads((Path(record.__file__).parent / "record.schema.json").read_text("utf-8"))
 BETWEEN_FIELDS = {"iterations", "test_iteration", "reason"}
@@ -62,7 +62,7 @@ def test_every_committed_record_is_valid_once_it_is_read(tmp_path, validate, pat
 
 
 def of_one_field(name: str, change: dict) -> bool:
-    """Whether a fault is one of a field alone, and can stand in a JSON file."""
+    """Return True if a fault concerns a single field, and JSON can represent it."""
     text = json.dumps(change)
     return name not in BETWEEN_FIELDS and change != {"test_accuracy": None} and "NaN" not in text
 

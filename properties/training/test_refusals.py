@@ -1,4 +1,4 @@
-"""What a run refuses: bad arguments, and a folder that holds, or is held by, another run."""
+"""A run refuses bad arguments, and a folder that holds another run or is locked by one."""
 
 import fcntl
 import os
@@ -16,7 +16,7 @@ from memcnn.training.checkpoint import BadCheckpoint
 from memcnn.training.files import FolderBusy, locked
 from memcnn.training.recipe import override
 from memcnn.training.trainer import BadArgument
-from properties.training.runs import DATA, NAME, RECIPE, checkpoint_of, run
+from properties.support.runs import DATA, NAME, RECIPE, checkpoint_of, run
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
 

@@ -19,13 +19,13 @@ from memcnn.training.recipe import override
 from memcnn.training.record import RunRecord, load
 from memcnn.training.state import MixedExecution
 from memcnn.training.stopping import Stop
-from properties.training.runs import DATA, NAME, RECIPE, Slow, checkpoint_of, curve_of, run, scalars, tiny, without
+from properties.support.runs import DATA, NAME, RECIPE, Slow, checkpoint_of, curve_of, run, scalars, tiny, without
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
 
 
 class Killed(BaseException):
-    """In place of a kill: nothing is saved after it."""
+    """Stand in for a kill: nothing is saved after it."""
 
 
 def run_in_parts(runs, parts: list[tuple[int, str]], checkpoint_seconds: float) -> RunRecord:

@@ -13,7 +13,7 @@ import torch
 import memcnn
 from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import load, run_name
-from properties.training.runs import checkpoint_of, curve_of, run, without
+from properties.support.runs import checkpoint_of, curve_of, run, without
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX; run on Linux or macOS")
 PACKAGE = Path(memcnn.__file__).resolve().parent

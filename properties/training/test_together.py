@@ -21,7 +21,7 @@ from memcnn.training.together import train_together
 from memcnn.training.trainer import BadArgument
 from memcnn.training.turns import STEPS_BETWEEN_EVENTS, Clock, Lane
 from properties.devices import needs_cuda
-from properties.training.runs import RECIPE, checkpoint_of, curve_of, job_of, place_of, run, scalars, tiny, without
+from properties.support.runs import RECIPE, checkpoint_of, curve_of, job_of, place_of, run, scalars, tiny, without
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
 

@@ -1,4 +1,4 @@
-"""What a run leaves can be used: its checkpoint evaluated, its weights loaded, and by name nothing else reached."""
+"""The files of a run are usable: its checkpoint can be evaluated and its weights loaded; other names are refused."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,7 @@ from memcnn import data as cifar_data
 from memcnn import evaluate as command
 from memcnn.training import checkpoint, record
 from memcnn.training.recipe import override
-from properties.training.runs import DATA, NAME, RECIPE, checkpoint_of, run
+from properties.support.runs import DATA, NAME, RECIPE, checkpoint_of, run
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
 

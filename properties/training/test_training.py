@@ -14,8 +14,8 @@ from memcnn.models.resnet import MODELS
 from memcnn.training.loop import COLUMNS, Run
 from memcnn.training.recipe import override
 from memcnn.training.record import RunRecord, load
-from properties.training.runs import DATA, NAME, RECIPE, checkpoint_of, curve_of, run, tiny, without
-from properties.training.test_augmentation import one_image
+from properties.support.cifar_files import one_image
+from properties.support.runs import DATA, NAME, RECIPE, checkpoint_of, curve_of, run, tiny, without
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
 
@@ -88,7 +88,7 @@ def test_the_initial_weights_are_the_seeds_and_the_callers_generator_is_left_alo
         torch.testing.assert_close(weights, expected, rtol=0, atol=0)
 
 
-def test_the_record_tells_model_data_and_memory(tmp_path):
+def test_the_record_holds_model_data_and_memory(tmp_path):
     record = run(tmp_path)
     model = tiny().to(memory_format=torch.channels_last)
     images = torch.zeros(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
@@ -118,7 +118,7 @@ def test_the_record_and_the_curve_are_there_at_every_evaluation(tmp_path, monkey
 
 
 class Counting(nn.Module):
-    """The tiny network, which can be told to fail in a certain training step; the count is part of its state."""
+    """The tiny network, which can fail in a given training step; the count of steps is part of its state."""
 
     def __init__(self, *, loss_fails_at: int = 0, buffer_fails_at: int = 0) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""antsnormflows: normflows extended to images of three dimensions."""
+"""antsnormflows: a fork of normflows that also handles volumes."""
 
 import antsnormflows as an
 import torch

@@ -1,4 +1,4 @@
-"""RevTorch and RevLib: additive couplings with an engine of their own, which the checks leave unwrapped."""
+"""RevTorch and RevLib: additive couplings with their own engine, so that the checks do not wrap them."""
 
 import copy
 
@@ -14,7 +14,7 @@ FURTHER = ("revlib",)
 
 
 class RevTorch(nn.Module):
-    """A sequence of blocks; the inverse is the value that ``backward_pass`` rebuilds."""
+    """A sequence of RevTorch's blocks. Its inverse returns the value that ``backward_pass`` rebuilds."""
 
     def __init__(self, blocks: list[revtorch.ReversibleBlock]):
         super().__init__()
@@ -32,7 +32,7 @@ class RevTorch(nn.Module):
 
 
 class RevLib(nn.Module):
-    """The inverse calls that of each ``ReversibleWrapper``."""
+    """A sequence of RevLib's modules. Its inverse calls the inverse of each ``ReversibleWrapper``."""
 
     def __init__(self, branches: list[nn.Module], **options):
         super().__init__()

@@ -1,4 +1,4 @@
-"""flowtorch: lazy bijectors, ``bijector.forward(x)``, ``inverse(y)`` and ``log_abs_det_jacobian(x, y)``."""
+"""flowtorch: lazy bijectors with ``forward(x)``, ``inverse(y)`` and ``log_abs_det_jacobian(x, y)``."""
 
 import flowtorch.bijectors as fb
 import torch
@@ -10,7 +10,7 @@ PACKAGE = "flowtorch"
 
 
 class Adapter(Flow):
-    """Of the low-level ``_forward`` and ``_inverse``, which take the parameters; both give log|dy/dx|."""
+    """An adapter for ``_forward`` and ``_inverse``, which take the parameters; both return log|dy/dx|."""
 
     def __init__(self, bijector: nn.Module, *, inputs: bool = False):
         super().__init__(bijector)

@@ -1,4 +1,4 @@
-"""FrEIA: layers take and give tuples, ``layer((x,), rev=False) -> (y,), log_det``."""
+"""FrEIA: layers take and return tuples, ``layer((x,), rev=False) -> (y,), log_det``."""
 
 import FrEIA.modules as fm
 import torch
@@ -11,6 +11,8 @@ VECTOR, IMAGE = (6,), (4, 6, 6)
 
 
 class Adapter(Flow):
+    """An adapter for layers with one input and one output."""
+
     def forward_log_det(self, x: Tensor) -> Pair:
         (y,), log_det = self.layer((x,))
         return self.pair((y, log_det), x)
@@ -21,7 +23,7 @@ class Adapter(Flow):
 
 
 class Estimated(Adapter):
-    """IResNetLayer differentiates for its log-determinant, so that gradients must be switched on."""
+    """An adapter for IResNetLayer, which needs gradients enabled because it differentiates for its log-determinant."""
 
     def forward_log_det(self, x: Tensor) -> Pair:
         with torch.enable_grad():
@@ -39,7 +41,7 @@ class Estimated(Adapter):
 
 
 class NoLogDet(nn.Module):
-    """For layers that say they have none."""
+    """An adapter for layers that declare to have no log-determinant."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -53,7 +55,7 @@ class NoLogDet(nn.Module):
 
 
 class Conditional(Flow):
-    """With one fixed condition, as a buffer."""
+    """An adapter for conditional layers. It holds one fixed condition as a buffer."""
 
     def __init__(self, layer: nn.Module, condition: Tensor):
         super().__init__(layer)
@@ -69,7 +71,7 @@ class Conditional(Flow):
 
 
 class Parts(nn.Module):
-    """One input, several outputs."""
+    """An adapter for layers with one input and several outputs."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -83,7 +85,7 @@ class Parts(nn.Module):
 
 
 class Mixture(Flow):
-    """One component of a Gaussian mixture."""
+    """A Gaussian mixture. A fixed index selects the component for each sample."""
 
     def __init__(self):
         super().__init__(fm.GaussianMixtureModel([VECTOR], [(2,), (2, 6), (2, 21)]))

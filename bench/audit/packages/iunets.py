@@ -1,4 +1,4 @@
-"""iunets: invertible down- and upsampling by learned orthogonal matrices; ``forward`` and ``inverse``."""
+"""iunets: invertible downsampling and upsampling by learned orthogonal matrices, with ``forward`` and ``inverse``."""
 
 import iunets.layers as il
 

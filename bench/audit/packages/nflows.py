@@ -1,4 +1,4 @@
-"""nflows: ``transform(x) -> y, log_det`` and ``transform.inverse``."""
+"""nflows: ``transform(x)`` and ``transform.inverse(y)`` return values and log-determinants."""
 
 import nflows.transforms as nt
 from nflows.nn.nets import ResidualNet
@@ -21,7 +21,7 @@ def net(inputs: int, outputs: int) -> nn.Module:
 
 
 class Image(nn.Module):
-    """A convolutional net with the unused context argument that couplings pass."""
+    """A convolutional network that accepts and ignores the context argument of couplings."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()

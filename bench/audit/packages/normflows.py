@@ -1,4 +1,4 @@
-"""normflows: ``layer(z) -> z', log_det`` and ``layer.inverse``."""
+"""normflows: ``layer(z)`` and ``layer.inverse(z)`` return values and log-determinants."""
 
 import normflows as nf
 import torch
@@ -12,6 +12,8 @@ MASK = torch.tensor([1.0, 0, 1, 0, 1, 0])
 
 
 class Parts(nn.Module):
+    """An adapter for layers with one input and several outputs."""
+
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer = layer
@@ -24,6 +26,8 @@ class Parts(nn.Module):
 
 
 class ClassConditional(Flow):
+    """An adapter for layers that depend on a class. It holds fixed one-hot labels as a buffer."""
+
     def __init__(self, layer: nn.Module):
         super().__init__(layer)
         self.register_buffer("label", torch.eye(3)[[0, 1, 2, 1]])

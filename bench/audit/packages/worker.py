@@ -1,4 +1,4 @@
-"""Checks every layer of one package, in an environment where it is installed; see ``Package``."""
+"""Check the layers of one package in the environment in which it is installed; see ``Package``."""
 
 import importlib
 import math
@@ -15,10 +15,11 @@ from memcnn.testing import Report, Result, WithLogDet, check_gradients, check_in
 from memcnn.testing.laws.subject import NotRunnable
 
 CASES = ((0, 1.0), (1, 0.1), (2, 4.0))
-"""Seed, and scale of the inputs; in eval mode the first alone."""
+"""Seed and scale of the inputs; eval mode uses only the first case."""
 
 
-def made(layer: Layer, seed: int) -> nn.Module:
+def build(layer: Layer, seed: int) -> nn.Module:
+    """Return the layer with seeded and, if the layer asks for it, perturbed parameters."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     module = layer.make()
@@ -31,9 +32,14 @@ def made(layer: Layer, seed: int) -> nn.Module:
 
 
 def checked(module: nn.Module, inputs: torch.Tensor, *, wrap: bool) -> dict[str, Report]:
-    """Return the results by column of the table: ``wrapped`` for the layer in this project's engine, else as it is.
+    """Run all checks on a module, and return their reports by column of the table.
 
-    The gradient of a flow is that of a loss in which its log-determinant takes part.
+    The gradient of a flow is the gradient of a loss that contains its log-determinant.
+
+    Args:
+        module: the layer in its adapter.
+        inputs: shape (N, ...).
+        wrap: also check the layer in this project's engine, for the column "wrapped".
     """
     columns = {"inverse": lambda: check_inverse(module, inputs)}
     if isinstance(module, Flow):
@@ -55,11 +61,16 @@ def _guarded(column: str, check: Callable[[], Report]) -> Report:
 
 
 def examine(layer: Layer, mode: str, *, own_engine: bool) -> dict:
-    """Return {"columns": {column: [result, ...]}}, each result with its seed and scale; or {"refused": why}."""
+    """Check a layer in one mode.
+
+    Returns:
+        ``{"columns": {column: [result, ...]}}``, each result with its seed and scale; or ``{"refused": reason}`` if
+        the layer cannot be built.
+    """
     columns: dict[str, list[dict]] = {}
     for seed, scale in CASES[:1] if mode == "eval" else CASES:
         try:
-            module = made(layer, seed).train(mode == "train")
+            module = build(layer, seed).train(mode == "train")
         except Exception as error:
             return {"refused": f"{type(error).__name__}: {error}"}
         inputs = layer.draw(scale * torch.randn(layer.shape, generator=torch.Generator().manual_seed(seed)))
@@ -70,7 +81,7 @@ def examine(layer: Layer, mode: str, *, own_engine: bool) -> dict:
 
 
 class Package:
-    """The layers of one package; its methods answer the questions of ``bench.worker``."""
+    """The layers of one package. The methods answer the questions of ``bench.worker``."""
 
     def __init__(self, name: str) -> None:
         torch.set_num_threads(1)
@@ -82,7 +93,7 @@ class Package:
         return {"layers": [layer.name for layer in self.package.LAYERS]}
 
     def check(self, number: int, mode: str) -> dict:
-        """Return the row of one layer in one mode, "train" or "eval"."""
+        """Return the row of one layer in one mode ("train" or "eval")."""
         package, layer = self.package, self.package.LAYERS[number]
         found = examine(layer, mode, own_engine=getattr(package, "OWN_ENGINE", False))
         return {

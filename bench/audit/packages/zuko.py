@@ -1,4 +1,4 @@
-"""zuko: a lazy transform ``flow()`` gives an object with a call, ``inv`` and ``call_and_ladj``."""
+"""zuko: calling a lazy transform returns a transform that is called, and has ``inv`` and ``call_and_ladj``."""
 
 import zuko
 from torch import Tensor
@@ -9,7 +9,7 @@ PACKAGE = "zuko"
 
 
 class Adapter(Flow):
-    """Of a LazyTransform, a module that builds the transform from its parameters."""
+    """An adapter for a LazyTransform, a module that builds the transform from its parameters."""
 
     def forward_log_det(self, x: Tensor) -> Pair:
         return self.layer().call_and_ladj(x)

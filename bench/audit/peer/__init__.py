@@ -1,5 +1,5 @@
-"""The worker side of ``bench.peers``: what runs in a contender's own process, with the contender's memcnn alone.
+"""The worker side of ``bench.peers``. It runs in a contender's own process, in which ``memcnn`` is the contender's.
 
-Only torch and the standard library are imported here, modules of this package by relative import, and what ``shared``
-takes from this project's ``memcnn``.
+The modules import only torch, the standard library, each other (by relative import), and the parts of this project's
+``memcnn`` that ``shared`` provides.
 """

@@ -1,6 +1,7 @@
-"""What a training program may do with a chain: small programs whose outcome under plain autograd is the right one.
+"""Small training programs. A contender gets a program right if its results equal those of plain autograd.
 
-A program gets a chain and a leaf input, both in float64, and returns tensors that must be as under plain autograd.
+A program receives a chain and a leaf input, both in float64 unless it asks for another dtype. It returns the tensors to
+compare.
 """
 
 import copy
@@ -17,25 +18,37 @@ from .shared import relative_errors, tolerance, weighted_sum, worst
 
 BLOCKS, CHANNELS = 2, 6
 LIMIT = tolerance(torch.float64, depth=2 * BLOCKS)
-"""The largest relative error that counts as right, as for every block that the laws check."""
+"""Largest relative error that counts as right: the tolerance of the laws for a chain of this depth."""
 
 Found = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Behaviour:
+    """A program and the conditions under which it runs.
+
+    Attributes:
+        title: the name in the table.
+        program: runs the chain on the input and returns the tensors to compare.
+        branch: returns F or G for a number of channels.
+        passes: number of backward passes after one forward pass.
+        dtype: dtype of weights and input.
+        must_raise: True if plain autograd raises a RuntimeError, so that a contender must raise one, too.
+    """
+
     title: str
     program: Callable[[nn.Module, Tensor], Found]
     branch: Callable[[int], nn.Module] = conv_branch
     passes: int = 1
     dtype: torch.dtype = torch.float64
-    must_raise: bool = False  # plain autograd refuses the program, and so must a contender
+    must_raise: bool = False
 
 
 class Masked(nn.Module):
-    """A branch behind dropout, which records every mask that it draws in this process.
+    """A branch behind dropout. It records every mask that it draws in this process.
 
-    Plain autograd runs second and reuses the masks of the forward passes, whatever seeds a contender has set.
+    The contender runs first. Then plain autograd runs with the recorded masks, so that it does not depend on the seeds
+    that the contender has set.
     """
 
     drawn: list[Tensor] = []
@@ -52,11 +65,14 @@ class Masked(nn.Module):
 
 
 class Probed(nn.Module):
-    """A branch that counts the evaluations in which a convolution was not in bfloat16."""
+    """A branch that counts the evaluations whose convolution did not run in bfloat16."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.branch, self.others = conv_branch(channels), []  # a number would be set back for a recomputation
+        self.branch, self.others = (
+            conv_branch(channels),
+            [],
+        )  # a list, because an engine may restore a number before it recomputes
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.branch[0](x)
@@ -65,19 +81,22 @@ class Probed(nn.Module):
 
 
 def differentiate(y: Tensor) -> None:
+    """Run the backward pass of a weighted sum of y."""
     weighted_sum(y).backward()
 
 
 def parameters(model: nn.Module) -> Found:
+    """Return the gradients of the branches' parameters."""
     return {f"gradient of {name}": p.grad for name, p in model.branches.named_parameters() if p.grad is not None}
 
 
 def gradients(model: nn.Module, x: Tensor) -> Found:
+    """Return the gradients of the input and of the parameters, as far as there are any."""
     return {"gradient of the input": x.grad, **parameters(model)} if x.grad is not None else parameters(model)
 
 
 def around(before: Callable = torch.clone, after: Callable = lambda y: y) -> Callable:
-    """Return the program that differentiates after(model(before(x)))."""
+    """Return a program that differentiates ``after(model(before(x)))``."""
 
     def program(model: nn.Module, x: Tensor) -> Found:
         y = after(model(before(x)))
@@ -115,7 +134,7 @@ def accumulated(model, x):
 
 
 def intact(name: str, tensor: Tensor) -> Found:
-    """Return the size of the storage, and the values if it has any."""
+    """Return the size of the tensor's storage, and its values unless the storage is empty."""
     bytes_there = tensor.untyped_storage().nbytes()
     return {"bytes": torch.tensor(bytes_there), **({name: tensor} if bytes_there else {})}
 
@@ -146,7 +165,7 @@ def inference(model, x):
 
 
 def moves(model, x):
-    """Return how often the first BatchNorm moved in a step."""
+    """Return how often the first BatchNorm updated its statistics in a step."""
     differentiate(model(x.clone()))
     return {"moves": next(b for name, b in model.branches.named_buffers() if name.endswith("num_batches_tracked"))}
 
@@ -299,26 +318,31 @@ BEHAVIOURS = {
 
 
 def examine(build: Callable[..., nn.Module], behaviour: Behaviour) -> dict:
-    """Return the "outcome" (right, wrong or error), its "detail" and, where there is one, the relative "error"."""
+    """Run a behaviour with a contender, and compare it with plain autograd.
+
+    Returns:
+        "outcome" ("right", "wrong" or "error"), "detail", and "error" (the relative error, or None).
+    """
     try:
-        found = _run(build, behaviour, behaviour.program)
+        found = _run_program(build, behaviour, behaviour.program)
     except Exception as error:
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         outcome = "right" if behaviour.must_raise and isinstance(error, RuntimeError) else "error"
         return {"outcome": outcome, "detail": f"{type(error).__name__}: {message}", "error": None}
     Masked.given = list(Masked.drawn)
     reference = gradients_by_plain if behaviour.must_raise else behaviour.program
-    outcome = compare(found, _run(partial(chain, "plain"), behaviour, reference))
+    outcome = compare(found, _run_program(partial(chain, "plain"), behaviour, reference))
     return {**outcome, "outcome": "wrong"} if behaviour.must_raise else outcome
 
 
 def gradients_by_plain(model: nn.Module, x: Tensor) -> Found:
+    """Return the gradients of an ordinary step, for programs that plain autograd refuses."""
     differentiate(model(x.clone()))
     return gradients(model, x)
 
 
 def compare(found: Found, wanted: Found) -> dict:
-    """Compare integers exactly, and other tensors up to ``LIMIT`` as ``memcnn.testing`` does."""
+    """Compare integers exactly, and floating-point tensors up to ``LIMIT`` by the measure of ``memcnn.testing``."""
     for name, right in wanted.items():
         if not right.is_floating_point() and name in found and found[name] != right:
             return _wrong(f"{found[name].item()} {name}, not {right.item()}")
@@ -327,7 +351,7 @@ def compare(found: Found, wanted: Found) -> dict:
         if found[name].shape != right.shape:
             return _wrong(f"{name} has shape {tuple(found[name].shape)}")
     if extra := sorted(found.keys() - wanted.keys()):
-        return _wrong(f"{extra[0]} where there should be none")
+        return _wrong(f"{extra[0]}, expected none")
     name, error = worst(relative_errors(found, wanted))
     return {"outcome": "right" if error <= LIMIT else "wrong", "error": error, "detail": name}
 
@@ -337,7 +361,7 @@ def _wrong(why: str) -> dict:
 
 
 def evaluations(build: Callable[..., nn.Module]) -> dict[str, float]:
-    """Return how often a branch is evaluated, on average, in the forward and the backward pass of a step."""
+    """Return the average number of evaluations of a branch in the forward and the backward pass of a step."""
 
     class Counted(nn.Module):
         def __init__(self, channels: int):
@@ -349,20 +373,20 @@ def evaluations(build: Callable[..., nn.Module]) -> dict[str, float]:
             return self.branch(x)
 
     calls: list[int] = []
-    model, x = _made(build, Behaviour("", output, Counted))
+    model, x = _build_chain(build, Behaviour("", output, Counted))
     y = model(x.clone())
     forward = len(calls)
     differentiate(y)
     return {"forward": forward / len(model.branches), "backward": (len(calls) - forward) / len(model.branches)}
 
 
-def _run(build: Callable[..., nn.Module], behaviour: Behaviour, program: Callable) -> Found:
-    model, x = _made(build, behaviour)
+def _run_program(build: Callable[..., nn.Module], behaviour: Behaviour, program: Callable) -> Found:
+    model, x = _build_chain(build, behaviour)
     torch.manual_seed(2)
     return {name: t.detach().clone() for name, t in program(model, x).items()}
 
 
-def _made(build: Callable[..., nn.Module], behaviour: Behaviour) -> tuple[nn.Module, Tensor]:
+def _build_chain(build: Callable[..., nn.Module], behaviour: Behaviour) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     branches = [behaviour.branch(CHANNELS // 2).to(behaviour.dtype) for _ in range(2 * BLOCKS)]
     x = torch.randn(4, CHANNELS, 8, 8, dtype=behaviour.dtype).requires_grad_()

@@ -1,7 +1,7 @@
-"""This project's loss, comparison of tensors, limits and memory meter, for a worker of any contender.
+"""This project's loss, comparison of tensors, tolerances and memory meter, for the worker of any contender.
 
-One contender is called memcnn as well. So this project's package is imported first, and then taken out of
-``sys.modules``: its functions go on working, and the contender can import its own package of that name.
+One contender's package is called memcnn, too. Therefore this module imports this project's package first, and then
+removes it from ``sys.modules``. Its functions keep working, and the contender can import its own package of that name.
 """
 
 import importlib
@@ -12,6 +12,7 @@ from .chains import ROOT
 
 
 def _import(*names: str) -> list[ModuleType]:
+    """Import modules of this project's memcnn without leaving memcnn in ``sys.modules``."""
     before = set(sys.modules)
     sys.path.insert(0, str(ROOT))
     try:

@@ -1,12 +1,4 @@
-"""One contender in a process of its own: the methods of ``Worker`` answer the questions of ``bench.worker``.
-
-hello                                    versions
-behaviour(title)                         outcome; runs in a fork with a time limit
-evaluations                              evaluations of F and G in a step
-build(blocks, batch, channels, side)     makes the model and its batch
-step(repeat)                             seconds of each training step of the model
-memory, work                             peak bytes and floating-point operations of a step
-"""
+"""One contender in its own process: the methods of ``Contender`` answer the questions of ``bench.worker``."""
 
 import importlib
 import json
@@ -18,6 +10,7 @@ import time
 from functools import partial
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -28,38 +21,51 @@ from .shared import memory
 LIMIT_SECONDS = 60.0
 
 
-class Worker:
-    def __init__(self, contender: str):
-        self.contender, self.build_chain = contender, partial(chain, contender)
-        self.model = None
+class Contender:
+    """A contender, and the chain on which its time, memory and work are measured.
+
+    Args:
+        name: a key of ``CONTENDERS``.
+    """
+
+    def __init__(self, name: str):
+        self.build_chain = partial(chain, name)
+        self.model: nn.Module | None = None
+        self.data = self.output_gradient = torch.empty(0)
         torch.set_num_threads(1)
 
     def hello(self) -> dict:
-        importlib.import_module("sympy")  # which backward of a Function imports: once for all forks
-        self.build_chain([conv_branch(2), conv_branch(2)])(torch.ones(1, 4, 2, 2))  # imports all it needs
+        """Import everything that the contender needs, before any fork, and return versions."""
+        importlib.import_module("sympy")  # the backward pass of a torch.autograd.Function imports it
+        self.build_chain([conv_branch(2), conv_branch(2)])(torch.ones(1, 4, 2, 2))
         return {"torch": torch.__version__, "python": sys.version.split()[0], "threads": torch.get_num_threads()}
 
     def behaviour(self, title: str) -> dict:
+        """Run one behaviour in a fork with a time limit, and return its outcome."""
         return in_a_fork(partial(examine, self.build_chain, BEHAVIOURS[title]))
 
     def evaluations(self) -> dict:
+        """Return the evaluations of a branch in the forward and the backward pass of a step."""
         return in_a_fork(partial(evaluations, self.build_chain))
 
     def build(self, blocks: int, batch: int, channels: int, side: int) -> dict:
+        """Build a chain and its batch of shape (batch, channels, side, side)."""
         torch.manual_seed(0)
         self.model = self.build_chain([conv_branch(channels // 2) for _ in range(2 * blocks)])
         self.data, self.output_gradient = (torch.randn(batch, channels, side, side) for _ in range(2))
         return {}
 
     def step(self, repeat: int = 1) -> dict:
+        """Return the seconds of each of ``repeat`` training steps."""
         return {"seconds": [self._timed() for _ in range(repeat)]}
 
     def memory(self) -> dict:
-        """Measure a step above parameters, input and the output's gradient; other gradients are inside."""
+        """Return the peak bytes of a step, without parameters, input and output gradient, with all other gradients."""
         peak_bytes = memory.allocator_peak_bytes(self._fresh_step())
         return {"peak_bytes": peak_bytes, "gradient_bytes": sum(p.nbytes for p in self.model.branches.parameters())}
 
     def work(self) -> dict:
+        """Return the floating-point operations of the convolutions of a step."""
         with Work() as work:
             self._fresh_step()()
         return {"flops": work.flops}
@@ -71,14 +77,14 @@ class Worker:
         return time.perf_counter() - start
 
     def _fresh_step(self):
-        """Return a forward and backward pass from a new leaf, without earlier gradients."""
+        """Return a function that runs forward and backward on a new leaf, without earlier gradients."""
         self.model.zero_grad()
         x = self.data.clone().requires_grad_()
         return lambda: self.model(x).backward(self.output_gradient)
 
 
 class Work(TorchDispatchMode):
-    """Counts the operations of convolutions by torch's own formulas; its FlopCounterMode fails within RevTorch."""
+    """Counts the operations of convolutions by torch's formulas. (torch's FlopCounterMode fails inside RevTorch.)"""
 
     flops = 0
 
@@ -90,7 +96,7 @@ class Work(TorchDispatchMode):
 
 
 def in_a_fork(function) -> dict:
-    """Return ``function()``, run in a process of its own, or why there is no answer: a crash or a hang stays there."""
+    """Run ``function`` in a forked process, so that a crash or a hang stays there. Return its result or the error."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

@@ -1,7 +1,7 @@
 """antsnormflows 1.0.0: BatchNorm's inverse is the identity
 
-fault. It takes mean and variance of its own input, the normalised values, which are 0 and 1, and "undoes" those. Both
-directions are offered as a flow with log-determinants.
+Wrong result. The inverse normalises its own input again. That input is already normalised, with mean 0 and variance
+1, so nothing changes. The package offers both directions as a flow with log-determinants.
 """
 
 import antsnormflows as an

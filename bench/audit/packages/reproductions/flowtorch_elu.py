@@ -1,7 +1,7 @@
 """flowtorch 0.8: ELU's inverse adds 1e-8 before the logarithm
 
-precision. log1p(y + 1e-8) is meant to avoid log 0, and moves every negative value: float64 inverts to 4e-8 at x = -1
-and to 0.03 at x = -15, where y itself still holds x to 1e-9.
+Loss of precision. ``log1p(y + 1e-8)`` is meant to avoid log 0, but it shifts every negative value. In float64 the
+inverse is wrong by 4e-8 at x = -1 and by 0.03 at x = -15, although y itself still determines x to 1e-9.
 """
 
 import flowtorch.bijectors as fb

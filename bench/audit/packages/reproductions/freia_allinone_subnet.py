@@ -1,8 +1,9 @@
 """FrEIA 0.2: AllInOneBlock scales its subnet's output in place, and with a learned permutation cannot be copied
 
-fault. ``a *= 0.1`` writes into what the subnet returned: one that ends in tanh or sigmoid, whose backward pass needs
-its output, raises. With ``learned_householder_permutation`` the last forward pass's matrix stays on the module as a
-tensor with a history, so that ``copy.deepcopy`` (averaged weights, this project's checks) raises after a step.
+Two errors. ``a *= 0.1`` writes into the tensor that the subnet returned. If the subnet ends in tanh or sigmoid, whose
+backward pass needs its output, backward raises. With ``learned_householder_permutation`` the module keeps the matrix
+of the last forward pass as a tensor with an autograd history. ``copy.deepcopy`` (for averaged weights, or in this
+project's checks) then raises after a step.
 """
 
 import copy

@@ -1,8 +1,8 @@
-"""FrEIA 0.2: documented arguments that raise
+"""FrEIA 0.2: documented arguments raise
 
-crash. ``ActNorm(init_data=tensor)`` asks for the truth of the tensor. ``Split`` with ``section_sizes`` that leave a
-rest keeps the None that ``list.append`` returns. ``HouseholderPerm`` with a condition multiplies by a batch of
-matrices with ``mm``. ``GaussianMixtureModel`` fills a float32 matrix whatever the dtype of its inputs.
+Crash. ``ActNorm(init_data=tensor)`` evaluates the truth value of the tensor. ``Split`` stores the return value of
+``list.append``, None, if ``section_sizes`` leaves a remainder. ``HouseholderPerm`` with a condition multiplies a
+batch of matrices with ``mm``. ``GaussianMixtureModel`` fills a float32 matrix even if its inputs have another dtype.
 """
 
 import warnings

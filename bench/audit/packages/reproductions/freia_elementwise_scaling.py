@@ -1,8 +1,8 @@
 """FrEIA 0.2: LearnedElementwiseScaling reports the forward log-determinant for its inverse, and ignores init_scale
 
-fault. The inverse divides by exp(s), so its log-determinant is -sum(s); it returns +sum(s), against the contract of
-``InvertibleModule``. And s starts at log(init_scale) times zeros. A pull request of the name "Fixed bug in
-LearnedElementwiseScaling" is merged (https://github.com/vislearn/FrEIA/pull/118); the release 0.2 has these two.
+Wrong result. The inverse divides by exp(s), so its log-determinant is -sum(s). It returns +sum(s), against the
+contract of ``InvertibleModule``. And s starts at log(init_scale) times zeros, which is 0. The pull request "Fixed bug
+in LearnedElementwiseScaling" is merged (https://github.com/vislearn/FrEIA/pull/118), but release 0.2 has both errors.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """FrEIA 0.2: Fixed1x1Conv(M) multiplies by the transpose of M, FixedLinearTransform(M) by M
 
-fault of the values, not of the inverse: the documentation says that M is the convolution's kernel. Inverse and
-log-determinant belong to the transpose, too, so that the layer is consistent with itself.
+Wrong values, but a consistent layer: its inverse and log-determinant belong to the transpose as well. The
+documentation says that M is the kernel of the convolution.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """FrEIA 0.2: HaarDownsampling's inverse and HaarUpsampling overwrite their input
 
-fault. ``x_perm *= self.fac_rev`` scales the caller's tensor in place (unless ``order_by_wavelet`` has made a copy).
-What else reads the tensor, a skip connection or a loss, gets half of it; a second inversion of the same tensor gives
-another result; an input that is a leaf raises. No report was found.
+Wrong result. ``x_perm *= self.fac_rev`` scales the caller's tensor in place, unless ``order_by_wavelet`` has made a
+copy. Everything else that reads the tensor, such as a skip connection or a loss, sees the scaled values. A second
+inversion of the same tensor gives another result. An input that is a leaf raises. No report was found.
 """
 
 import torch

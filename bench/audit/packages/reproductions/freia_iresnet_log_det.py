@@ -1,8 +1,8 @@
-"""FrEIA 0.2: IResNetLayer's log-determinant has no gradient, and its inverse's is taken at the wrong point
+"""FrEIA 0.2: IResNetLayer's log-determinant has no gradient, and the inverse computes it at the wrong point
 
-fault. Without ``create_graph`` the estimate is a constant for autograd: maximum likelihood trains the layer as if it
-were volume preserving. The inverse takes the Jacobian of the residual at its input y, where it wants it at the x that
-it finds. And the caller's tensor is marked as requiring a gradient. No report was found.
+Wrong result. Without ``create_graph`` the estimate is a constant for autograd, so maximum likelihood trains the layer
+as if it preserved volume. The inverse takes the Jacobian of the residual at its input y; it should take it at its
+result x. The layer also sets requires_grad on the caller's tensor. No report was found.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""FrEIA 0.2: InvertibleSigmoid's log-determinant of an image is not one number a sample
+"""FrEIA 0.2: InvertibleSigmoid returns the log-determinant of an image with the wrong shape
 
-fault. It sums over the first dimension after the batch only, so that an image of C x H x W gives N x H x W values,
-which then broadcast against the other layers' N. Vectors are right.
+Wrong result. It sums over the first dimension after the batch only. An image of shape (N, C, H, W) gives (N, H, W)
+values, which then broadcast against the (N,) values of other layers. Vectors are right.
 """
 
 import torch

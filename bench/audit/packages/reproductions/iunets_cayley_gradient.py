@@ -1,9 +1,10 @@
 """iunets 0.1: the gradient of the Cayley transform, the default of every learned resampling, has the wrong sign
 
-fault. For skew A and Q = (I + A)^-1 (I - A) the gradient of <G, Q> is -2 (I - A)^-1 G (I - A)^-1; ``cayley.backward``
-returns 2 (I - A)^-1 G (I + A)^-1 Q instead. At A = 0 that is the right gradient times -1; further away it has no
-constant ratio to it. So the orthogonal kernels of ``InvertibleDownsampling``, ``InvertibleUpsampling`` and
-``InvertibleChannelMixing`` move uphill. The repository's file is the same; no report was found.
+Wrong result. For a skew matrix A and Q = (I + A)^-1 (I - A) the gradient of <G, Q> is -2 (I - A)^-1 G (I - A)^-1.
+``cayley.backward`` returns 2 (I - A)^-1 G (I + A)^-1 Q instead. At A = 0 this is the negative of the right gradient;
+for other A the ratio is not constant. So training moves the orthogonal kernels of ``InvertibleDownsampling``,
+``InvertibleUpsampling`` and ``InvertibleChannelMixing`` uphill. The file in the repository is the same. No report was
+found.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""iunets 0.1: the gradient of its matrix exponential is wrong where the matrix is small
+"""iunets 0.1: the gradient of its matrix exponential is wrong for small matrices
 
-fault. ``method="exp"`` runs a scaling-and-squaring algorithm with a Frechet derivative of its own. Its values are
-right; near the zero matrix, where the gradient of exp(A) is that of A itself, it gives 2/3 of it, and for larger
-matrices something else again, though for some it is right. No report was found.
+Wrong result. ``method="exp"`` runs a scaling-and-squaring algorithm with its own Frechet derivative. The values are
+right. Near the zero matrix, where the gradient of exp(A) equals that of A, the gradient is 2/3 of the right one. For
+larger matrices it is wrong by other amounts, and for some it is right. No report was found.
 """
 
 import torch

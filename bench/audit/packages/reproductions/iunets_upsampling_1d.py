@@ -1,7 +1,7 @@
-"""iunets 0.1: InvertibleUpsampling1D does not run, nor does the initialisation "random"
+"""iunets 0.1: InvertibleUpsampling1D does not run, and neither does the initialisation "random"
 
-crash. Its stride is made a pair, so that its kernel is one of two dimensions. ``init="random"``, and with it
-``method="householder"``, converts to the dtype named 'dtype'.
+Crash. InvertibleUpsampling1D converts its stride to a pair, so that its kernel has two dimensions. ``init="random"``,
+and with it ``method="householder"``, converts a tensor to the dtype named 'dtype'.
 """
 
 import warnings

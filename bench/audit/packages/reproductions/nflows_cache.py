@@ -1,9 +1,10 @@
-"""nflows 0.14: a cached linear transform keeps old weights in eval mode, and can be differentiated once
+"""nflows 0.14: a cached linear transform keeps old weights in eval mode, and runs backward only once
 
-fault. ``using_cache=True`` keeps the weight until ``train()`` is called. ``load_state_dict`` in eval mode, as from a
-checkpoint, changes the parameters and not the transform. The cached weight also carries its graph: the second
-backward pass raises; in float64 the cached inverse of ``LULinear`` and ``QRLinear`` raises, for it solves with a
-float32 identity. nessai met the first and works around it (https://github.com/mj-will/nessai/pull/167).
+Wrong result. With ``using_cache=True`` the transform keeps its weight until ``train()`` is called.
+``load_state_dict`` in eval mode, for example from a checkpoint, changes the parameters but not the transform. The
+cached weight also keeps its graph, so the second backward pass raises. In float64 the cached inverse of ``LULinear``
+and ``QRLinear`` raises, because it solves with a float32 identity. nessai works around the first error
+(https://github.com/mj-will/nessai/pull/167).
 """
 
 import torch

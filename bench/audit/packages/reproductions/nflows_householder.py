@@ -1,7 +1,7 @@
-"""nflows 0.14: HouseholderSequence gives NaN with more than two reflections a feature
+"""nflows 0.14: HouseholderSequence returns NaN with more than two reflections for each feature
 
-fault. The vectors start as pairs of unit vectors; beyond 2 x features they are zero, and are normalised. With an odd
-number the constructor raises instead. ``SVDLinear`` and ``QRLinear`` pass the number on.
+Wrong result. The vectors start as pairs of unit vectors. Vectors beyond 2 x features start as zero, and are then
+normalised. An odd number makes the constructor raise instead. ``SVDLinear`` and ``QRLinear`` pass the number on.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""nflows 0.14: LogTanh has a jump in its slope at the cut point
+"""nflows 0.14: the slope of LogTanh jumps at the cut point
 
-fault. Its documentation says that alpha matches the first derivative of tanh there. alpha is (1 - tanh(tanh(c))) / c
-instead of c (1 - tanh(c)^2), so that the density jumps by 17 % at c = 1. Inverse and log-determinant fit the function
-as it is.
+Wrong result. The documentation says that alpha matches the first derivative of tanh at the cut point. alpha is (1 -
+tanh(tanh(c))) / c instead of c (1 - tanh(c)^2), so the density jumps by 17 % at c = 1. Inverse and log-determinant
+are right for the function as it is.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """nflows 0.14: NaiveLinear has no inverse on current PyTorch
 
-crash. It calls ``torch.solve``, which PyTorch removed. glasflow's fork has replaced it
+Crash. It calls ``torch.solve``, which PyTorch has removed. The fork in glasflow has replaced the call
 (https://github.com/uofgravity/glasflow/issues/56).
 """
 

@@ -1,7 +1,7 @@
-"""nflows 0.14: SqueezeTransform(3) cannot undo itself
+"""nflows 0.14: SqueezeTransform(3) cannot be inverted
 
-fault. Its inverse wants a channel count that 4 divides, whatever the factor: one channel squeezed by 3 has 9, and
-raises.
+Crash. Its inverse expects a number of channels that is divisible by 4, for every factor. One channel squeezed by 3
+has 9 channels, and the inverse raises.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""normflows 1.7.3: ActNorm initialises itself in eval mode, and moves its flag off the module's device
+"""normflows 1.7.3: ActNorm initialises itself in eval mode, and moves its flag to the CPU
 
-fault. The first batch sets scale and shift whatever the mode, under ``no_grad``, too: a model built, put in eval mode
-and asked once is changed by the question. The flag is replaced by a new tensor on the CPU instead of being set. It is
-registered as a buffer, so that ``load_state_dict`` restores it.
+Wrong result. The first batch sets scale and shift in every mode, and also under ``no_grad``. If a new model is put
+into eval mode, its first evaluation changes it. The layer replaces its flag by a new tensor on the CPU instead of
+setting it. The flag is a buffer, so ``load_state_dict`` restores it.
 """
 
 import normflows as nf

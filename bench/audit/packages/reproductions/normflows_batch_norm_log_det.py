@@ -1,8 +1,8 @@
 """normflows 1.7.3: BatchNorm's log-determinant is infinite with many features
 
-fault. It is the logarithm of one over the product of all standard deviations, and the product leaves the range of
-float32: 64 features of standard deviation 0.1 have a product of 1e-64. (That it leaves out the derivatives of the
-batch's statistics is said in its documentation, and that it has no inverse is plain.)
+Wrong result. The log-determinant is computed as the logarithm of one over the product of all standard deviations, and
+the product underflows in float32: 64 features of standard deviation 0.1 have the product 1e-64. (The documentation
+says that the derivatives of the batch statistics are left out. That the layer has no inverse is obvious.)
 """
 
 import normflows as nf

@@ -1,9 +1,10 @@
-"""normflows 1.7.3: circular spline flows map every linear feature beyond the bound to zero
+"""normflows 1.7.3: circular spline flows map every linear feature outside the bound to zero
 
-fault. With tails given as a list, ``unconstrained_rational_quadratic_spline`` starts from zeros and never copies what
-lies outside the interval, as it does for one kind of tails. So ``CircularCoupledRationalQuadraticSpline`` and
-``CircularAutoregressiveRationalQuadraticSpline`` send all values beyond ``tail_bound`` to 0, with log-determinant 0:
-not invertible, and a wrong density, for ordinary Gaussian data beyond 3 standard deviations. No report was found.
+Wrong result. With a list of tails, ``unconstrained_rational_quadratic_spline`` starts from zeros and never copies the
+values outside the interval. (With a single kind of tails it does.) So ``CircularCoupledRationalQuadraticSpline`` and
+``CircularAutoregressiveRationalQuadraticSpline`` map all values beyond ``tail_bound`` to 0, with log-determinant 0.
+The map is not invertible, and the density is wrong for ordinary Gaussian data beyond 3 standard deviations. No report
+was found.
 """
 
 import normflows as nf

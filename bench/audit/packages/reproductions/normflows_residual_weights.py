@@ -1,9 +1,9 @@
-"""normflows 1.7.3: Residual(reduce_memory=True), the default, gives every sample the weight of the first in backward
+"""normflows 1.7.3: Residual(reduce_memory=True), the default, applies the first weight to all samples in backward
 
-fault. ``MemoryEfficientLogDetEstimator.backward`` multiplies the gradients of all log-determinants with
-``grad_logdetgrad[0]``. It is right where all samples weigh the same, as in the mean of a likelihood; with weights,
-masks or a loss that is no sum, it is wrong without a word. The code comes from residual-flows (rtqichen). No report
-was found.
+Wrong result. ``MemoryEfficientLogDetEstimator.backward`` multiplies the gradients of all log-determinants by
+``grad_logdetgrad[0]``. This is right if all samples have the same weight, as in a mean likelihood. With weights,
+masks or a loss that is not a sum the gradient is wrong, without a warning. The code comes from residual-flows
+(rtqichen). No report was found.
 """
 
 import normflows as nf

@@ -1,8 +1,8 @@
-"""RevLib 1.7.2: in the modes checkpoint and autograd_graph two forward passes before a backward pass mix
+"""RevLib 1.7.2: with memory_mode checkpoint or autograd_graph, two forward passes before a backward pass mix
 
-fault. The modules keep one forward pass's values on themselves. Two micro-batches in one loss, a siamese network or a
-second forward pass for logging give wrong gradients without a word (or "Tensor not found"). The default mode,
-autograd_function, is right.
+Wrong result. The modules keep the values of one forward pass as attributes. Two micro-batches in one loss, a siamese
+network or a second forward pass for logging give wrong gradients without a warning (or raise "Tensor not found"). The
+default mode, autograd_function, is right.
 """
 
 import copy

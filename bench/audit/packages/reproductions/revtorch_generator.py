@@ -1,8 +1,8 @@
 """RevTorch 0.2.4: fix_random_seed=True sets torch's global generator from Python's random
 
-fault. Every forward and backward pass calls ``torch.manual_seed`` with a number from ``random.randint`` and leaves it
-so: after a pass the program's ``torch.manual_seed`` no longer decides what is drawn, shuffles and noise included.
-Without the option dropout is wrong, so a network with dropout needs it.
+Wrong result. Every forward and backward pass calls ``torch.manual_seed`` with a number from ``random.randint``, and
+leaves the generator in that state. After a pass, the program's ``torch.manual_seed`` no longer determines shuffles
+and noise. Without the option dropout is wrong, so a network with dropout needs it.
 """
 
 import random

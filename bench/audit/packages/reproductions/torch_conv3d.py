@@ -1,11 +1,12 @@
-"""torch 2.13.0: a CPU with AVX-512 convolves bfloat16 volumes of depth 1 and 2 wrong
+"""torch 2.13.0: a CPU with AVX-512 convolves bfloat16 volumes of depth 1 and 2 wrongly
 
-fault, of oneDNN 3.12 in torch. In ``channels_last_3d`` the gradient of a weight of depth 3, on an input of depth 2, is
-computed from memory that nobody wrote, and right by luck alone. One channel whose stride is 1 is taken for
-channels_last, and where the CPU has AVX512-BF16 the output is wrong then, too, at depth 1. Contiguous inputs, float32
-and float16 are right. Drawn networks under autocast found it: the twin's half of a batch had such strides, and its
-gradient was wrong; what the engine rebuilds is contiguous, and its gradient was right. A relative of it, for
-convolutions with strides, is known (https://github.com/pytorch/pytorch/issues/169688).
+Wrong result, caused by oneDNN 3.12 in torch. In ``channels_last_3d``, for a kernel of depth 3 and an input of depth
+2, the gradient of the weight is computed from uninitialised memory, and is right only by chance. An input with one
+channel of stride 1 is treated as channels_last; on a CPU with AVX512-BF16 its output is wrong, also at depth 1.
+Contiguous inputs, float32 and float16 are right. Random networks under autocast found it: one half of the plain
+twin's input had such strides, and the gradient was wrong. The tensor that the engine rebuilds is contiguous, and the
+gradient was right. A similar error, for convolutions with strides, is known
+(https://github.com/pytorch/pytorch/issues/169688).
 """
 
 import torch

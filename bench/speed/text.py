@@ -1,4 +1,4 @@
-"""The results of ``python -m bench.speed``: rows of speed.csv, and the page that is made of them."""
+"""The files of ``bench.speed``: speed.csv, and the page speed.md that shows its rows."""
 
 from pathlib import Path
 
@@ -18,25 +18,25 @@ DASH = "\N{EM DASH}"
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """Read speed.csv of a device's folder; without the file, a table of no rows.
+    """Read speed.csv in a device's folder; return an empty table if there is no file.
 
     Raises:
-        ValueError: when the file lacks a column.
+        ValueError: if the file lacks a column.
     """
     path = folder / ROWS
     if not path.is_file():
         return pd.DataFrame(columns=list(COLUMNS))
     table = pd.read_csv(path, dtype={name: "string" for name in ("torch", "cuda", "cudnn", "python", "commit")})
     if missing := set(COLUMNS) - set(table):
-        raise ValueError(f"{path}: missing columns {', '.join(sorted(missing))}; move the file away and measure anew")
+        raise ValueError(f"{path}: missing columns {', '.join(sorted(missing))}; move the file away and measure again")
     return table
 
 
 def add(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
-    """Add measured rows to speed.csv, in the place of earlier ones of the same network, execution, group and batch.
+    """Add measured rows to speed.csv; replace earlier rows of the same network, execution, group and batch.
 
     Returns:
-        All rows that the file then holds, in the order of the networks.
+        All rows of the file, in the order of the networks.
     """
     there = read(folder)
     new = set(map(tuple, rows[KEYS].to_numpy().tolist()))
@@ -49,32 +49,32 @@ def add(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
     return read(folder)
 
 
-def page(table: pd.DataFrame, command: str, floor: str, tries: pd.DataFrame | None) -> str:
+def page(table: pd.DataFrame, command: str, floor: str, variants: pd.DataFrame | None) -> str:
     """Return all rows as a Markdown page.
 
     Args:
         table: the rows of speed.csv.
         command: the command that measured last.
-        floor: what the floor is.
-        tries: the table of choices that were tried; None for none.
+        floor: the explanation of the floor.
+        variants: the table of variants timed on a CPU; None to leave it out.
     """
     parts = [
         "# Training at the speed of the hardware",
         f"Last measured with `{command}`",
         "\n".join(f"* {line}" for line in [*origins(table), *ceilings(table)]),
-        "A training step, augmentation and update included; median and quartiles of n rounds, in which executions take "
-        "turns. *Together* is the number of runs in one process, each with a stream of its own, whose steps are "
-        "interleaved; *ms a step* is then the time of a round divided by the number of all its steps.",
+        "A training step includes augmentation and update. Times are median and quartiles of n rounds, in which the "
+        "executions take turns. *Together* is the number of runs in one process, each on its own stream, whose steps "
+        "are interleaved; *ms a step* is then the time of a round divided by the number of steps of all these runs.",
         markdown(shown(table)),
         floor,
     ]
-    if tries is not None:
-        parts += ["## Tried on this CPU, resnet32", markdown(tries)]
+    if variants is not None:
+        parts += ["## Variants of the step on this CPU, resnet32", markdown(variants)]
     return "\n\n".join(parts) + "\n"
 
 
 def origins(table: pd.DataFrame) -> list[str]:
-    """Describe where and with what the rows were measured, one line for each difference."""
+    """Return a line for each combination of date, device, software and clock with which rows were measured."""
     names = ["date", "device", "device_type", "threads", "torch", "cuda", "cudnn", "python", "commit", "clean", "clock"]
     lines = []
     for key, rows in table.astype(object).groupby(names, dropna=False, sort=False):
@@ -82,7 +82,7 @@ def origins(table: pd.DataFrame) -> list[str]:
         threads = "" if row["device_type"] == "cuda" else f", {row['threads']:.0f} thread{'s' * (row['threads'] > 1)}"
         cuda = f", CUDA {row['cuda']}, cuDNN {row['cudnn']}" if row["device_type"] == "cuda" else ""
         changes = " with local changes" if row["clean"] is False else ""
-        clock = "the process's own CPU time, since others use the CPU too" if row["clock"] == "cpu" else "wall"
+        clock = "this process's CPU time, because other processes use the CPU too" if row["clock"] == "cpu" else "wall"
         commit = "none" if pd.isna(row["commit"]) else row["commit"][:12]
         lines.append(
             f"{', '.join(dict.fromkeys(rows['network']))}: {row['date']}, {row['device']}{threads}; torch "
@@ -92,25 +92,25 @@ def origins(table: pd.DataFrame) -> list[str]:
 
 
 def ceilings(table: pd.DataFrame) -> list[str]:
-    """Describe the rates that the floors are made of, one line for each precision and measurement."""
+    """Return a line for each measurement of the rates from which the floors are computed."""
     rates = table.assign(precision=table["execution"].str.split(",").str[0])
     lines = []
     for (precision, flops, size), rows in rates.groupby(["precision", "gflop_per_second", "gb_per_second"], sort=False):
         lines.append(
             f"Ceilings in {precision} ({', '.join(dict.fromkeys(rows['network']))}): {flops:,.0f} GFLOP/s in a matrix "
-            f"product, {size:,.1f} GB/s in a copy, the best of a few."
+            f"product, {size:,.1f} GB/s in a copy, the best of several."
         )
     return lines
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows as finished text."""
+    """Return the rows as text."""
     digits = [0 if kind == "cpu" else 2 for kind in table["device_type"]]
 
     def spread(name: str, places: list[int]) -> list[str]:
         columns = [table[f"{name}{end}"] for end in ("", "_low", "_high")]
         values = zip(*columns, places, strict=True)
-        return [DASH if pd.isna(a) else f"{a:,.{d}f} ({b:,.{d}f} to {c:,.{d}f})" for a, b, c, d in values]
+        return [DASH if pd.isna(middle) else interval(middle, *rest) for middle, *rest in values]
 
     return pd.DataFrame(
         {
@@ -129,5 +129,11 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def interval(middle: float, low: float, high: float, digits: int) -> str:
+    """Return median and quartiles as text, such as "829 (817 to 863)"."""
+    return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
 def markdown(table: pd.DataFrame) -> str:
+    """Return a table of text as Markdown."""
     return table.to_markdown(index=False, disable_numparse=True)

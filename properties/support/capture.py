@@ -1,7 +1,7 @@
-"""A stand-in for torch.cuda's graphs on a CPU: what is captured is run again on the same memory, without Python.
+"""A stand-in for CUDA graphs on a CPU: it replays the captured operations on the same memory, without Python.
 
-As with a CUDA graph, a replay knows the tensors of the capture and nothing else: a number that Python computed stays
-what it was then, and a tensor that came later is not seen.
+Like a CUDA graph, a replay only knows the tensors of the capture. A number that Python computed keeps its captured
+value, and the replay does not see tensors that were created later.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Recorded(TorchDispatchMode):
-    """In the place of torch.cuda.CUDAGraph: every operation within it, for ``replay``."""
+    """Replaces ``torch.cuda.CUDAGraph``. It records every operation for ``replay``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Recorded(TorchDispatchMode):
 
 
 class Stream:
-    """In the place of torch.cuda.Stream; it notes the streams that it waited for."""
+    """Replaces ``torch.cuda.Stream``. It records the streams for which it waited."""
 
     def __init__(self) -> None:
         self.waited: list[Stream] = []
@@ -53,7 +53,7 @@ class Stream:
 
 
 class Streams:
-    """The current stream, and every other one, of the only device."""
+    """The current stream and the default stream of the only device."""
 
     def __init__(self) -> None:
         self.default = self.current = Stream()
@@ -69,9 +69,9 @@ class Streams:
 
 @contextmanager
 def stand_in(patch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]:
-    """Within it graphs can be captured on the CPU; the graphs that were, each with the stream of its capture.
+    """Capture graphs on the CPU inside the context. Yield the captured graphs, each with the stream of its capture.
 
-    To wait for the whole device is an error: other runs may be using it.
+    Waiting for the whole device is an error, because other runs may be using it.
     """
     graphs: list[Recorded] = []
     streams = Streams()
@@ -84,7 +84,7 @@ def stand_in(patch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]:
             super().capture_begin(**options)
 
     def refuse(*arguments) -> None:
-        raise AssertionError("it waits for the whole device")
+        raise AssertionError("the code waits for the whole device")
 
     for name, value in (
         ("device", nullcontext),

@@ -1,4 +1,4 @@
-"""Benchmark results made up, or measured in this process, in the format of pytest-benchmark."""
+"""Benchmark results in the format of pytest-benchmark, invented or measured in this process."""
 
 import json
 from collections.abc import Sequence
@@ -18,16 +18,17 @@ MACHINE = {
 
 
 def row(group: str, case, seconds: float = 1.0, **more) -> dict:
-    """One measurement of a case of ``bench``."""
+    """Return one measurement of a case of ``bench``."""
     return {"group": group, "stats": {"median": seconds, "rounds": 1}, "extra_info": {**case.info(), **MACHINE, **more}}
 
 
 def measured(case) -> dict:
-    """Its memory and evaluations, here and now."""
+    """Measure memory and evaluations of a case in this process."""
     cpu = torch.device("cpu")
     return row("memory", case, **measure.memory(case, cpu), **measure.evaluations(case, cpu))
 
 
 def written(path: Path, rows: Sequence[dict]) -> Path:
+    """Write results to a file, and return its path."""
     path.write_text(json.dumps({"benchmarks": list(rows)}))
     return path

@@ -1,4 +1,4 @@
-"""What the tests of training share: a run that takes milliseconds, and ways to look at what it left."""
+"""A training run that takes milliseconds, and functions that read its files."""
 
 import csv
 import struct
@@ -14,6 +14,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import nn
 
 from memcnn import data as cifar_data
+from memcnn import train as command_line
 from memcnn.data import images
 from memcnn.models.resnet import MODELS
 from memcnn.training.execution import Execution
@@ -36,7 +37,7 @@ def tiny(num_classes: int = 10, *, disable: bool = False) -> nn.Module:
 
 @contextmanager
 def tiny_training() -> Iterator[pytest.MonkeyPatch]:
-    """Within it every run is a tiny one: model resnet32, data "generated"."""
+    """Replace every run by a tiny one (model resnet32, data "generated") inside the context."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "resnet32", tiny)
         patch.setattr(images, "generate", lambda num_classes: DATA)
@@ -45,7 +46,7 @@ def tiny_training() -> Iterator[pytest.MonkeyPatch]:
 
 
 class Slow(nn.Module):
-    """The tiny network, in 50 ms in training and as long as it is told in evaluation."""
+    """The tiny network. A training step takes 50 ms, and an evaluation ``evaluation_seconds``."""
 
     def __init__(self, evaluation_seconds: float = 0.0) -> None:
         super().__init__()
@@ -57,12 +58,18 @@ class Slow(nn.Module):
 
 
 def run(runs: Path, *, execution: Execution = PLAIN, budget_seconds: float | None = None, **options) -> RunRecord:
-    """The tiny run; ``options`` are fields of a `Job` and a `Place`."""
+    """Train the tiny network; ``options`` are fields of ``Job`` and ``Place``."""
     return train(job_of(**options), execution, place_of(runs, **options), budget_seconds=budget_seconds)
 
 
+def tiny_command(runs, *more: str) -> int:
+    """Run ``memcnn.train`` on the tiny network with further arguments; return the exit status."""
+    words = "resnet32 cifar10 --recipe smoke --data generated --batch-size 8 --test-images 20".split()
+    return command_line.main([*words, "--runs", str(runs), *more])
+
+
 def job_of(**options) -> Job:
-    """The job of the tiny run, with the fields of a `Job` among ``options``."""
+    """Return the job of the tiny run, with the fields of ``Job`` among ``options``."""
     names = {field.name for field in fields(Job)}
     given = {name: value for name, value in options.items() if name in names}
     assert set(options) <= names | {field.name for field in fields(Place)}, options
@@ -70,30 +77,31 @@ def job_of(**options) -> Job:
 
 
 def place_of(runs: Path, **options) -> Place:
-    """The place of the tiny run, with the fields of a `Place` among ``options``."""
+    """Return the place of the tiny run, with the fields of ``Place`` among ``options``."""
     names = {field.name for field in fields(Place)}
     given = {name: value for name, value in options.items() if name in names}
     return Place(**{"data": "generated", "device": "cpu", "progress": False} | given, runs=runs)
 
 
 def checkpoint_of(folder: Path) -> dict:
-    """The state in a run's checkpoint."""
+    """Return the state in a run's checkpoint."""
     return torch.load(folder / "checkpoint.pt", weights_only=True)["state"]
 
 
 def curve_of(folder: Path) -> list[dict]:
+    """Return the rows of a run's curve.csv."""
     with open(folder / "curve.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def scalars(folder: Path) -> list[tuple[str, int, float]]:
-    """What TensorBoard shows of a run: (name, iteration, value), after what a restart declared void is dropped."""
+    """Return (name, iteration, value) for each point that TensorBoard shows, without points that a restart purged."""
     shown = []
     for path in sorted((folder / "tensorboard").iterdir(), key=lambda path: path.name):
         content = path.read_bytes()
         while len(content) >= 12:
             (length,) = struct.unpack("<Q", content[:8])
-            if len(content) < 16 + length:  # cut short by a kill: TensorBoard goes on to the next file
+            if len(content) < 16 + length:  # truncated by a kill: TensorBoard continues with the next file
                 break
             event = Event.FromString(content[12 : 12 + length])
             content = content[16 + length :]
@@ -104,4 +112,5 @@ def scalars(folder: Path) -> list[tuple[str, int, float]]:
 
 
 def without(values: dict, *names: str) -> dict:
+    """Return a dict without some keys."""
     return {name: value for name, value in values.items() if name not in names}

@@ -1,0 +1,182 @@
+"""Measure the milliseconds of a training step of the six networks, and print them beside the floor of the device.
+
+    python -m bench.speed                                      all six, batch 100
+    python -m bench.speed --fast --group 4                     the fastest execution, alone and four runs together
+    python -m bench.speed --networks resnet32 --compile        with torch.compile, which takes minutes to compile
+    python -m bench.speed --tries                              also other layouts, optimisers and dtypes on a CPU
+
+The rows go to speed.csv in the device's folder, where they replace earlier rows of the same network, execution, group
+and batch. speed.md shows all rows of that file.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from bench import folders, measure
+from bench.speed import floor, steps, text, timing
+from bench.speed.steps import PLAIN, Way
+from memcnn.models.resnet import MODELS
+from memcnn.training.files import write_by_rename
+from memcnn.training.options import count
+from memcnn.training.recipe import PUBLISHED
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The conditions of a measurement.
+
+    Attributes:
+        device: where the steps run.
+        batch: images a step.
+        rates: precision -> (operations a second, bytes a second) that the device reaches.
+        origin: the columns of speed.csv that name device, software, commit and date.
+        limit: seconds for each network, after which no further round begins.
+    """
+
+    device: torch.device
+    batch: int
+    rates: dict[str, tuple[float, float]]
+    origin: dict
+    limit: float = timing.SECONDS
+
+
+def measured_rows(network: str, ways: Sequence[Way], setup: Setup) -> pd.DataFrame:
+    """Time a network's training step in each way, and return a row of speed.csv for each way."""
+    functions = {way: steps.step_of(network, way, batch=setup.batch, device=setup.device) for way in ways}
+    times, counts = timing.timed(functions, setup.device, setup.limit)
+    rows = []
+    for way in ways:
+        each = times[way] / way.group
+        needed = floor.work(network, batch=setup.batch, precision=way.execution.precision)
+        flops, size = setup.rates[way.execution.precision]
+        ratios = each / times[PLAIN] if PLAIN in times else pd.Series(dtype=float)
+        rows.append({
+            "network": network, "execution": str(way.execution), "group": way.group, "batch": setup.batch,
+            **_quartiles("ms", 1e3 * each), "rounds": len(times), "steps": counts[way],
+            **_quartiles("to_plain", ratios), "gflop": needed.flops / 1e9, "gb": needed.bytes / 1e9,
+            "floor_ms": 1e3 * needed.floor_seconds(flops, size), "gflop_per_second": flops / 1e9,
+            "gb_per_second": size / 1e9, **setup.origin,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _quartiles(name: str, values: pd.Series) -> dict:
+    low, middle, high = values.quantile([0.25, 0.5, 0.75])
+    return {name: middle, f"{name}_low": low, f"{name}_high": high}
+
+
+def variants_table(network: str, setup: Setup) -> pd.DataFrame:
+    """Time the variants of the step on a CPU, and return their table as text."""
+    functions = steps.cpu_variants(network, batch=setup.batch)
+    times, _ = timing.timed(functions, setup.device, limit=4 * timing.SECONDS)
+    first = times.columns[0]
+    return pd.DataFrame([
+        {"step": name, "ms": _spread(1e3 * times[name]), "to the first": _spread(times[name] / times[first], 2),
+         "n": len(times)}
+        for name in times
+    ])  # fmt: skip
+
+
+def _spread(values: pd.Series, digits: int = 0) -> str:
+    """Return median and quartiles as text."""
+    low, middle, high = values.quantile([0.25, 0.5, 0.75])
+    return text.interval(middle, low, high, digits)
+
+
+def origin(device: torch.device, clock: str) -> dict:
+    """Return the columns of speed.csv that name device, software, commit and date."""
+    found = folders.environment(device, clock)
+    about, software = found["device"], found["software"]
+    return {
+        "device_type": about["type"], "device": about["name"], "threads": about["threads"], "clock": clock,
+        **{name: software.get(name) for name in ("torch", "cuda", "cudnn", "python")},
+        "commit": found["commit"], "clean": found["clean"], "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
+    }  # fmt: skip
+
+
+def ways_of(given: argparse.Namespace, device: torch.device) -> list[Way]:
+    """Return the ways that the command line asks for."""
+    if given.fast:
+        return steps.fast_ways(device, group=given.group)
+    return steps.all_ways(device, group=given.group, compiled=given.compile)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="bench.speed",
+        description=f"{__doc__}\n{floor.EXPLANATION}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--networks", default=",".join(MODELS), metavar="A,B,...", help="some of %(default)s")
+    add("--batch", type=count, default=PUBLISHED.batch_size, help="images a step (default: %(default)s)")
+    clock = "cpu counts this process's CPU time only: use it where other processes share the CPU (default: %(default)s)"
+    add("--clock", choices=measure.CLOCKS, default="wall", help=clock)
+    fast = "only the device's fastest execution, the same without our kernel, and the fastest deterministic one"
+    add("--fast", action="store_true", help=fast)
+    group = "on a GPU, also interleave the steps of N runs, each captured on its own stream"
+    add("--group", type=count, default=1, metavar="N", help=group)
+    add("--compile", action="store_true", help="also run torch.compile without a CUDA graph")
+    add(
+        "--seconds",
+        type=float,
+        default=timing.SECONDS,
+        metavar="S",
+        help="time for each network (default: %(default)s)",
+    )
+    add("--tries", action="store_true", help="also time other layouts, optimisers and dtypes on a CPU")
+    folders.add_place_options(parser, "speed.csv and speed.md")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what the command line asks for, write speed.csv and speed.md, print the page; return 0."""
+    parser = build_parser()
+    given = parser.parse_args(arguments)
+    networks = given.networks.split(",")
+    if unknown := sorted(set(networks) - set(MODELS)):
+        parser.error(f"--networks: got {', '.join(unknown)}, wanted some of {', '.join(MODELS)}")
+    device, folder = folders.place_of(parser, given)
+    try:
+        text.read(folder)  # report a file that cannot be extended before measuring anything
+    except ValueError as error:
+        parser.error(str(error))
+    ways = ways_of(given, device)
+    if given.group > 1 and all(way.group == 1 for way in ways):
+        parser.error(f"--group: got {given.group} on {device.type}, wanted a GPU, where steps are captured")
+    measure.source = measure.CLOCKS[given.clock]
+
+    command = " ".join(["python -m bench.speed", *(sys.argv[1:] if arguments is None else arguments)])
+    executions = {way.execution.precision: way.execution for way in ways}
+    rates = {precision: floor.ceilings(device, execution) for precision, execution in executions.items()}
+    setup = Setup(device, given.batch, rates, origin(device, given.clock), given.seconds)
+    for network in networks:
+        print(f"{network} ...", file=sys.stderr, flush=True)
+        text.add(folder, measured_rows(network, ways, setup))  # written now, in case a later network fails
+        page = _write_page(folder, command)
+    if given.tries:
+        variants_table(networks[0], setup).to_csv(folder / text.TRIES, index=False)
+        page = _write_page(folder, command)
+    print(page)
+    return 0
+
+
+def _write_page(folder: Path, command: str) -> str:
+    """Write speed.md from the folder's data, and return it."""
+    file = folder / text.TRIES
+    variants = pd.read_csv(file, dtype=str) if file.is_file() else None
+    page = text.page(text.read(folder), command, floor.EXPLANATION, variants)
+    write_by_rename(folder / text.PAGE, page.encode())
+    return page
+
+
+if __name__ == "__main__":
+    sys.exit(main())
