@@ -16,7 +16,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     packages=find_packages(include=["memcnn", "memcnn.*"]),
-    package_data={"memcnn.training": ["record.schema.json"]},
+    package_data={"memcnn": ["py.typed"], "memcnn.training": ["record.schema.json"]},
     python_requires=">=3.10",
     install_requires=["filelock", "numpy", "tensorboardX", "torch>=2.11", "torchvision>=0.26", "tqdm"],
     extras_require={

@@ -5,6 +5,7 @@ Python is over when the graph is replayed.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,7 +29,9 @@ class NoRandomNumbers(TorchDispatchMode):
         super().__init__()
         self.name = name
 
-    def __torch_dispatch__(self, function, types: Sequence[type], args: tuple = (), kwargs: dict | None = None):
+    def __torch_dispatch__(
+        self, function: Any, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if torch.Tag.nondeterministic_seeded in function.tags:
             raise RuntimeError(
                 f"{self.name} draws random numbers ({function}), and the recomputation must draw the "

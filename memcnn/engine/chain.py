@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -189,12 +189,14 @@ _NO_TAG = Tag((), -1, None, None)
 def tag(y: Tensor, values: Sequence[Value], dim: int | None, grid: Grid | None = None) -> None:
     """Leave ``values`` with the output y."""
     if y.grad_fn is not None:
-        y.grad_fn.metadata[_TAG, y.output_nr] = Tag([weakref.ref(value) for value in values], dim, grid, identity(y))
+        metadata: Any = y.grad_fn.metadata  # a dictionary; the stub takes the property for a method
+        metadata[_TAG, y.output_nr] = Tag([weakref.ref(value) for value in values], dim, grid, identity(y))
 
 
 def tag_of(x: Tensor) -> Tag:
     """Return what a block has left with x, or an empty tag; also if x was modified in place since."""
-    found = x.grad_fn.metadata.get((_TAG, x.output_nr)) if x.grad_fn is not None else None
+    node: Any = x.grad_fn
+    found = node.metadata.get((_TAG, x.output_nr)) if node is not None else None
     return found if found is not None and found.identity == identity(x) else _NO_TAG
 
 

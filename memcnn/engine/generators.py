@@ -13,7 +13,7 @@ import random
 import struct
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ class Source(NamedTuple):
     """A generator: its name for messages, and functions of ``key`` that read and set its state."""
 
     name: str
-    read: Callable[[object], object]
-    write: Callable[[object, object], None]
-    key: object
+    read: Callable[[Any], Any]
+    write: Callable[[Any, Any], None]
+    key: Any
 
 
 def rng_state(device: torch.device) -> Tensor:
@@ -44,7 +44,7 @@ def set_rng_state(device: torch.device, state: Tensor) -> None:
         torch.cuda.set_rng_state(state, device)
 
 
-def same_state(state: object, other: object) -> bool:
+def same_state(state: Any, other: Any) -> bool:
     """Return whether two states are the same. They are real tensors, under a mode of fake ones too."""
     if isinstance(state, Tensor):
         with disabled_dispatch():
@@ -54,7 +54,7 @@ def same_state(state: object, other: object) -> bool:
 
 # Python's global generator: ``_random.Random`` is an object's header, an int (the position) and 624 words of 32 bits
 
-_PYTHON = random.random.__self__
+_PYTHON = random.random.__self__  # type: ignore[attr-defined]  # a bound method; typeshed has a function
 _PYTHON_ADDRESS = id(_PYTHON) + object.__basicsize__
 _PYTHON_LAYOUT = struct.Struct("=i624I")
 
@@ -69,31 +69,32 @@ def python_is_readable() -> bool:
 
 if python_is_readable():
 
-    def _read_python(_=None) -> object:
+    def _read_python(_: object = None) -> object:
         return ctypes.string_at(_PYTHON_ADDRESS, 2500), _PYTHON.gauss_next
 
-    def _write_python(_, state: tuple[bytes, float | None]) -> None:
+    def _write_python(_: object, state: Any) -> None:
         position, *words = _PYTHON_LAYOUT.unpack(state[0])
         random.setstate((3, (*words, position), state[1]))
 else:
 
-    def _read_python(_=None) -> object:
+    def _read_python(_: object = None) -> object:
         return random.getstate()
 
-    def _write_python(_, state: object) -> None:
+    def _write_python(_: object, state: Any) -> None:
         random.setstate(state)
 
 
 # NumPy's global generator: its memory is 624 words of 32 bits and an int (the position)
 
 _NUMPY_LAYOUT = struct.Struct("=624Ii")
-_numpy_default = np.random.get_bit_generator()
+_numpy_bits: Callable[[], Any] = np.random.get_bit_generator  # type: ignore[attr-defined]  # the stubs leave it out
+_numpy_default = _numpy_bits()
 _numpy_address = _numpy_default.ctypes.state_address
 
 
 def numpy_memory() -> bytes:
     """Return the memory of NumPy's generator; its whole state if somebody has set another one."""
-    if np.random.get_bit_generator() is not _numpy_default:
+    if _numpy_bits() is not _numpy_default:
         return _read_numpy()
     return ctypes.string_at(_numpy_address, 2500)
 
@@ -108,11 +109,11 @@ def numpy_state_from(memory: bytes) -> bytes:
     return pickle.dumps(state)
 
 
-def _read_numpy(_=None) -> bytes:
+def _read_numpy(_: object = None) -> bytes:
     return pickle.dumps(np.random.get_state(legacy=False))
 
 
-def _write_numpy(_, state: bytes) -> None:
+def _write_numpy(_: object, state: bytes) -> None:
     np.random.set_state(pickle.loads(state))
 
 

@@ -12,6 +12,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -156,7 +157,7 @@ class _Watched(_Wrapper):
         super().__init__(hook)
         self.hooks = hooks
 
-    def __call__(self, *args, **kwargs) -> object:
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
         return self.hooks.call(self.hook, args, kwargs)
 
 
@@ -167,14 +168,14 @@ class _InThread(_Wrapper):
         super().__init__(hook)
         self.thread = thread
 
-    def __call__(self, *args, **kwargs) -> object:
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
         return self.hook(*args, **kwargs) if threading.get_ident() == self.thread else None
 
 
 class _NotInThread(_InThread):
     """Calls a hook in every other thread: one that only looks on, and has seen the first evaluation."""
 
-    def __call__(self, *args, **kwargs) -> object:
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
         return self.hook(*args, **kwargs) if threading.get_ident() != self.thread else None
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ def call_opaque(
     *,
     log_det: bool = False,
     keep_input: bool = False,
-    **options,
-):
+    **options: Any,
+) -> Any:
     """Return ``run(*inputs, **kwargs)``, recorded as one step, where ``undo(*outputs, **kwargs)`` returns the inputs.
 
     Streams, that is floating-point and complex tensors among the positional inputs, are rebuilt. Other arguments are
@@ -61,7 +62,17 @@ def is_stream(x: object) -> bool:
 class OpaqueModule(Recomputation):
     """The step result = run(*inputs, **kwargs), undone by inputs = undo(*result, **kwargs)."""
 
-    def __init__(self, run, undo, module, inputs, kwargs, targets, log_det, options):
+    def __init__(
+        self,
+        run: Callable,
+        undo: Callable,
+        module: nn.Module,
+        inputs: Sequence,
+        kwargs: dict,
+        targets: Sequence[Value],
+        log_det: bool,
+        options: dict,
+    ):
         self.run, self.undo, self.log_det = run, undo, log_det
         self.positions = [i for i, x in enumerate(inputs) if is_stream(x)]
         self.arguments = Arguments(
@@ -106,7 +117,7 @@ class OpaqueModule(Recomputation):
                 self._check_draws([y for y in self._outputs(result) if is_stream(y)])
         return tensors
 
-    def _outputs(self, result: object) -> list:
+    def _outputs(self, result: Any) -> list:
         return _as_list(result[0] if self.log_det else result)
 
     def _check_draws(self, streams: Sequence[Tensor]) -> None:
@@ -120,8 +131,8 @@ class OpaqueModule(Recomputation):
                 )
 
     def _arguments_of_undo(self, streams: Sequence[Tensor], arguments: Sequence) -> list:
-        streams = iter(streams)
-        outputs = [next(streams) if y is _STREAM else y for y in self.results]
+        following = iter(streams)
+        outputs = [next(following) if y is _STREAM else y for y in self.results]
         if len(outputs) < len(arguments):
             outputs += [x for i, x in enumerate(arguments) if i not in self.positions]
         return outputs

@@ -38,6 +38,7 @@ This is the algorithm of Gomez et al., "The Reversible Residual Network", arXiv:
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ class Recomputation(Link):
     def name(self) -> str:
         return type(self.module).__name__
 
-    def evaluate(self, function: Callable, *args, **kwargs) -> object:
+    def evaluate(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Return ``function(*args, **kwargs)``, the forward evaluation. Autograd saves activations in it (rule 2)."""
         inputs = self.inputs
         versions = [t._version for t in inputs]
@@ -223,7 +224,7 @@ class Recomputation(Link):
         return activation
 
     @never_compiled
-    def _unpack(self, saved: Activation | tuple[Tensor, int] | Tensor) -> Tensor:
+    def _unpack(self, saved: Any) -> Tensor:
         if type(saved) is Activation:
             tensor = self._rebuilt(saved) if saved.tensor is None else saved.tensor
             if tensor._version != saved.version:
@@ -289,20 +290,23 @@ class SecondEvaluation:
         """Whether nothing is wanted, or the module has saved all that it saved in the first evaluation."""
         return not self.is_wanted or self.seen >= len(self.step.activations)
 
-    def run(self, inputs: Sequence[Tensor], function: Callable, *args, **kwargs) -> object:
+    def run(self, inputs: Sequence[Tensor], function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Return ``function(*args, **kwargs)``. ``inputs`` are the tensors that stand for the step's inputs."""
         if not self.is_wanted:
             with torch.no_grad():
                 return function(*args, **kwargs)
         self.inputs = inputs
-        noted, sources = thread_state.noted_sources, []
+        sources: list[weakref.ref[Value]] = []
+        noted = thread_state.noted_sources
         thread_state.noted_sources = sources
         try:
             with torch.enable_grad(), saved_tensors_hooks(self._collect, self._unpack):
                 result = function(*args, **kwargs)
         finally:
             thread_state.noted_sources = noted
-        self.nested_tensors += [value and value.tensor for value in (reference() for reference in sources)]
+        self.nested_tensors += [
+            None if value is None else value.tensor for value in (reference() for reference in sources)
+        ]
         return result
 
     def finish(self) -> None:

@@ -9,7 +9,7 @@ of Python functions decide how long a step takes.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from operator import is_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -173,14 +173,15 @@ class Replay:
                 self._survey_attributes(module)
             elif known[1]:
                 self.attributes.append((own, known[1], tuple(map(own.get, known[1]))))
-            registry = module._parameters
-            for name, parameter in registry.items():
+            parameters = module._parameters
+            for name, parameter in parameters.items():
                 if parameter is not None:
+                    value: tuple[int, int] | None = None
                     try:
                         value = parameter._version, parameter.untyped_storage()._cdata
                     except (RuntimeError, ValueError):
-                        value = _identity_at_first(parameter, f"the parameter {name!r} of {type(module).__name__}")
-                    self.parameters.append((registry, name, parameter, parameter.requires_grad, value))
+                        _refuse_unless_lazy(parameter, f"the parameter {name!r} of {type(module).__name__}")
+                    self.parameters.append((parameters, name, parameter, parameter.requires_grad, value))
             if module._buffers:
                 self._survey_buffers(module)
 
@@ -212,7 +213,7 @@ class Replay:
                 try:
                     value = buffer._version, buffer.untyped_storage()._cdata
                 except (RuntimeError, ValueError):
-                    _identity_at_first(buffer, f"the buffer {name!r} of {type(module).__name__}")
+                    _refuse_unless_lazy(buffer, f"the buffer {name!r} of {type(module).__name__}")
                     continue
                 if ignored:
                     self.restored.append(Buffer(registry, name, buffer, None, value, None))
@@ -348,9 +349,9 @@ class Replay:
 
     def restore(self, undo: list[tuple]) -> None:
         """Set everything as the first evaluation found it. ``undo`` receives the calls that undo this."""
-        for kind, *state in self.autocast:
-            if state[1] or torch.is_autocast_enabled(kind):
-                autocast = torch.autocast(kind, *state)
+        for kind, dtype, enabled, caches in self.autocast:
+            if enabled or torch.is_autocast_enabled(kind):
+                autocast = torch.autocast(kind, dtype, enabled, caches)
                 autocast.__enter__()
                 undo.append((autocast.__exit__, None, None, None))
         for module, training in self.modes:
@@ -429,7 +430,7 @@ class _Again:
             _run_backwards(self.undo)
             raise
 
-    def __exit__(self, kind: type | None, *_) -> None:
+    def __exit__(self, kind: type | None, *_: Any) -> None:
         try:
             if kind is None and self.compare and self.replay.generators:
                 self.replay.check_drawn()
@@ -457,8 +458,8 @@ def identity(x: Tensor) -> tuple[int, int]:
     return x._version, x.untyped_storage()._cdata
 
 
-def _identity_at_first(x: Tensor, what: str) -> None:
-    """Return None for an uninitialised tensor of a lazy layer; raise a RuntimeError for one without a version."""
+def _refuse_unless_lazy(x: Tensor, what: str) -> None:
+    """Raise a RuntimeError for a tensor without a version, unless it is an uninitialised one of a lazy layer."""
     if not is_lazy(x):
         raise RuntimeError(
             f"{what} was made under torch.inference_mode(), so that autograd cannot use it: make or "

@@ -27,7 +27,7 @@ class Stored:
     """Number of links that are waiting to be rebuilt from this tensor."""
 
     @never_compiled
-    def __init__(self):
+    def __init__(self) -> None:
         self.tensor: Tensor | None = None
         self.version = 0
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +40,17 @@ class AffineCoupling(Coupling):
         if adapter is not None:
             self.Fm, self.Gm = adapter(self.Fm), adapter(self.Gm)
 
-    def couple(self, x1: Tensor, x2: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def couple(self, x1: Tensor, x2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         y1 = self._change(x1, self.Fm, x2, kwargs, scale, unscale)
         y2 = self._change(x2, self.Gm, y1, kwargs, scale, unscale)
         return y1, y2
 
-    def uncouple(self, y1: Tensor, y2: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def uncouple(self, y1: Tensor, y2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         x2 = self._change(y2, self.Gm, y1, kwargs, unscale, scale)
         x1 = self._change(y1, self.Fm, x2, kwargs, unscale, scale)
         return x1, x2
 
-    def forward_log_det(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def forward_log_det(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return y, and log|det dy/dx| = sum log|s1| + sum log|s2| of each sample, shape (N,)."""
         self._check_per_sample(x)
         refuse_unknown(self, kwargs)
@@ -58,7 +59,7 @@ class AffineCoupling(Coupling):
         y2, log_s2 = self._change(x2, self.Gm, y1, kwargs, scale_log_det, unscale)
         return merge(y1, y2, self.split_dim), log_s1 + log_s2
 
-    def inverse_log_det(self, y: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def inverse_log_det(self, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return x, and log|det dx/dy| of each sample, shape (N,)."""
         self._check_per_sample(y)
         refuse_unknown(self, kwargs)
@@ -70,7 +71,7 @@ class AffineCoupling(Coupling):
     @staticmethod
     def _change(
         a: Tensor, branch: nn.Module, b: Tensor, kwargs: dict[str, object], forward: Callable, inverse: Callable
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Any:
         return couple(a, branch, b, forward=forward, inverse=inverse, kwargs=taken(branch, kwargs))
 
 
@@ -117,14 +118,14 @@ def _log(s: Tensor, a: Tensor) -> Tensor:
     return s.to(a.dtype).abs().log().expand_as(a)
 
 
-def _scale_and_shift(h: object) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(h: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(h, (tuple, list)) or len(h) != 2:  # a tensor could be unpacked too, along its batch
         got = type(h).__name__ if not isinstance(h, (tuple, list)) else f"{len(h)} values"
         raise TypeError(
             "F and G of an affine coupling must return a pair (scale, shift): "
             f"got {got}; give the coupling an adapter, such as adapter=AffineAdapterNaive"
         )
-    return h
+    return h[0], h[1]
 
 
 class AffineAdapter(nn.Module):
@@ -142,7 +143,7 @@ class AffineAdapter(nn.Module):
 class AffineAdapterNaive(AffineAdapter):
     """s = exp(h), t = h, where h = f(x) has the shape of x. The scale overflows where h does not fit exp."""
 
-    def forward(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         t = self.f(x, **kwargs)
         return t.exp(), t
 
@@ -153,7 +154,7 @@ class AffineAdapterSigmoid(AffineAdapter):
     The scale lies between 0 and 1, and at 0.88 where f gives 0, as in Glow.
     """
 
-    def forward(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         t, h = by_turns(self.f(x, **kwargs), x)
         return torch.sigmoid(h + 2), t
 
@@ -171,7 +172,7 @@ class AffineAdapterExp(AffineAdapter):
             raise ValueError(f"bound must be positive, the largest |log s|: got {bound}")
         self.bound = bound
 
-    def forward(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         t, h = by_turns(self.f(x, **kwargs), x)
         return (self.bound * torch.tanh(h / self.bound)).exp(), t
 

@@ -7,6 +7,7 @@ takes ``num_classes`` and returns a module that maps images (N, 3, 32, 32) to lo
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,27 @@ class Branch(nn.Sequential):
         return super().forward(x)
 
 
+class BranchMaker(Protocol):
+    """A function that makes F, G or the branch of a plain unit; ``expansion`` widens the stages' channels."""
+
+    expansion: int
+
+    def __call__(self, in_channels: int, out_channels: int, stride: int = 1, *, activate: bool = True) -> Branch:
+        """Return the branch; ``activate`` puts BN and ReLU first."""
+
+
+def _expands(factor: int) -> Callable[[Callable[..., Branch]], BranchMaker]:
+    """Return a decorator that sets ``expansion`` of a function that makes branches."""
+
+    def decorated(function: Callable[..., Branch]) -> BranchMaker:
+        maker = cast(BranchMaker, function)
+        maker.expansion = factor
+        return maker
+
+    return decorated
+
+
+@_expands(1)
 def basic_branch(in_channels: int, out_channels: int, stride: int = 1, *, activate: bool = True) -> Branch:
     """[BN, ReLU,] conv3x3(stride), BN, ReLU, conv3x3; the bracket only with ``activate``."""
     return Branch(
@@ -68,6 +90,7 @@ def basic_branch(in_channels: int, out_channels: int, stride: int = 1, *, activa
     )
 
 
+@_expands(4)
 def bottleneck_branch(in_channels: int, out_channels: int, stride: int = 1, *, activate: bool = True) -> Branch:
     """[BN, ReLU,] conv1x1, BN, ReLU, conv3x3(stride), BN, ReLU, conv1x1; inner width a quarter of ``out_channels``."""
     width = out_channels // bottleneck_branch.expansion
@@ -81,16 +104,12 @@ def bottleneck_branch(in_channels: int, out_channels: int, stride: int = 1, *, a
     )
 
 
-basic_branch.expansion = 1
-bottleneck_branch.expansion = 4
-
-
 class ResidualUnit(nn.Module):
     """y = shortcut(x) + branch(x), for a unit that strides or changes its width: shortcut = conv1x1(stride), BN."""
 
     def __init__(
         self,
-        branch: Callable[..., nn.Module],
+        branch: BranchMaker,
         in_channels: int,
         out_channels: int,
         stride: int,
@@ -100,7 +119,7 @@ class ResidualUnit(nn.Module):
         super().__init__()
         self.full_precision = full_precision
         self.branch = branch(in_channels, out_channels, stride, activate=activate)
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
@@ -127,7 +146,7 @@ class CifarResNet(nn.Module):
 
     def __init__(
         self,
-        branch: Callable[..., nn.Module],
+        branch: BranchMaker,
         units: Sequence[int],
         channels: Sequence[int],
         num_classes: int = 10,
@@ -229,7 +248,7 @@ MODELS = {model.__name__: model for model in (resnet32, resnet110, resnet164, re
 
 
 def _unit(
-    branch: Callable[..., nn.Module],
+    branch: BranchMaker,
     in_width: int,
     width: int,
     *,

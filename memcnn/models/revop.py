@@ -6,6 +6,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,26 +80,26 @@ class InvertibleModuleWrapper(nn.Module):
         self.num_bwd_passes = num_bwd_passes
         self.preserve_rng_state = preserve_rng_state
         self.check_inverse = check_inverse
-        self._fn = fn
+        self._fn: Any = fn  # a module with an inverse
 
     def __setstate__(self, state: dict) -> None:
         """Restore a pickle, which MemCNN 1.5 may have written."""
         super().__setstate__(migration.wrapper_state(state, InvertibleModuleWrapper))
 
-    def forward(self, *xin, **kwargs):
+    def forward(self, *xin: Any, **kwargs: Any) -> Any:
         """``fn(*xin, **kwargs)``. Floating-point tensors in ``xin`` are what ``fn.inverse`` must give back."""
         return self._run(self._fn, self._fn.inverse, xin, kwargs, self.keep_input)
 
-    def inverse(self, *yin, **kwargs):
+    def inverse(self, *yin: Any, **kwargs: Any) -> Any:
         """``fn.inverse(*yin, **kwargs)``, differentiable with the same savings."""
         return self._run(self._fn.inverse, self._fn, yin, kwargs, self.keep_input_inverse)
 
-    def forward_log_det(self, *xin, **kwargs):
+    def forward_log_det(self, *xin: Any, **kwargs: Any) -> Any:
         """y = ``self(*xin, **kwargs)``, and log|det dy/dx| of each sample, (N,): see ``memcnn.models.log_det``."""
         run = _log_det_method(self._fn, "forward_log_det")
         return self._run(run, self._fn.inverse, xin, kwargs, self.keep_input, log_det=True)
 
-    def inverse_log_det(self, *yin, **kwargs):
+    def inverse_log_det(self, *yin: Any, **kwargs: Any) -> Any:
         """x = ``self.inverse(*yin, **kwargs)``, and log|det dx/dy| of each sample, (N,)."""
         run = _log_det_method(self._fn, "inverse_log_det")
         return self._run(run, self._fn, yin, kwargs, self.keep_input_inverse, log_det=True)
@@ -107,14 +108,18 @@ class InvertibleModuleWrapper(nn.Module):
         """Return those of the names that ``fn`` takes as keyword arguments."""
         return keywords_taken(self._fn, names)
 
-    def _run(self, run, undo, inputs, kwargs, keep_input, log_det=False):
+    def _run(
+        self, run: Callable, undo: Callable, inputs: tuple, kwargs: dict, keep_input: bool, log_det: bool = False
+    ) -> Any:
         if self.disable or not _is_recorded(self._fn, inputs):
             return run(*inputs, **kwargs)
         return self._run_recorded(run, undo, inputs, kwargs, keep_input, log_det)
 
     @_uncompiled
-    def _run_recorded(self, run, undo, inputs, kwargs, keep_input, log_det):
-        options = {
+    def _run_recorded(
+        self, run: Callable, undo: Callable, inputs: tuple, kwargs: dict, keep_input: bool, log_det: bool
+    ) -> Any:
+        options: dict[str, Any] = {
             "preserve_rng_state": self.preserve_rng_state,
             "keep_input": keep_input,
             "check_inverse": self.check_inverse,
@@ -173,7 +178,7 @@ class ReversibleSequential(nn.Sequential):
                     )
                 module._fn.grid = Grid.of(exact)
 
-    def forward(self, x: Tensor, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]  # Sequential calls it input
         """Return y, of the shape that the modules give it.
 
         Each keyword argument is handed to the modules, and within couplings to the branches, whose ``forward`` takes
@@ -191,7 +196,7 @@ class ReversibleSequential(nn.Sequential):
                 )
         return x
 
-    def inverse(self, y: Tensor, **kwargs) -> Tensor:
+    def inverse(self, y: Tensor, **kwargs: Any) -> Tensor:
         """Return x with ``self(x, **kwargs) = y``, differentiable with the same savings."""
         refuse_unknown(self, kwargs)
         for store, blocks in self._runs(list(reversed(self))):
@@ -209,7 +214,7 @@ class ReversibleSequential(nn.Sequential):
         """Return those of the names that one of the modules takes as keyword arguments."""
         return {name for module in self for name in keywords_taken(module, names)}
 
-    def _runs(self, blocks: list[nn.Module]) -> Iterator[tuple[bool, list[nn.Module]]]:
+    def _runs(self, blocks: list[nn.Module]) -> Iterator[tuple[bool, list[Any]]]:
         """Whether to store, and the blocks to run together."""
         stores = [self._stores(len(blocks) - 1 - i) for i in range(len(blocks))]
         alike = [None if store else _halves_passed_on(block) for store, block in zip(stores, blocks, strict=True)]
@@ -221,20 +226,22 @@ class ReversibleSequential(nn.Sequential):
     def _stores(self, distance_to_end: int) -> bool:
         return self.keep_every is not None and distance_to_end % self.keep_every == 0
 
-    def forward_log_det(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def forward_log_det(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return y, and log|det dy/dx| of each sample, shape (N,): the sum of the modules' own."""
         refuse_unknown(self, kwargs)
         total = constant_log_det(x)
+        module: Any
         for i, module in enumerate(self):
             with storing() if self._stores(len(self) - 1 - i) else nullcontext():
                 x, log_det = module.forward_log_det(x, **taken(module, kwargs))
             total = total + log_det
         return x, total
 
-    def inverse_log_det(self, y: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def inverse_log_det(self, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return x, and log|det dx/dy| of each sample, shape (N,)."""
         refuse_unknown(self, kwargs)
         total = constant_log_det(y)
+        module: Any
         for i, module in enumerate(reversed(self)):
             with storing() if self._stores(len(self) - 1 - i) else nullcontext():
                 y, log_det = module.inverse_log_det(y, **taken(module, kwargs))
@@ -260,9 +267,9 @@ class HalvesPassedOn(nn.Sequential):
         return x
 
 
-def _runs(blocks: Sequence[nn.Module], alike: Sequence[tuple | None]) -> list[list[nn.Module]]:
+def _runs(blocks: Sequence[nn.Module], alike: Sequence[tuple | None]) -> list[list[Any]]:
     """Return the blocks in order, those together that follow each other and are alike; None is like no other."""
-    runs: list[list[nn.Module]] = []
+    runs: list[list[Any]] = []
     previous = None
     for block, kind in zip(blocks, alike, strict=True):
         if kind is not None and kind == previous:
@@ -313,7 +320,7 @@ def _recorded_run(
 def _halves_changed(
     blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable, kwargs: dict[str, object]
 ) -> Tensor:
-    coupling = blocks[0]._fn
+    coupling: Any = blocks[0]._fn
     halves = split(values.pop(), coupling.split_dim, coupling.grid)
     for block in blocks:
         halves = getattr(block._fn, change.__name__)(*halves, **(taken(block, kwargs) if kwargs else kwargs))
@@ -363,7 +370,7 @@ def is_invertible_module(
         random_seed: which values.
         device: where they lie; that of the module.
     """
-    fn = module_in._fn if isinstance(module_in, InvertibleModuleWrapper) else module_in
+    fn: Any = module_in._fn if isinstance(module_in, InvertibleModuleWrapper) else module_in
     if not hasattr(fn, "inverse"):
         return False
     generator = torch.Generator().manual_seed(random_seed)
@@ -431,7 +438,7 @@ def _log_det_method(fn: nn.Module, name: str) -> Callable:
     return method
 
 
-def _is_recorded(fn: nn.Module, inputs: tuple) -> bool:
+def _is_recorded(fn: nn.Module, inputs: Sequence) -> bool:
     """Whether autograd would record ``fn(*inputs)``, and lets us say what it saves."""
     return (
         torch.is_grad_enabled()
