@@ -4,7 +4,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "memcnn" / "__init__.py").read_text("utf-8"), re.M).group(1)
+VERSION = re.search(
+    r'^__version__ = "([^"]+)"', (HERE / "memcnn" / "__init__.py").read_text("utf-8"), re.MULTILINE
+).group(1)
 README = HERE / "README.md"
 
 setup(

@@ -118,7 +118,8 @@ def generate(num_classes: int, *, train: int = 5_000, test: int = 1_000, seed: i
 
     Args:
         num_classes: number of classes.
-        train, test: number of images.
+        train: number of training images.
+        test: number of test images.
         seed: seed of patterns and images.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -57,7 +57,7 @@ from memcnn.engine.torch_private import current_backward_pass, never_compiled
 class Activation(Stored):
     """What autograd saves in place of a tensor (rule 2). It lives as long as the graph node that saved it."""
 
-    __slots__ = ("shape", "dtype")
+    __slots__ = ("dtype", "shape")
 
     @never_compiled
     def __init__(self, like: Tensor):

@@ -9,7 +9,7 @@ of Python functions decide how long a step takes.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from operator import is_
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -200,10 +200,10 @@ class Replay:
         registry, training = module._buffers, module.training
         is_norm = isinstance(module, NormBase)
         forward = type(module).forward if is_norm and "forward" not in vars(module) else None
-        if forward is BATCH_NORM_FORWARD and module.track_running_stats and registry.keys() == _STATISTICS:
-            if training:
-                self.running_statistics[id(registry["running_mean"])] = module
-                self.running_statistics[id(registry["running_var"])] = module
+        is_plain = forward is BATCH_NORM_FORWARD and module.track_running_stats and registry.keys() == _STATISTICS
+        if is_plain and training:
+            self.running_statistics[id(registry["running_mean"])] = module
+            self.running_statistics[id(registry["running_var"])] = module
         if is_norm and training:
             self._silent.add(id(registry))
         ignored = training and forward in NORM_FORWARDS
@@ -430,7 +430,7 @@ class _Again:
             _run_backwards(self.undo)
             raise
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None and self.compare and self.replay.generators:
                 self.replay.check_drawn()

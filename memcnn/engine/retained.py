@@ -21,7 +21,7 @@ KEPT_LINKS = 8
 class Stored:
     """A tensor without its graph, which can be dropped and given again."""
 
-    __slots__ = ("tensor", "version", "__weakref__")
+    __slots__ = ("__weakref__", "tensor", "version")
 
     pending_reads = 0
     """Number of links that are waiting to be rebuilt from this tensor."""

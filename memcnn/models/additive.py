@@ -119,8 +119,10 @@ def _fitting(h: Tensor, a: Tensor) -> Tensor:
     """h, where it has the shape of a or is broadcast to it, else a ValueError."""
     if isinstance(h, Tensor) and (
         h.shape == a.shape
-        or h.dim() <= a.dim()
-        and all(size in (1, wanted) for size, wanted in zip(reversed(h.shape), reversed(a.shape), strict=False))
+        or (
+            h.dim() <= a.dim()
+            and all(size in (1, wanted) for size, wanted in zip(reversed(h.shape), reversed(a.shape), strict=False))
+        )
     ):
         return h
     got = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else f"a {type(h).__name__}"

@@ -7,6 +7,7 @@
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -54,7 +55,8 @@ class _Branch(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        for name, module in self.named_children():
+        modules: dict[str, Any] = self._modules
+        for name, module in modules.items():
             if name.startswith("bn"):
                 x = self.relu(module(x))
             elif name.startswith("conv"):
@@ -89,7 +91,7 @@ class _Unit(nn.Module):
     """
 
     expansion: int
-    branch: "type[BasicBlockSub] | type[BottleneckSub]"
+    branch: "type[BasicBlockSub | BottleneckSub]"
     branch_name: str
     reversible: bool
 

@@ -118,7 +118,7 @@ def _measured(
     seconds: list[float] = []
     with execution.settings(device):
         step = TrainingStep(model, recipe, data, execution)
-        while len(seconds) < 1 + TIMED_STEPS and sum(seconds) < TIMED_SECONDS or len(seconds) < 2:
+        while (len(seconds) < 1 + TIMED_STEPS and sum(seconds) < TIMED_SECONDS) or len(seconds) < 2:
             started = time.perf_counter()
             step(plan, recipe.learning_rate)
             step.totals.tolist()  # waits for the device

@@ -232,7 +232,7 @@ def test_the_remedies_of_the_warning_help(dtype):
     assert torch.equal(gradients(model, x), gradients(twin, x))
 
 
-@pytest.mark.parametrize("direction, option", [("forward", "keep_input"), ("inverse", "keep_input_inverse")])
+@pytest.mark.parametrize(("direction", "option"), [("forward", "keep_input"), ("inverse", "keep_input_inverse")])
 def test_a_sequence_keeps_the_inputs_that_its_blocks_ask_for(direction, option):
     """Without a warning, therefore, and to the bit."""
     couplings = (AdditiveCoupling(conv_branch(), conv_branch()) for _ in range(3))
