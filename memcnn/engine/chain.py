@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memcnn.engine.exact import Grid
-from memcnn.engine.replay import identity
+from memcnn.engine.identity import identity
 from memcnn.engine.retained import Stored, drop_later, start_link
 from memcnn.engine.torch_private import keeps_graph
 

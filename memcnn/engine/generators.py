@@ -12,7 +12,7 @@ import pickle
 import random
 import struct
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,14 @@ class Source(NamedTuple):
     read: Callable[[Any], Any]
     write: Callable[[Any, Any], None]
     key: Any
+
+
+class Drawn(NamedTuple):
+    """A generator that the first evaluation draws from, with its states before and after."""
+
+    source: Source
+    before: object
+    after: object
 
 
 def rng_state(device: torch.device) -> Tensor:
@@ -50,6 +58,28 @@ def same_state(state: Any, other: Any) -> bool:
         with disabled_dispatch():
             return torch.equal(state, other)
     return state == other
+
+
+def check_drawn(name: str, generators: Sequence[Drawn], initialised: bool) -> None:
+    """Raise a RuntimeError if a further evaluation has left a generator in another state than the first.
+
+    Args:
+        name: the module, for the message.
+        generators: those that the first evaluation drew from.
+        initialised: whether the first evaluation initialised the module, which a further one does not repeat.
+    """
+    for source, before, after in generators:
+        now = source.read(source.key)
+        if initialised and same_state(before, now):
+            continue  # the initialisation drew, and nothing else
+        if after is not None and not same_state(after, now):
+            raise RuntimeError(
+                f"{name} drew other random numbers from {source.name} generator in the recomputation than in "
+                "the forward pass: another thread drew from it at the same time, or the module draws another "
+                "number of them, or it initialised itself in that forward pass; draw in one thread at a time, or "
+                "from a torch.Generator that the module owns, and give a module that initialises itself a forward "
+                "pass under torch.no_grad() first"
+            )
 
 
 # Python's global generator: ``_random.Random`` is an object's header, an int (the position) and 624 words of 32 bits
