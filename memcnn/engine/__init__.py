@@ -3,7 +3,8 @@
 Read ``recompute`` first: it opens with the rules and one worked example.
 
 ==================  ==================================================================================================
-``recompute``       one evaluation of a module: what autograd saves is dropped, and rebuilt by a second evaluation
+``recompute``       one evaluation of a module: the tensors that autograd saves are dropped, and rebuilt by a second one
+``second``          that second evaluation, which gives each saved tensor back
 ``chain``           the values between blocks, and the order in which they are rebuilt
 ``couple``          ``split``, ``couple`` and ``merge``, the three functions that couplings are written with
 ``opaque``          modules that offer nothing but ``forward`` and ``inverse``

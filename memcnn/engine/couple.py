@@ -15,7 +15,8 @@ from memcnn.engine.arguments import Arguments, refuse_inference
 from memcnn.engine.chain import Rearrangement, Value, dense, rebuilding, tag, tag_of, thread_state, value_of_whole
 from memcnn.engine.checksum import fingerprint
 from memcnn.engine.exact import Grid
-from memcnn.engine.recompute import Recomputation, SecondEvaluation
+from memcnn.engine.recompute import Recomputation
+from memcnn.engine.second import SecondEvaluation
 
 NO_KEYWORDS: Mapping[str, object] = MappingProxyType({})
 

@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_map_only
 
 from memcnn.engine.arguments import Arguments, refuse_inference
 from memcnn.engine.chain import Value, dense, rebuild_from, rebuilding, tag, value_of_whole
-from memcnn.engine.recompute import Recomputation, SecondEvaluation
+from memcnn.engine.recompute import Recomputation
 from memcnn.engine.rounding import relative_error
+from memcnn.engine.second import SecondEvaluation
 
 _STREAM = object()
 
