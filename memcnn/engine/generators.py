@@ -2,9 +2,9 @@
 
 Each kind has a function that reads a state and one that sets it. States are compared by ``==``, or by ``same_state``.
 
-Python's and NumPy's generators take 15 and 100 us to say their state, too much for every evaluation of a branch. Their
-2.5 KB of memory are read in 1 us. But NumPy's generator holds back every other number of ``randn`` outside of that
-memory: so its whole state is read at a module's first evaluation and, if that drew from it, at every later one.
+Reading the state of Python's or NumPy's generator takes 15 or 100 us, too long for every evaluation of a branch. Their
+2.5 KB of memory are read in 1 us. NumPy's generator keeps every other number of ``randn`` outside of that memory.
+Therefore its whole state is read at the first evaluation of a module and, if that drew from it, at every later one.
 """
 
 import ctypes
@@ -130,7 +130,7 @@ def numpy_memory() -> bytes:
 
 
 def numpy_state_from(memory: bytes) -> bytes:
-    """Return a state with the given memory and, of the number held back, what is true now."""
+    """Return a state with the given memory, and with the number that the generator holds back now."""
     if len(memory) != _NUMPY_LAYOUT.size:
         return memory
     state = np.random.get_state(legacy=False)
@@ -151,9 +151,9 @@ PYTHON = Source("Python's random", _read_python, _write_python, None)
 NUMPY = Source("NumPy's", _read_numpy, _write_numpy, None)
 
 _without_numpy: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""Modules that have not drawn from NumPy's generator in their first evaluation, nor since."""
+"""Modules that have never drawn from NumPy's generator."""
 _numpy_users: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""Modules that have."""
+"""Modules that have drawn from it."""
 
 OutsideState = tuple[object, bytes, bytes | None]
 """The state of Python's generator, the memory of NumPy's, and the latter's whole state if it was read."""

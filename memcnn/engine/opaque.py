@@ -122,7 +122,7 @@ class OpaqueModule(Recomputation):
         return _as_list(result[0] if self.log_det else result)
 
     def _check_draws(self, streams: Sequence[Tensor]) -> None:
-        """The inverse was given the random numbers of the forward pass, but may use them in another order."""
+        """Raise a RuntimeError if the inverse used the random numbers of the forward pass in another order."""
         for got, value in zip(streams, self.sources, strict=True):
             if relative_error(got, wanted := value.read()) > torch.finfo(wanted.dtype).eps ** 0.5:  # NaN is loud anyway
                 raise RuntimeError(

@@ -69,7 +69,7 @@ class Activation(Stored):
 
 
 class Recomputation(Link):
-    """A step: one evaluation of ``module`` on ``inputs``, which are dense. Subclasses define ``recompute``.
+    """A step (rule 3): one evaluation of ``module`` on ``inputs``, which are dense. Subclasses define ``recompute``.
 
     Args:
         module: the branch, or the block.
@@ -77,7 +77,7 @@ class Recomputation(Link):
         targets: the values that the step consumes and rebuilds.
         keep_input: leave the targets' tensors stored.
         preserve_rng_state: give the recomputation the random numbers of the forward evaluation.
-        check_inverse: the largest relative error that the rebuilt targets may have, which are stored for that.
+        check_inverse: the largest relative error of rebuilt targets. The targets are stored to compare them.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Recomputation(Link):
     def complete(self, sources: Sequence[Value]) -> None:
         """Forget the targets (rule 3) and the ends of chains within the evaluation (rule 6)."""
         super().complete(sources)
-        if self.nested:  # one that was modified in place since is kept, and an error when it is read
+        if self.nested:  # a tensor that was modified in place stays, so that reading it raises the error
             self._take(
                 [
                     reference
@@ -181,7 +181,7 @@ class Recomputation(Link):
     def as_recorded(self, index: int, tensor: Tensor) -> Tensor:
         """Return an input as the forward evaluation saw it, with its strides and ``requires_grad``.
 
-        Kernels depend on strides. An expanded input is dense now: only elementwise operations can have seen it.
+        Kernels depend on strides. An expanded input stays dense, because only elementwise operations can have seen it.
         """
         if tensor.stride() != self.strides[index] and 0 not in self.strides[index]:
             like = torch.empty_strided(tensor.shape, self.strides[index], dtype=tensor.dtype, device=tensor.device)

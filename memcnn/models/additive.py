@@ -116,7 +116,7 @@ def _minus(a: Tensor, h: Tensor) -> Tensor:
 
 
 def _fitting(h: Tensor, a: Tensor) -> Tensor:
-    """h, where it has the shape of a or is broadcast to it, else a ValueError."""
+    """Return h if it has the shape of a or can be broadcast to it, else raise a ValueError."""
     if isinstance(h, Tensor) and (
         h.shape == a.shape
         or (

@@ -93,24 +93,24 @@ class AffineBlock(AffineCoupling):
 
 
 def scale(a: Tensor, h: tuple[Tensor, Tensor]) -> Tensor:
-    """s * a + t, where (s, t) = h."""
+    """Return s * a + t, where (s, t) = h."""
     s, t = _scale_and_shift(h)
     return a * s + t
 
 
 def unscale(a: Tensor, h: tuple[Tensor, Tensor]) -> Tensor:
-    """(a - t) / s, where (s, t) = h."""
+    """Return (a - t) / s, where (s, t) = h."""
     s, t = _scale_and_shift(h)
     return (a - t) / s
 
 
 def scale_log_det(a: Tensor, h: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """s * a + t, and the sum of log|s| over each sample."""
+    """Return s * a + t, and the sum of log|s| over each sample, shape (N,)."""
     return scale(a, h), sum_per_sample(_log(h[0], a))
 
 
 def unscale_log_det(a: Tensor, h: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(a - t) / s, and the sum of -log|s| over each sample."""
+    """Return (a - t) / s, and the sum of -log|s| over each sample, shape (N,)."""
     return unscale(a, h), sum_per_sample(-_log(h[0], a))
 
 
@@ -149,7 +149,8 @@ class AffineAdapterNaive(AffineAdapter):
 
 
 class AffineAdapterSigmoid(AffineAdapter):
-    """s = sigmoid(h1 + 2), t = h0, where h0 and h1 take turns in f(x) along the dimension that f has doubled.
+    """s = sigmoid(h1 + 2), t = h0, where h0 and h1 are the even and odd entries of f(x)
+    along the dimension that f doubles.
 
     The scale lies between 0 and 1, and at 0.88 where f gives 0, as in Glow.
     """
@@ -162,8 +163,8 @@ class AffineAdapterSigmoid(AffineAdapter):
 class AffineAdapterExp(AffineAdapter):
     """log s = bound * tanh(h1 / bound), t = h0, with h0 and h1 as for ``AffineAdapterSigmoid``.
 
-    The scale lies between exp(-bound) and exp(bound), and at 1 where f gives 0: RealNVP's exponential of a hyperbolic
-    tangent, with a fixed bound in the place of a learned one. It neither overflows nor reaches 0.
+    The scale lies between exp(-bound) and exp(bound); it is 1 where f returns 0, and never overflows or reaches 0.
+    RealNVP learns the bound; here it is fixed.
     """
 
     def __init__(self, module: nn.Module, *, bound: float = 2.0):
@@ -181,7 +182,10 @@ class AffineAdapterExp(AffineAdapter):
 
 
 def by_turns(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The even and the odd entries of h, of the shape of x each, along the one dimension where h is twice as large."""
+    """Return the even and the odd entries of h along the one dimension where h is twice as large as x.
+
+    Both results have the shape of x.
+    """
     dims = [dim for dim, (got, size) in enumerate(zip(h.shape, x.shape, strict=False)) if got != size]
     if h.dim() != x.dim() or len(dims) != 1 or h.shape[dims[0]] != 2 * x.shape[dims[0]]:
         raise ValueError(

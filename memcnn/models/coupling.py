@@ -21,7 +21,7 @@ class Coupling(nn.Module):
     """
 
     grid: Grid | None = None
-    """Where it is given, the halves are on it: see ``memcnn.engine.exact``."""
+    """The grid that both halves are rounded to in exact mode (``memcnn.engine.exact``); None otherwise."""
 
     def __init__(
         self,

@@ -53,8 +53,8 @@ class InvertibleModuleWrapper(nn.Module):
         num_bwd_passes: accepted for compatibility; a retained graph may be differentiated any number of times.
         disable: run ``fn`` under ordinary autograd, which stores every activation. May be switched at any time.
         preserve_rng_state: replay the random numbers of the forward pass (dropout) in the recomputation.
-        check_inverse: a relative error, such as 1e-4. Inputs are then stored after all, to be compared with what
-            backward rebuilds: a larger difference, of this block or accumulated behind it, is a RuntimeError.
+        check_inverse: the largest relative error of rebuilt inputs, such as 1e-4. Inputs are then stored and compared
+            with the rebuilt ones. A larger error, of this block or accumulated in later ones, is a RuntimeError.
     """
 
     def __init__(
@@ -87,20 +87,23 @@ class InvertibleModuleWrapper(nn.Module):
         super().__setstate__(migration.wrapper_state(state, InvertibleModuleWrapper))
 
     def forward(self, *xin: Any, **kwargs: Any) -> Any:
-        """``fn(*xin, **kwargs)``. Floating-point tensors in ``xin`` are what ``fn.inverse`` must give back."""
+        """Return ``fn(*xin, **kwargs)``. ``fn.inverse`` must return the floating-point tensors among ``xin``."""
         return self._run(self._fn, self._fn.inverse, xin, kwargs, self.keep_input)
 
     def inverse(self, *yin: Any, **kwargs: Any) -> Any:
-        """``fn.inverse(*yin, **kwargs)``, differentiable with the same savings."""
+        """Return ``fn.inverse(*yin, **kwargs)``, which can be differentiated with the same savings."""
         return self._run(self._fn.inverse, self._fn, yin, kwargs, self.keep_input_inverse)
 
     def forward_log_det(self, *xin: Any, **kwargs: Any) -> Any:
-        """y = ``self(*xin, **kwargs)``, and log|det dy/dx| of each sample, (N,): see ``memcnn.models.log_det``."""
+        """Return y = ``self(*xin, **kwargs)`` and log|det dy/dx| of each sample, shape (N,).
+
+        ``memcnn.models.log_det`` explains it.
+        """
         run = _log_det_method(self._fn, "forward_log_det")
         return self._run(run, self._fn.inverse, xin, kwargs, self.keep_input, log_det=True)
 
     def inverse_log_det(self, *yin: Any, **kwargs: Any) -> Any:
-        """x = ``self.inverse(*yin, **kwargs)``, and log|det dx/dy| of each sample, (N,)."""
+        """Return x = ``self.inverse(*yin, **kwargs)`` and log|det dx/dy| of each sample, shape (N,)."""
         run = _log_det_method(self._fn, "inverse_log_det")
         return self._run(run, self._fn, yin, kwargs, self.keep_input_inverse, log_det=True)
 
@@ -215,7 +218,7 @@ class ReversibleSequential(nn.Sequential):
         return {name for module in self for name in keywords_taken(module, names)}
 
     def _runs(self, blocks: list[nn.Module]) -> Iterator[tuple[bool, list[Any]]]:
-        """Whether to store, and the blocks to run together."""
+        """Yield the blocks to run together, each time with whether they store their activations."""
         stores = [self._stores(len(blocks) - 1 - i) for i in range(len(blocks))]
         alike = [None if store else _halves_passed_on(block) for store, block in zip(stores, blocks, strict=True)]
         start = 0
@@ -281,7 +284,7 @@ def _runs(blocks: Sequence[nn.Module], alike: Sequence[tuple | None]) -> list[li
 
 
 def _halves_passed_on(block: nn.Module) -> tuple | None:
-    """Alike for blocks that can hand on the halves of a tensor instead of the tensor; None for any other block."""
+    """Return equal values for blocks that can pass on two halves instead of their tensor; None for any other block."""
     if not isinstance(block, InvertibleModuleWrapper) or block.disable or block.keep_input or block.keep_input_inverse:
         return None
     coupling = block._fn
@@ -337,9 +340,19 @@ def create_coupling(
     adapter: Callable[[nn.Module], nn.Module] | None = None,
     split_dim: int = 1,
 ) -> Coupling:
-    """The coupling named ``coupling``, 'additive' or 'affine', of the modules F and G (G: a copy of F if not given).
+    """Return an additive or an affine coupling of the modules F and G.
 
-    ``adapter`` is for an affine coupling alone. NotImplementedError for another name.
+    Args:
+        Fm: F, as for the coupling.
+        Gm: G, likewise; a deep copy of F if it is not given.
+        coupling: "additive" or "affine".
+        implementation_fwd: accepted for compatibility; it has no effect.
+        implementation_bwd: likewise.
+        adapter: as for ``AffineCoupling``; an additive coupling ignores it.
+        split_dim: the dimension along which the input is halved.
+
+    Raises:
+        NotImplementedError: ``coupling`` is another name.
     """
     if coupling == "affine":
         return AffineCoupling(Fm, Gm, adapter, implementation_fwd, implementation_bwd, split_dim)
@@ -357,18 +370,18 @@ def is_invertible_module(
     *,
     device: torch.device | str = "cpu",
 ) -> bool:
-    """Whether inverse(forward(x)) = x and forward(inverse(y)) = y for a random x, and y = forward(x).
+    """Return whether inverse(forward(x)) = x and forward(inverse(y)) = y, for a random x and y = forward(x).
 
-    Random numbers, buffers and generators are as before the call when it returns. A result that shares memory with an
-    input, or two results that are the same tensor, are a UserWarning.
+    Buffers and random generators are the same after the call as before. Warns if a result shares memory with an input,
+    or if two results are the same tensor.
 
     Args:
         module_in: the module, wrapped or not.
         test_input_shape: the shape of x, or a sequence of shapes for a module of several inputs.
         test_input_dtype: their dtype; their values are uniform in [0, 1).
-        atol: the largest absolute error, beside the relative one of ``torch.allclose``.
-        random_seed: which values.
-        device: where they lie; that of the module.
+        atol: the absolute tolerance of ``torch.allclose``, beside its relative one.
+        random_seed: seed of the values.
+        device: the device of the module, on which x is made.
     """
     fn: Any = module_in._fn if isinstance(module_in, InvertibleModuleWrapper) else module_in
     if not hasattr(fn, "inverse"):
@@ -439,7 +452,7 @@ def _log_det_method(fn: nn.Module, name: str) -> Callable:
 
 
 def _is_recorded(fn: nn.Module, inputs: Sequence) -> bool:
-    """Whether autograd would record ``fn(*inputs)``, and lets us say what it saves."""
+    """Return whether autograd would record ``fn(*inputs)`` and calls hooks for saved tensors."""
     return (
         torch.is_grad_enabled()
         and not is_storing()
