@@ -157,7 +157,7 @@ class Recording:
         if out.shape != a.shape or out.dtype != a.dtype:
             raise ValueError(
                 f"{step.name} does not fit its coupling: the half that it changes is {a.dtype} of shape "
-                f"{tuple(a.shape)} and would become {out.dtype} of shape {tuple(out.shape)}"
+                f"{tuple(a.shape)} and would become {out.dtype} of shape {tuple(out.shape)}; let the branch keep both"
             )
         step.complete((self.value(out), source))
         return result

@@ -126,8 +126,8 @@ class OpaqueModule(Recomputation):
         for got, value in zip(streams, self.sources, strict=True):
             if relative_error(got, wanted := value.read()) > torch.finfo(wanted.dtype).eps ** 0.5:  # NaN is loud anyway
                 raise RuntimeError(
-                    f"{self.name} draws random numbers (dropout), and its inverse does not undo what it "
-                    "computed with them: let both draw them in the same order, use keep_input=True, or "
+                    f"{self.name} draws random numbers (dropout), and its inverse does not undo its forward pass "
+                    "with the same numbers: let both draw them in the same order, use keep_input=True, or "
                     "build the block from a coupling, such as AdditiveCoupling, whose branches may draw"
                 )
 
@@ -162,7 +162,8 @@ class OpaqueModule(Recomputation):
         kinds = [(x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
         if kinds != self.kinds:
             raise RuntimeError(
-                f"{self.name} does not invert itself: it was given {self.kinds} and its inverse returned {kinds}"
+                f"{self.name} does not invert itself: it was given {self.kinds} and its inverse returned {kinds}; "
+                "let the inverse return tensors of the shapes and dtypes of the inputs, in their order"
             )
         return inputs
 

@@ -93,9 +93,9 @@ class Recomputation(Link):
         super().__init__(targets, keep=keep_input)
         if not keep_input and inputs and inputs[0].dtype in (torch.bfloat16, torch.float16):
             warnings.warn(
-                f"rebuilding a {inputs[0].dtype} stream rounds as much again as computing in it, so that "
-                "gradients drift by percents, growing with depth: give the blocks float32 (x.float()) and "
-                "run their branches under torch.autocast, or use keep_input=True",
+                f"rebuilding a {inputs[0].dtype} stream adds as much rounding as computing it, so that gradients are "
+                "off by percents, and by more in deeper chains: give the blocks float32 (x.float()) and run their "
+                "branches under torch.autocast, or use keep_input=True",
                 stacklevel=2,
             )
         self.module, self.inputs = module, inputs
@@ -206,7 +206,7 @@ class Recomputation(Link):
                 raise RuntimeError(
                     f"{self.name} is not inverted: its input of shape {tuple(wanted.shape)} is rebuilt with a relative "
                     f"error of {error:.1e}, more than check_inverse={self.check_inverse:.1e}, and gradients would be "
-                    "as wrong; mend its inverse, or use keep_input=True, which needs none"
+                    "wrong by about as much: correct its inverse, or use keep_input=True, which needs none"
                 )
 
     @never_compiled
@@ -235,8 +235,8 @@ class Recomputation(Link):
             if tensor._version != saved.version:
                 raise RuntimeError(
                     f"{self.name} modifies in place a tensor of shape {tuple(saved.shape)} that is "
-                    "needed for its gradient: use an out-of-place operation there, as ordinary autograd "
-                    "also asks"
+                    "needed for its gradient, which ordinary autograd refuses as well: use an out-of-place "
+                    "operation there"
                 )
             return tensor
         if type(saved) is tuple:
@@ -253,8 +253,8 @@ class Recomputation(Link):
     def _rebuilt(self, activation: Activation) -> Tensor:
         if self.sources is None:
             raise RuntimeError(
-                f"{self.name} differentiates within its own forward pass, of which a reversible block "
-                "stores nothing: wrap the block with keep_input=True, or with disable=True"
+                f"{self.name} differentiates within its own forward pass, but a reversible block stores "
+                "none of its activations: wrap the block with keep_input=True, or with disable=True"
             )
         try:
             rebuild(self)

@@ -114,7 +114,7 @@ class SecondEvaluation:
     def _unpack(self, held: Tensor | None) -> Tensor:
         if held is None:
             raise RuntimeError(
-                f"{self.step.name} differentiates within its own forward pass in the recomputation "
-                "alone: wrap the block with keep_input=True"
+                f"{self.step.name} differentiates within its own forward pass in the recomputation, but did "
+                "not in the forward pass: wrap the block with keep_input=True"
             )
         return held

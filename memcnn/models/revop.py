@@ -177,7 +177,8 @@ class ReversibleSequential(nn.Sequential):
                 if not isinstance(module, InvertibleModuleWrapper) or not isinstance(module._fn, AdditiveCoupling):
                     raise ValueError(
                         "only additive couplings can be exact: module "
-                        f"{i} is a {type(getattr(module, '_fn', module)).__name__}"
+                        f"{i} is a {type(getattr(module, '_fn', module)).__name__};"
+                        " leave exact out, or replace the module"
                     )
                 module._fn.grid = Grid.of(exact)
 
