@@ -4,7 +4,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "memcnn" / "__init__.py").read_text("utf-8"), re.M).group(1)
+VERSION = re.search(
+    r'^__version__ = "([^"]+)"', (HERE / "memcnn" / "__init__.py").read_text("utf-8"), re.MULTILINE
+).group(1)
 README = HERE / "README.md"
 
 setup(
@@ -16,7 +18,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     packages=find_packages(include=["memcnn", "memcnn.*"]),
-    package_data={"memcnn.training": ["record.schema.json"]},
+    package_data={"memcnn": ["py.typed"], "memcnn.training": ["record.schema.json"]},
     python_requires=">=3.10",
     install_requires=["filelock", "numpy", "tensorboardX", "torch>=2.11", "torchvision>=0.26", "tqdm"],
     extras_require={

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 
 _MISSING = re.compile(r"operator torchvision::(\w+) does not exist")
-_declared = []  # libraries live as long as their operators are wanted
+_declared: list[torch.library.Library] = []  # libraries live as long as their operators are wanted
 
 
 def _import_torchvision() -> ModuleType:

@@ -34,7 +34,7 @@ def evaluate(
         images: how many test images to evaluate, from the first; None for all.
         execution: how the evaluation is executed; by default in float32.
     """
-    model.eval().to(memory_format=torch.channels_last)
+    model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stub lacks memory_format
     how = execution or Execution()
     with how.settings(data.mean.device):
         return Evaluation(model, data, how, images=images).result()

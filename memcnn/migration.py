@@ -83,7 +83,7 @@ def wrapper_state(state: dict, wrapper: type) -> dict:
             f"this file holds a {wrapper.__name__} without the module that it wraps, so a version before MemCNN 1.5 "
             "wrote it: load it there, save its state_dict(), and load that into a module that you build here"
         )
-    parameters = inspect.signature(wrapper.__init__).parameters.values()
+    parameters = inspect.signature(wrapper).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     if "check_inverse" not in state:
         state = {**state, "preserve_rng_state": True}

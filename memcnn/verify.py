@@ -12,7 +12,10 @@ import importlib
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +24,9 @@ from memcnn import __version__, cli
 from memcnn.testing.checks import LAWS
 from memcnn.testing.laws.result import Report
 from memcnn.testing.laws.subject import NotRunnable
+
+if TYPE_CHECKING:
+    from memcnn.testing.search import Example
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = {"both": (True, False), "train": (True,), "eval": (False,)}
@@ -148,7 +154,7 @@ def _verify(args: argparse.Namespace) -> int:
     return cli.DONE if report.passed else cli.FAILED
 
 
-def _made(make: object, base) -> nn.Module:
+def _made(make: Callable[[], nn.Module] | nn.Module, base: "Example") -> nn.Module:
     try:
         return base.module(make)
     except Exception as error:
@@ -180,7 +186,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise Misuse(f"--device: got {args.device!r}, which this torch cannot use: {error}") from error
 
 
-def _load(target: str) -> object:
+def _load(target: str) -> Any:
     """Import and return the object that ``package.module:name`` or ``path.py:name`` names."""
     place, colon, name = target.partition(":")
     if not (place and colon and name):
@@ -199,7 +205,7 @@ def _load(target: str) -> object:
     return found
 
 
-def _from_file(path: Path):
+def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise Misuse(f"target: there is no file {path}")
     sys.path.insert(0, str(path.absolute().parent))

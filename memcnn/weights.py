@@ -141,7 +141,7 @@ def _new_names(state: Mapping[str, Tensor]) -> dict[str, str]:
             f"the state has entries that no network of MemCNN 1.5 has, such as {unknown[0]!r}: wanted names like "
             f"'layer1.0.revblock._fn.Fm.conv1.weight'{hint}"
         )
-    return names
+    return {old: new for old, new in names.items() if new is not None}
 
 
 def _new_name(name: str, state: Mapping[str, Tensor]) -> str | None:

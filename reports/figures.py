@@ -54,7 +54,7 @@ def draw_curves(runs: pd.DataFrame, curves: dict[str, pd.DataFrame]) -> list[tup
 
 
 def _picture(title: str, runs: pd.DataFrame, curves: dict[str, pd.DataFrame]) -> str:
-    ink = {name: _INK for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
     style = {**ink, "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9.5}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(5.2, 3.3), layout="constrained")

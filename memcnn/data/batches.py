@@ -90,7 +90,8 @@ def augment(images: Tensor, *, pad: int, top: Tensor, left: Tensor, flip: Tensor
     Args:
         images: float32 of shape (B, C, H, W).
         pad: pixels of padding on each side.
-        top, left: corner of each crop, int64 of shape (B,), in 0 .. 2 * pad.
+        top: first row of each crop, int64 of shape (B,), in 0 .. 2 * pad.
+        left: first column of each crop, likewise.
         flip: which images to mirror, bool of shape (B,).
     """
     cropped = windows_at(F.pad(images, [pad] * 4), top, left, size=images.shape[-2:])

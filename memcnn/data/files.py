@@ -8,6 +8,7 @@ import hashlib
 import io
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def find(dataset: str, folder: Path, *, download: bool = True, unofficial: bool 
     return checksums, not wrong
 
 
-def verify_files(source: type, folder: Path) -> tuple[dict[str, str], list[str], list[str]]:
+def verify_files(source: type[Any], folder: Path) -> tuple[dict[str, str], list[str], list[str]]:
     """Return the MD5 of each file of a torchvision CIFAR class, and messages about missing and about wrong files."""
     if not (folder / source.base_folder).is_dir():
         return {}, ["there is no such folder"], []
@@ -165,7 +166,7 @@ class _Array:
         return np.frombuffer(content, np.uint8).reshape(self.shape, order="F" if self.fortran else "C")
 
 
-def _not_found(source: type, folder: Path, missing: list[str], wrong: list[str], outcome: str) -> str:
+def _not_found(source: type[Any], folder: Path, missing: list[str], wrong: list[str], outcome: str) -> str:
     where = (folder / source.base_folder).resolve()
     lines = [f"{source.__name__} was looked for in {where}: {'; '.join([*missing, *wrong])}."]
     if not wrong:

@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +49,9 @@ class Data:
 
     def to(self, device: torch.device | str) -> "Data":
         """Return the data on another device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -114,7 +118,8 @@ def generate(num_classes: int, *, train: int = 5_000, test: int = 1_000, seed: i
 
     Args:
         num_classes: number of classes.
-        train, test: number of images.
+        train: number of training images.
+        test: number of test images.
         seed: seed of patterns and images.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -136,7 +141,7 @@ def generate(num_classes: int, *, train: int = 5_000, test: int = 1_000, seed: i
     return _with_mean(*sets, num_classes, official=False, checksums={GENERATED: digest.hexdigest()})
 
 
-def windows_at(images: Tensor, top: Tensor, left: Tensor, *, size: tuple[int, int]) -> Tensor:
+def windows_at(images: Tensor, top: Tensor, left: Tensor, *, size: Sequence[int]) -> Tensor:
     """Return the window of ``size`` (height, width) at (top, left) of each image, of shape (B, C, height, width)."""
     windows = images.unfold(2, size[0], 1).unfold(3, size[1], 1)  # a view (B, C, top, left, height, width)
     return windows[torch.arange(len(images), device=images.device), :, top, left]

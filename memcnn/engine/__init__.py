@@ -3,11 +3,15 @@
 Read ``recompute`` first: it opens with the rules and one worked example.
 
 ==================  ==================================================================================================
-``recompute``       one evaluation of a module: what autograd saves is dropped, and rebuilt by a second evaluation
+``recompute``       one evaluation of a module: the tensors that autograd saves are dropped, and rebuilt by a second one
+``second``          that second evaluation, which gives each saved tensor back
 ``chain``           the values between blocks, and the order in which they are rebuilt
 ``couple``          ``split``, ``couple`` and ``merge``, the three functions that couplings are written with
 ``opaque``          modules that offer nothing but ``forward`` and ``inverse``
-``replay``          what the second evaluation must see as the first did: random numbers, autocast, modes, buffers
+``replay``          what the second evaluation must see as the first did: random numbers, autocast, modes, parameters
+``buffers``         the part of the replay that looks after buffers, such as running statistics
+``again``           the second evaluation as a context: restore what the first one saw, and undo that at the end
+``identity``        whether a tensor is still the one that was seen
 ``hooks``           forward hooks of the user, which change the second evaluation as the first and are called once
 ``generators``      every random generator that a branch may draw from
 ``attributes``      plain attributes of modules, such as the rate of a dropout

@@ -1,4 +1,4 @@
-"""Arguments of a module beside the tensors that are rebuilt: they are kept, and used again in backward."""
+"""Arguments of a module that are not rebuilt. They are stored, and used again in backward."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,15 +7,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 class Arguments:
-    """Positional and keyword arguments as the forward evaluation was given them.
+    """The positional and keyword arguments of the forward evaluation.
 
-    Lists, tuples and dictionaries are copied, so that they are the same in backward if somebody changes them in the
-    meantime. The tensors in them are not copied: one that was modified in place is a RuntimeError.
+    Lists, tuples and dictionaries are copied, so that changing them before backward has no effect. Tensors in them are
+    not copied. If one was modified in place, ``read`` raises a RuntimeError.
 
     Args:
         name: the module, for messages.
-        positional: arguments that are kept.
-        keywords: likewise.
+        positional: positional arguments to store.
+        keywords: keyword arguments to store.
     """
 
     def __init__(self, name: str, positional: Sequence, keywords: Mapping[str, object]):

@@ -1,4 +1,4 @@
-"""Plain attributes of modules: numbers, flags and words, such as a temperature or ``Dropout.p``."""
+"""Plain attributes of modules: numbers, flags and strings, such as a temperature or ``Dropout.p``."""
 
 from itertools import islice
 from operator import is_
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 SCALARS = frozenset({bool, int, float, complex, str, torch.dtype})
-"""Types of the values that are noted. Values of other types might hold tensors, whose memory a note would keep."""
+"""Types of the attributes that are noted. Other values could hold tensors, which a note would keep alive."""
 
 BASE_ATTRIBUTES = len(vars(nn.Module()))
 """Number of attributes that ``nn.Module`` itself sets, before all others."""
@@ -31,7 +31,7 @@ def have_changed(then: Attributes) -> bool:
 
 
 def defaults_hidden(then: Attributes, kind: type) -> tuple[str, ...]:
-    """Return the names of new attributes that hide one of the class, such as a count that begins as ``calls = 0``."""
+    """Return the names of new attributes that hide one of the class, such as ``calls = 0`` in the class body."""
     own, names, _ = then
     return tuple(
         [
@@ -43,12 +43,12 @@ def defaults_hidden(then: Attributes, kind: type) -> tuple[str, ...]:
 
 
 def expose_defaults(own: dict[str, object], names: tuple[str, ...], undo: list[tuple]) -> None:
-    """Remove attributes, so that those of the class are seen. ``undo`` receives the call that undoes this."""
+    """Remove attributes that hide those of the class. ``undo`` receives the call that undoes this."""
     undo.append((own.update, {name: own.pop(name) for name in names if name in own}))
 
 
 def set_again(then: Attributes, undo: list[tuple]) -> None:
-    """Set the attributes to the noted values, those that exist. ``undo`` receives the call that undoes this."""
+    """Set the attributes that still exist to the noted values. ``undo`` receives the call that undoes this."""
     own, names, values = then
     undo.append((own.update, {name: own[name] for name in names if name in own}))
     own.update({name: value for name, value in zip(names, values, strict=True) if name in own})
@@ -79,7 +79,7 @@ def known_class(module: nn.Module) -> tuple[int, tuple[str, ...]] | None:
 
 
 def noted(module: nn.Module) -> Attributes:
-    """Return the plain attributes of a module of the user's; none of a wrapper of PyTorch, which looks after itself."""
+    """Return the plain attributes of a user's module. For a wrapper of PyTorch's own, return none."""
     own = vars(module)
     names = (
         ()

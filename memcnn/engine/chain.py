@@ -9,13 +9,13 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memcnn.engine.exact import Grid
-from memcnn.engine.replay import identity
+from memcnn.engine.identity import identity
 from memcnn.engine.retained import Stored, drop_later, start_link
 from memcnn.engine.torch_private import keeps_graph
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 class ThreadState(threading.local):
     """What a block must know about the code that calls it.
 
-    It is local to a thread, since the threads of ``nn.DataParallel`` run blocks at the same time.
+    Each thread has its own, because the threads of ``nn.DataParallel`` run blocks at the same time.
     """
 
     recording: "Recording | None" = None
-    """Where the values of the tensors within the running block are kept; None outside of blocks and in branches."""
+    """Holds the values of the tensors within the running block. None outside of blocks and in branches."""
     storing = False
-    """Whether blocks store their activations, as under ordinary autograd."""
+    """True while blocks store their activations, as under ordinary autograd."""
     noted_sources: "list[weakref.ref[Value]] | None" = None
-    """Sources of the steps completed within the running evaluation of a branch: the ends of nested chains."""
+    """The ends of nested chains: sources of the steps that were completed within the running branch."""
 
 
 thread_state = ThreadState()
 
 rebuilding = threading.RLock()
-"""Held while anything is rebuilt: generators, buffers and modes, which all threads share, are set for that time."""
+"""Held during every recomputation, which sets generators, buffers and modes that all threads share."""
 
 
 class Value(Stored):
@@ -77,7 +77,7 @@ class Link:
         self.sources: Sequence[Value] | None = None  # None during the forward evaluation
 
     def complete(self, sources: Sequence[Value]) -> None:
-        """From now on the targets hold this link and no tensor, unless they are kept or another link has them."""
+        """Let the targets hold this link instead of their tensors, unless they are kept or another link has them."""
         self.sources = sources
         if not self.kept:
             self._take(self.targets)
@@ -102,7 +102,7 @@ class Link:
 
 
 class Rearrangement(Link):
-    """Rebuilds a tensor from its halves, or halves from their tensor."""
+    """Rebuilds a tensor from its halves, or the halves from their tensor."""
 
     def __init__(self, targets: Sequence[Value], sources: Sequence[Value], operation: Callable):
         super().__init__(targets)
@@ -118,7 +118,10 @@ class Rearrangement(Link):
 
 
 def rebuild(link: Link) -> None:
-    """Rebuild ``link``, and before it, from the chain's stored end, whatever it needs. A loop: chains can be long."""
+    """Rebuild ``link`` after the links that it needs, from the chain's stored end.
+
+    This is a loop and no recursion, because chains can be long.
+    """
     keep_graph = keeps_graph()
     with rebuilding:
         waiting = [(link, _count_readers(link.sources, 1))]
@@ -161,8 +164,8 @@ def is_storing() -> bool:
 def dense(x: Tensor) -> Tensor:
     """Return x, or a copy in the same order of dimensions if x is a view with gaps or overlaps.
 
-    A rebuilt tensor has neither, and a kernel may compute something else, or save other tensors, for other strides. A
-    compiler chooses its own kernels, and cannot trace the question.
+    A rebuilt tensor has neither gaps nor overlaps, and a kernel may compute other bits or save other tensors for other
+    strides. Compiled code chooses its own kernels and cannot trace the question, so that x is returned as it is.
     """
     return x if torch.compiler.is_compiling() or torch.ops.aten.is_non_overlapping_and_dense(x) else x.clone()
 
@@ -173,7 +176,7 @@ _TAG = "memcnn.values"
 class Tag(NamedTuple):
     """What a block leaves with its output, for the block that receives it.
 
-    The values are held weakly, since the graph outlives what is rebuilt. The links that need a value hold it.
+    The references to the values are weak, because the graph outlives rebuilt tensors. Links hold the values they need.
     """
 
     values: Sequence["weakref.ref[Value]"]
@@ -189,17 +192,19 @@ _NO_TAG = Tag((), -1, None, None)
 def tag(y: Tensor, values: Sequence[Value], dim: int | None, grid: Grid | None = None) -> None:
     """Leave ``values`` with the output y."""
     if y.grad_fn is not None:
-        y.grad_fn.metadata[_TAG, y.output_nr] = Tag([weakref.ref(value) for value in values], dim, grid, identity(y))
+        metadata: Any = y.grad_fn.metadata  # a dictionary; the stub takes the property for a method
+        metadata[_TAG, y.output_nr] = Tag([weakref.ref(value) for value in values], dim, grid, identity(y))
 
 
 def tag_of(x: Tensor) -> Tag:
-    """Return what a block has left with x, or an empty tag; also if x was modified in place since."""
-    found = x.grad_fn.metadata.get((_TAG, x.output_nr)) if x.grad_fn is not None else None
+    """Return what a block has left with x. Return an empty tag if there is none, or if x was modified since."""
+    node: Any = x.grad_fn
+    found = node.metadata.get((_TAG, x.output_nr)) if node is not None else None
     return found if found is not None and found.identity == identity(x) else _NO_TAG
 
 
 def value_of_whole(x: Tensor) -> Value | None:
-    """Return the value of x if x is a block's output that somebody upstream needs, else None."""
+    """Return the value of x if x is the output of a block and an earlier block needs it, else None."""
     found = tag_of(x)
     values = [reference() for reference in found.values]
     if not any(values):

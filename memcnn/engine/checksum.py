@@ -4,6 +4,7 @@
 """
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def fingerprint(x: Tensor) -> Tensor:
     return bits.sum(dtype=torch.int64)
 
 
-def has_fingerprint(x: object) -> bool:
+def has_fingerprint(x: Any) -> bool:
     """Return whether x is an ordinary tensor, whose values exist now."""
     return (
         type(x) in (Tensor, nn.Parameter)
@@ -44,4 +45,4 @@ def checksum(x: Tensor) -> int | None:
     if x.is_contiguous() and x.nbytes <= _SMALL:
         return hash(ctypes.string_at(x.data_ptr(), x.nbytes)) if x.nbytes else 0
     with disabled_dispatch():
-        return fingerprint(x).item()
+        return int(fingerprint(x).item())

@@ -6,7 +6,7 @@ They are plain differentiable operations. Within ``recording()`` they forget the
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from memcnn.engine.arguments import Arguments, refuse_inference
 from memcnn.engine.chain import Rearrangement, Value, dense, rebuilding, tag, tag_of, thread_state, value_of_whole
 from memcnn.engine.checksum import fingerprint
 from memcnn.engine.exact import Grid
-from memcnn.engine.recompute import Recomputation, SecondEvaluation
+from memcnn.engine.recompute import Recomputation
+from memcnn.engine.second import SecondEvaluation
 
 NO_KEYWORDS: Mapping[str, object] = MappingProxyType({})
 
@@ -56,7 +57,7 @@ def couple(
     inverse: Callable,
     verify: bool = False,
     kwargs: Mapping[str, object] = NO_KEYWORDS,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Any:
     """Return ``forward(a, branch(b, **kwargs))``, where ``inverse(forward(a, h), h)`` is a.
 
     Args:
@@ -83,7 +84,7 @@ class CouplingStep(NamedTuple):
     kwargs: Mapping[str, object]
 
 
-def _evaluated(branch: nn.Module, b: Tensor, kwargs: Mapping[str, object]) -> object:
+def _evaluated(branch: nn.Module, b: Tensor, kwargs: Mapping[str, object]) -> Any:
     """Return ``branch(b, **kwargs)``. Raise a RuntimeError if it modifies b, which is a half of the input or output."""
     given = dense(b)
     if given is not b or torch.compiler.is_compiling() or b.is_inference():
@@ -113,7 +114,7 @@ def keep_only(*tensors: Tensor) -> None:
 
 
 @contextmanager
-def recording(**options) -> Iterator[None]:
+def recording(**options: Any) -> Iterator[None]:
     """Within this context ``split``, ``couple`` and ``merge`` forget activations. Options as for ``Recomputation``."""
     previous, thread_state.recording = thread_state.recording, Recording(options)
     try:
@@ -147,7 +148,7 @@ class Recording:
                 Rearrangement([whole], values, lambda tensors: [torch.cat(tensors, dim)])
         self.values.update((id(half), (half, value)) for half, value in zip(halves, values, strict=True))
 
-    def couple(self, a: Tensor, branch: nn.Module, b: Tensor, how: CouplingStep) -> Tensor | tuple[Tensor, ...]:
+    def couple(self, a: Tensor, branch: nn.Module, b: Tensor, how: CouplingStep) -> Any:
         source, b = self.value(b), dense(b)
         with rebuilding:
             step = CoupledBranch(branch, a, self.value(a), b, how, self.options)
@@ -156,7 +157,7 @@ class Recording:
         if out.shape != a.shape or out.dtype != a.dtype:
             raise ValueError(
                 f"{step.name} does not fit its coupling: the half that it changes is {a.dtype} of shape "
-                f"{tuple(a.shape)} and would become {out.dtype} of shape {tuple(out.shape)}"
+                f"{tuple(a.shape)} and would become {out.dtype} of shape {tuple(out.shape)}; let the branch keep both"
             )
         step.complete((self.value(out), source))
         return result

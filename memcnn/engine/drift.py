@@ -1,12 +1,12 @@
-"""A watch over what backward uses: do rebuilt activations still look like those of the forward pass?
+"""The drift watch: it compares rebuilt activations with those of the forward pass, and warns.
 
-Rounding changes a rebuilt value by its last bits. Where a network amplifies that, gradients become wrong although every
-single step is right. An example are channels that are constantly 0: rebuilt they are 1e-8, a BatchNorm multiplies them
-by 316, and the ReLU behind it lets gradients through where it let none. State that changed unseen shows here as well.
+Rounding changes the last bits of a rebuilt value. Where a network amplifies that, gradients become wrong although every
+single step is right. Channels that are constantly 0 are an example: rebuilt they are 1e-8, a BatchNorm multiplies them
+by 316, and the ReLU behind it passes gradients that it should block. State that changed unnoticed shows here as well.
 
-Each branch is watched in its evaluations number 4, 16, 64 and so on, which costs nothing on average. Of every tensor
-that autograd saves there, the forward pass notes the norm and how many entries are positive and negative. What is
-rebuilt is compared with that. On a GPU nothing waits: the numbers are read when they have arrived.
+Each branch is watched in its evaluations number 4, 16, 64 and so on, so that the cost vanishes on average. For every
+tensor that autograd saves there, the forward pass notes the norm and the numbers of positive and negative entries. They
+are compared with those of the rebuilt tensor. On a GPU nothing waits: the numbers are read after they have arrived.
 """
 
 import warnings
@@ -20,24 +20,24 @@ from torch import Tensor, nn
 from memcnn.engine.checksum import has_fingerprint
 
 SAMPLED = frozenset(4**k for k in range(1, 16))
-"""Which evaluations of a branch are watched, counted from 1. The first ones are few, and often not of a training."""
+"""The evaluations of a branch that are watched, counted from 1. The first three often belong to no training."""
 
 evaluations: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
-"""How often each branch was evaluated."""
+"""Number of evaluations of each branch so far."""
 
 LARGEST_NORM_CHANGE = 0.01
 """Largest relative change of the norm of a saved tensor."""
 LARGEST_SHARE_CHANGE = 0.01
 """Largest change of the share of positive entries, in a tensor without negative ones: those that a ReLU passes."""
 FEWEST_ENTRIES = 8
-"""Fewer entries than these may change their sign in a small tensor."""
+"""Number of entries of a small tensor that may change their sign."""
 LEAST_ROOT_MEAN_SQUARE = 1e-3
-"""A norm is compared with that of a tensor of at least such values: rebuilt zeros are not exactly zero."""
+"""Smallest root mean square that a change of norm is related to, because rebuilt zeros are not exactly zero."""
 
 _warned: set[str] = set()
-"""What was warned of."""
+"""Branches that a warning has named."""
 _arriving: list[tuple["Drift", "Comparison", Tensor, torch.cuda.Event]] = []
-"""Comparisons on GPUs whose numbers are on their way."""
+"""Comparisons on GPUs whose numbers have not arrived on the CPU yet."""
 
 
 class Comparison(NamedTuple):
@@ -129,7 +129,7 @@ def _statistics(x: Tensor) -> Tensor | None:
 
 
 def _difference(before: Sequence[float], after: Sequence[float], size: int) -> str:
-    """Return in words how statistics differ, or an empty string."""
+    """Describe how the statistics differ. Return an empty string if they agree."""
     (norm, positive, negative), (norm_now, positive_now, negative_now) = before, after
     least = LEAST_ROOT_MEAN_SQUARE * size**0.5
     if abs(norm_now - norm) > LARGEST_NORM_CHANGE * max(norm, least) and norm < float("inf"):

@@ -1,12 +1,13 @@
 """Exact mode: inversion without rounding, so that gradients are bit for bit those of stored activations.
 
-Sums of floating-point numbers on a fixed grid, say multiples of 2^-10, are exact as long as they stay below the largest
-number with all its grid neighbours: 2^14 in float32, with its 24 bits. A coupling whose input and whose F(x2), G(y1)
-are snapped to such a grid inverts exactly at any depth. Snapping has the derivative of the identity.
+A sum of multiples of 2^-10 (a grid) is exact in float32 up to 2^14: float32 has 24 bits, and up to there it holds every
+multiple. A coupling whose input, F(x2) and G(y1) are rounded to such a grid therefore inverts exactly at any depth.
+Autograd treats the rounding as the identity.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +29,13 @@ class Grid:
 
     @classmethod
     def of(cls, exact: "bool | float | Grid") -> "Grid | None":
-        """The grid that the argument ``exact`` of a coupling means: False, True, or a step."""
+        """Return the grid for the argument ``exact`` of a coupling: False (None), True, a step, or a grid."""
         if isinstance(exact, (bool, Grid)):
             return cls() if exact is True else exact or None
         return cls(exact)
 
     def limit(self, dtype: torch.dtype) -> float:
-        """Up to here every multiple of ``step`` is a number of ``dtype``."""
+        """Return the largest value up to which ``dtype`` holds every multiple of ``step``."""
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"an exact coupling needs a float32 or float64 input: got {dtype}; its branches may run "
@@ -43,16 +44,23 @@ class Grid:
         return 2 * self.step / torch.finfo(dtype).eps
 
     def snap(self, x: Tensor) -> Tensor:
-        """x rounded to the grid, as an identity to autograd. OverflowError where the grid ends."""
+        """Return x rounded to the grid; its derivative is that of the identity.
+
+        Raises:
+            OverflowError: a value lies beyond ``limit``.
+        """
         return self.checked(_Snap.apply(x, self.step))
 
     def add(self, a: Tensor, h: Tensor) -> Tensor:
+        """Return a + h, where a is on the grid and h is rounded to it."""
         return self.checked(a + _Snap.apply(h.to(a.dtype), self.step))
 
     def sub(self, a: Tensor, h: Tensor) -> Tensor:
+        """Return a - h, where a is on the grid and h is rounded to it."""
         return self.checked(a - _Snap.apply(h.to(a.dtype), self.step))
 
     def checked(self, x: Tensor) -> Tensor:
+        """Return x. Raise an OverflowError if a value lies beyond ``limit``, where sums are no longer exact."""
         limit = self.limit(x.dtype)
         refuse_capture(x.device, "an exact coupling looks at its largest value", "use exact=False")
         largest = x.detach().abs().amax().item() if x.numel() else 0.0
@@ -66,16 +74,16 @@ class Grid:
 
 
 class _Snap(torch.autograd.Function):
-    """To the nearest multiple of ``step``; + 0.0 makes a negative zero a positive one, as sums do."""
+    """Rounds to the nearest multiple of ``step``. ``+ 0.0`` turns a negative zero into a positive one, as sums do."""
 
     @staticmethod
     def forward(x: Tensor, step: float) -> Tensor:
         return torch.round(x / step) * step + 0.0
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None

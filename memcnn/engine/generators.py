@@ -2,9 +2,9 @@
 
 Each kind has a function that reads a state and one that sets it. States are compared by ``==``, or by ``same_state``.
 
-Python's and NumPy's generators take 15 and 100 us to say their state, too much for every evaluation of a branch. Their
-2.5 KB of memory are read in 1 us. But NumPy's generator holds back every other number of ``randn`` outside of that
-memory: so its whole state is read at a module's first evaluation and, if that drew from it, at every later one.
+Reading the state of Python's or NumPy's generator takes 15 or 100 us, too long for every evaluation of a branch. Their
+2.5 KB of memory are read in 1 us. NumPy's generator keeps every other number of ``randn`` outside of that memory.
+Therefore its whole state is read at the first evaluation of a module and, if that drew from it, at every later one.
 """
 
 import ctypes
@@ -12,8 +12,8 @@ import pickle
 import random
 import struct
 import weakref
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +26,17 @@ class Source(NamedTuple):
     """A generator: its name for messages, and functions of ``key`` that read and set its state."""
 
     name: str
-    read: Callable[[object], object]
-    write: Callable[[object, object], None]
-    key: object
+    read: Callable[[Any], Any]
+    write: Callable[[Any, Any], None]
+    key: Any
+
+
+class Drawn(NamedTuple):
+    """A generator that the first evaluation draws from, with its states before and after."""
+
+    source: Source
+    before: object
+    after: object
 
 
 def rng_state(device: torch.device) -> Tensor:
@@ -44,7 +52,7 @@ def set_rng_state(device: torch.device, state: Tensor) -> None:
         torch.cuda.set_rng_state(state, device)
 
 
-def same_state(state: object, other: object) -> bool:
+def same_state(state: Any, other: Any) -> bool:
     """Return whether two states are the same. They are real tensors, under a mode of fake ones too."""
     if isinstance(state, Tensor):
         with disabled_dispatch():
@@ -52,9 +60,31 @@ def same_state(state: object, other: object) -> bool:
     return state == other
 
 
+def check_drawn(name: str, generators: Sequence[Drawn], initialised: bool) -> None:
+    """Raise a RuntimeError if a further evaluation has left a generator in another state than the first.
+
+    Args:
+        name: the module, for the message.
+        generators: those that the first evaluation drew from.
+        initialised: whether the first evaluation initialised the module, which a further one does not repeat.
+    """
+    for source, before, after in generators:
+        now = source.read(source.key)
+        if initialised and same_state(before, now):
+            continue  # the initialisation drew, and nothing else
+        if after is not None and not same_state(after, now):
+            raise RuntimeError(
+                f"{name} drew other random numbers from {source.name} generator in the recomputation than in "
+                "the forward pass: another thread drew from it at the same time, or the module draws another "
+                "number of them, or it initialised itself in that forward pass; draw in one thread at a time, or "
+                "from a torch.Generator that the module owns, and give a module that initialises itself a forward "
+                "pass under torch.no_grad() first"
+            )
+
+
 # Python's global generator: ``_random.Random`` is an object's header, an int (the position) and 624 words of 32 bits
 
-_PYTHON = random.random.__self__
+_PYTHON = random.random.__self__  # type: ignore[attr-defined]  # a bound method; typeshed has a function
 _PYTHON_ADDRESS = id(_PYTHON) + object.__basicsize__
 _PYTHON_LAYOUT = struct.Struct("=i624I")
 
@@ -69,37 +99,38 @@ def python_is_readable() -> bool:
 
 if python_is_readable():
 
-    def _read_python(_=None) -> object:
+    def _read_python(_: object = None) -> object:
         return ctypes.string_at(_PYTHON_ADDRESS, 2500), _PYTHON.gauss_next
 
-    def _write_python(_, state: tuple[bytes, float | None]) -> None:
+    def _write_python(_: object, state: Any) -> None:
         position, *words = _PYTHON_LAYOUT.unpack(state[0])
         random.setstate((3, (*words, position), state[1]))
 else:
 
-    def _read_python(_=None) -> object:
+    def _read_python(_: object = None) -> object:
         return random.getstate()
 
-    def _write_python(_, state: object) -> None:
+    def _write_python(_: object, state: Any) -> None:
         random.setstate(state)
 
 
 # NumPy's global generator: its memory is 624 words of 32 bits and an int (the position)
 
 _NUMPY_LAYOUT = struct.Struct("=624Ii")
-_numpy_default = np.random.get_bit_generator()
+_numpy_bits: Callable[[], Any] = np.random.get_bit_generator  # type: ignore[attr-defined]  # the stubs leave it out
+_numpy_default = _numpy_bits()
 _numpy_address = _numpy_default.ctypes.state_address
 
 
 def numpy_memory() -> bytes:
     """Return the memory of NumPy's generator; its whole state if somebody has set another one."""
-    if np.random.get_bit_generator() is not _numpy_default:
+    if _numpy_bits() is not _numpy_default:
         return _read_numpy()
     return ctypes.string_at(_numpy_address, 2500)
 
 
 def numpy_state_from(memory: bytes) -> bytes:
-    """Return a state with the given memory and, of the number held back, what is true now."""
+    """Return a state with the given memory, and with the number that the generator holds back now."""
     if len(memory) != _NUMPY_LAYOUT.size:
         return memory
     state = np.random.get_state(legacy=False)
@@ -108,11 +139,11 @@ def numpy_state_from(memory: bytes) -> bytes:
     return pickle.dumps(state)
 
 
-def _read_numpy(_=None) -> bytes:
+def _read_numpy(_: object = None) -> bytes:
     return pickle.dumps(np.random.get_state(legacy=False))
 
 
-def _write_numpy(_, state: bytes) -> None:
+def _write_numpy(_: object, state: bytes) -> None:
     np.random.set_state(pickle.loads(state))
 
 
@@ -120,9 +151,9 @@ PYTHON = Source("Python's random", _read_python, _write_python, None)
 NUMPY = Source("NumPy's", _read_numpy, _write_numpy, None)
 
 _without_numpy: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""Modules that have not drawn from NumPy's generator in their first evaluation, nor since."""
+"""Modules that have never drawn from NumPy's generator."""
 _numpy_users: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""Modules that have."""
+"""Modules that have drawn from it."""
 
 OutsideState = tuple[object, bytes, bytes | None]
 """The state of Python's generator, the memory of NumPy's, and the latter's whole state if it was read."""

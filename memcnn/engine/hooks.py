@@ -1,17 +1,18 @@
-"""Forward hooks of the user: a second evaluation must be changed as the first was, and must call nobody twice.
+"""Forward hooks of the user: a second evaluation needs the changes that they made, but must not call them twice.
 
-1. A hook that only looks on is called in the first evaluation alone.
+1. A hook that changes nothing is called in the first evaluation only.
 2. A hook that replaced a value or changed one in place is called in a second evaluation too, even if it was removed
    since.
 3. A hook that was registered after the first evaluation is not called in a second one.
 4. The hooks of PyTorch itself (spectral norm, FSDP) are called as they are registered.
-5. Other threads, which may call the same modules in the meantime, find every hook as it is registered.
+5. Other threads may call the same modules in the meantime. They find every hook as it is registered.
 """
 
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -49,7 +50,7 @@ class Hooks:
         self.in_place: list[Callable] = []
         """Those among them that changed it in place."""
         self.suspects: list[tuple[Callable, Tensor, Tensor]] = []
-        """A hook with fingerprints of what it was given, before and after: on a GPU they are compared in backward."""
+        """Hooks with the fingerprints of a tensor before and after the call, to be compared in backward (GPU only)."""
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -143,38 +144,38 @@ def _set(registry: dict, hooks: dict) -> None:
 
 
 class _Wrapper:
-    """Stands in a registry for a hook, for a while."""
+    """Takes the place of a hook in its registry during an evaluation."""
 
     def __init__(self, hook: Callable):
         self.hook = hook
 
 
 class _Watched(_Wrapper):
-    """Calls a hook and has its ``Hooks`` note what it does."""
+    """Calls a hook through ``Hooks.call``, which notes whether it changes a value."""
 
     def __init__(self, hooks: Hooks, hook: Callable):
         super().__init__(hook)
         self.hooks = hooks
 
-    def __call__(self, *args, **kwargs) -> object:
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
         return self.hooks.call(self.hook, args, kwargs)
 
 
 class _InThread(_Wrapper):
-    """Calls a hook in one thread alone: one that was removed, which a recomputation needs again."""
+    """Calls a hook in one thread only: a hook that was removed, and that a recomputation still needs."""
 
     def __init__(self, hook: Callable, thread: int):
         super().__init__(hook)
         self.thread = thread
 
-    def __call__(self, *args, **kwargs) -> object:
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
         return self.hook(*args, **kwargs) if threading.get_ident() == self.thread else None
 
 
 class _NotInThread(_InThread):
-    """Calls a hook in every other thread: one that only looks on, and has seen the first evaluation."""
+    """Calls a hook in all threads but one: a hook that changes nothing, and has seen the first evaluation."""
 
-    def __call__(self, *args, **kwargs) -> object:
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
         return self.hook(*args, **kwargs) if threading.get_ident() != self.thread else None
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,9 @@ from torch.utils._pytree import tree_map_only
 
 from memcnn.engine.arguments import Arguments, refuse_inference
 from memcnn.engine.chain import Value, dense, rebuild_from, rebuilding, tag, value_of_whole
-from memcnn.engine.recompute import Recomputation, SecondEvaluation
+from memcnn.engine.recompute import Recomputation
 from memcnn.engine.rounding import relative_error
+from memcnn.engine.second import SecondEvaluation
 
 _STREAM = object()
 
@@ -24,8 +26,8 @@ def call_opaque(
     *,
     log_det: bool = False,
     keep_input: bool = False,
-    **options,
-):
+    **options: Any,
+) -> Any:
     """Return ``run(*inputs, **kwargs)``, recorded as one step, where ``undo(*outputs, **kwargs)`` returns the inputs.
 
     Streams, that is floating-point and complex tensors among the positional inputs, are rebuilt. Other arguments are
@@ -61,7 +63,17 @@ def is_stream(x: object) -> bool:
 class OpaqueModule(Recomputation):
     """The step result = run(*inputs, **kwargs), undone by inputs = undo(*result, **kwargs)."""
 
-    def __init__(self, run, undo, module, inputs, kwargs, targets, log_det, options):
+    def __init__(
+        self,
+        run: Callable,
+        undo: Callable,
+        module: nn.Module,
+        inputs: Sequence,
+        kwargs: dict,
+        targets: Sequence[Value],
+        log_det: bool,
+        options: dict,
+    ):
         self.run, self.undo, self.log_det = run, undo, log_det
         self.positions = [i for i, x in enumerate(inputs) if is_stream(x)]
         self.arguments = Arguments(
@@ -106,22 +118,22 @@ class OpaqueModule(Recomputation):
                 self._check_draws([y for y in self._outputs(result) if is_stream(y)])
         return tensors
 
-    def _outputs(self, result: object) -> list:
+    def _outputs(self, result: Any) -> list:
         return _as_list(result[0] if self.log_det else result)
 
     def _check_draws(self, streams: Sequence[Tensor]) -> None:
-        """The inverse was given the random numbers of the forward pass, but may use them in another order."""
+        """Raise a RuntimeError if the inverse used the random numbers of the forward pass in another order."""
         for got, value in zip(streams, self.sources, strict=True):
             if relative_error(got, wanted := value.read()) > torch.finfo(wanted.dtype).eps ** 0.5:  # NaN is loud anyway
                 raise RuntimeError(
-                    f"{self.name} draws random numbers (dropout), and its inverse does not undo what it "
-                    "computed with them: let both draw them in the same order, use keep_input=True, or "
+                    f"{self.name} draws random numbers (dropout), and its inverse does not undo its forward pass "
+                    "with the same numbers: let both draw them in the same order, use keep_input=True, or "
                     "build the block from a coupling, such as AdditiveCoupling, whose branches may draw"
                 )
 
     def _arguments_of_undo(self, streams: Sequence[Tensor], arguments: Sequence) -> list:
-        streams = iter(streams)
-        outputs = [next(streams) if y is _STREAM else y for y in self.results]
+        following = iter(streams)
+        outputs = [next(following) if y is _STREAM else y for y in self.results]
         if len(outputs) < len(arguments):
             outputs += [x for i, x in enumerate(arguments) if i not in self.positions]
         return outputs
@@ -150,7 +162,8 @@ class OpaqueModule(Recomputation):
         kinds = [(x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
         if kinds != self.kinds:
             raise RuntimeError(
-                f"{self.name} does not invert itself: it was given {self.kinds} and its inverse returned {kinds}"
+                f"{self.name} does not invert itself: it was given {self.kinds} and its inverse returned {kinds}; "
+                "let the inverse return tensors of the shapes and dtypes of the inputs, in their order"
             )
         return inputs
 

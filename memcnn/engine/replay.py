@@ -1,20 +1,22 @@
-"""What a module's second evaluation must see as the first did: random numbers, autocast, modes, buffers, attributes.
+"""What the second evaluation of a module must see as the first did, and what it must not do again.
 
-And what it must not do again: call somebody's hooks, move a generator, update a buffer, count its calls.
+It sees the same random numbers, autocast state, modes, parameters, buffers and attributes. It calls no hook of the
+user, moves no generator, updates no buffer and counts no call.
 
-A replay is made for every evaluation of every branch, so that its loops are written out: where kernels are small, calls
-of Python functions decide how long a step takes.
+``Replay`` surveys the module before the first evaluation, notes afterwards what that changed, and restores everything
+for a further one. ``buffers`` and ``generators`` have its parts; ``again`` is the context of a further evaluation. A
+replay is made for every evaluation of every branch. Its loops are written out, because calls of Python functions decide
+how long a step takes where kernels are small.
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from operator import is_
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
+from memcnn.engine.again import Again, exchange
 from memcnn.engine.attributes import (
     Attributes,
     defaults_hidden,
@@ -26,12 +28,14 @@ from memcnn.engine.attributes import (
     present,
     set_again,
 )
+from memcnn.engine.buffers import Buffer, ReplayedBuffers
 from memcnn.engine.capture import NoRandomNumbers, is_captured
 from memcnn.engine.checksum import checksum
 from memcnn.engine.generators import (
     NUMPY,
     OWNED,
     PYTHON,
+    Drawn,
     Source,
     moved_outside,
     outside_state,
@@ -41,45 +45,21 @@ from memcnn.engine.generators import (
     set_rng_state,
 )
 from memcnn.engine.hooks import Hooks, hooked, restore_hooks
-from memcnn.engine.torch_private import BATCH_NORM_FORWARD, NORM_FORWARDS, NormBase
-
-KEPT_BUFFER = 2**20
-"""Number of bytes of a buffer on a GPU up to which a copy is kept for backward, since nothing can be compared there."""
+from memcnn.engine.identity import refuse_unless_lazy
 
 
-class Buffer(NamedTuple):
-    """A buffer before an evaluation: where it is registered, itself, its value (None: the present one), and identity.
+class Replay(ReplayedBuffers):
+    """Replays the evaluation of ``module`` on ``inputs``.
 
-    ``checksum`` is that of its value, for changes without a new version; None where it has none.
-    """
-
-    registry: dict
-    name: str
-    tensor: Tensor
-    before: Tensor | None
-    identity: tuple[int, int]
-    checksum: int | None
-
-
-class Drawn(NamedTuple):
-    """A generator that the first evaluation draws from, with its states before and after."""
-
-    source: Source
-    before: object
-    after: object
-
-
-class Replay:
-    """Made before the first evaluation of ``module`` on ``inputs``, which is followed by ``evaluated()``.
-
-    A further evaluation within ``again()`` sees the parameters, buffers and plain attributes that ``module`` had,
-    computes the same, and leaves generators, parameters, buffers, attributes and modes as it found them. Parameters
-    that a layer initialised during the first evaluation keep their initialised values. A parameter that was modified
-    in place since is a RuntimeError, and so is a buffer, unless the first evaluation modified it as well.
+    Construct it before the first evaluation, and call ``evaluated()`` after it. A further evaluation within ``again()``
+    sees the parameters, buffers and plain attributes that ``module`` had and computes the same. It leaves generators,
+    parameters, buffers, attributes and modes as it found them. Parameters that a layer initialised during the first
+    evaluation keep their initialised values. A parameter or buffer that was modified in place since is a RuntimeError,
+    except for buffers that the first evaluation modified as well.
 
     Args:
         module: the module that is evaluated.
-        inputs: the tensors that it is evaluated on, which say which devices take part.
+        inputs: the tensors that it is evaluated on. Their devices are those whose state is replayed.
         preserve_rng_state: give a further evaluation the random numbers of the first.
     """
 
@@ -87,7 +67,7 @@ class Replay:
         self.module, self.name = module, type(module).__name__
         self.modes: list[tuple[nn.Module, bool]] = []
         self.children: list[tuple[dict, list[nn.Module | None]]] = []
-        """Registry and content of the modules that have children; after ``evaluated()``, with those built in it."""
+        """Registry and children of each module that has some. ``evaluated()`` adds what was built meanwhile."""
         self.attributes: list[Attributes] = []
         """Plain attributes of PyTorch's own layers, which do not change them."""
         self.users_attributes: list[Attributes] = []
@@ -95,38 +75,26 @@ class Replay:
         self.users_modules: list[tuple[nn.Module, int]] = []
         """Those modules, and how many attributes each has."""
         self.hidden_defaults: list[tuple[dict, tuple[str, ...]]] = []
-        """Attributes that the first evaluation has set for the first time, in place of those of a class."""
+        """Attributes that the first evaluation set on the module, and that hide a default of its class."""
         self.own_generators: list[object] = []
         """Generators that are attributes of a module."""
         self.is_foreign = False
-        """Whether code other than that of PyTorch's layers runs, which may draw from other generators."""
+        """True if code other than that of PyTorch's layers runs; it may draw from other generators."""
         self.parameters: list[tuple[dict, str, Tensor, bool, tuple[int, int] | None]] = []
         """Registry, name, tensor, ``requires_grad`` and identity (None: uninitialised) of each parameter."""
         self.buffers: list[tuple[dict, str, Tensor]] = []
-        """Registry, name and tensor of each buffer."""
         self.restored: list[Buffer] = []
-        """Buffers that an evaluation may modify."""
         self.unchanged: list[tuple[str, str, Tensor, tuple[int, int]]] = []
-        """Kind, name, tensor and identity of what must not be modified in the meantime."""
         self.checksums: list[tuple[str, Tensor, int]] = []
-        """Name, tensor and checksum of the buffers among them that have one."""
         self.running_statistics: dict[int, nn.Module] = {}
-        """By id, running statistics of plain BatchNorms that normalise with their batch's statistics."""
         self.untracked: dict[nn.Module, None] = {}
-        """BatchNorms that a further evaluation evaluates without their running statistics, in order.
-
-        Those whose running statistics autograd saved in the first evaluation, which proves that they run eagerly. The
-        batch's statistics are the same without, and nothing has to be copied and restored. Compiled code saves other
-        tensors, and would be compiled once more.
-        """
         self.sets_parameters = False
-        """Whether a layer set its own parameters in the first evaluation."""
+        """True if a layer set its own parameters in the first evaluation."""
         self.is_initialised_by_it = False
-        """Whether the first evaluation set parameters or built modules, which a further one does not repeat."""
+        """True if the first evaluation set parameters or built modules. A further one does not repeat that."""
         self.moved_attributes: list[Attributes] = []
         """Attributes that the first evaluation changed, as they were before."""
-        self._silent: set[int] = set()
-        """Ids of the registries whose buffers change without a new version: those of norms in training mode."""
+        self.silent: set[int] = set()
         self._survey(module)
         registries = hooked(self.modes)
         self.hooks = Hooks(registries) if registries else None
@@ -173,16 +141,17 @@ class Replay:
                 self._survey_attributes(module)
             elif known[1]:
                 self.attributes.append((own, known[1], tuple(map(own.get, known[1]))))
-            registry = module._parameters
-            for name, parameter in registry.items():
+            parameters = module._parameters
+            for name, parameter in parameters.items():
                 if parameter is not None:
+                    value: tuple[int, int] | None = None
                     try:
                         value = parameter._version, parameter.untyped_storage()._cdata
                     except (RuntimeError, ValueError):
-                        value = _identity_at_first(parameter, f"the parameter {name!r} of {type(module).__name__}")
-                    self.parameters.append((registry, name, parameter, parameter.requires_grad, value))
+                        refuse_unless_lazy(parameter, f"the parameter {name!r} of {type(module).__name__}")
+                    self.parameters.append((parameters, name, parameter, parameter.requires_grad, value))
             if module._buffers:
-                self._survey_buffers(module)
+                self.survey_buffers(module)
 
     def _survey_attributes(self, module: nn.Module) -> None:
         if (known := known_class(module)) is None:
@@ -194,30 +163,6 @@ class Replay:
             self.attributes.append((own, known[1], tuple(map(own.get, known[1]))))
         if not OWNED.keys().isdisjoint(map(type, vars(module).values())):
             self.own_generators += [value for value in vars(module).values() if type(value) in OWNED]
-
-    def _survey_buffers(self, module: nn.Module) -> None:
-        registry, training = module._buffers, module.training
-        is_norm = isinstance(module, NormBase)
-        forward = type(module).forward if is_norm and "forward" not in vars(module) else None
-        if forward is BATCH_NORM_FORWARD and module.track_running_stats and registry.keys() == _STATISTICS:
-            if training:
-                self.running_statistics[id(registry["running_mean"])] = module
-                self.running_statistics[id(registry["running_var"])] = module
-        if is_norm and training:
-            self._silent.add(id(registry))
-        ignored = training and forward in NORM_FORWARDS
-        for name, buffer in registry.items():
-            if buffer is not None:
-                self.buffers.append((registry, name, buffer))
-                try:
-                    value = buffer._version, buffer.untyped_storage()._cdata
-                except (RuntimeError, ValueError):
-                    _identity_at_first(buffer, f"the buffer {name!r} of {type(module).__name__}")
-                    continue
-                if ignored:
-                    self.restored.append(Buffer(registry, name, buffer, None, value, None))
-                else:
-                    self.restored.append(Buffer(registry, name, buffer, buffer.clone(), value, checksum(buffer)))
 
     def watch(self) -> AbstractContextManager:
         """Return the context of the first evaluation. It notes which hooks change a value."""
@@ -231,7 +176,7 @@ class Replay:
         return stack
 
     def evaluated(self) -> None:
-        """Note what the first evaluation changed, and let go of all that it did not."""
+        """Note what the first evaluation changed, and drop the rest."""
         generators, self.generators = self.generators, []
         for source, before, _ in generators:
             if not same_state(before, after := source.read(source.key)):
@@ -253,43 +198,7 @@ class Replay:
         if self.is_foreign:
             self.children = [(registry, [*registry.values()]) for registry, _ in self.children]
             self._note_attributes()
-        initialised = {id(m._buffers) for m, _ in self.modes if id(m._parameters) in set_by} if set_by else set_by
-        # torch moves running statistics without a new version; a branch that moves them itself has them restored
-        moved = {
-            id(b.registry)
-            for b in self.restored
-            if id(b.tensor) in self.running_statistics
-            and (b.tensor._version, b.tensor.untyped_storage()._cdata) != b.identity
-        }
-        self.untracked = {m: None for m in self.untracked if id(m._buffers) not in moved}
-        untracked = {id(m._buffers) for m in self.untracked}
-        restored, self.restored = self.restored, []
-        for buffer in restored:
-            if id(buffer.registry) not in untracked:
-                self._note_buffer(buffer, id(buffer.registry) in initialised)
-        if initialised:
-            self.buffers = [
-                (registry, name, now if id(registry) in initialised and now is not None else b)
-                for registry, name, b in self.buffers
-                for now in (registry.get(name),)
-            ]
-
-    def _note_buffer(self, buffer: Buffer, initialised: bool) -> None:
-        """Note whether the first evaluation modified a buffer, and keep the value it began with if it may have."""
-        registry, name, b, before, value, bits = buffer
-        if initialised and (now := registry.get(name)) is not None:
-            b, value, bits = now, identity(now), checksum(now)  # the layer may note here that it is initialised
-        if before is not None and identity(b) == value and id(registry) not in self._silent and checksum(b) == bits:
-            self.unchanged.append(("buffer", name, b, value))
-            if bits is not None:
-                self.checksums.append((name, b, bits))
-            if (
-                b.device.type == "cpu"
-                or b.nbytes > KEPT_BUFFER
-                or any(m._buffers is registry and type(m).forward in NORM_FORWARDS for m, _ in self.modes)
-            ):
-                before = None
-        self.restored.append(Buffer(registry, name, b, before, value, bits))
+        self.note_buffers(set_by)
 
     def _note_attributes(self) -> None:
         """Note which attributes the first evaluation changed.
@@ -316,13 +225,13 @@ class Replay:
             sum(b is not None for m in modules for b in m._buffers.values()),
         ) != (len(self.modes), len(self.parameters), len(self.buffers))
 
-    def again(self, *, compare: bool = True) -> "_Again":
+    def again(self, *, compare: bool = True) -> Again:
         """Return the context of a further evaluation.
 
         Args:
-            compare: raise a RuntimeError if it has not moved the generators as the first has.
+            compare: raise a RuntimeError if the generators do not end where the first evaluation left them.
         """
-        return _Again(self, compare)
+        return Again(self, compare)
 
     def check_unchanged(self, when: str, fix: str) -> None:
         """Raise a RuntimeError if a parameter, a buffer or a module was modified or exchanged."""
@@ -348,9 +257,9 @@ class Replay:
 
     def restore(self, undo: list[tuple]) -> None:
         """Set everything as the first evaluation found it. ``undo`` receives the calls that undo this."""
-        for kind, *state in self.autocast:
-            if state[1] or torch.is_autocast_enabled(kind):
-                autocast = torch.autocast(kind, *state)
+        for kind, dtype, enabled, caches in self.autocast:
+            if enabled or torch.is_autocast_enabled(kind):
+                autocast = torch.autocast(kind, dtype, enabled, caches)
                 autocast.__enter__()
                 undo.append((autocast.__exit__, None, None, None))
         for module, training in self.modes:
@@ -373,13 +282,13 @@ class Replay:
             vars(module)["track_running_stats"] = False
         for registry, name, parameter, requires_grad, _ in self.parameters:
             if registry.get(name) is not parameter:
-                _exchange(registry, name, parameter, undo)
+                exchange(registry, name, parameter, undo)
             if parameter.requires_grad != requires_grad:
                 undo.append((parameter.requires_grad_, parameter.requires_grad))
                 parameter.requires_grad_(requires_grad)
         for registry, name, buffer in self.buffers:
             if registry.get(name) is not buffer:
-                _exchange(registry, name, buffer, undo)
+                exchange(registry, name, buffer, undo)
         for source, before, _ in self.generators:
             undo.append((source.write, source.key, source.read(source.key)))
             source.write(source.key, before)
@@ -393,85 +302,6 @@ class Replay:
         if (registries := hooked(self.modes)) or self.hooks is not None:
             restore_hooks(self.hooks, registries, undo)
 
-    def check_drawn(self) -> None:
-        """Raise a RuntimeError if a further evaluation has left a generator in another state than the first."""
-        for source, before, after in self.generators:
-            now = source.read(source.key)
-            if self.is_initialised_by_it and same_state(before, now):
-                continue  # the initialisation drew, and nothing else
-            if after is not None and not same_state(after, now):
-                raise RuntimeError(
-                    f"{self.name} drew other random numbers from {source.name} generator in the recomputation than in "
-                    "the forward pass: another thread drew from it at the same time, or the module draws another "
-                    "number of them, or it initialised itself in that forward pass; draw in one thread at a time, or "
-                    "from a torch.Generator that the module owns, and give a module that initialises itself a forward "
-                    "pass under torch.no_grad() first"
-                )
 
-
-_STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 _CPU = torch.device("cpu")
 _NOTHING = nullcontext()
-
-
-class _Again:
-    """The context of a further evaluation: restores what the first saw, and undoes that at the end."""
-
-    def __init__(self, replay: Replay, compare: bool):
-        self.replay, self.compare = replay, compare
-        self.undo: list[tuple] = []
-
-    def __enter__(self) -> None:
-        self.replay.check_unchanged("between forward and backward", "call backward before it changes")
-        try:
-            self.replay.restore(self.undo)
-        except BaseException:
-            _run_backwards(self.undo)
-            raise
-
-    def __exit__(self, kind: type | None, *_) -> None:
-        try:
-            if kind is None and self.compare and self.replay.generators:
-                self.replay.check_drawn()
-        finally:
-            _run_backwards(self.undo)
-        if kind is None and self.replay.sets_parameters:
-            self.replay.check_unchanged(
-                "by its module's every forward pass", "modify it outside of forward, or just once"
-            )
-
-
-def _run_backwards(undo: list[tuple]) -> None:
-    """Make the calls, the last one first; a call that fails keeps none of the others from being made."""
-    try:
-        while undo:
-            function, *arguments = undo.pop()
-            function(*arguments)
-    finally:
-        if undo:
-            _run_backwards(undo)
-
-
-def identity(x: Tensor) -> tuple[int, int]:
-    """Return another pair after x was modified in place, or was given other values by ``x.data = ...``."""
-    return x._version, x.untyped_storage()._cdata
-
-
-def _identity_at_first(x: Tensor, what: str) -> None:
-    """Return None for an uninitialised tensor of a lazy layer; raise a RuntimeError for one without a version."""
-    if not is_lazy(x):
-        raise RuntimeError(
-            f"{what} was made under torch.inference_mode(), so that autograd cannot use it: make or "
-            "load the module outside of inference_mode, or under torch.no_grad()"
-        )
-
-
-def _exchange(registry: dict, name: str, then: Tensor, undo: list[tuple]) -> None:
-    """Put back ``then``, which gave way to another tensor, as after functional_call or an assignment to self.buffer.
-
-    Tensors of a subclass are those of FSDP, which exchanges them itself.
-    """
-    now = registry.get(name)
-    if type(then) in (Tensor, nn.Parameter) and (now is None or type(now) in (Tensor, nn.Parameter)):
-        undo.append((registry.__setitem__, name, now) if name in registry else (registry.pop, name, None))
-        registry[name] = then

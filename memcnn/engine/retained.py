@@ -1,8 +1,8 @@
 """When rebuilt tensors are dropped again under ``retain_graph=True``.
 
-Usually autograd frees what it has used. Under ``retain_graph=True`` it keeps everything, and does not say when it is
-done with an activation. So we keep what the last ``KEPT_LINKS`` links have rebuilt and drop the rest, which is rebuilt
-once more if it is needed, and drop all when the pass ends.
+Without ``retain_graph`` autograd frees each activation after use. With it, we cannot know when an activation is no
+longer needed. We keep the tensors that the last ``KEPT_LINKS`` links have rebuilt and drop older ones. A dropped tensor
+that is needed after all is rebuilt once more. When the pass ends, all are dropped.
 """
 
 import functools
@@ -19,15 +19,15 @@ KEPT_LINKS = 8
 
 
 class Stored:
-    """A tensor without its graph, which can be dropped and given again."""
+    """Holds a tensor without its graph, which can be dropped and stored again."""
 
-    __slots__ = ("tensor", "version", "__weakref__")
+    __slots__ = ("__weakref__", "tensor", "version")
 
     pending_reads = 0
     """Number of links that are waiting to be rebuilt from this tensor."""
 
     @never_compiled
-    def __init__(self):
+    def __init__(self) -> None:
         self.tensor: Tensor | None = None
         self.version = 0
 
@@ -41,7 +41,7 @@ passes: dict[int, deque[list[tuple[weakref.ref[Stored], int]]]] = {}
 
 
 def start_link() -> None:
-    """Count what ``drop_later`` is given from now on to a further link of the running backward pass."""
+    """Begin the next link of the running backward pass. Later calls of ``drop_later`` belong to it."""
     number = current_backward_pass()
     if number not in passes:
         passes[number] = deque()
@@ -69,14 +69,14 @@ def drop_later(stored: Stored, number: int | None = None) -> None:
 
 
 def end_pass(number: int) -> None:
-    """Drop all that the backward pass of this number has rebuilt."""
+    """Drop all tensors that the backward pass of this number has rebuilt."""
     for link in passes.pop(number, ()):
         for stored in _still_rebuilt(link):
             stored.tensor = None
 
 
 def _still_rebuilt(link: list[tuple[weakref.ref[Stored], int]]) -> Iterator[Stored]:
-    """Those that somebody still holds and that have not been given another tensor since."""
+    """Yield the objects that somebody still holds and that still hold the rebuilt tensor."""
     for reference, tensor_id in link:
         if (stored := reference()) is not None and id(stored.tensor) == tensor_id:
             yield stored

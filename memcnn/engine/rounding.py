@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def relative_error(actual: Tensor, expected: Tensor, *, least_scale: float = 0.0) -> float:
-    """max |actual - expected| / max |expected|, the divisor at least ``least_scale``; NaN if either has one."""
+    """Return max |actual - expected| / max(max |expected|, ``least_scale``). NaN if one of them has a NaN."""
     if actual.shape != expected.shape:
         raise ValueError(f"cannot compare shapes {tuple(actual.shape)} and {tuple(expected.shape)}")
     if expected.numel() == 0:

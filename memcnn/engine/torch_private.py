@@ -53,7 +53,7 @@ disabled_dispatch = torch._C._DisableTorchDispatch
 _functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
-def at_end_of_backward(function: Callable[[], object]) -> None:
+def at_end_of_backward(function: Callable[[], None]) -> None:
     """Have ``function`` run when the running backward pass ends. DDP and FSDP do the same; no public way exists."""
     Variable._execution_engine.queue_callback(function)
 

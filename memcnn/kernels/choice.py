@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -117,7 +118,7 @@ class Choices:
                 rejected[str(plan)] = f"{type(error).__name__}: {error}"
                 continue
             by_name[str(plan)] = plan
-            runs[str(plan)] = lambda plan=plan: planned_weight_gradient(gradient, x, plan)
+            runs[str(plan)] = partial(planned_weight_gradient, gradient, x, plan)
         if rejected:
             warnings.warn(_rejected(key, rejected), RuntimeWarning, stacklevel=2)
         with torch.cuda.device(key.device) if key.device.type == "cuda" else nullcontext():

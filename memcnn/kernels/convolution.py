@@ -11,6 +11,7 @@ when it is compiled.
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,11 +115,11 @@ def _(output_gradient: Tensor, x: Tensor) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _save_inputs(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _second_derivative(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _second_derivative(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The weight gradient is linear in each of its inputs, and both derivatives are convolutions."""
     output_gradient, x = ctx.saved_tensors
     of_output_gradient = F.conv2d(x, gradient, padding=1) if ctx.needs_input_grad[0] else None
@@ -139,7 +140,7 @@ class _NarrowConv(torch.autograd.Function):
     setup_context = staticmethod(_save_inputs)
 
     @staticmethod
-    def backward(ctx, output_gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         of_input = _input_gradient(output_gradient, x, weight) if ctx.needs_input_grad[0] else None
         of_weight = conv3x3_weight_gradient(output_gradient, x) if ctx.needs_input_grad[1] else None

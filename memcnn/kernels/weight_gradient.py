@@ -123,7 +123,8 @@ def weight_gradient(output_gradient: Tensor, x: Tensor, plan: Plan, *, processor
     interpreted = not isinstance(partial_sums, triton.JITFunction)
     splits, tiles = plan.splits(pixels, processors)
     partial = torch.empty((splits, result.numel()), dtype=torch.float32, device=x.device)
-    partial_sums[(splits, *plan.groups)](
+    programs = splits, *plan.groups
+    partial_sums[programs](
         output_gradient,
         x,
         partial,

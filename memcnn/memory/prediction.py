@@ -10,6 +10,7 @@ update.
 import copy
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +133,9 @@ class _FakeCopies(TorchFunctionMode):
     ``Tensor.__deepcopy__`` would copy their ``FakeTensorMode`` as well, and tensors of two modes do not mix.
     """
 
-    def __torch_function__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+    def __torch_function__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if function is not Tensor.__deepcopy__ or not isinstance(args[0], FakeTensor):
             return function(*args, **(kwargs or {}))
         tensor, memo = args
@@ -166,7 +169,8 @@ def _make_fake(make_model: Callable[[], nn.Module], mode: FakeTensorMode) -> nn.
     with unset_fake_temporarily():
         model = copy.deepcopy(model)  # somebody may hold the real one
     for module in model.modules():
-        for values in (module._parameters, module._buffers):
+        registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for values in registries:
             real = {n: v for n, v in values.items() if isinstance(v, Tensor) and not isinstance(v, FakeTensor)}
             values.update({name: mode.from_tensor(value) for name, value in real.items()})
     return model

@@ -167,6 +167,7 @@ def _counting_gradients(meter: TensorMeter, parameters: Iterable[nn.Parameter]) 
     """Label the gradient of each parameter as soon as autograd has put it in place."""
 
     def count(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None, "autograd calls this hook after it has set the gradient"
         meter.count([parameter.grad], "gradient")
 
     hooks = [p.register_post_accumulate_grad_hook(count) for p in parameters if p.requires_grad]

@@ -4,6 +4,8 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
 
 import torch
 from torch.autograd.graph import _engine_run_backward
@@ -55,7 +57,7 @@ class TensorMeter(TorchDispatchMode):
             self._count(storage)
         self._note_peak()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is not torch.ops.aten.lift_fresh.default:  # its argument was just made from Python numbers
             for storage in storages_of((args, kwargs)):
@@ -123,7 +125,7 @@ def _sums_gradients(func: torch._ops.OpOverload) -> bool:
     in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
     if func is not torch.ops.aten.add.Tensor or not in_backward:
         return False
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code is not _engine_run_backward.__code__:
         if not frame.f_code.co_filename.startswith((__file__, torch.__path__[0])):
             return False  # a hook, or the backward of a Function

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -39,12 +40,12 @@ class AdditiveCoupling(Coupling):
         super().__init__(Fm, Gm, implementation_fwd, implementation_bwd, split_dim)
         self.grid = Grid.of(exact)
 
-    def couple(self, x1: Tensor, x2: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def couple(self, x1: Tensor, x2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         y1 = self._add(x1, self.Fm, x2, kwargs)
         y2 = self._add(x2, self.Gm, y1, kwargs)
         return y1, y2
 
-    def uncouple(self, y1: Tensor, y2: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def uncouple(self, y1: Tensor, y2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         x2 = self._subtract(y2, self.Gm, y1, kwargs)
         x1 = self._subtract(y1, self.Fm, x2, kwargs)
         return x1, x2
@@ -78,12 +79,12 @@ class AdditiveCoupling(Coupling):
     def _sums(self) -> tuple[Callable, Callable]:
         return (self.grid.add, self.grid.sub) if self.grid is not None else (_plus, _minus)
 
-    def forward_log_det(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def forward_log_det(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return y, and log|det dy/dx| of each sample, shape (N,): 0, since F and G only shift."""
         self._check_per_sample(x)
         return self(x, **kwargs), constant_log_det(x)
 
-    def inverse_log_det(self, y: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def inverse_log_det(self, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return x, and log|det dx/dy| of each sample, shape (N,): 0."""
         self._check_per_sample(y)
         return self.inverse(y, **kwargs), constant_log_det(y)
@@ -115,11 +116,13 @@ def _minus(a: Tensor, h: Tensor) -> Tensor:
 
 
 def _fitting(h: Tensor, a: Tensor) -> Tensor:
-    """h, where it has the shape of a or is broadcast to it, else a ValueError."""
+    """Return h if it has the shape of a or can be broadcast to it, else raise a ValueError."""
     if isinstance(h, Tensor) and (
         h.shape == a.shape
-        or h.dim() <= a.dim()
-        and all(size in (1, wanted) for size, wanted in zip(reversed(h.shape), reversed(a.shape), strict=False))
+        or (
+            h.dim() <= a.dim()
+            and all(size in (1, wanted) for size, wanted in zip(reversed(h.shape), reversed(a.shape), strict=False))
+        )
     ):
         return h
     got = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else f"a {type(h).__name__}"

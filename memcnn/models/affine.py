@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +40,17 @@ class AffineCoupling(Coupling):
         if adapter is not None:
             self.Fm, self.Gm = adapter(self.Fm), adapter(self.Gm)
 
-    def couple(self, x1: Tensor, x2: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def couple(self, x1: Tensor, x2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         y1 = self._change(x1, self.Fm, x2, kwargs, scale, unscale)
         y2 = self._change(x2, self.Gm, y1, kwargs, scale, unscale)
         return y1, y2
 
-    def uncouple(self, y1: Tensor, y2: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def uncouple(self, y1: Tensor, y2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         x2 = self._change(y2, self.Gm, y1, kwargs, unscale, scale)
         x1 = self._change(y1, self.Fm, x2, kwargs, unscale, scale)
         return x1, x2
 
-    def forward_log_det(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def forward_log_det(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return y, and log|det dy/dx| = sum log|s1| + sum log|s2| of each sample, shape (N,)."""
         self._check_per_sample(x)
         refuse_unknown(self, kwargs)
@@ -58,7 +59,7 @@ class AffineCoupling(Coupling):
         y2, log_s2 = self._change(x2, self.Gm, y1, kwargs, scale_log_det, unscale)
         return merge(y1, y2, self.split_dim), log_s1 + log_s2
 
-    def inverse_log_det(self, y: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def inverse_log_det(self, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return x, and log|det dx/dy| of each sample, shape (N,)."""
         self._check_per_sample(y)
         refuse_unknown(self, kwargs)
@@ -70,7 +71,7 @@ class AffineCoupling(Coupling):
     @staticmethod
     def _change(
         a: Tensor, branch: nn.Module, b: Tensor, kwargs: dict[str, object], forward: Callable, inverse: Callable
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Any:
         return couple(a, branch, b, forward=forward, inverse=inverse, kwargs=taken(branch, kwargs))
 
 
@@ -92,24 +93,24 @@ class AffineBlock(AffineCoupling):
 
 
 def scale(a: Tensor, h: tuple[Tensor, Tensor]) -> Tensor:
-    """s * a + t, where (s, t) = h."""
+    """Return s * a + t, where (s, t) = h."""
     s, t = _scale_and_shift(h)
     return a * s + t
 
 
 def unscale(a: Tensor, h: tuple[Tensor, Tensor]) -> Tensor:
-    """(a - t) / s, where (s, t) = h."""
+    """Return (a - t) / s, where (s, t) = h."""
     s, t = _scale_and_shift(h)
     return (a - t) / s
 
 
 def scale_log_det(a: Tensor, h: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """s * a + t, and the sum of log|s| over each sample."""
+    """Return s * a + t, and the sum of log|s| over each sample, shape (N,)."""
     return scale(a, h), sum_per_sample(_log(h[0], a))
 
 
 def unscale_log_det(a: Tensor, h: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(a - t) / s, and the sum of -log|s| over each sample."""
+    """Return (a - t) / s, and the sum of -log|s| over each sample, shape (N,)."""
     return unscale(a, h), sum_per_sample(-_log(h[0], a))
 
 
@@ -117,14 +118,14 @@ def _log(s: Tensor, a: Tensor) -> Tensor:
     return s.to(a.dtype).abs().log().expand_as(a)
 
 
-def _scale_and_shift(h: object) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(h: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(h, (tuple, list)) or len(h) != 2:  # a tensor could be unpacked too, along its batch
         got = type(h).__name__ if not isinstance(h, (tuple, list)) else f"{len(h)} values"
         raise TypeError(
             "F and G of an affine coupling must return a pair (scale, shift): "
             f"got {got}; give the coupling an adapter, such as adapter=AffineAdapterNaive"
         )
-    return h
+    return h[0], h[1]
 
 
 class AffineAdapter(nn.Module):
@@ -142,18 +143,19 @@ class AffineAdapter(nn.Module):
 class AffineAdapterNaive(AffineAdapter):
     """s = exp(h), t = h, where h = f(x) has the shape of x. The scale overflows where h does not fit exp."""
 
-    def forward(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         t = self.f(x, **kwargs)
         return t.exp(), t
 
 
 class AffineAdapterSigmoid(AffineAdapter):
-    """s = sigmoid(h1 + 2), t = h0, where h0 and h1 take turns in f(x) along the dimension that f has doubled.
+    """s = sigmoid(h1 + 2), t = h0, where h0 and h1 are the even and odd entries of f(x)
+    along the dimension that f doubles.
 
     The scale lies between 0 and 1, and at 0.88 where f gives 0, as in Glow.
     """
 
-    def forward(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         t, h = by_turns(self.f(x, **kwargs), x)
         return torch.sigmoid(h + 2), t
 
@@ -161,8 +163,8 @@ class AffineAdapterSigmoid(AffineAdapter):
 class AffineAdapterExp(AffineAdapter):
     """log s = bound * tanh(h1 / bound), t = h0, with h0 and h1 as for ``AffineAdapterSigmoid``.
 
-    The scale lies between exp(-bound) and exp(bound), and at 1 where f gives 0: RealNVP's exponential of a hyperbolic
-    tangent, with a fixed bound in the place of a learned one. It neither overflows nor reaches 0.
+    The scale lies between exp(-bound) and exp(bound); it is 1 where f returns 0, and never overflows or reaches 0.
+    RealNVP learns the bound; here it is fixed.
     """
 
     def __init__(self, module: nn.Module, *, bound: float = 2.0):
@@ -171,7 +173,7 @@ class AffineAdapterExp(AffineAdapter):
             raise ValueError(f"bound must be positive, the largest |log s|: got {bound}")
         self.bound = bound
 
-    def forward(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         t, h = by_turns(self.f(x, **kwargs), x)
         return (self.bound * torch.tanh(h / self.bound)).exp(), t
 
@@ -180,7 +182,10 @@ class AffineAdapterExp(AffineAdapter):
 
 
 def by_turns(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The even and the odd entries of h, of the shape of x each, along the one dimension where h is twice as large."""
+    """Return the even and the odd entries of h along the one dimension where h is twice as large as x.
+
+    Both results have the shape of x.
+    """
     dims = [dim for dim, (got, size) in enumerate(zip(h.shape, x.shape, strict=False)) if got != size]
     if h.dim() != x.dim() or len(dims) != 1 or h.shape[dims[0]] != 2 * x.shape[dims[0]]:
         raise ValueError(

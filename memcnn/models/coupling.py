@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ class Coupling(nn.Module):
     """
 
     grid: Grid | None = None
-    """Where it is given, the halves are on it: see ``memcnn.engine.exact``."""
+    """The grid that both halves are rounded to in exact mode (``memcnn.engine.exact``); None otherwise."""
 
     def __init__(
         self,
@@ -56,15 +57,15 @@ class Coupling(nn.Module):
         """Restore a pickle, which MemCNN 1.5 may have written: it kept ``implementation_fwd`` and ``_bwd`` as well."""
         super().__setstate__(migration.coupling_state(state))
 
-    def couple(self, x1: Tensor, x2: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def couple(self, x1: Tensor, x2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return y1 and y2, the halves of y."""
         raise NotImplementedError(f"{type(self).__name__} must define couple(x1, x2)")
 
-    def uncouple(self, y1: Tensor, y2: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def uncouple(self, y1: Tensor, y2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return x1 and x2, the halves of x."""
         raise NotImplementedError(f"{type(self).__name__} must define uncouple(y1, y2)")
 
-    def forward(self, x: Tensor, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Return y, of the shape of x, whose size along ``split_dim`` must be even.
 
         Each keyword argument is handed to F, to G, or to both: to those whose ``forward`` takes it.
@@ -74,7 +75,7 @@ class Coupling(nn.Module):
         halves = self.couple(*split(x, self.split_dim, self.grid), **kwargs)
         return merge(*halves, self.split_dim, self.grid)
 
-    def inverse(self, y: Tensor, **kwargs) -> Tensor:
+    def inverse(self, y: Tensor, **kwargs: Any) -> Tensor:
         """Return x, of the shape of y. Keyword arguments as for ``forward``."""
         if kwargs:
             refuse_unknown(self, kwargs)

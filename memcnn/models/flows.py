@@ -101,6 +101,9 @@ class InvertibleConv1x1(nn.Module):
         channels: C, the number of channels.
     """
 
+    sign: Tensor
+    permutation: Tensor
+
     def __init__(self, channels: int):
         super().__init__()
         orthogonal = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]

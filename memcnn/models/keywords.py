@@ -1,6 +1,6 @@
-"""Which keyword arguments a module takes: each is handed to the branches that have it in their ``forward``.
+"""Which keyword arguments a module takes. A coupling passes each one to the branches whose ``forward`` has it.
 
-So ``mask=...`` reaches the attention of a Reformer's block and not its feed-forward network.
+In a block of a Reformer, for example, ``mask=...`` reaches the attention and not the feed-forward network.
 """
 
 import inspect
@@ -12,8 +12,8 @@ from torch import nn
 def keywords_taken(module: nn.Module, names: Iterable[str]) -> set[str]:
     """Return those of the names that ``module`` takes as keyword arguments.
 
-    A module says so itself in a method ``keywords_taken(names)``, or else by the signature of ``forward``, whose first
-    parameter is the input.
+    If the module has a method ``keywords_taken(names)``, it decides. Otherwise the signature of ``forward`` does, whose
+    first parameter is the input.
     """
     own = getattr(module, "keywords_taken", None)
     if own is not None:

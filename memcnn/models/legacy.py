@@ -7,6 +7,7 @@
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -54,7 +55,8 @@ class _Branch(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        for name, module in self._modules.items():
+        modules: dict[str, Any] = self._modules
+        for name, module in modules.items():
             if name.startswith("bn"):
                 x = self.relu(module(x))
             elif name.startswith("conv"):
@@ -89,7 +91,7 @@ class _Unit(nn.Module):
     """
 
     expansion: int
-    branch: type[_Branch]
+    branch: "type[BasicBlockSub | BottleneckSub]"
     branch_name: str
     reversible: bool
 
@@ -220,7 +222,9 @@ class ResNet(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
-def _stage(block: type[_Unit], inplanes: int, width: int, count: int, stride: int, *, noactivation: bool):
+def _stage(
+    block: type[_Unit], inplanes: int, width: int, count: int, stride: int, *, noactivation: bool
+) -> nn.Sequential:
     """Return ``count`` units; the first one strides, and changes the width from ``inplanes`` to ``width``."""
     downsample = None
     if stride != 1 or inplanes != width:

@@ -1,6 +1,6 @@
 """Invertible layers that only move entries: permute channels, or turn positions into channels and back."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ __all__ = ["ChannelPermutation", "DepthToSpace", "SpaceToDepth"]
 
 class _Rearrangement(nn.Module):
     """Base class of layers that only move entries. They preserve volume, so their log-determinant is 0."""
+
+    inverse: Callable[[Tensor], Tensor]
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return y and log|det dy/dx| for each sample, shape (N,): zeros."""
@@ -31,6 +33,8 @@ class ChannelPermutation(_Rearrangement):
     Raises:
         ValueError: ``order`` is not a permutation.
     """
+
+    order: Tensor
 
     def __init__(self, order: Sequence[int] | Tensor):
         super().__init__()

@@ -7,6 +7,7 @@ takes ``num_classes`` and returns a module that maps images (N, 3, 32, 32) to lo
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,12 +55,33 @@ class Branch(nn.Sequential):
     """Layers in sequence; unlike ``nn.Sequential`` itself, ``torch.compile`` compiles it as a unit of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layers' output for x."""
+        """Return the output of the layers for x."""
         return super().forward(x)
 
 
+class BranchMaker(Protocol):
+    """A function that makes F, G or the branch of a plain unit; ``expansion`` widens the stages' channels."""
+
+    expansion: int
+
+    def __call__(self, in_channels: int, out_channels: int, stride: int = 1, *, activate: bool = True) -> Branch:
+        """Return the branch; ``activate`` puts BN and ReLU first."""
+
+
+def _expands(factor: int) -> Callable[[Callable[..., Branch]], BranchMaker]:
+    """Return a decorator that sets ``expansion`` of a function that makes branches."""
+
+    def decorated(function: Callable[..., Branch]) -> BranchMaker:
+        maker = cast(BranchMaker, function)
+        maker.expansion = factor
+        return maker
+
+    return decorated
+
+
+@_expands(1)
 def basic_branch(in_channels: int, out_channels: int, stride: int = 1, *, activate: bool = True) -> Branch:
-    """[BN, ReLU,] conv3x3(stride), BN, ReLU, conv3x3; the bracket only with ``activate``."""
+    """Return the branch [BN, ReLU,] conv3x3(stride), BN, ReLU, conv3x3. ``activate=False`` leaves the bracket out."""
     return Branch(
         *_activation(in_channels, activate),
         _conv3x3(in_channels, out_channels, stride),
@@ -68,8 +90,12 @@ def basic_branch(in_channels: int, out_channels: int, stride: int = 1, *, activa
     )
 
 
+@_expands(4)
 def bottleneck_branch(in_channels: int, out_channels: int, stride: int = 1, *, activate: bool = True) -> Branch:
-    """[BN, ReLU,] conv1x1, BN, ReLU, conv3x3(stride), BN, ReLU, conv1x1; inner width a quarter of ``out_channels``."""
+    """Return the branch [BN, ReLU,] conv1x1, BN, ReLU, conv3x3(stride), BN, ReLU, conv1x1.
+
+    The inner width is a quarter of ``out_channels``. ``activate=False`` leaves the bracket out.
+    """
     width = out_channels // bottleneck_branch.expansion
     return Branch(
         *_activation(in_channels, activate),
@@ -81,16 +107,12 @@ def bottleneck_branch(in_channels: int, out_channels: int, stride: int = 1, *, a
     )
 
 
-basic_branch.expansion = 1
-bottleneck_branch.expansion = 4
-
-
 class ResidualUnit(nn.Module):
     """y = shortcut(x) + branch(x), for a unit that strides or changes its width: shortcut = conv1x1(stride), BN."""
 
     def __init__(
         self,
-        branch: Callable[..., nn.Module],
+        branch: BranchMaker,
         in_channels: int,
         out_channels: int,
         stride: int,
@@ -100,7 +122,7 @@ class ResidualUnit(nn.Module):
         super().__init__()
         self.full_precision = full_precision
         self.branch = branch(in_channels, out_channels, stride, activate=activate)
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
@@ -127,7 +149,7 @@ class CifarResNet(nn.Module):
 
     def __init__(
         self,
-        branch: Callable[..., nn.Module],
+        branch: BranchMaker,
         units: Sequence[int],
         channels: Sequence[int],
         num_classes: int = 10,
@@ -173,23 +195,23 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, num_classes) of images x (N, 3, H, W)."""
+        """Return the logits (N, num_classes) of images x (N, 3, H, W)."""
         return self.head[-1](self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """What the linear layer maps to logits: (N, C) from images x (N, 3, H, W), the same for any ``num_classes``."""
+        """Return the input of the linear layer, (N, C), for images x (N, 3, H, W)."""
         x = self.begin(x)
         for stage in self.stages:
             x = stage(x)
         return self.end(x)
 
     def begin(self, x: Tensor) -> Tensor:
-        """The stem: what the first stage is given for images x (N, 3, H, W)."""
+        """Return the input of the first stage for images x (N, 3, H, W)."""
         x = self.stem(x)
         return _full_precision(x) if self.reversible else x
 
     def end(self, x: Tensor) -> Tensor:
-        """BN, ReLU and global average of the last stage's output x (N, C, H, W), (N, C)."""
+        """Return BN, ReLU and global average, (N, C), of the last stage's output x (N, C, H, W)."""
         for layer in list(self.head)[:-1]:
             x = layer(x)
         return x
@@ -229,7 +251,7 @@ MODELS = {model.__name__: model for model in (resnet32, resnet110, resnet164, re
 
 
 def _unit(
-    branch: Callable[..., nn.Module],
+    branch: BranchMaker,
     in_width: int,
     width: int,
     *,
@@ -246,7 +268,7 @@ def _unit(
 
 
 def _full_precision(x: Tensor) -> Tensor:
-    """x in float32 where autocast made it less: a stream that is inverted must not round as the branches on it may."""
+    """Return x in float32 or wider under autocast, else x. Branches may round more than the residual stream."""
     if autocast_dtype(x.device.type) is None:
         return x
     return x.to(torch.promote_types(x.dtype, torch.float32))

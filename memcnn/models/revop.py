@@ -6,6 +6,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +53,8 @@ class InvertibleModuleWrapper(nn.Module):
         num_bwd_passes: accepted for compatibility; a retained graph may be differentiated any number of times.
         disable: run ``fn`` under ordinary autograd, which stores every activation. May be switched at any time.
         preserve_rng_state: replay the random numbers of the forward pass (dropout) in the recomputation.
-        check_inverse: a relative error, such as 1e-4. Inputs are then stored after all, to be compared with what
-            backward rebuilds: a larger difference, of this block or accumulated behind it, is a RuntimeError.
+        check_inverse: the largest relative error of rebuilt inputs, such as 1e-4. Inputs are then stored and compared
+            with the rebuilt ones. A larger error, of this block or accumulated in later ones, is a RuntimeError.
     """
 
     def __init__(
@@ -79,27 +80,30 @@ class InvertibleModuleWrapper(nn.Module):
         self.num_bwd_passes = num_bwd_passes
         self.preserve_rng_state = preserve_rng_state
         self.check_inverse = check_inverse
-        self._fn = fn
+        self._fn: Any = fn  # a module with an inverse
 
     def __setstate__(self, state: dict) -> None:
         """Restore a pickle, which MemCNN 1.5 may have written."""
         super().__setstate__(migration.wrapper_state(state, InvertibleModuleWrapper))
 
-    def forward(self, *xin, **kwargs):
-        """``fn(*xin, **kwargs)``. Floating-point tensors in ``xin`` are what ``fn.inverse`` must give back."""
+    def forward(self, *xin: Any, **kwargs: Any) -> Any:
+        """Return ``fn(*xin, **kwargs)``. ``fn.inverse`` must return the floating-point tensors among ``xin``."""
         return self._run(self._fn, self._fn.inverse, xin, kwargs, self.keep_input)
 
-    def inverse(self, *yin, **kwargs):
-        """``fn.inverse(*yin, **kwargs)``, differentiable with the same savings."""
+    def inverse(self, *yin: Any, **kwargs: Any) -> Any:
+        """Return ``fn.inverse(*yin, **kwargs)``, which can be differentiated with the same savings."""
         return self._run(self._fn.inverse, self._fn, yin, kwargs, self.keep_input_inverse)
 
-    def forward_log_det(self, *xin, **kwargs):
-        """y = ``self(*xin, **kwargs)``, and log|det dy/dx| of each sample, (N,): see ``memcnn.models.log_det``."""
+    def forward_log_det(self, *xin: Any, **kwargs: Any) -> Any:
+        """Return y = ``self(*xin, **kwargs)`` and log|det dy/dx| of each sample, shape (N,).
+
+        ``memcnn.models.log_det`` explains it.
+        """
         run = _log_det_method(self._fn, "forward_log_det")
         return self._run(run, self._fn.inverse, xin, kwargs, self.keep_input, log_det=True)
 
-    def inverse_log_det(self, *yin, **kwargs):
-        """x = ``self.inverse(*yin, **kwargs)``, and log|det dx/dy| of each sample, (N,)."""
+    def inverse_log_det(self, *yin: Any, **kwargs: Any) -> Any:
+        """Return x = ``self.inverse(*yin, **kwargs)`` and log|det dx/dy| of each sample, shape (N,)."""
         run = _log_det_method(self._fn, "inverse_log_det")
         return self._run(run, self._fn, yin, kwargs, self.keep_input_inverse, log_det=True)
 
@@ -107,14 +111,18 @@ class InvertibleModuleWrapper(nn.Module):
         """Return those of the names that ``fn`` takes as keyword arguments."""
         return keywords_taken(self._fn, names)
 
-    def _run(self, run, undo, inputs, kwargs, keep_input, log_det=False):
+    def _run(
+        self, run: Callable, undo: Callable, inputs: tuple, kwargs: dict, keep_input: bool, log_det: bool = False
+    ) -> Any:
         if self.disable or not _is_recorded(self._fn, inputs):
             return run(*inputs, **kwargs)
         return self._run_recorded(run, undo, inputs, kwargs, keep_input, log_det)
 
     @_uncompiled
-    def _run_recorded(self, run, undo, inputs, kwargs, keep_input, log_det):
-        options = {
+    def _run_recorded(
+        self, run: Callable, undo: Callable, inputs: tuple, kwargs: dict, keep_input: bool, log_det: bool
+    ) -> Any:
+        options: dict[str, Any] = {
             "preserve_rng_state": self.preserve_rng_state,
             "keep_input": keep_input,
             "check_inverse": self.check_inverse,
@@ -169,11 +177,12 @@ class ReversibleSequential(nn.Sequential):
                 if not isinstance(module, InvertibleModuleWrapper) or not isinstance(module._fn, AdditiveCoupling):
                     raise ValueError(
                         "only additive couplings can be exact: module "
-                        f"{i} is a {type(getattr(module, '_fn', module)).__name__}"
+                        f"{i} is a {type(getattr(module, '_fn', module)).__name__};"
+                        " leave exact out, or replace the module"
                     )
                 module._fn.grid = Grid.of(exact)
 
-    def forward(self, x: Tensor, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]  # Sequential calls it input
         """Return y, of the shape that the modules give it.
 
         Each keyword argument is handed to the modules, and within couplings to the branches, whose ``forward`` takes
@@ -191,7 +200,7 @@ class ReversibleSequential(nn.Sequential):
                 )
         return x
 
-    def inverse(self, y: Tensor, **kwargs) -> Tensor:
+    def inverse(self, y: Tensor, **kwargs: Any) -> Tensor:
         """Return x with ``self(x, **kwargs) = y``, differentiable with the same savings."""
         refuse_unknown(self, kwargs)
         for store, blocks in self._runs(list(reversed(self))):
@@ -209,8 +218,8 @@ class ReversibleSequential(nn.Sequential):
         """Return those of the names that one of the modules takes as keyword arguments."""
         return {name for module in self for name in keywords_taken(module, names)}
 
-    def _runs(self, blocks: list[nn.Module]) -> Iterator[tuple[bool, list[nn.Module]]]:
-        """Whether to store, and the blocks to run together."""
+    def _runs(self, blocks: list[nn.Module]) -> Iterator[tuple[bool, list[Any]]]:
+        """Yield the blocks to run together, each time with whether they store their activations."""
         stores = [self._stores(len(blocks) - 1 - i) for i in range(len(blocks))]
         alike = [None if store else _halves_passed_on(block) for store, block in zip(stores, blocks, strict=True)]
         start = 0
@@ -221,20 +230,22 @@ class ReversibleSequential(nn.Sequential):
     def _stores(self, distance_to_end: int) -> bool:
         return self.keep_every is not None and distance_to_end % self.keep_every == 0
 
-    def forward_log_det(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def forward_log_det(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return y, and log|det dy/dx| of each sample, shape (N,): the sum of the modules' own."""
         refuse_unknown(self, kwargs)
         total = constant_log_det(x)
+        module: Any
         for i, module in enumerate(self):
             with storing() if self._stores(len(self) - 1 - i) else nullcontext():
                 x, log_det = module.forward_log_det(x, **taken(module, kwargs))
             total = total + log_det
         return x, total
 
-    def inverse_log_det(self, y: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def inverse_log_det(self, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return x, and log|det dx/dy| of each sample, shape (N,)."""
         refuse_unknown(self, kwargs)
         total = constant_log_det(y)
+        module: Any
         for i, module in enumerate(reversed(self)):
             with storing() if self._stores(len(self) - 1 - i) else nullcontext():
                 y, log_det = module.inverse_log_det(y, **taken(module, kwargs))
@@ -260,9 +271,9 @@ class HalvesPassedOn(nn.Sequential):
         return x
 
 
-def _runs(blocks: Sequence[nn.Module], alike: Sequence[tuple | None]) -> list[list[nn.Module]]:
+def _runs(blocks: Sequence[nn.Module], alike: Sequence[tuple | None]) -> list[list[Any]]:
     """Return the blocks in order, those together that follow each other and are alike; None is like no other."""
-    runs: list[list[nn.Module]] = []
+    runs: list[list[Any]] = []
     previous = None
     for block, kind in zip(blocks, alike, strict=True):
         if kind is not None and kind == previous:
@@ -274,7 +285,7 @@ def _runs(blocks: Sequence[nn.Module], alike: Sequence[tuple | None]) -> list[li
 
 
 def _halves_passed_on(block: nn.Module) -> tuple | None:
-    """Alike for blocks that can hand on the halves of a tensor instead of the tensor; None for any other block."""
+    """Return equal values for blocks that can pass on two halves instead of their tensor; None for any other block."""
     if not isinstance(block, InvertibleModuleWrapper) or block.disable or block.keep_input or block.keep_input_inverse:
         return None
     coupling = block._fn
@@ -313,7 +324,7 @@ def _recorded_run(
 def _halves_changed(
     blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable, kwargs: dict[str, object]
 ) -> Tensor:
-    coupling = blocks[0]._fn
+    coupling: Any = blocks[0]._fn
     halves = split(values.pop(), coupling.split_dim, coupling.grid)
     for block in blocks:
         halves = getattr(block._fn, change.__name__)(*halves, **(taken(block, kwargs) if kwargs else kwargs))
@@ -330,9 +341,19 @@ def create_coupling(
     adapter: Callable[[nn.Module], nn.Module] | None = None,
     split_dim: int = 1,
 ) -> Coupling:
-    """The coupling named ``coupling``, 'additive' or 'affine', of the modules F and G (G: a copy of F if not given).
+    """Return an additive or an affine coupling of the modules F and G.
 
-    ``adapter`` is for an affine coupling alone. NotImplementedError for another name.
+    Args:
+        Fm: F, as for the coupling.
+        Gm: G, likewise; a deep copy of F if it is not given.
+        coupling: "additive" or "affine".
+        implementation_fwd: accepted for compatibility; it has no effect.
+        implementation_bwd: likewise.
+        adapter: as for ``AffineCoupling``; an additive coupling ignores it.
+        split_dim: the dimension along which the input is halved.
+
+    Raises:
+        NotImplementedError: ``coupling`` is another name.
     """
     if coupling == "affine":
         return AffineCoupling(Fm, Gm, adapter, implementation_fwd, implementation_bwd, split_dim)
@@ -350,20 +371,20 @@ def is_invertible_module(
     *,
     device: torch.device | str = "cpu",
 ) -> bool:
-    """Whether inverse(forward(x)) = x and forward(inverse(y)) = y for a random x, and y = forward(x).
+    """Return whether inverse(forward(x)) = x and forward(inverse(y)) = y, for a random x and y = forward(x).
 
-    Random numbers, buffers and generators are as before the call when it returns. A result that shares memory with an
-    input, or two results that are the same tensor, are a UserWarning.
+    Buffers and random generators are the same after the call as before. Warns if a result shares memory with an input,
+    or if two results are the same tensor.
 
     Args:
         module_in: the module, wrapped or not.
         test_input_shape: the shape of x, or a sequence of shapes for a module of several inputs.
         test_input_dtype: their dtype; their values are uniform in [0, 1).
-        atol: the largest absolute error, beside the relative one of ``torch.allclose``.
-        random_seed: which values.
-        device: where they lie; that of the module.
+        atol: the absolute tolerance of ``torch.allclose``, beside its relative one.
+        random_seed: seed of the values.
+        device: the device of the module, on which x is made.
     """
-    fn = module_in._fn if isinstance(module_in, InvertibleModuleWrapper) else module_in
+    fn: Any = module_in._fn if isinstance(module_in, InvertibleModuleWrapper) else module_in
     if not hasattr(fn, "inverse"):
         return False
     generator = torch.Generator().manual_seed(random_seed)
@@ -431,8 +452,8 @@ def _log_det_method(fn: nn.Module, name: str) -> Callable:
     return method
 
 
-def _is_recorded(fn: nn.Module, inputs: tuple) -> bool:
-    """Whether autograd would record ``fn(*inputs)``, and lets us say what it saves."""
+def _is_recorded(fn: nn.Module, inputs: Sequence) -> bool:
+    """Return whether autograd would record ``fn(*inputs)`` and calls hooks for saved tensors."""
     return (
         torch.is_grad_enabled()
         and not is_storing()

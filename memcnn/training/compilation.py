@@ -48,7 +48,7 @@ def compiled(model: nn.Module, forward: Callable[[Tensor], Tensor] | None = None
         forward: what to call instead of the model, with the same weights, such as a wrapper around it.
     """
     in_parts = isinstance(model, CifarResNet) and _rebuilds(model)
-    if in_parts:
+    if isinstance(model, CifarResNet) and in_parts:
         _compile_parts(model)
     if forward is not None and forward is not model:
         return forward if in_parts else torch.compile(forward, dynamic=False)

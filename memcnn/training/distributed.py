@@ -9,7 +9,7 @@ as to stop, are taken by all of them, in the same place.
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -73,7 +73,8 @@ class World:
             This process's own result.
         """
         turn = 0 if self.is_first else 1 if self.local_rank == 0 else 2
-        result, error = None, None
+        result: Any = None
+        error: Exception | None = None
         for now in range(3):
             if now == turn:
                 try:

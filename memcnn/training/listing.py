@@ -13,7 +13,7 @@ HEAD = ("run", "iterations", "test acc. %", "train s", "status")
 def list_runs(folder: Path) -> str:
     """Return a table of the runs that lie directly in ``folder``, and why some records cannot be read."""
     records, problems = load_all(folder)
-    rows = {path.name: (path, record) for path, record in records}
+    rows: dict[str, tuple[Path, RunRecord | None]] = {path.name: (path, record) for path, record in records}
     bad = {Path(problem.partition(": ")[0]).parent.name for problem in problems}
     begun = [path.parent for path in folder.glob(f"*/{HOLDER}") if path.parent.name not in {*rows, *bad}]
     rows |= {path.name: (path, None) for path in begun if holder(path)}

@@ -22,10 +22,14 @@ def run_name(
     one process, is called "revnet38-cifar10-published-s0"; anything else is appended, as "-generated-plain-p2".
 
     Args:
-        model, dataset, recipe, seed: what the run trains, on what, and how.
+        model: name of the network.
+        dataset: name of the data set.
+        recipe: the recipe; its name becomes part of the folder's.
+        seed: seed of weights, order and augmentation.
         data: "official", "generated", or "unofficial" for files with other checksums (``memcnn.data.Data.kind``).
         engine: False where RevNets run as plain autograd.
         processes: how many processes share each batch.
+
     Raises:
         ValueError: ``data`` is another word, or ``processes`` is below 1.
     """

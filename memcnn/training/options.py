@@ -101,7 +101,7 @@ def execution_of(
         return Execution(precision=precision, **chosen, **rest)
     name = str(device or getattr(given, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = torch.device("cuda" if name.startswith("cuda") else "cpu")  # a wrong name is reported by who uses it
-    processes = processes or int(os.environ.get("WORLD_SIZE", 1))
+    processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
     return replace(Execution.fastest(kind, processes=processes, deterministic=given.deterministic), **rest)
 
 

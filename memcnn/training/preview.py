@@ -114,11 +114,11 @@ def _measured(
     """Return the seconds a step, the quickest of a few on made-up images after one that warms up, and how many."""
     data = cifar.generate(num_classes, train=recipe.batch_size, test=1).to(device)
     plan = cifar.epoch_plan(0, 0, recipe.batch_size, pad=recipe.pad, flip=recipe.flip).to(device)
-    model.to(device, memory_format=torch.channels_last).train()
+    model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # the stub lacks memory_format
     seconds: list[float] = []
     with execution.settings(device):
         step = TrainingStep(model, recipe, data, execution)
-        while len(seconds) < 1 + TIMED_STEPS and sum(seconds) < TIMED_SECONDS or len(seconds) < 2:
+        while (len(seconds) < 1 + TIMED_STEPS and sum(seconds) < TIMED_SECONDS) or len(seconds) < 2:
             started = time.perf_counter()
             step(plan, recipe.learning_rate)
             step.totals.tolist()  # waits for the device

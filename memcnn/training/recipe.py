@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ SMOKE = replace(  # seconds a run: shows that everything works, measures nothing
 RECIPES = {"published": PUBLISHED, "smoke": SMOKE}
 
 
-def override(recipe: Recipe, **changes) -> Recipe:
+def override(recipe: Recipe, **changes: Any) -> Recipe:
     """Return the recipe with other values, and a name that lists them: "published-iterations=1500".
 
     The name lists the differences from the recipe of RECIPES that it began as, so that no two runs share a folder.

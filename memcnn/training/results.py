@@ -30,10 +30,10 @@ def record_of(
     here, last = state.segments[-1], state.rows[-1] if state.rows else {}
     status, reason = outcome
     return RunRecord(
-        model=identity.model,
-        dataset=identity.dataset,
-        seed=identity.seed,
-        engine=identity.engine,
+        model=identity.model,  # type: ignore[arg-type]  # None only in old checkpoints
+        dataset=identity.dataset,  # type: ignore[arg-type]  # None only in old checkpoints
+        seed=identity.seed,  # type: ignore[arg-type]  # None only in old checkpoints
+        engine=identity.engine,  # type: ignore[arg-type]  # None only in old checkpoints
         recipe=recipe,
         status=status,
         reason=reason,

@@ -1,6 +1,7 @@
 """A part of a run, and how it was computed."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from memcnn.training.validation import check, check_fields, check_keys, is_count, is_number
 
@@ -49,14 +50,14 @@ class Segment:
         return self.last - self.first
 
     @classmethod
-    def from_dict(cls, values: object) -> "Segment":
+    def from_dict(cls, values: Any) -> "Segment":
         """Return the segment in a record; raise ValueError if the values are not those of one."""
         check(isinstance(values, dict), "segment", values, "an object")
         check_fields(cls, values)
         return cls(**values)
 
 
-def check_origin(*, device: object, software: object, commit: object, clean: object) -> None:
+def check_origin(*, device: Any, software: Any, commit: object, clean: object) -> None:
     """Raise ValueError unless this says where a run or a segment was computed."""
     versions = software
     check(commit is None or isinstance(commit, str), "commit", commit, "text or null")

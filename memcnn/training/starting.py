@@ -54,11 +54,10 @@ def begin(job: Job, setting: Setting) -> Start | RunRecord:
         data_checksums=None if images is None else images.checksums,
         batch_norm_images=job.recipe.batch_size // world.size if shares else None,
     )
-    if not job.fresh:
-        if done := world.from_first(lambda: _finished(folder, identity)):
-            if setting.shown:
-                print(f"{folder} is already complete; --fresh trains it anew.", file=sys.stderr)
-            return done
+    if not job.fresh and (done := world.from_first(lambda: _finished(folder, identity))):
+        if setting.shown:
+            print(f"{folder} is already complete; --fresh trains it anew.", file=sys.stderr)
+        return done
     images = images or setting.images_of(job)
     _check_sizes(job.recipe, images)
     return Start(job, folder, replace(identity, data_checksums=images.checksums), images)

@@ -5,7 +5,7 @@
 them. Both can be captured as CUDA graphs, on the caller's current stream.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -117,6 +117,7 @@ class TrainingStep:
         self.prepare(batch, learning_rate)
         self._set_learning_rate(learning_rate)
         if self.execution.graph:
+            assert self.batch is not None, "prepare() has set it"
             self.batch.copy_(batch)
         else:
             self.batch = batch
@@ -124,6 +125,7 @@ class TrainingStep:
 
     def update(self) -> None:
         """Update the model on ``batch``, in place."""
+        assert self.batch is not None, "prepare() has set it"
         images, labels = cifar.batch(self.data, self.batch, pad=self.pad)
         images = images.contiguous(memory_format=torch.channels_last)
         with self.execution.autocast(self.device):
@@ -224,7 +226,7 @@ class Evaluation:
             with self._evaluating():
                 self.replay = captured(lambda: self._add(self.rows), [self.totals])
 
-    def turns(self) -> Iterator[int]:
+    def turns(self) -> Generator[int, None, None]:
         """Launch the evaluation of a batch at each turn, and yield the number of images that are launched by then.
 
         The totals start from zero. Closing the iterator early puts the model back into its mode as well.

@@ -5,6 +5,7 @@ import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
 
 import torch
 
@@ -94,7 +95,7 @@ class _Copy:
             data = cifar.generate(classes, train=recipe.batch_size, test=batch).to(device)
             self.plan = self.lane.copy(cifar.epoch_plan(0, 0, recipe.batch_size, pad=recipe.pad, flip=recipe.flip))
             model = MODELS[job.model](classes, disable=job.disable)
-            model.to(device, memory_format=torch.channels_last).train()
+            model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # the stub lacks memory_format
             self.step = TrainingStep(model, recipe, data, execution)
             self.step.prepare(self.plan, recipe.learning_rate)
             self.evaluation = Evaluation(model, data, execution)
@@ -139,7 +140,7 @@ def _round_seconds(copies: list[_Copy]) -> float:
     return (time.perf_counter() - started) / rounds
 
 
-_barrier = None  # of the processes that time a network at the same time
+_barrier: Barrier | None = None  # of the processes that time a network at the same time
 
 
 def _slowest_of_processes(job: Job, execution: Execution, place: Place, device: torch.device, count: int) -> Cost:
@@ -152,12 +153,13 @@ def _slowest_of_processes(job: Job, execution: Execution, place: Place, device: 
     return Cost(**{name: max(getattr(cost, name) for cost in costs) for name in parts}, source="timed")
 
 
-def _join(barrier: object, threads: int) -> None:
+def _join(barrier: Barrier, threads: int) -> None:
     global _barrier
     _barrier = barrier
     torch.set_num_threads(threads)
 
 
 def _timed_beside_others(what: tuple[Job, Execution, Place, torch.device]) -> Cost:
+    assert _barrier is not None, "each process of the pool was given the barrier when it started"
     _barrier.wait()  # so that each process has one of the tasks, and they compute at the same time
     return timed(*what)[0]

@@ -86,8 +86,8 @@ class _Group:
         """Give each run that is ready one turn, again and again; yield those that have ended."""
         while self._fill():
             ready = [member for member in self.members if member.is_ready]
-            if not ready:
-                self.members[0].event.synchronize()  # the one that has waited longest
+            if not ready and (event := self.members[0].event) is not None:
+                event.synchronize()  # the one that has waited longest
             for member in ready:
                 self.members.remove(member)
                 outcome = self._advance(member)

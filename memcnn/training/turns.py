@@ -86,7 +86,8 @@ class Lane:
         self._launched += 1
         if self.device.type != "cuda" or self._launched % STEPS_BETWEEN_EVENTS:
             return None
-        self._marks.append(self.mark())
+        if (mark := self.mark()) is not None:
+            self._marks.append(mark)
         return self._marks.popleft() if len(self._marks) > 1 else None
 
     def copy(self, plan: EpochPlan) -> EpochPlan:

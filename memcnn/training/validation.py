@@ -1,6 +1,7 @@
 """Checks of values that come from a file. Each message names the field, what it is, and what was wanted."""
 
 from dataclasses import fields
+from typing import Any, TypeGuard
 
 
 def check(right: bool, name: str, got: object, wanted: str) -> None:
@@ -16,7 +17,7 @@ def check_fields(kind: type, values: dict, *, without: str | None = None) -> Non
         raise ValueError(f"missing fields {sorted(wanted - set(values))}, unknown {sorted(set(values) - wanted)}")
 
 
-def check_keys(name: str, value: object, kinds: dict[str, type]) -> None:
+def check_keys(name: str, value: Any, kinds: dict[str, type]) -> None:
     """Raise ValueError unless ``value`` is a dict with exactly these keys, each with a value of its type."""
     right = isinstance(value, dict) and set(value) == set(kinds)
     check(right, name, value, f"an object with {', '.join(kinds)}")
@@ -24,11 +25,11 @@ def check_keys(name: str, value: object, kinds: dict[str, type]) -> None:
         check(isinstance(value[key], kind), f"{name}.{key}", value[key], kind.__name__)
 
 
-def is_count(value: object) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
     """Return whether a value is a whole number of at least 0."""
     return isinstance(value, int) and is_number(value)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Return whether a value is a finite number of at least 0."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**63

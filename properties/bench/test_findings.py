@@ -28,7 +28,7 @@ def test_a_finding_is_a_program_of_its_package_and_torch_alone_that_would_notice
     roots = {name.partition(".")[0].lower() for name in imported}
     assert package in NAMES and package in roots
     assert roots <= {package, "torch", "copy", "random", "warnings"}
-    assert any(isinstance(node, ast.Assert) or isinstance(node, ast.Raise) for node in ast.walk(tree))
+    assert any(isinstance(node, (ast.Assert, ast.Raise)) for node in ast.walk(tree))
 
 
 def test_a_failure_that_the_package_declares_in_this_mode_is_declared():

@@ -22,7 +22,7 @@ ENVIRONMENT = {
 @pytest.fixture
 def a_gpu(monkeypatch):
     """A GPU is there, as far as the command looks."""
-    monkeypatch.setattr(folders, "chosen", lambda name: torch.device(name))
+    monkeypatch.setattr(folders, "chosen", torch.device)
     monkeypatch.setattr(folders, "environment", lambda device, clock: ENVIRONMENT)
 
 

@@ -149,7 +149,7 @@ def in_a_chain(module, *inputs):
 
 
 def one_output_used(module, *inputs):
-    return differentiated([y for y in module(*inputs) if y is not None][0])
+    return differentiated(next(y for y in module(*inputs) if y is not None))
 
 
 def one_input_without_gradient(module, x1, x2):
@@ -236,7 +236,7 @@ def test_a_sequence_calls_what_a_subclass_has_made_of_a_coupling():
 
 
 @pytest.mark.parametrize(
-    "branch, shape",
+    ("branch", "shape"),
     [(net, (0, 6)), (conv_branch, (0, 6, 5, 4)), (nn.Identity, (2, 0, 3))],
     ids=["no rows", "no images", "no channels"],
 )

@@ -102,7 +102,7 @@ def test_a_change_that_is_seen_in_backward_alone_is_an_error_that_names_the_hook
 
 @pytest.mark.parametrize("kind", HOOKS)
 def test_a_hook_that_is_removed_after_the_forward_pass_is_called_in_the_recomputation(kind):
-    module, handles = hooked_chain(kind, 2)
+    module, _handles = hooked_chain(kind, 2)
     twin = plain_twin(module)
 
     def program(module: nn.Module, x: Tensor) -> Tensor:

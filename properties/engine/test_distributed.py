@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
+from typing import ClassVar
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ DEPTH = 3
 class Branch(nn.Module):
     """Keeps (N, 3, H, W), and writes each of its evaluations to ``events``."""
 
-    events: list[str] = []
+    events: ClassVar[list[str]] = []
 
     def __init__(self, name: str, unused: bool = False):
         super().__init__()
@@ -201,7 +202,7 @@ def on_two_ranks(processes: ProcessPoolExecutor, tmp_path) -> Callable:
 
 
 @pytest.mark.parametrize(
-    "options, ddp",
+    ("options", "ddp"),
     [
         ({}, {}),
         ({}, {"find_unused_parameters": True}),

@@ -79,7 +79,7 @@ def test_arguments_keep_names_and_order(name):
 
 
 @pytest.mark.parametrize(
-    "name, defaults",
+    ("name", "defaults"),
     [
         (
             "InvertibleModuleWrapper",
@@ -162,14 +162,14 @@ def test_a_wrapper_shows_its_settings():
 
 
 @pytest.mark.parametrize(
-    "make, shown",
+    ("make", "shown"),
     [
         (lambda: memcnn.AdditiveCoupling(nn.Identity(), split_dim=2), "AdditiveCoupling(\n  split_dim=2\n"),
         (lambda: memcnn.AffineAdapterExp(nn.Identity(), bound=3.0), "AffineAdapterExp(\n  bound=3.0\n"),
         (lambda: memcnn.ActNorm(5), "ActNorm(5)"),
         (lambda: memcnn.InvertibleConv1x1(5), "InvertibleConv1x1(5)"),
         (lambda: memcnn.ChannelPermutation([1, 0]), "ChannelPermutation(2)"),
-        (lambda: memcnn.SpaceToDepth(), "SpaceToDepth(factor=2)"),
+        (memcnn.SpaceToDepth, "SpaceToDepth(factor=2)"),
         (lambda: memcnn.DepthToSpace(3), "DepthToSpace(factor=3)"),
     ],
     ids=["additive", "exp", "actnorm", "conv1x1", "permutation", "squeeze", "unsqueeze"],

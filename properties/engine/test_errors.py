@@ -62,7 +62,7 @@ def refused(error: type[Exception], *words: str):
 
 @pytest.mark.parametrize("disable", [False, True], ids=["engine", "disabled"])
 @pytest.mark.parametrize(
-    "split_dim, shape, words",
+    ("split_dim", "shape", "words"),
     [
         (1, (4, 5), ["(4, 5)", "dimension 1", "5, is odd", "choose another split_dim"]),
         (1, (4, 1), ["(4, 1)", "dimension 1", "1, is odd"]),
@@ -84,7 +84,7 @@ def test_an_input_that_cannot_be_halved_is_refused(split_dim, shape, words, disa
 
 
 @pytest.mark.parametrize(
-    "make, words",
+    ("make", "words"),
     [
         (lambda: InvertibleModuleWrapper(nn.Linear(3, 3)), ["forward and inverse", "got Linear", "inverse method"]),
         (lambda: InvertibleModuleWrapper(torch.sin), ["forward and inverse", "got builtin_function_or_method"]),
@@ -107,7 +107,7 @@ def test_a_block_of_the_wrong_parts_is_not_built(make, words):
 
 
 @pytest.mark.parametrize(
-    "layer, shape",
+    ("layer", "shape"),
     [
         (ChannelPermutation([1, 0]), (2,)),
         (ActNorm(2), (2,)),
@@ -160,7 +160,7 @@ def returning(function) -> type[nn.Module]:
 
 @pytest.mark.parametrize("disable", [False, True], ids=["engine", "disabled"])
 @pytest.mark.parametrize(
-    "function, got",
+    ("function", "got"),
     [
         (lambda x: torch.cat((x, x), 1), "got shape (4, 6)"),
         (lambda x: x[:2], "got shape (2, 3)"),
@@ -237,7 +237,7 @@ class InverseOfNothing(Doubling):
 
 
 @pytest.mark.parametrize(
-    "make, words",
+    ("make", "words"),
     [
         (InverseOfAnotherShape, ["does not invert itself", "(4, 6)", "(4, 2)"]),
         (InverseOfAnotherType, ["does not invert itself", "torch.float64", "torch.float32"]),

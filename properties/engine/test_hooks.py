@@ -46,7 +46,7 @@ def test_a_hook_on_any_module_is_called_once_a_step(chain, kind):
     run_names = {name for name, part in module.named_modules() if not isinstance(part, nn.ModuleList)}
     for step in (1, 2):
         weighted_sum(module(images(seed=step))).backward()
-        assert calls == {name: step for name in run_names}
+        assert calls == dict.fromkeys(run_names, step)
 
 
 @pytest.mark.parametrize("name", ["0", "1._fn", "1._fn.Fm", "0._fn.Gm.3"])

@@ -45,7 +45,7 @@ class Masked(nn.Module):
     ids=["block", "nested", "sequence", "keep_input"],
 )
 @pytest.mark.parametrize(
-    "name, words",
+    ("name", "words"),
     [
         ("linear.weight", ["the parameter 'weight' of shape (3, 3) was modified between forward and backward"]),
         ("linear.bias", ["the parameter 'bias' of shape (3,) was modified between forward and backward"]),

@@ -119,7 +119,7 @@ def test_nested_blocks_are_the_twins(nested, outer):
 
 
 @pytest.mark.parametrize(
-    "make, channels",
+    ("make", "channels"),
     [
         (lambda: block(inner), 8),
         (lambda: block(NESTED["a module"]), 8),

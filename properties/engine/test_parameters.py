@@ -44,8 +44,8 @@ def test_a_frozen_block_hands_the_gradient_to_its_input():
     assert_like_twin(block(net).requires_grad_(False), backward, images(4, 6))
 
 
-@pytest.mark.parametrize("then, before_backward", [(True, False), (False, True)], ids=["frozen", "unfrozen"])
-@pytest.mark.parametrize("branch, shape", [(net, (4, 6)), (conv_branch, (2, 6, 5, 4))], ids=["linear", "conv"])
+@pytest.mark.parametrize(("then", "before_backward"), [(True, False), (False, True)], ids=["frozen", "unfrozen"])
+@pytest.mark.parametrize(("branch", "shape"), [(net, (4, 6)), (conv_branch, (2, 6, 5, 4))], ids=["linear", "conv"])
 def test_parameters_frozen_or_unfrozen_before_backward_are_those_of_the_forward_pass(
     branch, shape, then, before_backward
 ):
@@ -156,7 +156,7 @@ def exchanged(layer: SetsItself) -> None:
 
 @pytest.mark.parametrize("note", [filled, given_other_data, exchanged])
 @pytest.mark.parametrize(
-    "make, features",
+    ("make", "features"),
     [
         (InvertibleModuleWrapper, 6),
         (lambda layer: ReversibleSequential(layer, copy.deepcopy(layer)), 6),

@@ -211,9 +211,9 @@ def test_a_low_precision_stream_warns_once(dtype, autocast):
         for _ in range(2):
             gradients(model, x, context)
     assert [str(w.message) for w in caught if w.category is UserWarning and "rebuilding" in str(w.message)] == [
-        f"rebuilding a {dtype} stream rounds as much again as computing in it, so that gradients drift by percents, "
-        "growing with depth: give the blocks float32 (x.float()) and run their branches under torch.autocast, or use "
-        "keep_input=True"
+        f"rebuilding a {dtype} stream adds as much rounding as computing it, so that gradients are off by percents, "
+        "and by more in deeper chains: give the blocks float32 (x.float()) and run their branches under "
+        "torch.autocast, or use keep_input=True"
     ]
 
 
@@ -232,7 +232,7 @@ def test_the_remedies_of_the_warning_help(dtype):
     assert torch.equal(gradients(model, x), gradients(twin, x))
 
 
-@pytest.mark.parametrize("direction, option", [("forward", "keep_input"), ("inverse", "keep_input_inverse")])
+@pytest.mark.parametrize(("direction", "option"), [("forward", "keep_input"), ("inverse", "keep_input_inverse")])
 def test_a_sequence_keeps_the_inputs_that_its_blocks_ask_for(direction, option):
     """Without a warning, therefore, and to the bit."""
     couplings = (AdditiveCoupling(conv_branch(), conv_branch()) for _ in range(3))

@@ -98,7 +98,7 @@ def test_settings_are_part_of_a_pickle():
 
 
 @pytest.mark.parametrize(
-    "make, prefix",
+    ("make", "prefix"),
     [
         (lambda: InvertibleModuleWrapper(AdditiveCoupling(nn.Linear(2, 2))), ""),
         (lambda: InvertibleModuleWrapper(AffineCoupling(nn.Linear(2, 2), adapter=AffineAdapterNaive)), "f."),

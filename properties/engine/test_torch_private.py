@@ -37,9 +37,9 @@ def private_names(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
             yield from (alias.name for alias in node.names if alias.name.startswith("_"))
             yield from (part for part in node.module.split(".")[1:] if part.startswith("_") and part not in PUBLIC)
-        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-            if node.attr not in own:
-                yield node.attr
+        is_private = isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+        if is_private and node.attr not in own:
+            yield node.attr
 
 
 PUBLIC = {"_pytree", "_python_dispatch"}

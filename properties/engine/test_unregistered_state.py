@@ -282,7 +282,7 @@ class Tempered(Scaled):
         return -scale if self.negate else scale
 
 
-@pytest.mark.parametrize("name, value", [("temperature", 0.5), ("negate", True), ("kind", "double")])
+@pytest.mark.parametrize(("name", "value"), [("temperature", 0.5), ("negate", True), ("kind", "double")])
 @pytest.mark.parametrize(
     "make",
     [lambda: block(Tempered), lambda: wrapped(AdditiveCoupling(Tempered()), keep_input=True)],

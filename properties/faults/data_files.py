@@ -37,7 +37,7 @@ def refused_then_unofficial(ground: Ground, rng: Random, tries: int, spoil: Call
         if status == 0:
             trained += 1
             assert "(not the official files)" in ground.said(runs)
-            [(run, found)], [] = record.load_all(runs)
+            [(_run, found)], [] = record.load_all(runs)
             assert not found.data["official"] and found.data["checksums"][path.name] != job["official"][path.name]
             [row] = reports.build(runs, runs / "none").runs.itertuples()
             assert not row.full and row.data == "not the official files" and "not the official files" in row.why

@@ -9,7 +9,7 @@ from bench import narrow_conv
 
 
 @pytest.mark.parametrize(
-    "network, layers",
+    ("network", "layers"),
     [
         ("resnet32", {(5, 16, 16, 32, 32): 10, (5, 32, 32, 16, 16): 9, (5, 64, 64, 8, 8): 9}),
         ("revnet38", {(5, 16, 16, 32, 32): 12, (5, 64, 64, 16, 16): 1, (5, 32, 32, 16, 16): 8}),

@@ -43,7 +43,7 @@ def test_kernel_under_the_interpreter():
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("channels, size", [(16, 32), (32, 16), (64, 8)])
+@pytest.mark.parametrize(("channels", "size"), [(16, 32), (32, 16), (64, 8)])
 def test_kernel_compiles_for_an_h100(channels, size):
     """Every plan fits into shared memory, uses the tensor cores, and loads 16 bytes at a time."""
     import triton
@@ -104,7 +104,7 @@ def test_wrong_shapes_raise_as_conv2d_does():
 
 
 @pytest.mark.parametrize(
-    "times, chosen",
+    ("times", "chosen"),
     [
         ({"library": 70.0, "a": 9.0, "b": 8.0}, "b"),
         ({"library": 10.0, "a": 9.0, "b": 9.6}, "a"),
@@ -148,7 +148,7 @@ def test_timing_without_a_gpu_is_an_error(monkeypatch):
         gpu_microseconds({"nothing": lambda: None})
 
 
-@pytest.mark.parametrize("network, count", [("resnet32", 28), ("resnet164", 52), ("revnet38", 21)])
+@pytest.mark.parametrize(("network", "count"), [("resnet32", 28), ("resnet164", 52), ("revnet38", 21)])
 def test_swapping_changes_the_class_and_nothing_else(network, count):
     model = MODELS[network]()
     keys, parameters, modules = list(model.state_dict()), list(model.parameters()), list(model.modules())
@@ -199,7 +199,7 @@ def test_a_module_that_changed_after_the_swap_stays_right():
 
 
 @needs_gpu
-@pytest.mark.parametrize("channels, size", [(16, 32), (32, 16), (64, 8), (16, 7)])
+@pytest.mark.parametrize(("channels", "size"), [(16, 32), (32, 16), (64, 8), (16, 7)])
 def test_on_a_gpu_every_plan_is_right_and_one_is_chosen(channels, size):
     from memcnn.kernels import weight_gradient
     from memcnn.kernels.choice import planned_weight_gradient

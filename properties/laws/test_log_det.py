@@ -156,7 +156,7 @@ def test_a_step_of_maximum_likelihood_is_flat_in_depth(chain):
 
 @pytest.mark.parametrize("coupling", [AdditiveCoupling, partial(AffineCoupling, adapter=AffineAdapterNaive)])
 @pytest.mark.parametrize("direction", ["forward_log_det", "inverse_log_det"])
-@pytest.mark.parametrize("keep_every, evaluations", [(None, [2, 2, 2]), (2, [1, 2, 1]), (1, [1, 1, 1])])
+@pytest.mark.parametrize(("keep_every", "evaluations"), [(None, [2, 2, 2]), (2, [1, 2, 1]), (1, [1, 1, 1])])
 def test_the_branches_are_evaluated_twice_a_step_where_nothing_is_kept(coupling, direction, keep_every, evaluations):
     class Counting(nn.Conv2d):
         def __init__(self, *args):

@@ -225,7 +225,7 @@ def test_autocast_stores_activations_in_half():
 
 
 def test_counting_gradients_by_name_does_not_change_the_peak():
-    model, optimizer, batch, step = training_step(chain, maps, optimizer=None)
+    model, _optimizer, batch, step = training_step(chain, maps, optimizer=None)
     split = measure_peak_split(model, step, batch=batch)  # two steps; the engine watches the fourth one for drift
     with TensorMeter() as meter:
         meter.count([*model.parameters(), *model.buffers(), *batch, *(p.grad for p in model.parameters())], "held")

@@ -21,7 +21,7 @@ from properties.support.memory import assert_flat
 from properties.support.twin import assert_like_twin, backward, images, plain_twin, run, weighted_sum
 
 adapters = pytest.mark.parametrize(
-    "adapter, outputs", [(AffineAdapterNaive, 1), (AffineAdapterSigmoid, 2), (AffineAdapterExp, 2)]
+    ("adapter", "outputs"), [(AffineAdapterNaive, 1), (AffineAdapterSigmoid, 2), (AffineAdapterExp, 2)]
 )
 
 

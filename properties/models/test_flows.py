@@ -159,7 +159,7 @@ def test_layers_are_trained_by_the_same_steps_in_any_composition():
 
 
 @pytest.mark.parametrize(
-    "layer, shape, message",
+    ("layer", "shape", "message"),
     [
         (ActNorm(6), (2, 5, 4), r"ActNorm of 6 channels takes inputs of shape \(N, 6, ...\): got \(2, 5, 4\)"),
         (

@@ -86,9 +86,9 @@ class DropFilter(Deletion):
     """A comprehension without its condition."""
 
     def remainders(self, node):
-        if isinstance(node, PythonNode) and node.type in ("comp_for", "sync_comp_for"):
-            if node.children[-1].type == "comp_if":
-                yield node.children[-1], "".join(child.get_code() for child in node.children[:-1]).lstrip()
+        is_loop = isinstance(node, PythonNode) and node.type in ("comp_for", "sync_comp_for")
+        if is_loop and node.children[-1].type == "comp_if":
+            yield node.children[-1], "".join(child.get_code() for child in node.children[:-1]).lstrip()
 
 
 def choose() -> None:

@@ -76,13 +76,13 @@ def in_a_fork(function: Callable[[], int | None]) -> tuple[int, str]:
 def failing(tests: list[str], seconds: dict[str, float]) -> tuple[bool, str]:
     """Whether one of ``tests`` fails in this folder, or does not end; and the end of what pytest prints."""
     status, output = in_a_fork(lambda: _run(tests, seconds))
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 70 or "ERROR: not found:" in output:
+    if (os.WIFEXITED(status) and os.WEXITSTATUS(status) == 70) or "ERROR: not found:" in output:
         raise RuntimeError(f"{output}\nThe tests were not run: if they have changed, remove build/mutation")
     return status != 0, output
 
 
 def failed_test(output: str) -> str | None:
-    found = re.search(r"^(?:FAILED|ERROR) (properties/.+?)(?: - .*)?$", output, re.M)
+    found = re.search(r"^(?:FAILED|ERROR) (properties/.+?)(?: - .*)?$", output, re.MULTILINE)
     return found and found[1]
 
 

@@ -52,7 +52,8 @@ def when_under_way(runs: Path, cell: Cell, act) -> threading.Thread:
     def watch() -> None:
         for _ in range(1200):
             if pid := holder():
-                return act(pid)
+                act(pid)
+                return
             time.sleep(0.05)
 
     thread = threading.Thread(target=watch)

@@ -223,7 +223,10 @@ def in_parts(full, *parts, **changes):
     software = {**full().software, "execution": parts[-1][1]}
     seconds = 1800.0 * len(parts)
     return full(
-        **{"segments": tuple(segments), "train_seconds": seconds, "device": gpu, "software": software},
+        segments=tuple(segments),
+        train_seconds=seconds,
+        device=gpu,
+        software=software,
         **{"commit": None, "clean": None, **changes},
     )
 

@@ -89,7 +89,7 @@ def test_the_options_of_a_run_reach_the_trainer(run, trained, tmp_path):
 def test_unofficial_data_trains_on_files_with_wrong_checksums_and_marks_them(run, trained):
     trained[1]["revnet38", "cifar10", 0] = {"data": {"official": False, "checksums": {"data_batch_1": "0" * 32}}}
     trained[1]["resnet110", "cifar10", 0] = {"data": GENERATED}
-    status, lines = run("--train", "--datasets", "cifar10", "--unofficial-data")
+    _status, lines = run("--train", "--datasets", "cifar10", "--unofficial-data")
     assert all(options["unofficial_data"] for _, options in trained[0])
     assert [line.partition("complete")[2] for line in cell_lines(lines)][:3] == [
         "",

@@ -172,7 +172,7 @@ def test_a_loss_that_is_no_number_on_one_rank_fails_the_run_on_all(tmp_path, ran
 
 
 def refused(folder: Path, **options) -> str:
-    with network(NETWORKS["BatchNorm"]), pytest.raises(Exception) as caught:
+    with network(NETWORKS["BatchNorm"]), pytest.raises(Exception) as caught:  # noqa: PT011 - which one is what is returned
         run(folder, **options)
     return f"{caught.type.__name__}: {caught.value}"
 

@@ -221,7 +221,7 @@ class _ScaleOfY(_Scale):
 
     @staticmethod
     def backward(ctx, dy):
-        y, s, t = ctx.saved_tensors
+        y, s, _t = ctx.saved_tensors
         return dy * s, (dy * y).sum((0, 2, 3), keepdim=True), dy.sum((0, 2, 3), keepdim=True)
 
 

@@ -1,0 +1,65 @@
+"""The second evaluation as a context: restore what the first one saw, and undo that at the end."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from memcnn.engine.generators import check_drawn
+
+if TYPE_CHECKING:
+    from memcnn.engine.replay import Replay
+
+
+class Again:
+    """The context of a further evaluation.
+
+    Args:
+        replay: what the first evaluation saw.
+        compare: raise a RuntimeError if the generators do not end in the state where the first evaluation left them.
+    """
+
+    def __init__(self, replay: "Replay", compare: bool):
+        self.replay, self.compare = replay, compare
+        self.undo: list[tuple] = []
+
+    def __enter__(self) -> None:
+        self.replay.check_unchanged("between forward and backward", "call backward before it changes")
+        try:
+            self.replay.restore(self.undo)
+        except BaseException:
+            _run_backwards(self.undo)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None and self.compare and self.replay.generators:
+                check_drawn(self.replay.name, self.replay.generators, self.replay.is_initialised_by_it)
+        finally:
+            _run_backwards(self.undo)
+        if kind is None and self.replay.sets_parameters:
+            self.replay.check_unchanged(
+                "by its module's every forward pass", "modify it outside of forward, or just once"
+            )
+
+
+def _run_backwards(undo: list[tuple]) -> None:
+    """Make the calls, the last one first. If one raises, make the others all the same."""
+    try:
+        while undo:
+            function, *arguments = undo.pop()
+            function(*arguments)
+    finally:
+        if undo:
+            _run_backwards(undo)
+
+
+def exchange(registry: dict, name: str, then: Tensor, undo: list[tuple]) -> None:
+    """Register ``then`` again in place of the tensor that replaced it.
+
+    ``functional_call`` and assignments such as ``self.buffer = x`` replace tensors. Tensors of a subclass belong to
+    FSDP, which exchanges them itself.
+    """
+    now = registry.get(name)
+    if type(then) in (Tensor, nn.Parameter) and (now is None or type(now) in (Tensor, nn.Parameter)):
+        undo.append((registry.__setitem__, name, now) if name in registry else (registry.pop, name, None))
+        registry[name] = then

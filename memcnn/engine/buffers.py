@@ -1,0 +1,131 @@
+"""Buffers: which of them a module modifies, and what a second evaluation must find in them."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from memcnn.engine.checksum import checksum
+from memcnn.engine.identity import identity, refuse_unless_lazy
+from memcnn.engine.torch_private import BATCH_NORM_FORWARD, NORM_FORWARDS, NormBase
+
+_STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+
+KEPT_BUFFER = 2**20
+"""Number of bytes of a buffer on a GPU up to which a copy is kept for backward, since nothing can be compared there."""
+
+
+class Buffer(NamedTuple):
+    """A buffer as it was before an evaluation.
+
+    Attributes:
+        registry: where it is registered, under ``name``.
+        name: its name.
+        tensor: the buffer.
+        before: a copy of its value; None means that a further evaluation begins with the present value.
+        identity: its version and storage.
+        checksum: of its value, to notice changes without a new version; None where it has none.
+    """
+
+    registry: dict
+    name: str
+    tensor: Tensor
+    before: Tensor | None
+    identity: tuple[int, int]
+    checksum: int | None
+
+
+class ReplayedBuffers:
+    """The part of ``Replay`` that looks after buffers.
+
+    ``Replay`` sets the attributes in its constructor. A constructor here would add a call to every evaluation.
+    """
+
+    modes: list[tuple[nn.Module, bool]]
+    buffers: list[tuple[dict, str, Tensor]]
+    """Registry, name and tensor of each buffer."""
+    restored: list[Buffer]
+    """Buffers that an evaluation may modify."""
+    unchanged: list[tuple[str, str, Tensor, tuple[int, int]]]
+    """Kind, name, tensor and identity of what must not be modified in the meantime."""
+    checksums: list[tuple[str, Tensor, int]]
+    """Name, tensor and checksum of the buffers among them that have one."""
+    running_statistics: dict[int, nn.Module]
+    """By id, running statistics of plain BatchNorms that normalise with their batch's statistics."""
+    untracked: dict[nn.Module, None]
+    """BatchNorms that a further evaluation runs without their running statistics, in order.
+
+    These are the ones whose running statistics autograd saved in the first evaluation, so they run eagerly. Their
+    output does not change without running statistics, and no statistic has to be copied and restored. Compiled code
+    saves other tensors; it would have to be compiled a second time.
+    """
+    silent: set[int]
+    """Ids of the registries whose buffers change without a new version: those of norms in training mode."""
+
+    def survey_buffers(self, module: nn.Module) -> None:
+        """Note the buffers of a module before the first evaluation."""
+        registry, training = module._buffers, module.training
+        is_norm = isinstance(module, NormBase)
+        forward = type(module).forward if is_norm and "forward" not in vars(module) else None
+        is_plain = forward is BATCH_NORM_FORWARD and module.track_running_stats and registry.keys() == _STATISTICS
+        if is_plain and training:
+            self.running_statistics[id(registry["running_mean"])] = module
+            self.running_statistics[id(registry["running_var"])] = module
+        if is_norm and training:
+            self.silent.add(id(registry))
+        ignored = training and forward in NORM_FORWARDS
+        for name, buffer in registry.items():
+            if buffer is not None:
+                self.buffers.append((registry, name, buffer))
+                try:
+                    value = buffer._version, buffer.untyped_storage()._cdata
+                except (RuntimeError, ValueError):
+                    refuse_unless_lazy(buffer, f"the buffer {name!r} of {type(module).__name__}")
+                    continue
+                if ignored:
+                    self.restored.append(Buffer(registry, name, buffer, None, value, None))
+                else:
+                    self.restored.append(Buffer(registry, name, buffer, buffer.clone(), value, checksum(buffer)))
+
+    def note_buffers(self, set_by: set[int]) -> None:
+        """Note what the first evaluation changed in buffers.
+
+        Args:
+            set_by: ids of the ``_parameters`` of the modules that set their own parameters in it.
+        """
+        initialised = {id(m._buffers) for m, _ in self.modes if id(m._parameters) in set_by} if set_by else set_by
+        # torch moves running statistics without a new version; a branch that moves them itself has them restored
+        moved = {
+            id(b.registry)
+            for b in self.restored
+            if id(b.tensor) in self.running_statistics
+            and (b.tensor._version, b.tensor.untyped_storage()._cdata) != b.identity
+        }
+        self.untracked = {m: None for m in self.untracked if id(m._buffers) not in moved}
+        untracked = {id(m._buffers) for m in self.untracked}
+        restored, self.restored = self.restored, []
+        for buffer in restored:
+            if id(buffer.registry) not in untracked:
+                self._note_buffer(buffer, id(buffer.registry) in initialised)
+        if initialised:
+            self.buffers = [
+                (registry, name, now if id(registry) in initialised and now is not None else b)
+                for registry, name, b in self.buffers
+                for now in (registry.get(name),)
+            ]
+
+    def _note_buffer(self, buffer: Buffer, initialised: bool) -> None:
+        """Note whether the first evaluation modified a buffer, and keep the value it began with if it may have."""
+        registry, name, b, before, value, bits = buffer
+        if initialised and (now := registry.get(name)) is not None:
+            b, value, bits = now, identity(now), checksum(now)  # the layer may note here that it is initialised
+        if before is not None and identity(b) == value and id(registry) not in self.silent and checksum(b) == bits:
+            self.unchanged.append(("buffer", name, b, value))
+            if bits is not None:
+                self.checksums.append((name, b, bits))
+            if (
+                b.device.type == "cpu"
+                or b.nbytes > KEPT_BUFFER
+                or any(m._buffers is registry and type(m).forward in NORM_FORWARDS for m, _ in self.modes)
+            ):
+                before = None
+        self.restored.append(Buffer(registry, name, b, before, value, bits))

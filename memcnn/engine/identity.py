@@ -1,0 +1,18 @@
+"""Whether a tensor is still the one that was seen: its version and its storage."""
+
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+
+def identity(x: Tensor) -> tuple[int, int]:
+    """Return another pair after x was modified in place, or was given other values by ``x.data = ...``."""
+    return x._version, x.untyped_storage()._cdata
+
+
+def refuse_unless_lazy(x: Tensor, what: str) -> None:
+    """Raise a RuntimeError for a tensor without a version, unless it is an uninitialised one of a lazy layer."""
+    if not is_lazy(x):
+        raise RuntimeError(
+            f"{what} was made under torch.inference_mode(), so that autograd cannot use it: make or "
+            "load the module outside of inference_mode, or under torch.no_grad()"
+        )

@@ -1,0 +1,120 @@
+"""The second evaluation of a step: it fills the activations that the first one left empty (rule 4 in ``recompute``)."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from memcnn.engine.chain import Value, thread_state
+from memcnn.engine.retained import drop_later
+from memcnn.engine.torch_private import current_backward_pass, never_compiled
+
+if TYPE_CHECKING:
+    from memcnn.engine.recompute import Recomputation
+
+
+class SecondEvaluation:
+    """Gives each activation of ``step`` its tensor.
+
+    Args:
+        step: the step to evaluate again.
+        keep_graph: the graph is retained, so that the tensors are dropped again later (rule 8).
+    """
+
+    def __init__(self, step: "Recomputation", keep_graph: bool):
+        self.step, self.keep_graph = step, keep_graph
+        self.pass_number = current_backward_pass()
+        """The backward pass that asked for it. The module may start passes of its own in the meantime."""
+        self.inputs: Sequence[Tensor] = ()
+        self.seen = 0
+        self.nested_tensors: list[Tensor | None] = []
+        self.is_wanted = False
+        """True if an activation, or the end of a nested chain, still waits for its tensor."""
+        for activation in step.activations:
+            if activation() is not None:
+                self.is_wanted = True
+                break
+        else:
+            self.is_wanted = any(
+                value is not None and value.link is step for value in (reference() for reference in step.nested)
+            )
+
+    @property
+    def is_complete(self) -> bool:
+        """True if nothing waits for a tensor, or the module has saved as many as in the first evaluation."""
+        return not self.is_wanted or self.seen >= len(self.step.activations)
+
+    def run(self, inputs: Sequence[Tensor], function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Return ``function(*args, **kwargs)``, where ``inputs`` are the tensors that stand for the step's inputs."""
+        if not self.is_wanted:
+            with torch.no_grad():
+                return function(*args, **kwargs)
+        self.inputs = inputs
+        sources: list[weakref.ref[Value]] = []
+        noted = thread_state.noted_sources
+        thread_state.noted_sources = sources
+        try:
+            with torch.enable_grad(), saved_tensors_hooks(self._collect, self._unpack):
+                result = function(*args, **kwargs)
+        finally:
+            thread_state.noted_sources = noted
+        self.nested_tensors += [
+            None if value is None else value.tensor for value in (reference() for reference in sources)
+        ]
+        return result
+
+    def finish(self) -> None:
+        """Check that nothing waits any longer, and give nested chains their ends (rule 6)."""
+        step = self.step
+        if not self.is_wanted:
+            return
+        if self.seen != len(step.activations):
+            raise step.diverged(f"{len(step.activations)} saved tensors", f"{self.seen}")
+        if len(self.nested_tensors) != len(step.nested):
+            raise step.diverged(f"{len(step.nested)} tensors of nested blocks", f"{len(self.nested_tensors)}")
+        if step.drift is not None:
+            step.drift.compare()
+        if step.nested:
+            step._give(step.nested, self.nested_tensors, self.keep_graph)
+
+    @never_compiled
+    def _collect(self, tensor: Tensor) -> Tensor | None:
+        """Give the next activation its tensor. Return the tensor that a module sees which differentiates itself."""
+        step = self.step
+        held = tensor.detach() if step.holds else None
+        if tensor.requires_grad and tensor.is_leaf:
+            for own in self.inputs:
+                if tensor is own:
+                    break
+            else:  # a parameter
+                return tensor if step.holds else None
+        elif id(tensor) in step.replay.running_statistics:
+            return held
+        self.seen += 1
+        if step.drift is not None:
+            step.drift.note_rebuilt(self.seen - 1, tensor)
+        if self.seen > len(step.activations) or (activation := step.activations[self.seen - 1]()) is None:
+            return held
+        if tensor.shape != activation.shape or tensor.dtype != activation.dtype:
+            raise step.diverged(
+                f"{activation.dtype} of shape {tuple(activation.shape)} as saved tensor {self.seen}",
+                f"{tensor.dtype} of shape {tuple(tensor.shape)}",
+            )
+        # a tensor with a graph would keep the whole evaluation alive
+        activation.tensor = tensor if tensor.grad_fn is None else tensor.detach()
+        activation.version = tensor._version
+        if self.keep_graph:
+            drop_later(activation, self.pass_number)
+        return held
+
+    @never_compiled
+    def _unpack(self, held: Tensor | None) -> Tensor:
+        if held is None:
+            raise RuntimeError(
+                f"{self.step.name} differentiates within its own forward pass in the recomputation, but did "
+                "not in the forward pass: wrap the block with keep_input=True"
+            )
+        return held
