@@ -6,33 +6,36 @@ Rules
    distributed wrappers see the ordinary graph.
 2. The tensors that the graph would save are dropped. ``torch.autograd.graph.saved_tensors_hooks`` saves an empty
    ``Activation`` in place of each. Parameters are saved as they are, because they exist anyway.
-3. A *step* is one evaluation of a branch in a block. A ``Value`` is one tensor of the chain of blocks. Once a step has
-   consumed a value, the value holds the step instead of its tensor, and the step can rebuild it. A chain of any length
-   therefore stores only its end.
-4. When backward first asks a step for an activation, the step evaluates its branch once more, on the branch's own
-   input (``second``). This second evaluation saves the same tensors in the same order, so that each goes to its
-   activation. With the branch's output the step also undoes its sum (or affine map), which rebuilds the value that it
-   had consumed.
+3. A *step* is one evaluation of a branch and what the block does with its output: x1 is replaced by y1 = x1 + F(x2). A
+   ``Value`` stands for one tensor of the chain of blocks. After the step, the value of x1 drops its tensor and refers to
+   the step, which can compute x1 again from its *sources*, the values of y1 and x2. A chain of any length therefore
+   stores only its end.
+4. When backward first asks a step for an activation, the step evaluates its branch once more, on the branch's own input:
+   ``CoupledBranch.recompute`` in ``couple``, by ``SecondEvaluation`` in ``second``. This second evaluation saves the same
+   tensors in the same order, so that each goes to its activation. The step then inverts its sum (or affine map) with the
+   branch's output: x1 = y1 - F(x2).
 5. The second evaluation sees what the first saw: strides, random numbers, autocast, modes, buffers, attributes, hooks
-   (``replay``). The tensors that it saves are compared with those of the first in number, shape and dtype. A difference
-   is an error, never a wrong gradient. A few evaluations are also compared in value (``drift``). docs/limits.md lists
-   what remains unnoticed.
-6. Blocks may be nested. The ends of chains within a branch are dropped like activations, and rebuilt with them.
-7. The engine never writes to a tensor that the user can see. References point from a value to its step to the step's
-   sources and never back, so that reference counting frees everything.
-8. Under ``retain_graph=True`` rebuilt tensors are kept for a few steps (``retained``), and rebuilt again if needed.
+   (``replay``). If the tensors that it saves differ from those of the first in number, shape or dtype, an error is
+   raised. In a few evaluations their values are compared as well (``drift``). docs/limits.md lists what remains
+   unnoticed.
+6. Blocks may be nested. A chain inside a branch does not store its end: the second evaluation of the branch gives it
+   back.
+7. The engine never writes to a tensor that the user can see. A value refers to its step, and a step to its sources.
+   There are no cycles, so that reference counting frees everything.
+8. Under ``retain_graph=True`` rebuilt tensors are kept until a few further steps were rebuilt (``retained``), and rebuilt
+   again if needed.
 
-Example: the additive step y1 = x1 + F(x2)
+Example: an additive block, y1 = x1 + F(x2) and y2 = x2 + G(y1)
 
 ==========  ==========================================================================================================
 forward     F(x2) is evaluated. Autograd would save the tensors s1, ..., sn within F; the activations a1, ..., an take
             their place (rule 2). The value of x1 now holds the step, whose sources are the values of y1 and x2. The
             tensor x1 is freed, unless the caller holds it (rule 3).
-            The step y2 = x2 + G(y1) then takes x2 in the same way. The values of y1 and y2 are the chain's end.
+            The step y2 = x2 + G(y1) then replaces x2 in the same way. The values of y1 and y2 are the chain's end.
 backward    Autograd differentiates G first, and asks for an activation in G. The step of G evaluates h = G(y1), fills
             its activations and rebuilds x2 = y2 - h (rule 4). Autograd uses the activations and frees them.
             Then autograd differentiates F and asks for a1. The step of F evaluates h = F(x2), fills a1, ..., an, and
-            rebuilds x1 = y1 - h, which the block before this one is waiting for.
+            rebuilds x1 = y1 - h. The block before this one needs x1 and x2 next: they are its outputs.
 ==========  ==========================================================================================================
 
 This is the algorithm of Gomez et al., "The Reversible Residual Network", arXiv:1707.04585.
@@ -69,11 +72,12 @@ class Activation(Stored):
 
 
 class Recomputation(Link):
-    """A step (rule 3): one evaluation of ``module`` on ``inputs``, which are dense. Subclasses define ``recompute``.
+    """A step (rule 3): one evaluation of ``module``. ``CoupledBranch`` and ``OpaqueModule`` define ``recompute``.
 
     Args:
         module: the branch, or the block.
-        inputs: the tensors that ``module`` is evaluated on, and others that the step uses.
+        inputs: the tensors that the step uses, such as x1 and x2; ``module`` may be evaluated on some of them only.
+            These have no gaps and no overlaps in memory.
         targets: the values that the step consumes and rebuilds.
         keep_input: leave the targets' tensors stored.
         preserve_rng_state: give the recomputation the random numbers of the forward evaluation.
@@ -100,7 +104,7 @@ class Recomputation(Link):
             )
         self.module, self.inputs = module, inputs
         self.holds = keep_input
-        """True if activations stay until the evaluation ends, for a module that differentiates itself."""
+        """Whether saved tensors stay until the forward evaluation ends, so that it may call ``autograd.grad``."""
         self.check_inverse = check_inverse
         self.expected = [v.tensor for v in targets] if check_inverse is not None and not keep_input else []
         self.activations: list[weakref.ref[Activation]] = []
@@ -116,7 +120,7 @@ class Recomputation(Link):
         return type(self.module).__name__
 
     def evaluate(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Return ``function(*args, **kwargs)``, the forward evaluation. Autograd saves activations in it (rule 2)."""
+        """Return ``function(*args, **kwargs)``, the forward evaluation, in which autograd saves empty activations."""
         inputs = self.inputs
         versions = [t._version for t in inputs]
         recording, noted = thread_state.recording, thread_state.noted_sources
@@ -145,7 +149,7 @@ class Recomputation(Link):
     def complete(self, sources: Sequence[Value]) -> None:
         """Forget the targets (rule 3) and the ends of chains within the evaluation (rule 6)."""
         super().complete(sources)
-        if self.nested:  # a tensor that was modified in place stays, so that reading it raises the error
+        if self.nested:  # keep a tensor that was modified in place: ``Value.read`` sees its version, and raises
             self._take(
                 [
                     reference
@@ -181,7 +185,7 @@ class Recomputation(Link):
     def as_recorded(self, index: int, tensor: Tensor) -> Tensor:
         """Return an input as the forward evaluation saw it, with its strides and ``requires_grad``.
 
-        Kernels depend on strides. An expanded input stays dense, because only elementwise operations can have seen it.
+        Kernels depend on strides. Strides of 0 are not restored: only an elementwise join can have read such a tensor.
         """
         if tensor.stride() != self.strides[index] and 0 not in self.strides[index]:
             like = torch.empty_strided(tensor.shape, self.strides[index], dtype=tensor.dtype, device=tensor.device)
@@ -260,5 +264,7 @@ class Recomputation(Link):
             rebuild(self)
             return activation.tensor
         finally:
-            if current_backward_pass() == -1:  # no backward pass: somebody looks into the graph
+            if (
+                current_backward_pass() == -1
+            ):  # read outside of backward (``grad_fn._saved_self``): drop what was rebuilt at once
                 end_pass(-1)
