@@ -6,14 +6,14 @@ Rules
    distributed wrappers see the ordinary graph.
 2. The tensors that the graph would save are dropped. ``torch.autograd.graph.saved_tensors_hooks`` saves an empty
    ``Activation`` in place of each. Parameters are saved as they are, because they exist anyway.
-3. A *step* is one evaluation of a branch and what the block does with its output: x1 is replaced by y1 = x1 + F(x2). A
-   ``Value`` stands for one tensor of the chain of blocks. After the step, the value of x1 drops its tensor and refers to
-   the step, which can compute x1 again from its *sources*, the values of y1 and x2. A chain of any length therefore
-   stores only its end.
-4. When backward first asks a step for an activation, the step evaluates its branch once more, on the branch's own input:
-   ``CoupledBranch.recompute`` in ``couple``, by ``SecondEvaluation`` in ``second``. This second evaluation saves the same
-   tensors in the same order, so that each goes to its activation. The step then inverts its sum (or affine map) with the
-   branch's output: x1 = y1 - F(x2).
+3. A *step* is one evaluation of a branch and what the block does with its output: x1 is replaced by y1 = x1 + F(x2).
+   A ``Value`` stands for one tensor of the chain of blocks. After the step, the value of x1 drops its tensor and
+   refers to the step, which can compute x1 again from its *sources*, the values of y1 and x2. A chain of any length
+   therefore stores only its end.
+4. When backward first asks a step for an activation, the step evaluates its branch once more, on the branch's own
+   input: ``CoupledBranch.recompute`` in ``couple``, by ``SecondEvaluation`` in ``second``. This second evaluation
+   saves the same tensors in the same order, so that each goes to its activation. The step then inverts its sum (or
+   affine map) with the branch's output: x1 = y1 - F(x2).
 5. The second evaluation sees what the first saw: strides, random numbers, autocast, modes, buffers, attributes, hooks
    (``replay``). If the tensors that it saves differ from those of the first in number, shape or dtype, an error is
    raised. In a few evaluations their values are compared as well (``drift``). docs/limits.md lists what remains
@@ -22,8 +22,8 @@ Rules
    back.
 7. The engine never writes to a tensor that the user can see. A value refers to its step, and a step to its sources.
    There are no cycles, so that reference counting frees everything.
-8. Under ``retain_graph=True`` rebuilt tensors are kept until a few further steps were rebuilt (``retained``), and rebuilt
-   again if needed.
+8. Under ``retain_graph=True`` rebuilt tensors are kept until a few further steps were rebuilt (``retained``), and
+   rebuilt again if needed.
 
 Example: an additive block, y1 = x1 + F(x2) and y2 = x2 + G(y1)
 
