@@ -44,7 +44,7 @@ def test_every_path_and_module_that_a_text_names_exists(path):
 
 
 def test_a_missing_path_module_or_link_is_found():
-    wrong = "/".join(["bench", "nothing.py"]), "memcnn.nothing"
+    wrong = "bench/" + "nothing.py", "memcnn.nothing"
     there = "`bench/cases.py`, memcnn/engine/*.py, reports/bench/<device>/speed.csv, reports/out/page"
     text = f"{there}, `{wrong[0]}`. `python -m {wrong[1]}`, python -m bench.speed. [Here](nothing.md), `x[1](y)`."
     assert missing(text, ROOT / "properties") == [*wrong, "nothing.md"]

@@ -113,7 +113,7 @@ def test_a_file_that_is_no_batch_is_named_with_the_reason(tmp_path, content, rea
         read(tmp_path, content)
 
 
-def test_a_wrong_checksum_is_refused_and_nothing_is_downloaded_over_it(tmp_path, small_source, monkeypatch):  # noqa: F811
+def test_a_wrong_checksum_is_refused_and_nothing_is_downloaded_over_it(tmp_path, small_source, monkeypatch):
     small_source(tmp_path)
     changed = tmp_path / FOLDER / "data_batch_2"
     changed.write_bytes(changed.read_bytes().replace(b"\x01", b"\x02"))
@@ -123,7 +123,7 @@ def test_a_wrong_checksum_is_refused_and_nothing_is_downloaded_over_it(tmp_path,
         loading.load("cifar10", tmp_path)
 
 
-def test_unofficial_files_are_read_when_asked_for_and_not_passed_off_as_official(tmp_path, small_source):  # noqa: F811
+def test_unofficial_files_are_read_when_asked_for_and_not_passed_off_as_official(tmp_path, small_source):
     sums = small_source(tmp_path)
     assert loading.load("cifar10", tmp_path, unofficial=True).official
     (tmp_path / FOLDER / "test_batch").write_bytes(batch())
