@@ -26,15 +26,15 @@ class Scripted:
 
 
 def test_a_contender_that_fails_is_left_out_from_there_on(capsys):
-    workers, failures = [Scripted("a"), Scripted("b", fails_at=3), Scripted("c")], []
-    rows = peers.measure_time(workers, failures, 4, 4, {"batch": 1, "channels": 4, "side": 4})
+    running = peers.Contenders([Scripted("a"), Scripted("b", fails_at=3), Scripted("c")], [])
+    rows = peers.measure_time(running, 4, 4, {"batch": 1, "channels": 4, "side": 4})
     order = [(row["round"], row["contender"]) for row in rows]
     assert order == [(number, name) for number, names in enumerate(("abc", "bca", "ca", "ca")) for name in names]
-    assert [worker.name for worker in workers] == ["a", "c"]
-    assert failures == [{"contender": "b", "reason": "b: the process ended at 'step'\n  last words"}]
+    assert [worker.name for worker in running.workers] == ["a", "c"]
+    assert running.failures == [{"contender": "b", "reason": "b: the process ended at 'step'\n  last words"}]
     assert "left out: b: the process ended at 'step'\n  last words" in capsys.readouterr().err
-    memory = peers.measure_memory(workers, failures, 4, {})
-    assert [row["contender"] for row in memory] == ["a", "c"] and len(failures) == 1
+    memory = peers.measure_memory(running, 4, {})
+    assert [row["contender"] for row in memory] == ["a", "c"] and len(running.failures) == 1
 
 
 def test_the_page_of_peers_names_it_and_keeps_what_was_measured():
@@ -83,7 +83,8 @@ def test_a_package_that_cannot_be_imported_is_left_out(monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["plain", "upstream"])
 def test_a_contender_runs_alone_in_its_own_environment(name, monkeypatch):
     seen = {}
-    monkeypatch.setattr(peers, "Worker", lambda *arguments, **options: seen.update(options, target=arguments[1]))
+    monkeypatch.setattr(peers, "Worker", lambda *arguments, interpreter: seen.update(interpreter=interpreter))
     peers.start(name)
-    assert seen["options"] == ["-I"] and not seen["keep_root"] and seen["root"] == ROOT
-    assert (str(peers.VENV) in str(seen["python"])) == (name == "upstream")
+    interpreter = seen["interpreter"]
+    assert interpreter.options == ("-I",) and not interpreter.keep_root and interpreter.root == ROOT
+    assert (str(peers.VENV) in str(interpreter.python)) == (name == "upstream")
