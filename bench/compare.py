@@ -23,7 +23,6 @@ import torch
 from bench import measure
 from bench.cases import Chain
 from bench.networks import Network
-from bench.result import spread
 from bench.worker import Failed, Interpreter, Worker
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,6 +106,8 @@ def _seconds(case, device: torch.device) -> dict:
 
 def compared(sides: list[Worker], case: str, rounds: int, device: str) -> dict:
     """Measure one case on both sides, and return a row of the table."""
+    from bench.result import spread  # its imports need the memcnn of this tree, which a worker does not have
+
     try:
         exact = [side.ask("exact", case=case, device=device) for side in sides]
         seconds: list[list[float]] = [[], []]
