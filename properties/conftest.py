@@ -31,31 +31,31 @@ settings.load_profile(os.environ.get("MEMCNN_PROFILE") or ("ci" if os.environ.ge
 
 
 LONG = (
-    "reports/test_placement.py::test_a_killed_process_loses_only_its_own_cell",
-    "reports/test_placement.py::test_the_command_trains_on_the_devices_it_is_given",
-    "reports/test_reproduce_table.py::test_ctrl_c_during_a_run",
-    "reports/test_reproduce_table.py::test_a_smoke_run_appears",
-    "reports/test_report_tables.py::test_the_order_of_the_records",
-    "training/test_signals.py::test_sigterm_and_the_same_command_again",
-    "training/test_distributed_training.py::test_under_torchrun_a_killed_process",
-    "training/test_resuming.py::test_resuming_gives_the_same_bits",
-    "training/test_looking.py::test_a_dry_run_describes_the_run",
-    "training/test_torchvision_import.py",
-    "training/test_twin_curve.py",
-    "memory/test_prediction.py::test_the_prediction_is_the_measurement_to_the_byte[revnet164]",
-    "memory/test_prediction.py::test_the_prediction_is_the_measurement_to_the_byte[resnet164]",
-    "meta/test_verdicts.py::test_no_drawn_network_is_called_wrong",
-    "bench/test_compare.py::test_a_commit_is_compared",
-    "engine/test_kept_alive.py::test_without_gradients_a_forward_pass_leaves_nothing_behind",
+    "properties/reports/test_placement.py::test_a_killed_process_loses_only_its_own_cell",
+    "properties/reports/test_placement.py::test_the_command_trains_on_the_devices_it_is_given",
+    "properties/reports/test_reproduce_table.py::test_ctrl_c_during_a_run",
+    "properties/reports/test_reproduce_table.py::test_a_smoke_run_appears",
+    "properties/reports/test_report_tables.py::test_the_order_of_the_records",
+    "properties/training/test_signals.py::test_sigterm_and_the_same_command_again",
+    "properties/training/test_distributed_training.py::test_under_torchrun_a_killed_process",
+    "properties/training/test_resuming.py::test_resuming_gives_the_same_bits",
+    "properties/training/test_looking.py::test_a_dry_run_describes_the_run",
+    "properties/training/test_torchvision_import.py",
+    "properties/training/test_twin_curve.py",
+    "properties/memory/test_prediction.py::test_the_prediction_is_the_measurement_to_the_byte[revnet164]",
+    "properties/memory/test_prediction.py::test_the_prediction_is_the_measurement_to_the_byte[resnet164]",
+    "properties/meta/test_verdicts.py::test_no_drawn_network_is_called_wrong",
+    "properties/bench/test_compare.py::test_a_commit_is_compared",
+    "properties/engine/test_kept_alive.py::test_without_gradients_a_forward_pass_leaves_nothing_behind",
 )
-"""Beginnings of the names of tests that take ten seconds and more, below this folder."""
+"""Beginnings of the names of tests that take ten seconds and more."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the long tests, and leave them out where ``MEMCNN_LONG`` is 0, as ``tox`` sets it."""
     left_out = os.environ.get("MEMCNN_LONG") == "0"
     for item in items:
-        if item.nodeid.partition("properties/")[2].startswith(LONG):
+        if item.nodeid.startswith(LONG):
             item.add_marker("long")
             if left_out:
                 item.add_marker(pytest.mark.skip(reason="takes ten seconds or more: run `tox -e long`"))
