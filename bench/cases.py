@@ -102,7 +102,7 @@ class Case:
     """A case: one subject at one size. The base of the dataclasses of cases.
 
     Attributes:
-        group: the comparison to which the case belongs.
+        group: name of the case's comparison.
         subject: what differs between the cases of one comparison.
     """
 
@@ -122,7 +122,7 @@ class Chain(Case):
     """A chain of ``depth`` blocks on a batch of shape (batch, channels, side, side).
 
     Attributes:
-        series: the series of cases to which this one belongs.
+        series: name of the case's series.
         subject: a key of ``SUBJECTS``.
         depth: number of blocks.
         batch: number of samples.
@@ -212,7 +212,7 @@ def chains(*, quick: bool, cuda: bool) -> list[Chain]:
 
 
 def law(*, quick: bool) -> list[Chain]:
-    """Return the cases of up to 1000 blocks on small tensors, of which only the memory is measured."""
+    """Return the cases of up to 1000 blocks on small tensors. The suite measures only their memory."""
     subjects = ("plain", "checkpoint", "checkpoint-sqrt", "reversible")
     depths = (50, 100) if quick else (64, 250, 1000)
     return [Chain("law", subject, depth, 2, 8, 8) for depth in depths for subject in subjects]

@@ -21,7 +21,7 @@ class Network(Case):
         network: a key of ``MODELS``.
         subject: "plain" runs reversible units by ordinary autograd, "reversible" with the engine.
         batch: number of images.
-        series: the series of cases to which this one belongs.
+        series: name of the case's series.
         mode: a key of ``bench.modes.MODES``.
     """
 

@@ -16,7 +16,7 @@ from memcnn.training.record import BadRecord
 from memcnn.training.timing import Cost, cost_of_records, timed
 
 MARGIN = 1.05
-"""Factor by which a run is expected to take longer than the timing says."""
+"""Expected time of a run, divided by the time that its timing predicts."""
 LEAST_TRAINING_SECONDS = 5.0
 """A cell that cannot finish is started only if it can train for at least this long."""
 
@@ -81,7 +81,7 @@ class Needs:
 
 
 def iterations_done(settings: Settings, cell: Cell) -> int:
-    """Return the iteration from which a cell would be resumed; 0 if it starts from the beginning."""
+    """Return the iteration at which a cell would resume; 0 if it starts from the beginning."""
     try:
         record = settings.record_of(cell)
     except BadRecord:

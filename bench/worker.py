@@ -50,7 +50,7 @@ class Interpreter:
     """The Python in which a worker runs.
 
     Attributes:
-        root: the folder from which the worker's module is imported, and the worker's current folder.
+        root: the worker's current folder; Python imports the worker's module from it.
         python: the interpreter; the running one by default.
         options: options of the interpreter, such as ``-I``.
         keep_root: False removes ``root`` from the module search path after the worker's object was created.

@@ -155,7 +155,7 @@ def measure_work(running: Contenders, case: dict) -> list[dict]:
 def measure_time(running: Contenders, blocks: int, rounds: int, case: dict, steps: int = 1) -> list[dict]:
     """Time the chains that the workers have built.
 
-    In each round every contender runs ``steps`` steps, of which the fastest counts. Another contender starts each
+    In each round every contender runs ``steps`` steps, and the fastest one counts. Another contender starts each
     round, so that drift affects all contenders equally.
     """
     rows = []

@@ -92,7 +92,7 @@ def origins(table: pd.DataFrame) -> list[str]:
 
 
 def ceilings(table: pd.DataFrame) -> list[str]:
-    """Return a line for each measurement of the rates from which the floors are computed."""
+    """Return a line for each measurement of the device's rates. The floors are computed from these rates."""
     rates = table.assign(precision=table["execution"].str.split(",").str[0])
     lines = []
     for (precision, flops, size), rows in rates.groupby(["precision", "gflop_per_second", "gb_per_second"], sort=False):

@@ -11,7 +11,7 @@ from memcnn.engine.torch_private import BATCH_NORM_FORWARD, NORM_FORWARDS, NormB
 _STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 
 KEPT_BUFFER = 2**20
-"""Number of bytes of a buffer on a GPU up to which a copy is kept for backward, since nothing can be compared there."""
+"""Largest buffer on a GPU, in bytes, that is copied for backward. Comparing values there would wait for the GPU."""
 
 
 class Buffer(NamedTuple):

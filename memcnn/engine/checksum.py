@@ -15,7 +15,7 @@ from memcnn.engine.torch_private import disabled_dispatch
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PRIME = 2**31 - 1
 _SMALL = 2**14
-"""Number of bytes up to which Python's hash of a copy is faster than a sum by PyTorch."""
+"""Largest tensor, in bytes, that Python's hash of a copy sums up faster than PyTorch does."""
 
 
 def fingerprint(x: Tensor) -> Tensor:
