@@ -1,25 +1,16 @@
 """What is given to a block works, or is refused in the forward pass."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from memcnn import (
-    ActNorm,
     AdditiveCoupling,
-    AffineAdapterExp,
-    AffineAdapterNaive,
-    AffineAdapterSigmoid,
-    AffineCoupling,
     InvertibleModuleWrapper,
     ReversibleSequential,
 )
-from memcnn.engine.recompute import Activation
-from properties.engine.test_errors import Doubling, net, refused, rows, wrapped
-from properties.support.held import living
-from properties.support.twin import OnlyInvertible, assert_like_twin, backward, block, images, weighted_sum
+from properties.support.blocks import Doubling, net, refused, rows, wrapped
+from properties.support.twin import assert_like_twin, backward, block, images, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -178,165 +169,3 @@ def test_a_branch_may_change_a_copy_of_a_half():
     with torch.no_grad():
         module(x)
     assert torch.equal(x, before)
-
-
-# Keyword arguments of couplings
-
-
-class Attention(nn.Module):
-    """Takes a mask, and a condition with a gradient."""
-
-    def __init__(self, out: int = 3):
-        super().__init__()
-        self.linear, self.condition = nn.Linear(3, out), nn.Linear(2, out)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, *, condition: dict | None = None) -> Tensor:
-        h = self.linear(x)
-        if condition is not None:
-            h = h + self.condition(condition["on"]).tanh()
-        return (h if mask is None else h.masked_fill(mask, -3.0)).tanh()
-
-
-def additive() -> nn.Module:
-    return AdditiveCoupling(Attention(), net())
-
-
-def affine(adapter, out: int):
-    return lambda: AffineCoupling(Attention(out), nn.Sequential(nn.Linear(3, out), nn.Tanh()), adapter)
-
-
-COUPLINGS = {
-    "additive": additive,
-    "affine, naive": affine(AffineAdapterNaive, 3),
-    "affine, sigmoid": affine(AffineAdapterSigmoid, 6),
-    "affine, exp": affine(AffineAdapterExp, 6),
-}
-CHAINS = {
-    "blocks": lambda make: [wrapped(make()) for _ in range(3)],
-    "keep_input": lambda make: [wrapped(make(), keep_input=True) for _ in range(3)],
-    "sequence": lambda make: [ReversibleSequential(*(make() for _ in range(3))).double()],
-    "sequence with other modules": lambda make: [
-        ReversibleSequential(ActNorm(6), make(), InvertibleModuleWrapper(make()), ReversibleSequential(make())).double()
-    ],
-    "sequence that keeps some": lambda make: [ReversibleSequential(*(make() for _ in range(3)), keep_every=2).double()],
-    "modules": lambda make: [wrapped(OnlyInvertibleWithKeywords(make())) for _ in range(2)],
-}
-
-
-class OnlyInvertibleWithKeywords(OnlyInvertible):
-    def forward(self, x, **kwargs):
-        return self.coupling(x, **kwargs)
-
-    def inverse(self, y, **kwargs):
-        return self.coupling.inverse(y, **kwargs)
-
-
-def conditioned(run):
-    def program(chain: nn.Module, x: Tensor, given: Tensor) -> Tensor:
-        condition = {"on": given.sin()}
-        for module in chain:
-            x = run(module)(x, mask=given[:, :1] > 0, condition=condition)
-        weighted_sum(x).backward()
-        return x
-
-    return program
-
-
-@pytest.mark.parametrize("direction", ["forward", "inverse"])
-@pytest.mark.parametrize("kind", COUPLINGS)
-@pytest.mark.parametrize("chain", CHAINS)
-def test_couplings_hand_keyword_arguments_to_the_branches_that_take_them(chain, kind, direction):
-    torch.manual_seed(0)
-    module = nn.ModuleList(CHAINS[chain](COUPLINGS[kind]))
-    if chain == "sequence with other modules":
-        with torch.no_grad():
-            module[0](rows())  # initialises the ActNorm
-    program = conditioned(lambda m: m if direction == "forward" else m.inverse)
-    assert_like_twin(module, program, rows() / 2, rows(4, 2))
-
-
-@pytest.mark.parametrize("kind", COUPLINGS)
-def test_keyword_arguments_are_undone_by_the_inverse_and_reach_the_log_determinant(kind):
-    module = ReversibleSequential(*(COUPLINGS[kind]() for _ in range(2))).double()
-    x, keywords = rows() / 2, {"condition": {"on": rows(4, 2)}}
-    y, log_det = module.forward_log_det(x, **keywords)
-    back, inverse_log_det = module.inverse_log_det(y, **keywords)
-    torch.testing.assert_close(back, x)
-    torch.testing.assert_close(inverse_log_det, -log_det)
-    torch.testing.assert_close(y, module(x, **keywords))
-    assert not torch.allclose(y, module(x))
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: block(net),
-        lambda: ReversibleSequential(block(Attention), block(net)),
-        lambda: wrapped(COUPLINGS["affine, exp"]()),
-    ],
-    ids=["coupling", "sequence", "adapter"],
-)
-def test_a_keyword_argument_that_no_branch_takes_is_refused(make):
-    with refused(TypeError, "has no branch whose forward takes the keyword argument 'masc'", "correct its name"):
-        make()(rows(), masc=1)
-
-
-def test_a_keyword_argument_that_changes_before_backward_is_noticed():
-    condition = {"on": rows(4, 2).detach()}
-    loss = weighted_sum(block(Attention)(rows(), condition=condition))
-    condition["on"].mul_(2)
-    with refused(RuntimeError, "an argument of Attention, shape (4, 2), was modified in place between"):
-        loss.backward()
-
-
-# A branch that differentiates itself
-
-
-class Hamiltonian(nn.Module):
-    """The gradient of a scalar function with respect to the input, as in Hamiltonian networks."""
-
-    def __init__(self, between=nn.Identity):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), between(), nn.Linear(5, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = x if x.requires_grad else x.detach().requires_grad_()
-            energy = self.net(x).sum()
-            (gradient,) = torch.autograd.grad(energy, x, create_graph=True)
-        return gradient / math.sqrt(3)
-
-
-@pytest.mark.parametrize(
-    "between", [nn.Identity, nn.Sigmoid, lambda: nn.Dropout(0.5)], ids=["plain", "saves its output", "dropout"]
-)
-@pytest.mark.parametrize("requires_grad", [True, False])
-def test_a_branch_that_differentiates_itself_works_with_kept_inputs(between, requires_grad):
-    def branch() -> nn.Module:
-        return Hamiltonian(between)
-
-    module = nn.Sequential(block(branch, keep_input=True), block(net), block(branch, keep_input=True))
-    assert_like_twin(module, backward, rows().detach().requires_grad_(requires_grad))
-
-
-def test_a_branch_that_differentiates_itself_is_differentiated_twice_with_a_retained_graph():
-    def program(module: nn.Module, x: Tensor) -> Tensor:
-        y = module(x)
-        weighted_sum(y).backward(retain_graph=True)
-        weighted_sum(y * y).backward()
-        return y
-
-    assert_like_twin(block(Hamiltonian, keep_input=True), program, rows())
-
-
-def test_a_branch_that_differentiates_itself_is_refused_in_the_forward_pass_without_kept_inputs():
-    with refused(RuntimeError, "differentiates within its own forward pass", "keep_input=True"):
-        block(Hamiltonian)(rows())
-
-
-def test_kept_activations_are_dropped_when_the_evaluation_ends():
-    before = {id(activation) for activation in living(Activation)}
-    y = block(net, keep_input=True)(rows())
-    made = [activation for activation in living(Activation) if id(activation) not in before]
-    assert made and all(activation.tensor is None for activation in made)
-    weighted_sum(y).backward()

@@ -1,6 +1,5 @@
 """What cannot be had is refused at the door, in words that say what to do."""
 
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -22,39 +21,10 @@ from memcnn import (
 from memcnn.engine.chain import thread_state
 from memcnn.models.coupling import Coupling
 from memcnn.testing.tolerances import tolerance
-from properties.support.twin import assert_same, backward, block, images, plain_twin, run, weighted_sum
+from properties.support.blocks import Doubling, net, refused, rows, wrapped
+from properties.support.twin import assert_same, backward, block, plain_twin, run, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
-
-
-def net() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
-
-
-def rows(*shape: int) -> Tensor:
-    return images(*(shape or (4, 6)))
-
-
-def wrapped(module: nn.Module, **options) -> InvertibleModuleWrapper:
-    return InvertibleModuleWrapper(module, **options).double()
-
-
-class Doubling(nn.Module):
-    """An invertible module that a test spoils by overriding one half of it."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(2.0))
-
-    def forward(self, x):
-        return x * self.scale
-
-    def inverse(self, y):
-        return y / self.scale
-
-
-def refused(error: type[Exception], *words: str):
-    return pytest.raises(error, match=".*".join(re.escape(word) for word in words))
 
 
 # At the door

@@ -9,7 +9,7 @@ from torch import nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.tolerances import tolerance
-from properties.engine.test_errors import Doubling, net, refused, rows, wrapped
+from properties.support.blocks import Doubling, net, refused, rows, wrapped
 from properties.support.twin import (
     assert_like_twin,
     assert_same,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from properties.engine.test_arguments import DEPTH, net
-from properties.engine.test_errors import refused
+from properties.support.blocks import refused
 from properties.support.twin import (
     assert_like_twin,
     backward,

@@ -11,7 +11,7 @@ from memcnn.engine import retained
 from memcnn.engine.chain import Value, thread_state
 from memcnn.testing.tolerances import tolerance
 from properties.devices import rng_state
-from properties.engine.test_errors import net, rows
+from properties.support.blocks import net, rows
 from properties.support.held import held_bytes, living
 from properties.support.twin import assert_same, backward, block, plain_twin, run, weighted_sum
 

@@ -1,28 +1,22 @@
-"""torch.func, forward mode, checkpoint, saved-tensor hooks and anomaly mode, around blocks and inside of branches."""
+"""Transforms of torch.func, forward mode, and derivatives of derivatives."""
 
 import pytest
 import torch
 import torch.autograd.forward_ad as fw
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
-from memcnn.engine import retained
 from memcnn.engine.chain import Value
 from memcnn.engine.recompute import Activation
 from memcnn.testing.tolerances import relative_error, tolerance
 from properties.support.held import living
+from properties.support.saving import WithDropout
 from properties.support.twin import (
     assert_like_twin,
-    assert_same,
     block,
-    conv_branch,
     images,
     plain_twin,
-    run,
     weighted_sum,
 )
 
@@ -30,15 +24,6 @@ pytestmark = [
     pytest.mark.usefixtures("on_device"),
     pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning"),  # torch's own use
 ]
-
-
-class WithDropout(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = conv_branch()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.net(x), 0.4)
 
 
 def linear_branch() -> nn.Module:
@@ -205,207 +190,3 @@ def test_functional_buffers_are_those_of_the_call():
         weighted_sum(functional_call(model, named, (x,))).backward()
 
     assert_like_twin(block(), program, images())
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, use_reentrant: bool, branch=conv_branch):
-        super().__init__()
-        self.net = branch()
-        self.use_reentrant = use_reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.net, x, use_reentrant=self.use_reentrant)
-
-
-class UnderHooks(nn.Module):
-    """Stores its activations by hooks of its own."""
-
-    def __init__(self, hooks):
-        super().__init__()
-        self.net = conv_branch()
-        self.hooks = hooks
-
-    def forward(self, x: Tensor) -> Tensor:
-        with self.hooks():
-            return self.net(x)
-
-
-class GradientInside(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        x = x if x.requires_grad else x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(x.tanh().square().sum(), x, create_graph=True)
-        return gradient
-
-
-class NoGradientInside(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            gate = self.conv(x)
-        return gate * self.conv(x.detach()).sin() + x.cos()
-
-
-class Exponential(torch.autograd.Function):
-    """Saves its own output."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        y = x.exp()
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return gradient * y
-
-
-class OwnFunction(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return Exponential.apply(self.conv(x).tanh())
-
-
-def cloning_hooks():
-    return saved_tensors_hooks(torch.clone, lambda saved: saved)
-
-
-BRANCHES = {
-    "checkpoint": lambda: Checkpointed(False),
-    "checkpointed dropout": lambda: Checkpointed(False, WithDropout),
-    "reentrant checkpoint": lambda: Checkpointed(True),
-    "save_on_cpu": lambda: UnderHooks(save_on_cpu),
-    "hooks": lambda: UnderHooks(cloning_hooks),
-    "no_grad and detach": NoGradientInside,
-    "a Function that saves its output": OwnFunction,
-}
-
-
-def chain_by_hand(model, x):
-    for _ in range(3):
-        x = model(x)
-    weighted_sum(x).backward()
-    return x
-
-
-@pytest.mark.parametrize("branch", BRANCHES.values(), ids=BRANCHES)
-def test_a_branch_may_use(branch):
-    assert_like_twin(block(branch), chain_by_hand, images(), depth=8)
-
-
-def test_a_branch_that_differentiates_is_refused_and_runs_when_disabled():
-    model = block(GradientInside)
-    with pytest.raises(RuntimeError, match="GradientInside differentiates within its own forward pass.*disable=True"):
-        model(images())
-    model.disable = True
-    weighted_sum(model(images())).backward()
-
-
-def two_blocks(model, x):
-    return model(model(x))
-
-
-def blocks_and_others(model, x):
-    return model(two_blocks(model, x).sin()).cos()
-
-
-def program_of(inside, use_reentrant: bool | None):
-    def program(model, x):
-        x = x.cos()
-        y = inside(model, x) if use_reentrant is None else checkpoint(inside, model, x, use_reentrant=use_reentrant)
-        weighted_sum(y).backward()
-        return y
-
-    return program
-
-
-@pytest.mark.parametrize("branch", [conv_branch, WithDropout], ids=["conv", "dropout"])
-@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@pytest.mark.parametrize("inside", [two_blocks, blocks_and_others], ids=lambda inside: inside.__name__)
-def test_checkpointed_blocks_train_as_the_checkpointed_twin(inside, use_reentrant, branch):
-    model = block(branch)
-    twin = plain_twin(model)
-    program = program_of(inside, use_reentrant)
-    actual, expected = run(model, program, [images()]), run(twin, program, [images()])
-    if inside is two_blocks and not use_reentrant:
-        # The checkpoint has nothing to rebuild, so that batch norm moves once, where it moves twice in the twin.
-        expected.buffers = run(plain_twin(block_like(model)), program_of(inside, None), [images()]).buffers
-    assert_same(actual, expected, limit=tolerance(torch.float64, depth=8))
-
-
-def block_like(model: nn.Module) -> nn.Module:
-    """A block with the model's parameters and fresh buffers."""
-    fresh = plain_twin(model)
-    for part in fresh.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.reset_running_stats()
-    return fresh
-
-
-def around(context):
-    def program(model, x):
-        with context():
-            y = model(model(x.sin())).cos()
-            weighted_sum(y).backward()
-        return y
-
-    return program
-
-
-@pytest.mark.parametrize("branch", [conv_branch, WithDropout], ids=["conv", "dropout"])
-@pytest.mark.parametrize("context", [save_on_cpu, cloning_hooks], ids=["save_on_cpu", "hooks"])
-def test_blocks_under_hooks_train_as_the_twin(context, branch):
-    assert_like_twin(block(branch), around(context), images())
-
-
-@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
-def test_blocks_under_anomaly_mode_train_as_the_twin():
-    assert_like_twin(block(WithDropout), around(torch.autograd.detect_anomaly), images())
-
-
-@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
-@pytest.mark.filterwarnings("ignore:Error detected in:UserWarning")
-def test_anomaly_mode_finds_a_nan_of_a_branch():
-    class SquareRoot(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return (x * 0).sqrt() * x
-
-    with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match="returned nan values"):
-        weighted_sum(block(SquareRoot)(images())).backward()
-
-
-def node_named(name: str, y: Tensor) -> torch.autograd.graph.Node:
-    """The first node of that name in the graph of y, from its end."""
-    waiting = [y.grad_fn]
-    while waiting:
-        node = waiting.pop(0)
-        if node.name() == name:
-            return node
-        waiting += [next_node for next_node, _ in node.next_functions if next_node is not None]
-    raise LookupError(name)
-
-
-def test_a_look_into_the_graph_shows_the_activations_and_keeps_none():
-    module = nn.Sequential(block(), block()).double()
-    twin = plain_twin(module)
-    x = images()
-    y, wanted = module(x), twin(x)
-    for name, saved in (("TanhBackward0", "_saved_result"), ("ConvolutionBackward0", "_saved_input")):
-        for _ in range(2):
-            seen = getattr(node_named(name, y), saved)
-            expected = getattr(node_named(name, wanted), saved)
-            assert relative_error(seen, expected) <= tolerance(x.dtype, depth=2)
-    del seen
-    assert not retained.passes
-    assert sum(cell.tensor is not None for cell in living(Value)) == 2, "more than the halves of the end are stored"
-    assert all(handle.tensor is None for handle in living(Activation))
-    actual = torch.autograd.grad(weighted_sum(y), [x, *module.parameters()])
-    expected = torch.autograd.grad(weighted_sum(wanted), [x, *twin.parameters()])
-    for a, e in zip(actual, expected, strict=True):
-        assert relative_error(a, e) <= tolerance(x.dtype, depth=4)

@@ -2,6 +2,7 @@
 explained or a hole.
 
     python -m properties.mutation [FILE ...]      all files of both, or some; goes on where it was stopped
+    python -m properties.mutation --sample 300    so many mutants of all of them, drawn at random with a fixed seed
     python -m properties.mutation --table         what is known so far, as Markdown
 
 It works in a copy of the repository. ``build/mutation`` keeps the map of tests and a session for each file; remove it
@@ -14,6 +15,7 @@ import argparse
 import csv
 import math
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -35,7 +37,11 @@ from properties.mutation.selection import OPTIONS, failed_test, failing, in_a_fo
 
 ROOT = Path.cwd()
 WORK = ROOT / "build" / "mutation"
-TESTS = [str(path) for folder in ("engine", "") for path in sorted(Path("properties", folder).glob("test_*.py"))]
+TESTS = [
+    str(path)
+    for folder in ("engine", "laws", "models", "")
+    for path in sorted(Path("properties", folder).glob("test_*.py"))
+]
 COPIED = ["memcnn", "properties", "bench", "reports", "tox.ini", "setup.py", "README.md"]
 ENVIRONMENT = {"MEMCNN_PROFILE": "ci", "MEMCNN_DATA": "", "OMP_NUM_THREADS": "1"}
 EXPLAINED = Path(__file__).with_name("explained.csv")
@@ -50,6 +56,12 @@ def main() -> int:
         nargs="*",
         type=Path,
         default=[path for folder in ("engine", "models") for path in sorted(Path("memcnn", folder).glob("*.py"))],
+    )
+    parser.add_argument(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="test N mutants of FILE ..., drawn with a fixed seed, and skip the others (default: test all)",
     )
     parser.add_argument("--table", action="store_true", help="print what is known so far and run nothing")
     parser.add_argument(
@@ -68,13 +80,29 @@ def main() -> int:
             os.chdir(folder)
             record = recorded(TESTS, WORK / "tests")
             in_a_fork(lambda: pytest.main([*OPTIONS, "--collect-only", *TESTS]))  # compiles them, as mutants do not
+            find_mutants(arguments.files, arguments.sample)
             for file in arguments.files:
                 with use_db(str(session(file))) as db:
-                    if not db.num_work_items:
-                        init([file], db, {})
                     test(db, record, arguments.seconds)
             os.chdir(ROOT)
     return table(arguments.files)
+
+
+def find_mutants(files: list[Path], sample: int | None) -> None:
+    """Start a session for each file that has none; all of their mutants but ``sample`` count as skipped."""
+    new = [file for file in files if not session(file).exists()]
+    found: list[tuple[Path, str]] = []
+    for file in new:
+        with use_db(str(session(file))) as db:
+            init([file], db, {})
+            mutants = sorted(db.pending_work_items, key=lambda item: str(item.mutations))
+            found += [(file, item.job_id) for item in mutants]
+    drawn = set(found if sample is None else random.Random(0).sample(found, min(sample, len(found))))
+    for file in new:
+        with use_db(str(session(file))) as db:
+            for mutant in found:
+                if mutant[0] == file and mutant not in drawn:
+                    db.set_result(mutant[1], WorkResult(WorkerOutcome.SKIPPED))
 
 
 def copy_to(folder: Path) -> None:
