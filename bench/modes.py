@@ -1,4 +1,4 @@
-"""How a case's step can run other than eagerly in float32: precision, memory format, compiler, CUDA graphs."""
+"""Modes in which a case's step can run besides eager float32: precision, memory format, compiler, CUDA graphs."""
 
 import shutil
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""Whether operations run under autocast, asked so that ``torch.compile`` can trace the question."""
+"""A query of autocast's state that ``torch.compile`` can trace."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What the command lines share: argument types, exit statuses, and how they print errors and progress."""
+"""Argument types, exit statuses, and the printing of errors and progress, shared by all command lines."""
 
 import argparse
 import re

@@ -1,4 +1,4 @@
-"""What became of the names and files of MemCNN 1.5.
+"""The names and files of MemCNN 1.5, and their successors.
 
 Most names still exist, with their arguments. ``ABSENT`` and ``ABSENT_MODULES`` list the others with what replaces them;
 importing one raises an ImportError that says so. Modules that MemCNN 1.5 pickled load as modules of this version.

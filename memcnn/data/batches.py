@@ -12,7 +12,7 @@ from memcnn.data.images import Data, windows_at
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """What one epoch does with N images, by position in the epoch.
+    """The random choices of one epoch for N images, by position in the epoch.
 
     Attributes:
         order: indices of the images, int64 of shape (N,).

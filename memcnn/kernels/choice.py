@@ -47,7 +47,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured for one shape, and what was chosen.
+    """The measurements and the choice for one shape.
 
     Args:
         device: name of the GPU, or ``cpu``.

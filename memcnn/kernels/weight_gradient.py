@@ -51,7 +51,7 @@ _TRIED = ((4, 4, 3, 4), (4, 4, 1, 4), (4, 4, 3, 2), (1, 4, 3, 2), (1, 1, 3, 4), 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the kernel divides its work.
+    """The division of the kernel's work.
 
     Args:
         row_taps: kernel rows a program computes: 4 (all three, padded) or 1.

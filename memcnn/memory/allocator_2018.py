@@ -1,4 +1,4 @@
-"""CUDA's caching allocator of PyTorch 0.2 to 1.0, by which the published memory of 2018 was counted.
+"""CUDA's caching allocator of PyTorch 0.2 to 1.0. The memory published in 2018 was counted by it.
 
 * A request below 1 MiB took blocks of 512 bytes out of segments of 1 MiB.
 * A larger request was rounded up to units of 128 KiB. It took the smallest free block that was large enough, else a

@@ -30,7 +30,7 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class PeakSplit:
-    """What is alive at the worst instant of a training step, in bytes; see ``measure_peak_split``.
+    """The bytes alive at the worst instant of a training step, by kind; see ``measure_peak_split``.
 
     Attributes:
         parameter_bytes: the model's parameters.
@@ -118,7 +118,7 @@ def measure_peak_split(
         optimizer: the optimiser that ``step`` uses, if any.
         batch: the tensors that ``step`` reads.
         block_bytes: see ``TensorMeter``.
-        allocator: also ask the allocator of the CPU or of CUDA, for which ``step`` runs again, on the CPU twice.
+        allocator: also ask the allocator of the CPU or of CUDA. ``step`` then runs once more, on the CPU twice more.
 
     Returns:
         The bytes of each kind of tensor. With ``allocator`` it has ``allocated_bytes`` and, on CUDA,

@@ -1,4 +1,4 @@
-"""Which keyword arguments a module takes. A coupling passes each one to the branches whose ``forward`` has it.
+"""The keyword arguments that a module takes. A coupling passes each one to the branches whose ``forward`` has it.
 
 In a block of a Reformer, for example, ``mask=...`` reaches the attention and not the feed-forward network.
 """

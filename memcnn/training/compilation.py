@@ -59,7 +59,7 @@ def compiled(model: nn.Module, forward: Callable[[Tensor], Tensor] | None = None
 
 
 def _rebuilds(model: CifarResNet) -> bool:
-    """Whether a reversible block of the model rebuilds its activations."""
+    """Return True if a reversible block of the model rebuilds its activations."""
     return any(isinstance(part, InvertibleModuleWrapper) and not part.disable for part in model.modules())
 
 

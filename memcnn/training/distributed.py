@@ -41,7 +41,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0."""
+        """True on rank 0."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:

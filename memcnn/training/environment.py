@@ -1,4 +1,4 @@
-"""Where a run ran: device, software versions, and the state of the source it ran from."""
+"""The environment of a run: device, software versions, and the state of its source code."""
 
 import platform
 import subprocess

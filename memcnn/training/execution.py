@@ -1,4 +1,4 @@
-"""How the steps of a recipe are executed: number formats, CUDA graphs, compilation, processes.
+"""The execution of a recipe's steps: number formats, CUDA graphs, compilation, processes.
 
 The execution is not part of the recipe, because only rounding separates the results of two executions. The record names
 it.
@@ -21,7 +21,7 @@ PRECISIONS = ("float32", "tf32", "bf16")
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How a step is executed; by default plainly, in float32.
+    """The execution of a step; by default eager, in float32.
 
     Attributes:
         precision: of convolutions and matrix products. "float32"; "tf32", with inputs rounded to ten bits of mantissa;

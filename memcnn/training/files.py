@@ -127,7 +127,7 @@ class Holder:
 
     @property
     def lives(self) -> bool | None:
-        """Whether there is such a process; None if that cannot be known, as for another machine."""
+        """True if there is such a process; None if we cannot know, as for another machine."""
         if self.host != socket.gethostname() or os.name != "posix":
             return None
         try:

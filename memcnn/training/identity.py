@@ -1,4 +1,4 @@
-"""What makes a run this run: a checkpoint or a record with another identity is never continued or overwritten."""
+"""The identity of a run. A checkpoint or a record with another identity is never continued or overwritten."""
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
@@ -10,7 +10,7 @@ WORDS = {
     "data_checksums": "data checksums",
     "batch_norm_images": "images that BatchNorm sees",
 }
-"""How messages call a field whose name is not a word. Checkpoints before the class `Identity` use these as keys."""
+"""Names of fields in messages, where the attribute is not a word. Old checkpoints use them as keys."""
 
 
 @dataclass(frozen=True, kw_only=True)

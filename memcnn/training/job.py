@@ -1,4 +1,4 @@
-"""What is asked for: a job says what to compute, a place says where its files and its device are."""
+"""Two requests: a job says what to compute; a place says where its files and its device are."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +10,12 @@ from memcnn.training.record import run_name
 
 
 class BadArgument(ValueError):
-    """What was asked for cannot be run; the message names what can."""
+    """The request cannot be run. The message names what can."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where runs read, write and compute.
+    """The folders and the device that runs use.
 
     Attributes:
         data: the folder of the CIFAR files, or the word "generated"; see ``memcnn.data.load``.

@@ -1,4 +1,4 @@
-"""What a run would be and need, before anything of it is written."""
+"""A preview of a run: its settings, data and memory, before anything is written."""
 
 import time
 from dataclasses import replace
@@ -89,7 +89,7 @@ def _state(folder: Path, recipe: Recipe) -> tuple[int, str]:
 def step_seconds_of_records(
     job: Job, execution: Execution, place: Place, device: torch.device
 ) -> tuple[float, str] | None:
-    """Return the seconds a step in the longest segment that was executed like this job, and in which run that is.
+    """Return the seconds a step of the longest recorded segment executed like this job, and the name of its run.
 
     Args:
         job: the model and its batch size.

@@ -94,13 +94,13 @@ class RunRecord:
 
     @property
     def is_full(self) -> bool:
-        """Whether this run may stand beside published numbers; a mixed run is listed apart, with its mark."""
+        """True if this run may stand beside published numbers. A mixed run is listed apart, with its mark."""
         published = self.recipe == PUBLISHED and not self.splits_batch_norm and not self.mixed
         return self.status == "complete" and published and self.data["official"] and self.engine
 
     @property
     def mixed(self) -> bool:
-        """Whether parts of the run were executed in different ways, or on different types of device."""
+        """True if parts of the run were executed in different ways, or on different types of device."""
         return len({(part.execution, part.device["type"]) for part in self.segments if part.iterations}) > 1
 
     @property
@@ -110,19 +110,19 @@ class RunRecord:
 
     @property
     def splits_batch_norm(self) -> bool:
-        """Whether several processes each normalised by their own share of a batch, which no published run did."""
+        """True if several processes each normalised by their own share of a batch, which no published run did."""
         return self.device["count"] > 1 and "sync-batch-norm" not in (self.software.get("execution") or "")
 
     @property
     def data_kind(self) -> str:
-        """What the run was trained and evaluated on: "official", "generated" or "not the official files"."""
+        """The images of training and evaluation: "official", "generated" or "not the official files"."""
         if self.data["official"]:
             return "official"
         return "generated" if "generated" in self.data["checksums"] else "not the official files"
 
     @property
     def mark(self) -> str:
-        """What the result is shown with, in brackets: the data unless official, and whether the execution was mixed."""
+        """The remark beside the result, in brackets: the data unless official, and a mixed execution."""
         data = {"official": "", "generated": " (generated data)"}.get(self.data_kind, f" ({self.data_kind})")
         return data + (" (mixed execution)" if self.mixed else "")
 

@@ -10,7 +10,7 @@ from memcnn.training.state import State
 CHECKPOINT_SECONDS = 20.0
 """Time between two checkpoints of a run in training, apart from those after evaluations."""
 CHECKPOINT_SHARE = 0.03
-"""Where saving is slow, checkpoints are written less often, so that they take at most this share of the time."""
+"""Largest share of the training time that checkpoints may take. Where saving is slow, they are written less often."""
 
 
 class Saving:

@@ -1,4 +1,4 @@
-"""What the runs of one process have in common: device, execution, processes, clock and images."""
+"""The setting that all runs of one process share: device, execution, processes, clock and images."""
 
 import sys
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What the runs of a process have in common.
+    """The setting that all runs of a process share.
 
     Attributes:
         place: where the files are.

@@ -13,7 +13,7 @@ class MixedExecution(ValueError):
 
 @dataclass(kw_only=True)
 class State:
-    """How far a run is, how it was computed, and the tensors from which it goes on.
+    """The state of a run: progress, executions so far, and the tensors that training continues from.
 
     The network itself changes at every step. `model`, `optimizer` and `window` are its values when the last checkpoint
     was written or read.

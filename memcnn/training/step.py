@@ -217,7 +217,7 @@ class Evaluation:
 
     @property
     def preparation(self) -> str:
-        """What `prepare` has yet to do, in words for the user; empty when there is nothing to do."""
+        """The work that ``prepare`` has yet to do, as text for the user; empty if there is none."""
         return "capturing" if self.execution.graph and self.replay is None else ""
 
     def prepare(self) -> None:

@@ -1,4 +1,4 @@
-"""How long a run of a network takes on a device: timed for a second or two, or from the record of an equal run."""
+"""The time that a network's run needs on a device: measured for a second or two, or read from an equal run's record."""
 
 import math
 import multiprocessing
@@ -29,7 +29,7 @@ TEST_IMAGES = 10_000
 
 @dataclass(frozen=True)
 class Cost:
-    """How long the parts of a run take, in seconds, each upwards of what was measured.
+    """The seconds that the parts of a run need, each at least what was measured.
 
     Attributes:
         start_seconds: until the first step: making the network, compiling, capturing.

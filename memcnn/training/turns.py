@@ -53,7 +53,7 @@ def finish(turns: Turns[T]) -> T:
 
 
 class Lane:
-    """Where the work of one run goes: a CUDA stream, or the CPU.
+    """The lane of one run: a CUDA stream, or the CPU.
 
     Args:
         device: the device that trains.

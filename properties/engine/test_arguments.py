@@ -1,4 +1,4 @@
-"""What may go in and out of a block: several tensors, keywords, integers, None, complex and empty tensors."""
+"""Arguments and outputs of a block: several tensors, keywords, integers, None, complex and empty tensors."""
 
 import pytest
 import torch

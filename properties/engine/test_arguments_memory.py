@@ -1,4 +1,4 @@
-"""What is held of several arguments and outputs: no cycles, and no more in a deeper chain."""
+"""Memory held for several arguments and outputs: no cycles, and no more in a deeper chain."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""What a reversible step costs, counted: evaluations of F and G, and the arithmetic of their convolutions."""
+"""The cost of a reversible step, counted: evaluations of F and G, and the arithmetic of their convolutions."""
 
 from collections import Counter
 from fractions import Fraction

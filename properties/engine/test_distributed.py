@@ -77,7 +77,7 @@ def local_loss(model: nn.Module, step: int = 0) -> Tensor:
 
 
 def expected_gradients(steps: int = 1, **options: bool) -> dict[str, Tensor | None]:
-    """Of one process on the whole batch under ordinary autograd, summed over the steps."""
+    """Return the gradients of one process on the whole batch under ordinary autograd, summed over the steps."""
     twin = plain_twin(network(**options))
     for step in range(steps):
         loss_of(twin, *batch(step)).backward()

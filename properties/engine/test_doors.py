@@ -1,4 +1,4 @@
-"""What is given to a block works, or is refused in the forward pass."""
+"""Layers and arguments that a block gets work, or are refused in the forward pass."""
 
 import pytest
 import torch
@@ -142,7 +142,7 @@ def test_a_module_made_under_inference_mode_is_refused():
 
 
 class ReluInPlace(nn.Module):
-    """As ``nn.ReLU(inplace=True)``, without autograd's own check of views."""
+    """``nn.ReLU(inplace=True)`` without autograd's own check of views."""
 
     def __init__(self):
         super().__init__()

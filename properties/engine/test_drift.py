@@ -1,4 +1,4 @@
-"""Where rebuilt activations are not those of the forward pass, a warning says so, in sampled steps."""
+"""A warning in sampled steps reports rebuilt activations that differ from those of the forward pass."""
 
 import warnings
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What cannot be had is refused at the door, in words that say what to do."""
+"""Requests that cannot be met are refused in the forward pass, with the fix in the message."""
 
 from types import SimpleNamespace
 

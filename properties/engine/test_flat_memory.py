@@ -1,4 +1,4 @@
-"""Where the law of memory does not look: exact blocks by hand, dropout, and what is held between passes."""
+"""Memory cases beside the law of memory: exact blocks by hand, dropout, and tensors held between passes."""
 
 import gc
 from functools import partial

@@ -132,7 +132,7 @@ def test_a_hook_that_draws_draws_again():
 
 
 def test_the_memory_of_the_generators_is_understood_here():
-    """Else every evaluation of a branch would take ten times as long to read them."""
+    """Otherwise every evaluation of a branch would need ten times as long to read them."""
     assert generators.python_is_readable()
     assert generators.NUMPY.read(None) == generators.numpy_state_from(generators.numpy_memory())
     assert len(generators.numpy_memory()) == 2500

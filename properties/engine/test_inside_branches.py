@@ -1,4 +1,4 @@
-"""What a branch may use inside: checkpoints, saved-tensor hooks, own Functions, parts without gradients."""
+"""Branches that use PyTorch's tools inside: checkpoints, saved-tensor hooks, own Functions, parts without gradients."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What can be asked of a block: to check its inverse, to keep its input, to say whether it is invertible."""
+"""Options of a block: check its inverse, keep its input, and the test whether a module is invertible."""
 
 import warnings
 

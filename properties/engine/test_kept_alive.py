@@ -1,4 +1,4 @@
-"""What the engine keeps alive between passes, and that nothing stays behind."""
+"""The tensors that the engine keeps alive between passes; nothing stays behind."""
 
 import gc
 import weakref

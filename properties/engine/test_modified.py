@@ -1,4 +1,4 @@
-"""What changes between forward and backward, or the second time, is noticed: no gradient is silently wrong."""
+"""Changes between forward and backward, or in the second evaluation, are noticed: no gradient is silently wrong."""
 
 from itertools import count
 
@@ -88,7 +88,7 @@ def test_a_leaf_of_somebody_else_that_changes_between_forward_and_backward_is_no
 
 
 class Noisy(nn.Module):
-    """y = x + noise, of which backward needs nothing; its inverse takes off ``times`` the noise."""
+    """y = x + noise. Backward needs nothing of it; the inverse subtracts ``times`` the noise."""
 
     def __init__(self, times: float):
         super().__init__()

@@ -49,7 +49,7 @@ def test_a_frozen_block_hands_the_gradient_to_its_input():
 def test_parameters_frozen_or_unfrozen_before_backward_are_those_of_the_forward_pass(
     branch, shape, then, before_backward
 ):
-    """As an adversary is switched on and off."""
+    """Parameters whose ``requires_grad`` is switched off and on again, as in adversarial training."""
 
     def program(module, x):
         module.requires_grad_(then)

@@ -141,7 +141,7 @@ def test_a_retained_graph_is_differentiated_after_an_error():
     ids=["another block", "no block", "both"],
 )
 def test_the_input_of_a_block_that_failed_may_go_elsewhere(make, instead):
-    """As in code that tries a smaller batch, or falls back to something else."""
+    """A program that catches the error and continues, for example with a smaller batch."""
 
     def program(module, x):
         first, failing, other = module

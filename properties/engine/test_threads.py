@@ -146,7 +146,7 @@ def test_another_thread_that_draws_outside_of_blocks_is_noticed(draw, evaluation
 
 
 def test_a_thread_waits_with_its_branch_while_another_rebuilds_one():
-    """Else its random numbers would be taken from the generator that the recomputation has set."""
+    """Otherwise its random numbers would come from the generator that the recomputation has set."""
     inside, waited = threading.Event(), threading.Event()
     entered = []
 

@@ -68,7 +68,7 @@ def main() -> int:
         "--seconds",
         type=float,
         default=math.inf,
-        help="that the tests of a mutant may compute, the quickest first (default: all of them)",
+        help="processor seconds that the tests of a mutant may take, the quickest first (default: no limit)",
     )
     arguments = parser.parse_args()
     choose()
@@ -118,7 +118,7 @@ def session(file: Path) -> Path:
 
 
 def test(db: WorkDB, record: dict, seconds: float) -> None:
-    """Every mutant without a result; and, with no limit of seconds, those that only a part of their tests has met."""
+    """Test every mutant without a result, and, without a limit of seconds, those that met only some of their tests."""
     kills = Counter()
     for item in [*db.pending_work_items, *(unfinished(db) if math.isinf(seconds) else ())]:
         (mutation,) = item.mutations
@@ -141,7 +141,7 @@ def test(db: WorkDB, record: dict, seconds: float) -> None:
 
 
 def unfinished(db: WorkDB) -> list[WorkItem]:
-    """Survivors of a part of their tests that are not explained."""
+    """Return the unexplained mutants that survived only some of their tests."""
     known = explained()
     return [
         item
@@ -151,7 +151,7 @@ def unfinished(db: WorkDB) -> list[WorkItem]:
 
 
 def table(files: list[Path]) -> int:
-    """Prints the table and the survivors; returns the exit status."""
+    """Print the table and the survivors. Return the exit status."""
     known = explained()
     print("| file | mutants | killed | survived | of these explained |\n| --- | ---: | ---: | ---: | ---: |")
     survivors, status = [], 0
@@ -182,13 +182,13 @@ def table(files: list[Path]) -> int:
 
 
 def explained() -> dict[tuple[str, str, str], str]:
-    """The explanation of a change: of a file's name, and what has become of which lines."""
+    """Return the explanations by change: file name, old text and new text."""
     with EXPLAINED.open(newline="") as lines:
         return {(row["file"], row["before"], row["after"]): row["explanation"] for row in csv.DictReader(lines)}
 
 
 def change(item: WorkItem, result: WorkResult) -> tuple[str, int, str, str]:
-    """File name, line, and what that and the lines behind it were and have become."""
+    """Return the change as file name, line number, old text and new text."""
     (mutation,) = item.mutations
     return mutation.module_path.name, mutation.start_pos[0], *(" ".join(_changed(result.diff, sign)) for sign in "-+")
 

@@ -1,4 +1,4 @@
-"""Which tests execute which line of ``memcnn/engine`` and ``memcnn/models``, and for how long each computes."""
+"""A map from each line of ``memcnn/engine`` and ``memcnn/models`` to its tests, and the seconds of each test."""
 
 import json
 import os
@@ -28,7 +28,7 @@ class Recorder:
 
 
 def record(test_file: str, target: Path) -> None:
-    """Writes seconds for each test and tests for each line, as JSON; the tests must pass."""
+    """Write the seconds of each test and the tests of each line as JSON; the tests must pass."""
     recording = coverage.Coverage(data_file=None, source=["memcnn/engine", "memcnn/models"])
     recorder = Recorder(recording)
     recording.start()
@@ -47,7 +47,7 @@ def record(test_file: str, target: Path) -> None:
 
 
 def recorded(test_files: list[str], folder: Path) -> dict:
-    """The records of all the files, which are kept in ``folder``."""
+    """Return the records of all files. They are kept in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     seconds, tests = {}, defaultdict(lambda: defaultdict(list))
     for file in test_files:

@@ -16,33 +16,33 @@ import pytest
 import torch._dynamo  # noqa: F401
 
 FIRST_BATCH = 25
-"""So many tests are collected and run before all others are collected."""
+"""Number of tests that are collected and run before all others are collected."""
 
 OPTIONS = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-"""Of every run of pytest here; the warning says that hypothesis is imported already, as it is by intent."""
+"""Options of every run of pytest here. We ignore the warning that hypothesis is imported already: it is meant."""
 
 MOST_BYTES = 64 << 30
-"""Of address space: a mutant that collects without end stops here."""
+"""Limit of the address space, which stops a mutant that allocates without end."""
 
 LEAST_LIMIT_S, STARVED_S = 10.0, 1800
-"""A test may compute for ten times as long as without a mutation, and at least so long; it may wait for so long."""
+"""Smallest limit of a test's processor time, which is else ten times the usual; and the limit of its waiting time."""
 
 
 def tests_of(file: str, source: str, line: int, recorded: dict, kills: Counter) -> list[str]:
-    """Those that execute the statement around ``line`` of ``file``, which has the text ``source``; killers first."""
+    """Return the tests that execute the statement around ``line`` of ``file`` (text ``source``); killers first."""
     lines = statement_lines(source, line)
     executing = {test for number, tests in recorded["tests"][file].items() if number in lines for test in tests}
     return sorted(executing, key=lambda test: (-kills[test], recorded["seconds"][test]))
 
 
 def quickest(tests: list[str], computing: dict[str, float], seconds: float) -> list[str]:
-    """The first of ``tests`` that together compute for no longer than ``seconds``; at least one."""
+    """Return the first of ``tests`` that together compute for at most ``seconds``; at least one."""
     until = accumulate(computing[test] for test in tests)
     return tests[: max(1, sum(total <= seconds for total in until))]
 
 
 def statement_lines(source: str, line: int) -> range:
-    """The lines of the smallest statement around ``line``; all of the file if a module's import executes it."""
+    """Return the lines of the smallest statement around ``line``; all lines of the file if its import executes it."""
     around = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt) and line in _lines(node)]
     if not any(isinstance(node, ast.FunctionDef) for node in around):
         return range(1, 1 + source.count("\n"))
@@ -55,7 +55,7 @@ def _lines(node: ast.stmt) -> range:
 
 
 def in_a_fork(function: Callable[[], int | None]) -> tuple[int, str]:
-    """The exit status of a process that calls ``function``, 0 for None, and the end of what it prints."""
+    """Call ``function`` in a forked process. Return its exit status (0 for None) and the end of its output."""
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         if (process := os.fork()) == 0:
             status = 70
@@ -74,7 +74,7 @@ def in_a_fork(function: Callable[[], int | None]) -> tuple[int, str]:
 
 
 def failing(tests: list[str], seconds: dict[str, float]) -> tuple[bool, str]:
-    """Whether one of ``tests`` fails in this folder, or does not end; and the end of what pytest prints."""
+    """Return True if one of ``tests`` fails in this folder or does not end, and the end of pytest's output."""
     status, output = in_a_fork(lambda: _run(tests, seconds))
     if (os.WIFEXITED(status) and os.WEXITSTATUS(status) == 70) or "ERROR: not found:" in output:
         raise RuntimeError(f"{output}\nThe tests were not run: if they have changed, remove build/mutation")

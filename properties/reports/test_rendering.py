@@ -112,7 +112,7 @@ def test_html_needs_no_other_file_and_repeats_no_id(rendered):
 
 
 def points(svg):
-    """How many points each drawn line of ResNet-32 has, the strokes of the legend apart."""
+    """Return the number of points of each drawn line of ResNet-32, without the legend's strokes."""
     paths = re.findall(r'<path d="([^"]*)"[^>]*stroke: #d4720b', svg.replace("\n", " "))
     return [count for count in (len(re.findall("[ML]", path)) for path in paths) if count > 3]
 

@@ -52,7 +52,7 @@ class Shares(nn.Module):
 
 
 class WithoutBatchNorm(nn.Module):
-    """A network to which it is all the same how a batch is shared."""
+    """A network whose result does not depend on how a batch is shared."""
 
     def __init__(self) -> None:
         super().__init__()
