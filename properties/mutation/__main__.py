@@ -42,7 +42,8 @@ TESTS = [
     for folder in ("engine", "laws", "models", "")
     for path in sorted(Path("properties", folder).glob("test_*.py"))
 ]
-COPIED = ["memcnn", "properties", "bench", "reports", "tox.ini", "setup.py", "README.md"]
+NOT_COPIED = {"build", "data", "results"}
+"""Folders of the repository that hold results and images."""
 ENVIRONMENT = {"MEMCNN_PROFILE": "ci", "MEMCNN_DATA": "", "OMP_NUM_THREADS": "1"}
 EXPLAINED = Path(__file__).with_name("explained.csv")
 WITHOUT_LINE = itemgetter(0, 2, 3)
@@ -106,11 +107,12 @@ def find_mutants(files: list[Path], sample: int | None) -> None:
 
 
 def copy_to(folder: Path) -> None:
-    for name in COPIED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, folder)
+    """Copy the repository into ``folder``, without results, images and hidden folders other than .ci."""
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
+        elif path.name not in NOT_COPIED and (path.name == ".ci" or not path.name.startswith(".")):
+            shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__", "venv"))
 
 
 def session(file: Path) -> Path:
