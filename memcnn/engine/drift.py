@@ -7,6 +7,8 @@ by 316, and the ReLU behind it passes gradients that it should block. State that
 Each branch is watched in its evaluations number 4, 16, 64 and so on, so that the cost vanishes on average. For every
 tensor that autograd saves there, the forward pass notes the norm and the numbers of positive and negative entries. They
 are compared with those of the rebuilt tensor. On a GPU nothing waits: the numbers are read after they have arrived.
+
+Each branch is named by one warning at most, and one warning stands for all branches of its kind in a backward pass.
 """
 
 import warnings
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from memcnn.engine.checksum import has_fingerprint
+from memcnn.engine.torch_private import current_backward_pass
 
 SAMPLED = frozenset(4**k for k in range(1, 16))
 """The evaluations of a branch that are watched, counted from 1. The first three often belong to no training."""
@@ -34,8 +37,10 @@ FEWEST_ENTRIES = 8
 LEAST_ROOT_MEAN_SQUARE = 1e-3
 """Smallest root mean square that a change of norm is related to, because rebuilt zeros are not exactly zero."""
 
-_warned: set[str] = set()
-"""Branches that a warning has named."""
+_covered: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Branches that a warning has named, or another branch of their kind in the same backward pass."""
+_last_warning = ("", -1)
+"""The branch that the last warning named, and the number of its backward pass."""
 _arriving: list[tuple["Drift", "Comparison", Tensor, torch.cuda.Event]] = []
 """Comparisons on GPUs whose numbers have not arrived on the CPU yet."""
 
@@ -52,6 +57,7 @@ class Drift:
 
     def __init__(self, module: nn.Module):
         self.module = module
+        self.backward_pass = -1
         self.then: list[Tensor | None] = []
         self.now: dict[int, tuple[Tensor, torch.Size]] = {}
         read_arrived()
@@ -69,6 +75,7 @@ class Drift:
 
     def compare(self) -> None:
         """Warn if a rebuilt tensor differs, now or when the numbers have arrived from the GPU."""
+        self.backward_pass = current_backward_pass()
         now, self.now = self.now, {}
         for device in {statistics.device for statistics, _ in now.values()}:
             indices = [i for i, (statistics, _) in now.items() if statistics.device == device]
@@ -93,10 +100,14 @@ class Drift:
                 break
 
     def _warn(self, index: int, shape: tuple[int, ...], difference: str) -> None:
-        name = _description(self.module)
-        if name in _warned:
+        global _last_warning
+        this = name, _ = _description(self.module), self.backward_pass
+        if self.module in _covered:
             return
-        _warned.add(name)
+        _covered.add(self.module)
+        if this == _last_warning:
+            return
+        _last_warning = this
         warnings.warn(
             f"backward does not use what forward computed in the branch {name}: the tensor number {index + 1} that "
             f"autograd saves there, of shape {shape}, has {difference}, so that gradients may be wrong. Rounding is "

@@ -20,11 +20,6 @@ STEPS = 4
 """The last of these is the first that is watched."""
 
 
-@pytest.fixture(autouse=True)
-def nothing_was_warned_of(monkeypatch):
-    monkeypatch.setattr(drift, "_warned", set())
-
-
 def pre_activated(channels: int = 8) -> nn.Module:
     return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1, bias=False))
 
@@ -68,6 +63,10 @@ def test_channels_that_are_constantly_zero_are_warned_of_once():
     trained(twin, padded, steps=16)
     errors = [relative_error(p.grad, q.grad) for p, q in zip(module.parameters(), twin.parameters(), strict=True)]
     assert max(errors) > 0.01, "the gradients are wrong, so that the warning is due"
+
+
+def test_a_second_model_of_the_same_kind_gets_a_warning_of_its_own():
+    assert [len(trained(sequence(), padded)) for _ in range(2)] == [1, 1]
 
 
 def sequence_of_instance_norms() -> nn.Module:
