@@ -54,12 +54,12 @@ def _run_backwards(undo: list[tuple]) -> None:
 
 
 def exchange(registry: dict, name: str, then: Tensor, undo: list[tuple]) -> None:
-    """Register ``then`` again in place of the tensor that replaced it.
+    """Register ``then`` again in place of what replaced it.
 
     ``functional_call`` and assignments such as ``self.buffer = x`` replace tensors. Tensors of a subclass belong to
     FSDP, which exchanges them itself.
     """
     now = registry.get(name)
-    if type(then) in (Tensor, nn.Parameter) and (now is None or type(now) in (Tensor, nn.Parameter)):
+    if type(then) in (Tensor, nn.Parameter) and (type(now) in (Tensor, nn.Parameter) or not isinstance(now, Tensor)):
         undo.append((registry.__setitem__, name, now) if name in registry else (registry.pop, name, None))
         registry[name] = then

@@ -1,13 +1,20 @@
-"""Plain attributes of modules: numbers, flags and strings, such as a temperature or ``Dropout.p``."""
+"""Plain attributes of modules: numbers, flags, strings and functions, such as a temperature or ``Dropout.p``."""
 
 from itertools import islice
 from operator import is_
+from types import BuiltinFunctionType, FunctionType, NoneType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-SCALARS = frozenset({bool, int, float, complex, str, torch.dtype})
-"""Types of the attributes that are noted. Other values could hold tensors, which a note would keep alive."""
+_WORDS = {bool, int, float, complex, str, bytes, NoneType}
+_NAMES = {type, FunctionType, BuiltinFunctionType, torch.dtype, torch.device}
+SCALARS = frozenset(_WORDS | _NAMES)
+"""Types of the attributes that are noted, alone and in tuples.
+
+Tensors and containers have notes of their own (``memcnn.engine.references``). Other objects could hold tensors, which a
+note would keep alive.
+"""
 
 BASE_ATTRIBUTES = len(vars(nn.Module()))
 """Number of attributes that ``nn.Module`` itself sets, before all others."""
@@ -48,10 +55,18 @@ def expose_defaults(own: dict[str, object], names: tuple[str, ...], undo: list[t
 
 
 def set_again(then: Attributes, undo: list[tuple]) -> None:
-    """Set the attributes that still exist to the noted values. ``undo`` receives the call that undoes this."""
+    """Set the attributes that still exist to the noted values. ``undo`` receives the call that undoes this.
+
+    Where None became an object, such as a log file that the first call opens, the object stays.
+    """
     own, names, values = then
-    undo.append((own.update, {name: own[name] for name in names if name in own}))
-    own.update({name: value for name, value in zip(names, values, strict=True) if name in own})
+    before = {
+        name: value
+        for name, value in zip(names, values, strict=True)
+        if name in own and (value is not None or type(own[name]) in SCALARS or isinstance(own[name], Tensor))
+    }
+    undo.append((own.update, {name: own[name] for name in before}))
+    own.update(before)
 
 
 known_classes: dict[type, tuple[int, tuple[str, ...]]] = {}
@@ -84,6 +99,12 @@ def noted(module: nn.Module) -> Attributes:
     names = (
         ()
         if type(module).__module__.startswith("torch.") and type(module) not in known_classes
-        else tuple([name for name, value in islice(own.items(), BASE_ATTRIBUTES, None) if type(value) in SCALARS])
+        else tuple(
+            [
+                name
+                for name, value in islice(own.items(), BASE_ATTRIBUTES, None)
+                if type(value) in SCALARS or (type(value) is tuple and SCALARS.issuperset(map(type, value)))
+            ]
+        )
     )
     return own, names, tuple(map(own.get, names))

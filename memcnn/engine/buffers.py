@@ -24,6 +24,7 @@ class Buffer(NamedTuple):
         before: a copy of its value; None means that a further evaluation begins with the present value.
         identity: its version and storage.
         checksum: of its value, to notice changes without a new version; None where it has none.
+        kind: "buffer", or "attribute" for a tensor that is a plain attribute.
     """
 
     registry: dict
@@ -32,6 +33,7 @@ class Buffer(NamedTuple):
     before: Tensor | None
     identity: tuple[int, int]
     checksum: int | None
+    kind: str = "buffer"
 
 
 class ReplayedBuffers:
@@ -47,8 +49,8 @@ class ReplayedBuffers:
     """Buffers that an evaluation may modify."""
     unchanged: list[tuple[str, str, Tensor, tuple[int, int]]]
     """Kind, name, tensor and identity of what must not be modified in the meantime."""
-    checksums: list[tuple[str, Tensor, int]]
-    """Name, tensor and checksum of the buffers among them that have one."""
+    checksums: list[tuple[str, str, Tensor, int]]
+    """Kind, name, tensor and checksum of the buffers among them that have one."""
     running_statistics: dict[int, nn.Module]
     """By id, running statistics of plain BatchNorms that normalise with their batch's statistics."""
     untracked: dict[nn.Module, None]
@@ -86,6 +88,12 @@ class ReplayedBuffers:
                 else:
                     self.restored.append(Buffer(registry, name, buffer, buffer.clone(), value, checksum(buffer)))
 
+    def survey_tensor(self, own: dict, name: str, tensor: Tensor) -> None:
+        """Note a plain attribute that is a tensor without a graph, before the first evaluation. ``own`` holds it."""
+        before = tensor.detach().clone()
+        self.buffers.append((own, name, tensor))
+        self.restored.append(Buffer(own, name, tensor, before, identity(tensor), checksum(tensor), "attribute"))
+
     def note_buffers(self, set_by: set[int]) -> None:
         """Note what the first evaluation changed in buffers.
 
@@ -115,17 +123,17 @@ class ReplayedBuffers:
 
     def _note_buffer(self, buffer: Buffer, initialised: bool) -> None:
         """Note whether the first evaluation modified a buffer, and keep the value it began with if it may have."""
-        registry, name, b, before, value, bits = buffer
+        registry, name, b, before, value, bits, kind = buffer
         if initialised and (now := registry.get(name)) is not None:
             b, value, bits = now, identity(now), checksum(now)  # the layer may note here that it is initialised
         if before is not None and identity(b) == value and id(registry) not in self.silent and checksum(b) == bits:
-            self.unchanged.append(("buffer", name, b, value))
+            self.unchanged.append((kind, name, b, value))
             if bits is not None:
-                self.checksums.append((name, b, bits))
+                self.checksums.append((kind, name, b, bits))
             if (
                 b.device.type == "cpu"
                 or b.nbytes > KEPT_BUFFER
                 or any(m._buffers is registry and type(m).forward in NORM_FORWARDS for m, _ in self.modes)
             ):
                 before = None
-        self.restored.append(Buffer(registry, name, b, before, value, bits))
+        self.restored.append(Buffer(registry, name, b, before, value, bits, kind))

@@ -45,7 +45,8 @@ from memcnn.engine.generators import (
     set_rng_state,
 )
 from memcnn.engine.hooks import Hooks, hooked, restore_hooks
-from memcnn.engine.identity import refuse_unless_lazy
+from memcnn.engine.identity import identity, refuse_unless_lazy
+from memcnn.engine.references import HELD_BY_REFERENCE, Container, WithGraph, references
 
 
 class Replay(ReplayedBuffers):
@@ -85,7 +86,9 @@ class Replay(ReplayedBuffers):
         self.buffers: list[tuple[dict, str, Tensor]] = []
         self.restored: list[Buffer] = []
         self.unchanged: list[tuple[str, str, Tensor, tuple[int, int]]] = []
-        self.checksums: list[tuple[str, Tensor, int]] = []
+        self.checksums: list[tuple[str, str, Tensor, int]] = []
+        self.references: list[WithGraph | Container] = []
+        """Plain attributes of users' modules that are containers, or tensors with a graph."""
         self.running_statistics: dict[int, nn.Module] = {}
         self.untracked: dict[nn.Module, None] = {}
         self.sets_parameters = False
@@ -158,11 +161,25 @@ class Replay(ReplayedBuffers):
             self.is_foreign = True
             self.users_attributes.append(noted(module))
             self.users_modules.append((module, len(vars(module))))
+            if not HELD_BY_REFERENCE.isdisjoint(map(type, vars(module).values())):
+                self._survey_references(module)
         elif known[1]:
             own = vars(module)
             self.attributes.append((own, known[1], tuple(map(own.get, known[1]))))
         if not OWNED.keys().isdisjoint(map(type, vars(module).values())):
             self.own_generators += [value for value in vars(module).values() if type(value) in OWNED]
+
+    def _survey_references(self, module: nn.Module) -> None:
+        """Note the plain attributes of a user's module that are tensors or containers."""
+        own = vars(module)
+        for name, value in references(module):
+            if isinstance(value, Container):
+                self.references.append(value)
+            elif value.grad_fn is not None:
+                self.references.append(WithGraph(own, name, value.detach()))
+                self.unchanged.append(("attribute", name, value.detach(), identity(value)))
+            elif not value.is_inference():
+                self.survey_tensor(own, name, value)
 
     def watch(self) -> AbstractContextManager:
         """Return the context of the first evaluation. It notes which hooks change a value."""
@@ -211,6 +228,7 @@ class Replay(ReplayedBuffers):
             self.is_initialised_by_it = self._has_grown()
         if self.is_initialised_by_it:
             self.users_attributes = [present(then) for then in self.users_attributes]
+            self.references = []
             return
         self.moved_attributes = moved
         for (module, size), then in zip(self.users_modules, self.users_attributes, strict=True):
@@ -241,10 +259,10 @@ class Replay(ReplayedBuffers):
                     f"the {kind} {name!r} of shape {tuple(tensor.shape)} was modified {when}, so that "
                     f"the activations cannot be rebuilt: {fix}"
                 )
-        for name, tensor, bits in self.checksums:
+        for kind, name, tensor, bits in self.checksums:
             if checksum(tensor) != bits:
                 raise RuntimeError(
-                    f"the buffer {name!r} of shape {tuple(tensor.shape)} was modified {when} through "
+                    f"the {kind} {name!r} of shape {tuple(tensor.shape)} was modified {when} through "
                     ".data, NumPy or a kernel that counts no version, so that the activations cannot be "
                     f"rebuilt: {fix}"
                 )
@@ -294,7 +312,9 @@ class Replay(ReplayedBuffers):
             source.write(source.key, before)
         if self.outside is not None:  # nothing was evaluated before
             undo += [(source.write, source.key, source.read(source.key)) for source in (PYTHON, NUMPY)]
-        for _, _, buffer, before, _, _ in self.restored:
+        for reference in self.references:
+            reference.set_again(undo)
+        for _, _, buffer, before, *_ in self.restored:
             # .data: autograd must not take a value that is put back for a modification
             undo.append((buffer.data.copy_, buffer.clone()))
             if before is not None:

@@ -1,5 +1,6 @@
 """The recomputation sees hooks that change values in place, or are removed before backward, as forward saw them."""
 
+import itertools
 import threading
 from collections import Counter
 
@@ -177,11 +178,10 @@ def test_another_threads_hooks_are_called_while_a_branch_is_rebuilt():
 
         def __init__(self):
             super().__init__()
-            self.calls = []
+            self.calls = itertools.count(1)  # a number or a list would be set back
 
         def forward(self, x: Tensor) -> Tensor:
-            self.calls.append(None)
-            if len(self.calls) > 1:
+            if next(self.calls) > 1:
                 thread = threading.Thread(target=other, args=[torch.ones(2)])
                 thread.start()
                 thread.join()

@@ -11,7 +11,7 @@ from memcnn.engine import retained
 from memcnn.engine.chain import Value, thread_state
 from memcnn.testing.tolerances import tolerance
 from properties.devices import rng_state
-from properties.support.blocks import net, rows
+from properties.support.blocks import Notes, net, rows
 from properties.support.held import held_bytes, living
 from properties.support.twin import assert_same, backward, block, plain_twin, run, weighted_sum
 
@@ -26,7 +26,7 @@ class Failing(nn.Module):
         self.linear, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
         self.register_buffer("moved", torch.ones(()))
         self.evaluations, self.error = evaluations, error
-        self.seen = []  # a plain number would be set back for the recomputation
+        self.seen = Notes()
 
     def forward(self, x):
         self.seen.append(None)

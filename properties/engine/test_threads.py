@@ -1,5 +1,6 @@
 """Two steps at once, in two threads."""
 
+import itertools
 import random
 import sys
 import threading
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from memcnn import ReversibleSequential
 from memcnn.testing.tolerances import relative_error, tolerance
 from properties.devices import rng_state
+from properties.support.blocks import Notes
 from properties.support.twin import block, images, plain_twin, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -74,7 +76,7 @@ class Drawing(nn.Module):
 
     def __init__(self, draw: Callable[[], Tensor]):
         super().__init__()
-        self.draw, self.drawn = draw, []
+        self.draw, self.drawn = draw, Notes()
 
     def forward(self, x: Tensor) -> Tensor:
         numbers = []
@@ -158,11 +160,10 @@ def test_a_thread_waits_with_its_branch_while_another_rebuilds_one():
     class First(nn.Module):
         def __init__(self):
             super().__init__()
-            self.calls = []
+            self.calls = itertools.count(1)  # a number or a list would be set back
 
         def forward(self, x: Tensor) -> Tensor:
-            self.calls.append(None)
-            if len(self.calls) == 2:
+            if next(self.calls) == 2:
                 inside.set()
                 thread.join(0.2)
                 waited.set()

@@ -38,3 +38,7 @@ class Doubling(nn.Module):
 
 def refused(error: type[Exception], *words: str):
     return pytest.raises(error, match=".*".join(re.escape(word) for word in words))
+
+
+class Notes(list):
+    """A list that the engine does not set back for the recomputation, where modules note each evaluation."""

@@ -1,0 +1,76 @@
+"""Plain attributes that are tensors, lists or dictionaries: a context, a mask, a cache, a history.
+
+A tensor without a graph is treated as a buffer (``memcnn.engine.buffers``). Of a tensor with a graph we note the values
+alone, because the graph would keep the evaluation before this one alive, that one the evaluation before it, and so on.
+Of a small container we note a copy; the second evaluation gets that, so that what it adds is lost.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from memcnn.engine.attributes import BASE_ATTRIBUTES, SCALARS
+
+CONTAINERS = frozenset({list, dict, set, deque})
+MOST_ENTRIES = 64
+"""Largest container that is copied at every evaluation."""
+
+HELD_BY_REFERENCE = CONTAINERS | {Tensor}
+
+
+class WithGraph(NamedTuple):
+    """A tensor with a graph.
+
+    Attributes:
+        own: the attributes of its module.
+        name: its name.
+        values: the tensor without its graph.
+    """
+
+    own: dict[str, Any]
+    name: str
+    values: Tensor
+
+    def set_again(self, undo: list[tuple]) -> None:
+        """Set the attribute to a tensor of the same values, which is no leaf either. ``undo`` receives the way back."""
+        if self.name in self.own:
+            undo.append((self.own.__setitem__, self.name, self.own[self.name]))
+            with torch.enable_grad():
+                leaf = self.values.detach().requires_grad_()
+                self.own[self.name] = leaf.view_as(leaf)
+
+
+class Container(NamedTuple):
+    """A list, dictionary, set or deque.
+
+    Attributes:
+        own: the attributes of its module.
+        name: its name.
+        content: a copy of it.
+    """
+
+    own: dict[str, Any]
+    name: str
+    content: Any
+
+    def set_again(self, undo: list[tuple]) -> None:
+        """Set the attribute to a container of the same content. ``undo`` receives the way back."""
+        if self.name in self.own:
+            undo.append((self.own.__setitem__, self.name, self.own[self.name]))
+            self.own[self.name] = self.content.copy()
+
+
+def references(module: nn.Module) -> Iterator[tuple[str, Tensor | Container]]:
+    """Yield name and value of each plain attribute that is a tensor, and a note of each that is a container."""
+    own = vars(module)
+    for name, value in islice(own.items(), BASE_ATTRIBUTES, None):
+        if type(value) is Tensor:
+            yield name, value
+        elif type(value) in CONTAINERS and len(value) <= MOST_ENTRIES:
+            entries = value.values() if type(value) is dict else value
+            if all(type(x) in SCALARS or (type(x) is Tensor and x.grad_fn is None) for x in entries):
+                yield name, Container(own, name, value.copy())

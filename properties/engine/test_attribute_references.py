@@ -1,0 +1,146 @@
+"""Plain attributes that are tensors, containers or functions are those of the forward pass in the recomputation."""
+
+import gc
+from collections import deque
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memcnn.engine.replay import Replay
+from properties.support.blocks import refused, rows
+from properties.support.held import living
+from properties.support.scaled import PROGRAMS, Scaled, chain
+from properties.support.twin import assert_like_twin, assert_same, block, plain_twin, run, weighted_sum
+
+pytestmark = pytest.mark.usefixtures("on_device")
+
+
+class Contextual(Scaled):
+    """Scales by whatever ``context`` is."""
+
+    def __init__(self):
+        super().__init__()
+        self.context = None
+
+    def scale(self, x):
+        context = self.context
+        if callable(context):
+            return context(x)
+        if isinstance(context, dict):
+            return context["scale"]
+        if isinstance(context, set):
+            return len(context)
+        return context[0] if isinstance(context, list | tuple | deque) else context
+
+
+def vector(value: float) -> Tensor:
+    return torch.full((3,), value, dtype=torch.float64)
+
+
+def graph(value: float) -> Tensor:
+    return vector(value).requires_grad_().exp()
+
+
+CONTEXTS = {
+    "tensor": (lambda: vector(2), lambda _: vector(5)),
+    "tensor with a graph": (lambda: graph(0.2), lambda _: graph(0.9)),
+    "tensor, later a number": (lambda: vector(2), lambda _: 5.0),
+    "function": (lambda: torch.sin, lambda _: torch.cos),
+    "tuple": (lambda: (2.0, "a"), lambda _: (5.0, "a")),
+    "list": (lambda: [2.0], lambda then: then.__setitem__(0, 5.0) or then),
+    "list of tensors": (lambda: [vector(2)], lambda then: then.__setitem__(0, vector(5)) or then),
+    "dictionary": (lambda: {"scale": 2.0}, lambda then: then.update(scale=5.0) or then),
+    "set": (lambda: {1, 2}, lambda then: then.add(3) or then),
+    "deque": (lambda: deque([2.0]), lambda then: then.appendleft(5.0) or then),
+}
+
+
+@pytest.mark.parametrize(("make", "change"), CONTEXTS.values(), ids=CONTEXTS)
+def test_a_context_that_changes_between_forward_and_backward_is_replayed(make, change):
+    def program(module: nn.Module, x: Tensor) -> Tensor:
+        branch = module._fn.Fm
+        branch.context, module._fn.Gm.context = make(), make()
+        y = module(x)
+        branch.context = now = change(branch.context)
+        weighted_sum(y).backward()
+        assert branch.context is now
+        return y
+
+    assert_like_twin(block(Contextual), program, rows())
+
+
+def test_a_context_for_each_step_of_a_loop_is_replayed_and_gets_its_gradient():
+    def program(module: nn.Module, x: Tensor, context: Tensor) -> Tensor:
+        for k in range(3):
+            module._fn.Fm.context = module._fn.Gm.context = (context[:, :3] * k).tanh()
+            x = module(x)
+        weighted_sum(x).backward()
+        return x
+
+    assert_like_twin(block(Contextual), program, rows(), rows())
+
+
+def test_a_tensor_that_changes_in_place_between_forward_and_backward_is_noticed():
+    for change in (lambda t: t.mul_(2), lambda t: t.data.mul_(2)):
+        module = block(Contextual)
+        module._fn.Fm.context, module._fn.Gm.context = vector(2), vector(2)
+        y = module(rows())
+        change(module._fn.Gm.context)
+        with refused(RuntimeError, "the attribute 'context' of shape (3,) was modified between forward and backward"):
+            weighted_sum(y).backward()
+
+
+class Averaging(Scaled):
+    """Keeps an average as a plain tensor, in place; and a history, to which every call adds."""
+
+    def __init__(self):
+        super().__init__()
+        self.average, self.history = vector(1), []
+
+    def scale(self, x):
+        self.average.mul_(0.5).add_(x.detach().mean())
+        self.history.append(float(self.average[0]))
+        return self.average + len(self.history)
+
+
+class Remembering(Scaled):
+    """Scales by what the call before has left, with its graph if ``graph`` is set."""
+
+    graph = False
+
+    def __init__(self):
+        super().__init__()
+        self.state = None
+
+    def scale(self, x):
+        scale = 1.0 if self.state is None else 1 + self.state.detach().mean() ** 2
+        self.state = x if self.graph else x.detach()
+        return scale
+
+
+class RememberingGraphs(Remembering):
+    graph = True
+
+
+@PROGRAMS
+@pytest.mark.parametrize("branch", [Averaging, Remembering, RememberingGraphs])
+def test_what_a_branch_keeps_from_call_to_call_moves_once_a_step_and_is_replayed(program, branch):
+    module = chain(branch)
+    twin = plain_twin(module)
+    for _ in range(2):
+        assert_same(run(module, program, [rows()]), run(twin, program, [rows()]), limit=1e-10)
+    if branch is Averaging:
+        for got, wanted in zip(module, twin, strict=True):
+            torch.testing.assert_close(got._fn.Fm.average, wanted._fn.Fm.average)
+            torch.testing.assert_close(got._fn.Fm.history, wanted._fn.Fm.history)
+
+
+def test_a_branch_that_remembers_graphs_keeps_no_chain_of_evaluations_alive():
+    module = block(RememberingGraphs)
+    counts = []
+    for _ in range(4):
+        module(rows())
+        gc.collect()
+        counts.append(len(living(Replay)))
+    assert counts[1:] == counts[:-1]
