@@ -1,10 +1,9 @@
 """i-RevNet: a classifier whose features before the pooling still hold the whole image.
 
 Jacobsen, Smeulders, Oyallon, "i-RevNet: Deep Invertible Networks", arXiv:1802.07088, section 3. A unit of the paper is
-one additive step, (x, x~) -> (x~, x + F(x~)); an ``AdditiveCoupling`` is two of them. Resolution falls by the invertible
-down-sampling of section 3.1, ``SpaceToDepth``. F reads the half after the down-sampling; the strided convolution of
-the half before it, which the paper uses, is a special case of that. Where resolution falls, the channels of the code
-grow by as much, so that no value is lost.
+one additive step, (x, x~) -> (x~, x + F(x~)); an ``AdditiveCoupling`` is two of them. The invertible down-sampling of
+section 3.1, ``SpaceToDepth``, turns positions into channels, so that no value is lost. Here F reads the half after the
+down-sampling; the strided convolution of the half before it, which the paper uses, is a special case of that.
 """
 
 from collections.abc import Sequence
