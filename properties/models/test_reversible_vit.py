@@ -16,10 +16,16 @@ def small(depth: int = 2, **options) -> ReversibleViT:
 
 
 @settings(max_examples=2)
-@given(st.integers(1, 2), st.sampled_from([0.0, 0.5]), st.integers(0, 2**16))
-def test_the_blocks_meet_the_laws(depth, drop_path, seed):
+@given(st.integers(1, 2), st.integers(0, 2**16))
+def test_the_blocks_meet_the_laws(depth, seed):
     torch.manual_seed(seed)
-    assert_laws(small(depth, drop_path=drop_path).blocks, torch.randn(3, 4, 16), seed=seed)
+    assert_laws(small(depth).blocks, torch.randn(3, 4, 16), seed=seed)
+
+
+def test_stochastic_depth_is_replayed():
+    """A later ``inverse`` of several blocks draws anew, so that the law of inverse does not apply."""
+    blocks = small(2, drop_path=0.5).blocks
+    assert_laws(blocks, torch.randn(6, 4, 16), laws=("gradients", "state"), finite_differences=False)
 
 
 @pytest.mark.parametrize("fusion", ["concat", "mean"])
