@@ -31,4 +31,4 @@ def assert_flat_in_depth(
     few, many = (step_bytes(make(depth), x) for depth in depths)
     assert many == few + (depths[1] - depths[0]) * bytes_per_block
     stored = step_bytes(plain_twin(make(2)), x) - step_bytes(plain_twin(make(1)), x)
-    assert stored >= 2 * x.nbytes > bytes_per_block, f"the twin must store more than the input, {x.nbytes}: {stored}"
+    assert stored >= x.nbytes > bytes_per_block, f"the twin must store at least the input, {x.nbytes}: {stored}"
