@@ -7,10 +7,10 @@ of a model that knows nothing. Takes about a minute on one core of a laptop.
 """
 
 import argparse
+from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
-from pydoc_data.topics import topics
 from torch import Tensor
 
 from memcnn.memory import measure_step_memory
