@@ -81,10 +81,8 @@ def test_embedding_and_logits_share_their_weight():
     assert model.embedding.weight.grad.abs().sum(1).all(), "logits give every token a gradient"
 
 
-@settings(max_examples=3)
-@given(st.lists(st.integers(1, 3), min_size=1, max_size=4), st.integers(0, 2**16))
-def test_with_a_cache_logits_are_those_of_the_whole_text(pieces, seed):
-    torch.manual_seed(seed)
+@pytest.mark.parametrize("pieces", [[4], [1, 1, 1], [2, 3], [3, 1, 2]])
+def test_with_a_cache_logits_are_those_of_the_whole_text(pieces):
     model = small().double().eval()
     tokens, cache = torch.randint(11, (2, sum(pieces))), KeyValueCache()
     with torch.no_grad():
