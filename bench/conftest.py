@@ -13,6 +13,7 @@ from bench.cases import chains, law
 from bench.gate import gated
 from bench.modes import modes, why_not
 from bench.networks import networks
+from bench.reference import references
 from memcnn.training.execution import Execution
 from memcnn.training.options import duration
 
@@ -68,7 +69,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     config = metafunc.config
     sizes = {"quick": config.getoption("quick"), "cuda": config.getoption("device").startswith("cuda")}
-    cases = [*chains(**sizes), *networks(**sizes), *modes(**sizes)]
+    cases = [*chains(**sizes), *networks(**sizes), *modes(**sizes), *([] if sizes["quick"] else references())]
     reasons = {case: why_not(case, cuda=sizes["cuda"], everywhere=config.getoption("modes")) for case in cases}
     if "repeat" in metafunc.fixturenames:
         turns = in_turn(cases, REPEATS["quick" if sizes["quick"] else "full"])

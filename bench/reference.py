@@ -1,0 +1,222 @@
+"""Time and memory of the reference networks against their depth: stored, checkpointed and reversible activations.
+
+    python -m bench.reference                                     bytes of all networks at depths 8, 32 and 128
+    python -m bench.reference --networks irevnet vit --depths 8   some of them
+    python -m bench.reference --time --depths 8                   also seconds of a step, in turn, as ratios to plain
+
+The depth is the number of blocks: of the first stage, of the first scale, or of a stage of a U-Net. Prints Markdown.
+The cases of depth 8 are part of a full run of ``python -m bench``.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bench.cases import THREE, Case, Step
+from memcnn import ReversibleSequential
+from memcnn.memory import measure_step_memory
+from memcnn.models.glow import Glow
+from memcnn.models.irevnet import IRevNet
+from memcnn.models.momentum import MomentumNet
+from memcnn.models.ode import ReversibleHeun
+from memcnn.models.reformer import ReversibleLM
+from memcnn.models.reversible_unet import InvertibleUNet, ReversibleUNet
+from memcnn.models.reversible_vit import ReversibleViT
+
+VOCABULARY = 256
+
+
+class NegativeLogLikelihood(nn.Module):
+    """The loss of a flow as a module of its own."""
+
+    def __init__(self, flow: Glow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -self.flow.log_prob(x)
+
+
+class Field(nn.Module):
+    """f(t, y) of the ODE block: linear, tanh, linear, with a hidden layer of 64."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(width, 64), nn.Tanh(), nn.Linear(64, width))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return torch.cos(t) * self.net(y)
+
+
+def _residual(width: int) -> nn.Module:
+    """Return the residual function of the momentum network."""
+    return nn.Sequential(
+        nn.GroupNorm(4, width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.GroupNorm(4, width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+    )
+
+
+def _momentum(depth: int) -> nn.Module:
+    """Return a momentum network; 0.97**-128 is 49, which float32 holds on the grid of exact mode."""
+    return MomentumNet(*(_residual(16) for _ in range(depth)), gamma=0.97)
+
+
+MAKERS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
+    "irevnet": (lambda depth: IRevNet((depth,), width=32, padding="repeat"), (3, 32, 32)),
+    "irevnet-exact": (lambda depth: IRevNet((depth,), width=32), (3, 32, 32)),
+    "vit": (lambda depth: ReversibleViT(depth, 64, 4), (3, 32, 32)),
+    "momentum": (_momentum, (16, 16, 16)),
+    "glow": (lambda depth: NegativeLogLikelihood(Glow((3, 16, 16), 1, depth, 32)), (3, 16, 16)),
+    "lm": (lambda depth: ReversibleLM(VOCABULARY, depth, 64, 4, context=64), (64,)),
+    "unet-3d": (lambda depth: ReversibleUNet(1, 2, (8, 16), depth, dims=3), (1, 16, 16, 16)),
+    "iunet-2d": (lambda depth: InvertibleUNet(8, 2, depth), (8, 16, 16)),
+    "ode": (lambda depth: ReversibleHeun(Field(2), depth), (2,)),
+}
+"""For each network: a function of the depth, and the shape of a sample."""
+
+
+class CheckpointedBlock(nn.Module):
+    """A block whose input is stored, and which runs again in the backward pass."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=False)
+
+    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return checkpoint(self.block.forward_log_det, x, use_reentrant=False)
+
+
+def as_subject(model: nn.Module, subject: str) -> nn.Module:
+    """Let the model store its activations ("plain"), checkpoint every block, or leave it "reversible"."""
+    for chain in [part for part in model.modules() if isinstance(part, ReversibleSequential)]:
+        for i, wrapped in enumerate(chain):
+            if subject == "plain":
+                wrapped.disable = True
+            elif subject == "checkpoint":
+                chain[i] = CheckpointedBlock(wrapped._fn)
+    return model
+
+
+@dataclass(frozen=True)
+class Reference(Case):
+    """A training step of a reference network.
+
+    Attributes:
+        network: a key of ``MAKERS``.
+        subject: "plain", "checkpoint" or "reversible".
+        depth: number of blocks of a stage.
+        batch: number of samples.
+        series: name of the case's series.
+        mode: a key of ``bench.modes.MODES``.
+    """
+
+    network: str
+    subject: str
+    depth: int
+    batch: int = 8
+    series: str = "reference"
+    mode: str = "eager"
+
+    @property
+    def group(self) -> str:
+        return f"{self.series}-{self.network}-depth{self.depth}-batch{self.batch}"
+
+    cycle = group
+
+    def model(self, device: str | torch.device) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return as_subject(MAKERS[self.network][0](self.depth), self.subject).to(device)
+
+    def step(self, model: nn.Module, device: str | torch.device, autocast: Callable = nullcontext) -> Step:
+        """Return a forward and backward pass on a fixed batch."""
+        shape = (self.batch, *MAKERS[self.network][1])
+        generator = torch.Generator().manual_seed(1)
+        if self.network == "lm":
+            x = torch.randint(VOCABULARY, shape, generator=generator).to(device)
+        else:
+            x = torch.randn(shape, generator=generator).to(device)
+
+        def run() -> None:
+            with autocast():
+                y = model(x)
+            y.square().mean().backward()
+
+        return Step(run, (x,))
+
+
+def references(*, depths: Sequence[int] = (8,), networks: Sequence[str] = tuple(MAKERS)) -> list[Reference]:
+    """Return the cases of these networks and depths."""
+    return [Reference(network, subject, depth) for network in networks for depth in depths for subject in THREE]
+
+
+def activation_bytes(case: Reference) -> int:
+    """Return what a training step adds to parameters and gradients at its worst instant, in bytes of tensors."""
+    model = case.model("cpu")
+    step = case.step(model, "cpu")
+    step.run()  # layers that initialise themselves have done so
+    return measure_step_memory(model, step.run).activation_bytes
+
+
+def relative_times(network: str, depth: int, rounds: int = 7) -> dict[str, float]:
+    """Return the median ratio of CPU time to plain's, over rounds in which the subjects take turns."""
+    steps = {}
+    for subject in THREE:
+        case = Reference(network, subject, depth)
+        steps[subject] = case.step(case.model("cpu"), "cpu").run
+        steps[subject]()
+    seconds: dict[str, list[float]] = {subject: [] for subject in THREE}
+    for _ in range(rounds):
+        for subject, run in steps.items():
+            begun = time.process_time()
+            run()
+            seconds[subject].append(time.process_time() - begun)
+    return {
+        subject: statistics.median(a / b for a, b in zip(seconds[subject], seconds["plain"], strict=True))
+        for subject in THREE
+    }
+
+
+def main() -> None:
+    """Print a table of bytes, and one of time if asked for."""
+    parser = argparse.ArgumentParser(
+        prog="bench.reference", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--networks", nargs="+", choices=MAKERS, default=list(MAKERS), help="default: all")
+    parser.add_argument("--depths", nargs="+", type=int, default=[8, 32, 128], help="numbers of blocks (8 32 128)")
+    parser.add_argument("--time", action="store_true", help="also measure time, relative to plain")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| network | depth | parameters | " + " | ".join(f"{subject}, bytes" for subject in THREE) + " |")
+    print("| --- | --: | --: | --: | --: | --: |")
+    for network in args.networks:
+        for depth in args.depths:
+            cases = references(depths=[depth], networks=[network])
+            parameters = sum(p.numel() for p in cases[0].model("cpu").parameters())
+            sizes = " | ".join(f"{activation_bytes(case):,}" for case in cases)
+            print(f"| {network} | {depth} | {parameters:,} | {sizes} |", flush=True)
+    if args.time:
+        print("\n| network | depth | checkpoint, time / plain | reversible, time / plain |\n| --- | --: | --: | --: |")
+        for network in args.networks:
+            for depth in args.depths:
+                ratios = relative_times(network, depth)
+                shown = f"{ratios['checkpoint']:.2f} | {ratios['reversible']:.2f}"
+                print(f"| {network} | {depth} | {shown} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
