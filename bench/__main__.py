@@ -15,6 +15,7 @@ beside the JSON after --quick; a run that -k or --budget narrows writes none.
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -23,21 +24,21 @@ import torch
 
 from bench import folders, report, summary
 from bench.result import load
+from memcnn import cli
 from memcnn.training.options import duration
 
 HERE = Path(__file__).resolve().parent
 
 
-def main() -> int:
+@cli.command("bench")
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; return the exit status of pytest."""
-    parser = argparse.ArgumentParser(
-        prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser_from("bench", __doc__, whole=True)
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
     parser.add_argument("--modes", action="store_true", help="also bfloat16, channels_last, torch.compile on the CPU")
     parser.add_argument(
         "--threads",
-        type=int,
+        type=cli.threads,
         default=1,
         help="threads of PyTorch on the CPU (default: %(default)s; several "
         "make small kernels a hundred times slower on a machine that is busy)",
@@ -50,9 +51,13 @@ def main() -> int:
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("-k", metavar="EXPRESSION", help="run only the cases that match, as in pytest")
     parser.add_argument("--budget", type=duration, metavar="TIME", help="start no case after so much time: 3m")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the JSON (results/bench/<device>)")
-    parser.add_argument("--report", type=Path, metavar="FOLDER", help="folder of figures and tables (see above)")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--out", type=cli.output_folder, metavar="FOLDER", help="folder of the JSON (results/bench/<device>)"
+    )
+    parser.add_argument(
+        "--report", type=cli.output_folder, metavar="FOLDER", help="folder of figures and tables (see above)"
+    )
+    args = parser.parse_args(arguments)
     try:
         device = folders.chosen(args.device)
     except ValueError as error:

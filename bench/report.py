@@ -9,10 +9,10 @@ other file, and the figures as PNG. They go to reports/out/bench/<device> for a 
 data.
 """
 
-import argparse
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +21,7 @@ from bench import folders
 from bench.figures import draw, pareto_of_peers, save
 from bench.result import MIB, load, origin, series_of, time_table
 from bench.summary import sections
+from memcnn import cli
 from memcnn.training.files import write_by_rename
 from reports import page
 from reports.page import Figure, Page, Section
@@ -154,15 +155,14 @@ def page_of(results: pd.DataFrame, figures: list[Figure], command: str) -> Page:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
+@cli.command("bench.report")
+def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser_from("bench.report", __doc__, whole=True)
     parser.add_argument(
         "result", metavar="FILE.json", type=Path, help="a result of python -m bench, or a report's folder"
     )
-    parser.add_argument("--out", type=Path, help="folder of the report of FILE.json")
+    parser.add_argument("--out", type=cli.output_folder, help="folder of the report of FILE.json")
     given = parser.parse_args(arguments)
     if given.result.is_dir() == (given.out is not None):
         parser.error("wanted FILE.json with --out FOLDER, or the folder of a report without --out")

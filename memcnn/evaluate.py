@@ -8,6 +8,7 @@ Exit status: 0 evaluated, 1 the data is missing or damaged, 2 misuse, as a folde
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -53,11 +54,12 @@ def build_parser() -> argparse.ArgumentParser:
     option("--data", metavar="FOLDER", help='the CIFAR files, or the word "generated" (default: as in its training)')
     option("--unofficial-data", action="store_true", help="evaluate on files with wrong checksums too")
     option("--device", choices=cli.devices(), default=cli.devices()[0], help="(default: %(default)s)")
-    option("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    option("--threads", type=cli.threads, metavar="N", help="CPU threads (default: PyTorch's choice)")
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+@cli.command("memcnn.evaluate")
+def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate the run; return the exit status."""
     parser = build_parser()
     given = parser.parse_args(arguments)

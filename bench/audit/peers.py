@@ -9,7 +9,6 @@ The command writes peers.json, and peers.md from peers.json alone. It leaves out
 installed or whose process fails. Exit status: 0 if all contenders answered, 1 if one failed.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -28,6 +27,7 @@ from bench.audit.peer.behaviours import BEHAVIOURS
 from bench.audit.peer.chains import CONTENDERS, PEERS, ROOT
 from bench.audit.peer_tables import render
 from bench.worker import Failed, Interpreter, Worker
+from memcnn import cli
 from memcnn.training.environment import device_info, git_state, software_versions
 
 VENV = ROOT / "results" / "peers-venv"
@@ -214,16 +214,17 @@ def _progress(text: str) -> None:
     print(f"[{datetime.now():%H:%M:%S}] {text}", file=sys.stderr, flush=True)
 
 
-def main() -> int:
+@cli.command("bench.peers")
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write peers.json and peers.md, print the page; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser_from("bench.peers", __doc__, whole=True)
     parser.add_argument("--quick", action="store_true", help="batch 4, depths 4 and 8, 3 rounds")
     parser.add_argument("--install", action="store_true", help="first create results/peers-venv anew")
     parser.add_argument("--render", action="store_true", help="only write peers.md from the folder's peers.json")
-    parser.add_argument("--out", type=Path, default=Path("results/peers"), help="folder of the files (%(default)s)")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--out", type=cli.output_folder, default="results/peers", help="folder of the files (%(default)s)"
+    )
+    arguments = parser.parse_args(arguments)
     data, page = arguments.out / "peers.json", arguments.out / "peers.md"
     if arguments.render:
         page.write_text(render(json.loads(data.read_text("utf-8"))), "utf-8")
