@@ -41,12 +41,17 @@ def load(path: str | Path) -> pd.DataFrame:
         ValueError: when there are no measurements of ``bench``.
     """
     path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file or folder; wanted a result of python -m bench")
     try:
         results = _committed(path) if path.is_dir() else _measured(path)
         if results.empty or not {"group", "case", "comparison", "subject", "series"} <= set(results):
             raise KeyError("case")
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} holds no measurements of python -m bench ({type(error).__name__})") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no measurements of python -m bench ({type(error).__name__}); wanted its FILE.json, or the "
+            "folder of a report"
+        ) from None
     return results.reindex(columns=list(dict.fromkeys([*results, *OPTIONAL])))
 
 

@@ -1,12 +1,13 @@
 """The tables of a benchmark result: ``python -m bench.summary results/bench/FILE.json``."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 
 from bench.result import GIB, MIB, NAMES, load, origin, ratios, series_of, shapes, size, span, spread
+from memcnn import cli
 from reports import page, text
 
 BUDGETS_GIB = (1, 4, 16, 80)
@@ -189,5 +190,17 @@ def render(results: pd.DataFrame, level: str = "##") -> str:
     return "\n\n".join(parts)
 
 
+@cli.command("bench.summary")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables; return the exit status."""
+    parser = cli.parser_from("bench.summary", __doc__, whole=True)
+    parser.add_argument("result", metavar="FILE.json", help="a result of python -m bench, or a report's folder")
+    try:
+        print(render(load(parser.parse_args(arguments).result)))
+    except ValueError as error:
+        parser.error(str(error))
+    return cli.DONE
+
+
 if __name__ == "__main__":
-    print(render(load(sys.argv[1])))
+    sys.exit(main())

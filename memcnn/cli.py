@@ -245,10 +245,12 @@ def output_folder(text: str) -> Path:
 
 
 def output_file(text: str) -> Path:
-    """Return the path of a file that can be written; its folder is created by who writes it."""
+    """Return the path of a file that can be written because its folder exists."""
     path = Path(text)
-    if not text or path.is_dir():
-        raise argparse.ArgumentTypeError(f"got {text!r}, which is a folder; wanted a file: add a file's name")
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, wanted a file in a folder that exists: create the folder first"
+        )
     _check_writable(path.parent, "a file in a folder")
     if path.exists() and not os.access(path, os.W_OK):
         raise argparse.ArgumentTypeError(f"got {text!r}, which cannot be written; choose another file")
