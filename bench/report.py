@@ -119,7 +119,7 @@ def _write_page(made: Page, figures: dict, folder: Path) -> list[Path]:
 def _figures(results: pd.DataFrame) -> dict:
     """Return (figure, title) by name, that of the peers included."""
     figures = draw(results)
-    if PEERS.is_file():
+    if PEERS.is_file() and results.target.isna().all():
         peers = json.loads(PEERS.read_text("utf-8"))
         figures["pareto_of_peers"] = (pareto_of_peers(peers), "Beside other packages, from reports/peers.json")
     return figures
@@ -146,8 +146,9 @@ def page_of(results: pd.DataFrame, figures: list[Figure], command: str) -> Page:
     """Return the report as a page: the main table, the figures, then all other tables."""
     tables = [Section(title, note=note, table=page.text_frame(table)) for title, note, table in sections(results)]
     pictures = [Section(figure.title, figures=[figure]) for figure in figures]
+    target = results.target.dropna()
     return Page(
-        TITLE,
+        TITLE if target.empty else f"What reversibility costs and saves in {target.iloc[0]}",
         [*tables[:1], *pictures, *tables[1:]],
         summary=headline(results),
         origin=[f"Measured on {origin(results)}."],

@@ -223,6 +223,11 @@ def shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
+def counts(text: str) -> tuple[int, ...]:
+    """Return the numbers in "1,4,8", each at least 1."""
+    return tuple(count(word.strip()) for word in text.split(","))
+
+
 def names(choices: Sequence[str]) -> Callable[[str], list[str]]:
     """Return an argument type for "a,b": a list of the names in ``choices``, each once, in the order given."""
 
