@@ -94,15 +94,24 @@ def compare(base: pd.DataFrame, now: pd.DataFrame, limits: dict[str, float]) -> 
     for metric, limit in limits.items():
         old, new = (_of_time if metric in TIME else _of_bytes)(base, now, metric)
         if not old or not new:
-            raise cli.Misuse(
-                f"{'NOW' if old else 'BASE'} has no case with {metric!r}: choose a metric that both measured"
-            )
+            raise cli.Misuse(_lacking("NOW" if old else "BASE", now if old else base, metric))
         name = "median/plain" if metric == "median" and _kind(base) != _kind(now) else metric
         for case in sorted(old.keys() & new.keys()):
             apart = metric not in TIME or new[case].quantile(0.25) > old[case].quantile(0.75)
             changes.append(Change(case, name, old[case].median(), new[case].median(), limit, apart))
         missing |= old.keys() - new.keys()
     return changes, missing
+
+
+def _lacking(name: str, results: pd.DataFrame, metric: str) -> str:
+    """Return the message about a result without a value of a metric."""
+    measured = [known for known in EXACT if known in results and results[known].notna().any()]
+    if metric in TIME and (results.group == "memory").all():
+        why = ": like the committed baselines it holds bytes and evaluations alone, and no time"
+        fix = "give as BASE a result that python -m bench measured on this machine"
+    else:
+        why, fix = "", "choose a metric that both measured"
+    return f"{name} has no case with {metric!r}{why}; {fix}. It has: {', '.join(measured)}"
 
 
 def _of_bytes(base: pd.DataFrame, now: pd.DataFrame, metric: str) -> list[dict[str, pd.Series]]:

@@ -65,8 +65,8 @@ class Parser(argparse.ArgumentParser):
         options = [option for option in self._option_string_actions if option.startswith("--")]
         word = unknown[0].partition("=")[0]
         close = difflib.get_close_matches(word, options, n=1)
-        hint = f"; did you mean {close[0]}?" if close and word.startswith("-") else "; leave it out"
-        return f"got {' '.join(unknown)!r}, which this command does not take{hint}"
+        hint = f"did you mean {close[0]}?" if close and word.startswith("-") else "leave it out"
+        return f"got {' '.join(unknown)!r}, wanted only what the command takes: {hint}"
 
 
 class _PrintVersion(argparse.Action):

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from bench.audit.peer.chains import ROOT
-from bench.audit.peers import install
+from bench.audit.peers import install, rendered
 from bench.worker import Failed, Interpreter, Worker
 from memcnn import cli
 from memcnn.training.environment import git_state
@@ -256,5 +256,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "reproductions": list(reproductions()),
         }
         file.write_text(json.dumps(result) + "\n", "utf-8")
-    (arguments.out / "findings.md").write_text(render(json.loads(file.read_text("utf-8"))), "utf-8")
+    (arguments.out / "findings.md").write_text(rendered(file, render), "utf-8")
     return 0
