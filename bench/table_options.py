@@ -21,6 +21,9 @@ MODELS = ("resnet32", "revnet38", "resnet110", "revnet110", "resnet164", "revnet
 """The networks in the order of training: quick ones first, and a RevNet after the ResNet of similar size."""
 
 
+MOST_SEED = 10_000
+
+
 def seed_list(text: str) -> list[int]:
     """Return [0, 1, 2, 5] for "0-2,5"."""
     seeds = []
@@ -28,6 +31,8 @@ def seed_list(text: str) -> list[int]:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", word.strip())
         if not match or (match[2] and int(match[2]) < int(match[1])):
             raise argparse.ArgumentTypeError(f"got {text!r}, wanted seeds like 0-4 or 0,1,2")
+        if int(match[2] or match[1]) > MOST_SEED:
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted seeds of at most {MOST_SEED:,}")
         seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
     return sorted(set(seeds))
 
@@ -62,7 +67,13 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     folder, names = {"metavar": "FOLDER"}, {"metavar": "A,B,..."}
     add = parser.add_argument
     add("--runs", type=cli.output_folder, default="runs", **folder, help="training output (default: ./%(default)s)")
-    add("--records", default=reports.RECORDS, **folder, help="committed records (default: reports/records)")
+    add(
+        "--records",
+        type=cli.input_folder,
+        default=reports.RECORDS,
+        **folder,
+        help="committed records (reports/records)",
+    )
     add("--out", type=cli.output_folder, default=out, **folder, help="folder of the tables (default: reports/out)")
     add("--train", action="store_true", help="first train the cells that are not complete")
     add("--plan", action="store_true", help="print how long each missing cell takes on this device; write no file")

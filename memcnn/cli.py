@@ -242,6 +242,14 @@ def names(choices: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def input_folder(text: str) -> Path:
+    """Return the path of a folder to read, which may be missing."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text!r}, which is a file; wanted a folder")
+    return path
+
+
 def output_folder(text: str) -> Path:
     """Return the path of a folder that exists and is writable, or that can be created."""
     path = Path(text)
