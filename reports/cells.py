@@ -26,17 +26,20 @@ def number(value: float, digits: int, *, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''},.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
+def hours(minutes: float) -> str:
+    """Format minutes as "h:mm", as the published table does."""
+    if pd.isna(minutes):
+        return DASH
+    whole, rest = divmod(round(minutes), 60)
+    return f"{whole}:{rest:02d}"
+
+
 def duration(seconds: float) -> str:
-    """Format as "h:mm", below ten minutes as "4 min 03 s", and below a minute as "59 s"."""
+    """Format seconds as "h:mm:ss"."""
     if pd.isna(seconds):
         return DASH
     minutes, rest = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{rest} s"
-    if minutes < 10:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours}:{minutes:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def spread(least: str, most: str) -> str:
@@ -79,12 +82,12 @@ def results(table: pd.DataFrame, dataset: str) -> pd.DataFrame:
     columns = {
         ("", "model"): rows["model"].map(LABELS),
         (TENSORFLOW, "accuracy %"): rows["tensorflow_accuracy_percent"].map(lambda value: number(value, 2)),
-        (TENSORFLOW, "time"): (60 * rows["tensorflow_minutes"]).map(duration),
+        (TENSORFLOW, "h:mm"): rows["tensorflow_minutes"].map(hours),
         (PYTORCH, "accuracy %"): rows["pytorch_accuracy_percent"].map(lambda value: number(value, 2)),
-        (PYTORCH, "time"): (60 * rows["pytorch_minutes"]).map(duration),
+        (PYTORCH, "h:mm"): rows["pytorch_minutes"].map(hours),
         (OURS, "accuracy %"): rows.apply(accuracy, axis=1),
         (OURS, "runs"): rows["n"].map(str),
-        (OURS, "time"): rows.apply(time, axis=1),
+        (OURS, "h:mm:ss"): rows.apply(time, axis=1),
         (OURS, "95 % interval"): [
             DASH if pd.isna(low) else f"{number(low, 2)}\N{EN DASH}{number(high, 2)}"
             for low, high in zip(rows["low_percent"], rows["high_percent"], strict=True)
@@ -104,8 +107,8 @@ def cards(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
         columns = {("", ""): lines}
         for dataset in DATASETS:
             row = tables[dataset].iloc[place]
-            pairs = [f"{row[group, 'accuracy %']}, {row[group, 'time']}" for group in (TENSORFLOW, PYTORCH)]
-            ours = DASH if row[OURS, "runs"] == "0" else f"{row[OURS, 'accuracy %']}, {row[OURS, 'time']}"
+            pairs = [f"{row[group, 'accuracy %']}, {row[group, 'h:mm']}" for group in (TENSORFLOW, PYTORCH)]
+            ours = DASH if row[OURS, "runs"] == "0" else f"{row[OURS, 'accuracy %']}, {row[OURS, 'h:mm:ss']}"
             rest = [row[OURS, name] for name in ("runs", "95 % interval", "difference", "verdict")]
             columns["", LABELS[dataset]] = [*pairs, ours, *rest]
         made[LABELS[model]] = pd.DataFrame(columns)
@@ -150,7 +153,7 @@ def full_runs(runs: pd.DataFrame) -> pd.DataFrame:
         {
             **_who(rows),
             "accuracy %": rows["accuracy_percent"].map(lambda value: number(value, 2)),
-            "time": run_time(rows),
+            "h:mm:ss": run_time(rows),
             "interruptions": rows["interruptions"].map(str),
             "activations MiB": (rows["activation_bytes"] / 2**20).map(lambda value: number(value, 1)),
             "device": rows["device"],
@@ -173,7 +176,7 @@ def other_runs(runs: pd.DataFrame) -> pd.DataFrame:
                 number(value, 2) + (" (mixed execution)" if mixed else "")
                 for value, mixed in zip(rows["accuracy_percent"], rows["mixed"], strict=True)
             ],
-            "time": run_time(rows),
+            "h:mm:ss": run_time(rows),
             "activations MiB": (rows["activation_bytes"] / 2**20).map(lambda value: number(value, 1)),
             "batch": rows["batch_size"].map(str),
             "data": rows["data"],
