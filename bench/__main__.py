@@ -124,7 +124,8 @@ def _show(args: argparse.Namespace, result: Path, device: torch.device) -> None:
     print(summary.render(results))
     print(f"\nmeasurements: {result}")
     if target := args.report or _default_report(args, result, device):
-        report.write(results, target, f"python -m bench.report FILE.json --out {_shown(target)}")
+        command = f"python -m bench.report FILE.json --out {_shown(target)}"
+        report.write(results, target, command, beside=result.parent)
         print(f"tables and figures: {target / 'summary.md'}, {folders.page_folder(target) / 'page.html'}")
 
 

@@ -249,7 +249,7 @@ def _front(rows: pd.DataFrame, title: str) -> Figure:
     axes.step(front.memory, front.ratio, where="post", color="black", linewidth=0.8, zorder=0, label="Pareto front")
     _limit(axes)
     axes.set_xlim(rows.memory.min() / 1.5, rows.memory.max() * 1.5)
-    _logarithmic(axes, x=[digit * 10**power for power in range(5) for digit in (1, 2, 5)])
+    _logarithmic(axes, x=[digit * 10**power for power in range(-3, 6) for digit in (1, 2, 5)])
     return _finished(figure, axes, title)
 
 

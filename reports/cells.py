@@ -35,7 +35,7 @@ def hours(minutes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds as "h:mm:ss"."""
+    """Format seconds as "time"."""
     if pd.isna(seconds):
         return DASH
     minutes, rest = divmod(round(seconds), 60)
@@ -82,12 +82,12 @@ def results(table: pd.DataFrame, dataset: str) -> pd.DataFrame:
     columns = {
         ("", "model"): rows["model"].map(LABELS),
         (TENSORFLOW, "accuracy %"): rows["tensorflow_accuracy_percent"].map(lambda value: number(value, 2)),
-        (TENSORFLOW, "h:mm"): rows["tensorflow_minutes"].map(hours),
+        (TENSORFLOW, "time"): rows["tensorflow_minutes"].map(hours),
         (PYTORCH, "accuracy %"): rows["pytorch_accuracy_percent"].map(lambda value: number(value, 2)),
-        (PYTORCH, "h:mm"): rows["pytorch_minutes"].map(hours),
+        (PYTORCH, "time"): rows["pytorch_minutes"].map(hours),
         (OURS, "accuracy %"): rows.apply(accuracy, axis=1),
         (OURS, "runs"): rows["n"].map(str),
-        (OURS, "h:mm:ss"): rows.apply(time, axis=1),
+        (OURS, "time"): rows.apply(time, axis=1),
         (OURS, "95 % interval"): [
             DASH if pd.isna(low) else f"{number(low, 2)}\N{EN DASH}{number(high, 2)}"
             for low, high in zip(rows["low_percent"], rows["high_percent"], strict=True)
@@ -107,8 +107,8 @@ def cards(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
         columns = {("", ""): lines}
         for dataset in DATASETS:
             row = tables[dataset].iloc[place]
-            pairs = [f"{row[group, 'accuracy %']}, {row[group, 'h:mm']}" for group in (TENSORFLOW, PYTORCH)]
-            ours = DASH if row[OURS, "runs"] == "0" else f"{row[OURS, 'accuracy %']}, {row[OURS, 'h:mm:ss']}"
+            pairs = [f"{row[group, 'accuracy %']}, {row[group, 'time']}" for group in (TENSORFLOW, PYTORCH)]
+            ours = DASH if row[OURS, "runs"] == "0" else f"{row[OURS, 'accuracy %']}, {row[OURS, 'time']}"
             rest = [row[OURS, name] for name in ("runs", "95 % interval", "difference", "verdict")]
             columns["", LABELS[dataset]] = [*pairs, ours, *rest]
         made[LABELS[model]] = pd.DataFrame(columns)
@@ -153,7 +153,7 @@ def full_runs(runs: pd.DataFrame) -> pd.DataFrame:
         {
             **_who(rows),
             "accuracy %": rows["accuracy_percent"].map(lambda value: number(value, 2)),
-            "h:mm:ss": run_time(rows),
+            "time": run_time(rows),
             "interruptions": rows["interruptions"].map(str),
             "activations MiB": (rows["activation_bytes"] / 2**20).map(lambda value: number(value, 1)),
             "device": rows["device"],
@@ -176,7 +176,7 @@ def other_runs(runs: pd.DataFrame) -> pd.DataFrame:
                 number(value, 2) + (" (mixed execution)" if mixed else "")
                 for value, mixed in zip(rows["accuracy_percent"], rows["mixed"], strict=True)
             ],
-            "h:mm:ss": run_time(rows),
+            "time": run_time(rows),
             "activations MiB": (rows["activation_bytes"] / 2**20).map(lambda value: number(value, 1)),
             "batch": rows["batch_size"].map(str),
             "data": rows["data"],

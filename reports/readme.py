@@ -35,7 +35,7 @@ def block(report: Report) -> str:
         table = cells.results(report.results, dataset)
         label = cells.LABELS[dataset]
         for group, name in ((cells.TENSORFLOW, "TensorFlow"), (cells.PYTORCH, "PyTorch")):
-            pairs = zip(table[group, "accuracy %"], table[group, "h:mm"], strict=True)
+            pairs = zip(table[group, "accuracy %"], table[group, "time"], strict=True)
             columns["", f"{label} {name}"] = [f"{accuracy}, {time}" for accuracy, time in pairs]
         columns["", f"{label} this project"] = [_ours(row) for _, row in table[cells.OURS].iterrows()]
     lines = [text.markdown(pd.DataFrame(columns))]
@@ -47,7 +47,7 @@ def _ours(row: pd.Series) -> str:
     """Return accuracy, time, number of runs and, if there is one, the verdict; a dash without a full run."""
     if row["runs"] == "0":
         return cells.DASH
-    words = [f"{row['accuracy %']}, {row['h:mm:ss']}, n = {row['runs']}"]
+    words = [f"{row['accuracy %']}, {row['time']}, n = {row['runs']}"]
     if row["verdict"] != NOT_ENOUGH:
         words.append(row["verdict"])
     return ": ".join(words)
