@@ -22,9 +22,9 @@ from memcnn import cli
 STYLES = {  # colour (apart in shades of grey too), marker, line
     "plain": ("#b2452b", "o", "-"),
     "checkpoint": ("#6f6f6f", "s", "--"),
-    "checkpoint-sqrt": ("#a3a3a3", "P", "-."),
-    "keep-every-2": ("#9dbfd9", "v", ":"),
-    "keep-every-4": ("#5b93bd", "D", ":"),
+    "checkpoint-sqrt": ("#8f8f8f", "P", "-."),
+    "keep-every-2": ("#6fa3c9", "v", ":"),
+    "keep-every-4": ("#3f7fae", "D", ":"),
     "wrapped": ("#2a8c6b", "X", "--"),
     "reversible": ("#14406e", "^", "-"),
 }

@@ -110,7 +110,8 @@ def markdown(page: Page) -> str:
     """Return the page as Markdown for GitHub."""
     commands = ", then ".join(f"`{command}`" for command in page.commands)
     parts = [f"# {page.title}", f"Made by {commands}." if commands else ""]
-    parts += [_list([text.escape_markdown(line) for line in page.origin]), _list(page.summary)]
+    parts += [_list([text.escape_markdown(line) for line in page.origin])]
+    parts += [_list([text.escape_markdown(line) for line in page.summary])]
     parts += [f"**Warning:** {page.warning}" if page.warning else ""]
     for section in page.sections:
         if section.cards:

@@ -189,7 +189,7 @@ def test_latex_escapes_every_special_character(words):
 
 def test_latex_keeps_the_signs_of_this_report(rendered):
     source = rendered("x")["table.tex"]
-    assert "92.70 & 1 & 1:51 & --- & $-$0.16 & not enough runs" in source and "?" not in source
+    assert "92.70 & 1 & 1:51:00 & --- & $-$0.16 & not enough runs" in source and "?" not in source
 
 
 def test_latex_tables_are_balanced_and_every_row_has_all_its_cells(rendered):
