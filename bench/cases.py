@@ -7,7 +7,7 @@ has the training steps of whole networks, ``bench.modes`` precision, memory form
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isqrt
 
 import torch
@@ -115,6 +115,10 @@ class Case:
     def info(self) -> dict:
         """Return what identifies the case in a file of results."""
         return {"case": str(self), "comparison": self.group, **asdict(self)}
+
+    def smallest(self) -> "Case":
+        """Return the case in eager mode at batch 2, for counting evaluations."""
+        return replace(self, batch=2, mode="eager")
 
 
 @dataclass(frozen=True)

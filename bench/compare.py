@@ -8,34 +8,26 @@ Each side is a process that runs the ``memcnn`` of its commit with the cases and
 both sides, in alternating order. The command prints the table. Exit status: 0, or 1 if a side failed.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from bench import measure
-from bench.cases import Chain
-from bench.networks import Network
+from bench import folders
+from bench.result import spread
+from bench.side import cases
 from bench.worker import Failed, Interpreter, Worker
+from memcnn import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 METERS = Path("memcnn") / "memory"  # it needs only torch; older commits have other meters or none
-
-
-def cases() -> list:
-    """Return the cases to compare."""
-    return [
-        *(Chain("chain", subject, 8, 4) for subject in ("plain", "keep-every-2", "wrapped", "reversible")),
-        *(Chain("tiny", subject, 32, 2, 4, 4) for subject in ("plain", "wrapped", "reversible")),
-        Network("revnet38", "reversible", 8),
-    ]
 
 
 def unpack(commit: str, folder: Path) -> str:
@@ -52,7 +44,14 @@ def unpack(commit: str, folder: Path) -> str:
         name = "working tree"
         shutil.copytree(ROOT / "memcnn", folder / "memcnn")
     else:
-        name = _git("rev-parse", "--verify", "--short=12", f"{commit}^{{commit}}").decode().strip()
+        try:
+            name = _git("rev-parse", "--verify", "--short=12", "--end-of-options", f"{commit}^{{commit}}")
+        except cli.Misuse:
+            raise cli.Misuse(
+                f"got {commit!r}, which names no commit of {ROOT}; wanted a hash, a branch, a tag or HEAD~3, as "
+                'git log shows them, or "." for the working tree'
+            ) from None
+        name = name.decode().strip()
         archive = folder / "memcnn.zip"
         archive.write_bytes(_git("archive", "--format=zip", name, "memcnn"))
         with zipfile.ZipFile(archive) as opened:
@@ -66,48 +65,19 @@ def unpack(commit: str, folder: Path) -> str:
 def _git(*arguments: str) -> bytes:
     done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True)
     if done.returncode:
-        raise SystemExit(f"bench.compare: git {' '.join(arguments)}: {done.stderr.decode().strip()}")
+        reason = done.stderr.decode().strip().splitlines()
+        raise cli.Misuse(f"git {' '.join(arguments)}: {reason[-1] if reason else f'status {done.returncode}'}")
     return done.stdout
 
 
 def start(name: str, folder: Path, threads: int | None) -> Worker:
-    """Start a process that measures with the packages of a folder; ``Side`` answers its questions."""
+    """Start a process that measures with the packages of a folder; ``bench.side.Side`` answers its questions."""
     environment = {"KINETO_LOG_LEVEL": "99", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    return Worker(name, "bench.compare:Side", interpreter=Interpreter(folder, environment=environment))
-
-
-class Side:
-    """One side of the comparison, in its own process. Its methods answer the questions of ``bench.worker``."""
-
-    def __init__(self) -> None:
-        self.cases = {str(case): case for case in cases()}
-
-    def exact(self, case: str, device: str) -> dict:
-        """Measure the memory of a step, and count the evaluations of F and G."""
-        chosen, on = self.cases[case], torch.device(device)
-        return measure.memory(chosen, on) | measure.evaluations(chosen, on)
-
-    def seconds(self, case: str, device: str) -> dict:
-        """Return the median time of a step."""
-        return _seconds(self.cases[case], torch.device(device))
-
-
-def _seconds(case, device: torch.device) -> dict:
-    """Return the median time of a step."""
-    step, rounds, steps = measure.warmed_up(case, device)
-    seconds = []
-    for _ in range(rounds):
-        started = measure.clock()
-        for _ in range(steps):
-            step()
-        seconds.append((measure.clock() - started) / steps)
-    return {"seconds": pd.Series(seconds).median()}
+    return Worker(name, "bench.side:Side", interpreter=Interpreter(folder, environment=environment))
 
 
 def compared(sides: list[Worker], case: str, rounds: int, device: str) -> dict:
     """Measure one case on both sides, and return a row of the table."""
-    from bench.result import spread  # its imports need the memcnn of this tree, which a worker does not have
-
     try:
         exact = [side.ask("exact", case=case, device=device) for side in sides]
         seconds: list[list[float]] = [[], []]
@@ -132,26 +102,31 @@ def compared(sides: list[Worker], case: str, rounds: int, device: str) -> dict:
     return row
 
 
-def main() -> int:
+@cli.command("bench.compare")
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser_from("bench.compare", __doc__, whole=True)
     parser.add_argument("commits", metavar="COMMIT", nargs=2, help="any name of a commit; . is the working tree")
     parser.add_argument("-k", metavar="TEXT", default="", help="only cases whose names contain TEXT")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds that time both sides (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=cli.count, default=15, help="rounds that time both sides (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--threads", type=int, help="PyTorch's CPU threads (default: OMP_NUM_THREADS)")
-    options = parser.parse_args()
+    parser.add_argument("--threads", type=cli.threads, help="PyTorch's CPU threads (default: OMP_NUM_THREADS)")
+    options = parser.parse_args(arguments)
     chosen = [str(case) for case in cases() if options.k in str(case)]
-    if not chosen or options.rounds < 1:
-        parser.error("nothing to measure: -k must match a case, and --rounds must be 1 or more")
+    if not chosen:
+        parser.error(f"argument -k: got {options.k!r}, wanted a part of a case's name: {', '.join(map(str, cases()))}")
+    try:
+        folders.chosen(options.device)
+    except ValueError as error:
+        parser.error(f"--{error}")
     with tempfile.TemporaryDirectory() as temporary:
-        folders = [Path(temporary) / name for name in "AB"]
-        for folder in folders:
+        trees = [Path(temporary) / name for name in "AB"]
+        for folder in trees:
             folder.mkdir()
-        names = [unpack(commit, folder) for commit, folder in zip(options.commits, folders, strict=True)]
-        sides = [start(name, folder, options.threads) for name, folder in zip("AB", folders, strict=True)]
+        names = [unpack(commit, folder) for commit, folder in zip(options.commits, trees, strict=True)]
+        sides = [start(name, folder, options.threads) for name, folder in zip("AB", trees, strict=True)]
         try:
             rows = []
             for number, case in enumerate(chosen, 1):

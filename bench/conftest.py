@@ -8,12 +8,13 @@ from itertools import groupby
 import pytest
 import torch
 
-from bench import folders, measure
+from bench import block, folders, measure
 from bench.cases import chains, law
 from bench.gate import gated
 from bench.modes import modes, why_not
 from bench.networks import networks
 from bench.reference import references
+from memcnn import cli
 from memcnn.training.execution import Execution
 from memcnn.training.options import duration
 
@@ -27,6 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="fewer and smaller cases")
     group.addoption("--modes", action="store_true", help="compare precision, compiler, ... on the CPU too")
     default = "cuda" if torch.cuda.is_available() else "cpu"
+    group.addoption("--block", metavar="TARGET", help="measure chains of this block in place of the project's own")
+    group.addoption("--shape", type=cli.shape, metavar="N,C,...", help="input shape of the block")
+    group.addoption("--depths", type=cli.counts, default=block.DEPTHS, metavar="A,B,...", help="depths of the chains")
     group.addoption("--device", default=default, help=f"where to run (here: {default})")
     group.addoption("--clock", choices=list(measure.CLOCKS), default="wall", help="whose seconds (wall)")
     group.addoption("--budget", type=duration, help="start no case after so much time, such as 3m")
@@ -69,14 +73,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     config = metafunc.config
     sizes = {"quick": config.getoption("quick"), "cuda": config.getoption("device").startswith("cuda")}
-    cases = [*chains(**sizes), *networks(**sizes), *modes(**sizes), *([] if sizes["quick"] else references())]
+    own = [*chains(**sizes), *networks(**sizes), *modes(**sizes), *([] if sizes["quick"] else references())]
+    target = config.getoption("block")
+    cases = block.cases(target, config.getoption("shape"), config.getoption("depths")) if target else own
     reasons = {case: why_not(case, cuda=sizes["cuda"], everywhere=config.getoption("modes")) for case in cases}
     if "repeat" in metafunc.fixturenames:
         turns = in_turn(cases, REPEATS["quick" if sizes["quick"] else "full"])
         turns = [(case, repeat) for case, repeat in turns if repeat == 0 or not reasons[case]]
         metafunc.parametrize(("case", "repeat"), [_parameters(reasons[turn[0]], *turn) for turn in turns])
     else:
-        cases = [*gated(), *law(quick=sizes["quick"]), *(case for case in cases if case.mode not in UNSEEN)]
+        small = [] if target else [*gated(), *law(quick=sizes["quick"])]
+        cases = [*small, *(case for case in cases if case.mode not in UNSEEN)]
         metafunc.parametrize("case", [_parameters(reasons.get(case), case) for case in cases])
 
 

@@ -5,7 +5,7 @@ returns None if the measurements do not allow its figure.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -17,13 +17,14 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from bench.audit import peer_tables
 from bench.result import GIB, MIB, NAMES, load, series_of, size, span, time_table
 from bench.summary import fit, largest_depth
+from memcnn import cli
 
 STYLES = {  # colour (apart in shades of grey too), marker, line
     "plain": ("#b2452b", "o", "-"),
     "checkpoint": ("#6f6f6f", "s", "--"),
-    "checkpoint-sqrt": ("#a3a3a3", "P", "-."),
-    "keep-every-2": ("#9dbfd9", "v", ":"),
-    "keep-every-4": ("#5b93bd", "D", ":"),
+    "checkpoint-sqrt": ("#8f8f8f", "P", "-."),
+    "keep-every-2": ("#6fa3c9", "v", ":"),
+    "keep-every-4": ("#3f7fae", "D", ":"),
     "wrapped": ("#2a8c6b", "X", "--"),
     "reversible": ("#14406e", "^", "-"),
 }
@@ -248,7 +249,7 @@ def _front(rows: pd.DataFrame, title: str) -> Figure:
     axes.step(front.memory, front.ratio, where="post", color="black", linewidth=0.8, zorder=0, label="Pareto front")
     _limit(axes)
     axes.set_xlim(rows.memory.min() / 1.5, rows.memory.max() * 1.5)
-    _logarithmic(axes, x=[digit * 10**power for power in range(5) for digit in (1, 2, 5)])
+    _logarithmic(axes, x=[digit * 10**power for power in range(-3, 6) for digit in (1, 2, 5)])
     return _finished(figure, axes, title)
 
 
@@ -289,7 +290,21 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
+@cli.command("bench.figures")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the figures, print their paths; return the exit status."""
+    parser = cli.parser_from("bench.figures", __doc__, whole=True)
+    parser.add_argument("result", metavar="FILE.json", help="a result of python -m bench, or a report's folder")
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", type=cli.output_folder, default=".", help="(default: .)")
+    given = parser.parse_args(arguments)
+    try:
+        results = load(given.result)
+    except ValueError as error:
+        parser.error(str(error))
+    for name, (figure, _) in draw(results).items():
+        print(*(save(figure, given.folder / f"{name}.{suffix}") for suffix in ("svg", "png")))
+    return cli.DONE
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[2] if len(sys.argv) > 2 else ".")
-    for name, (figure, _) in draw(load(sys.argv[1])).items():
-        print(*(save(figure, folder / f"{name}.{suffix}") for suffix in ("svg", "png")))
+    sys.exit(main())

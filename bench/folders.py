@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from memcnn import cli
 from memcnn.training.environment import device_info, git_state, software_versions
 
 MEASUREMENTS = Path(__file__).resolve().parents[1] / "reports" / "bench"
@@ -43,12 +44,12 @@ def chosen(name: str | None) -> torch.device:
         ValueError: when PyTorch does not see such a device.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = torch.device(name or ("cuda" if count else "cpu"))
+    there = ["cpu", *(f"cuda:{index}" for index in range(count))]
+    name = there[-count] if name in (None, "cuda") and count else name or "cpu"
+    if name not in there:
+        raise ValueError(f"device: got {name!r}, but this PyTorch sees only {', '.join(there)}")
+    device = torch.device(name)
     if device.type == "cuda":
-        if (device.index or 0) >= count:
-            there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
-            raise ValueError(f"device: got {name!r}, but this PyTorch sees only {there}")
-        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     return device
 
@@ -63,7 +64,9 @@ def add_place_options(parser: argparse.ArgumentParser, files: str, *, device: st
     """
     default = device or "cuda where there is one, else cpu"
     parser.add_argument("--device", default=device, help=f"cpu, cuda, cuda:1 ... (default: {default})")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"of {files} (default: reports/bench/<device>)")
+    parser.add_argument(
+        "--out", type=cli.output_folder, metavar="FOLDER", help=f"of {files} (default: reports/bench/<device>)"
+    )
 
 
 def place_of(parser: argparse.ArgumentParser, given: argparse.Namespace) -> tuple[torch.device, Path]:

@@ -30,14 +30,11 @@ import pandas as pd  # noqa: E402
 from bench.cases import SUBJECTS, Chain  # noqa: E402
 from bench.networks import Network  # noqa: E402
 from bench.result import load, ratios  # noqa: E402
+from memcnn import cli  # noqa: E402
 
 EXACT = ("peak_bytes", "activation_bytes", "evaluations", "branches")
 TIME = ("median", "ratio")
 DEFAULT = {"peak_bytes": 0.0, "activation_bytes": 0.0, "evaluations": 0.0}
-
-
-class Misuse(ValueError):
-    """The two results cannot be compared as requested; the message says why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +88,13 @@ def compare(base: pd.DataFrame, now: pd.DataFrame, limits: dict[str, float]) -> 
     """Return the changes of all cases that both results have, and the cases that only BASE has a value for.
 
     Raises:
-        Misuse: a result has no value of a metric at all.
+        cli.Misuse: a result has no value of a metric at all.
     """
     changes, missing = [], set()
     for metric, limit in limits.items():
         old, new = (_of_time if metric in TIME else _of_bytes)(base, now, metric)
         if not old or not new:
-            raise Misuse(f"{'NOW' if old else 'BASE'} has no case with {metric!r}: choose a metric that both measured")
+            raise cli.Misuse(_lacking("NOW" if old else "BASE", now if old else base, metric))
         name = "median/plain" if metric == "median" and _kind(base) != _kind(now) else metric
         for case in sorted(old.keys() & new.keys()):
             apart = metric not in TIME or new[case].quantile(0.25) > old[case].quantile(0.75)
@@ -106,10 +103,21 @@ def compare(base: pd.DataFrame, now: pd.DataFrame, limits: dict[str, float]) -> 
     return changes, missing
 
 
+def _lacking(name: str, results: pd.DataFrame, metric: str) -> str:
+    """Return the message about a result without a value of a metric."""
+    measured = [known for known in EXACT if known in results and results[known].notna().any()]
+    if metric in TIME and (results.group == "memory").all():
+        why = ": like the committed baselines it holds bytes and evaluations alone, and no time"
+        fix = "give as BASE a result that python -m bench measured on this machine"
+    else:
+        why, fix = "", "choose a metric that both measured"
+    return f"{name} has no case with {metric!r}{why}; {fix}. It has: {', '.join(measured)}"
+
+
 def _of_bytes(base: pd.DataFrame, now: pd.DataFrame, metric: str) -> list[dict[str, pd.Series]]:
     """Return the values of each case that has any, in BASE and in NOW."""
     if (kinds := [_kind(results)[0] for results in (base, now)]) and kinds[0] != kinds[1]:
-        raise Misuse(f"BASE ran on {kinds[0]}, NOW on {kinds[1]}, whose bytes are not comparable")
+        raise cli.Misuse(f"BASE ran on {kinds[0]}, NOW on {kinds[1]}, whose bytes are not comparable")
     values = []
     for results in (base, now):
         rows = results[results.group == "memory"]
@@ -184,7 +192,7 @@ def exact_part(results: pd.DataFrame) -> str:
     """Return a baseline as JSON: the values of the gate's cases that are the same on every machine of the kind."""
     rows = results[(results.group == "memory") & (results.series == "gate")]
     if rows.empty:
-        raise Misuse("NOW holds no case of the gate: run python -m bench -k gate")
+        raise cli.Misuse("NOW holds no case of the gate: run python -m bench -k gate")
     kept = ("case", "comparison", "subject", "series", *EXACT)
     first = rows.iloc[0]
     machine = {
@@ -216,11 +224,10 @@ def limit(text: str) -> tuple[str, float]:
     return match[1], float(match[2]) / 100
 
 
+@cli.command("bench.gate")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what became worse; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="bench.gate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser_from("bench.gate", __doc__, whole=True)
     parser.add_argument("base", metavar="BASE", type=Path)
     parser.add_argument("now", metavar="NOW", type=Path)
     parser.add_argument(

@@ -16,7 +16,6 @@ Each stage has a time limit. If a stage fails or exceeds its limit, the next one
 disk as soon as they are measured. Exit status: 0 if all stages succeeded, 1 if one did not, 2 for misuse.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path
 
 from bench import folders
 from bench.worker import kill_group
+from memcnn import cli
 from memcnn.models.resnet import MODELS
 from memcnn.training.files import write_by_rename
 from memcnn.training.options import duration
@@ -133,27 +133,23 @@ def summary(environment: dict, rows: list[tuple[Stage, float, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@cli.command("bench.gpu_day")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages, write and print the summary; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="bench.gpu_day", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser_from("bench.gpu_day", __doc__, whole=True)
     add = parser.add_argument
     add("--budget", type=duration, metavar="TIME", help="finish within this time, such as 13m")
     add(
         "--group",
-        type=int,
+        type=cli.count,
         default=4,
         metavar="N",
         help="runs whose steps are interleaved (default: %(default)s)",
     )
-    add("--stages", default=",".join(KINDS), metavar="A,B,...", help="some of %(default)s")
+    add("--stages", type=cli.names(KINDS), default=list(KINDS), metavar="A,B,...", help=f"some of {','.join(KINDS)}")
     folders.add_place_options(parser, "all results", device="cuda")
     given = parser.parse_args(arguments)
     started = time.monotonic()
-    wanted = given.stages.split(",")
-    if unknown := sorted(set(wanted) - set(KINDS)):
-        parser.error(f"--stages: got {', '.join(unknown)}, wanted some of {', '.join(KINDS)}")
     device, folder = folders.place_of(parser, given)
     if device.type != "cuda":
         parser.error(
@@ -165,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = folders.environment(device, "wall")
     rows: list[tuple[Stage, float, str]] = []
     for stage in stages(shown, given.device, given.group):
-        if stage.kind not in wanted:
+        if stage.kind not in given.stages:
             continue
         begun = time.monotonic()
         left = float("inf") if given.budget is None else given.budget - (begun - started)

@@ -4,7 +4,7 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 
@@ -84,8 +84,8 @@ def memory(case, device: torch.device) -> dict:
 
 
 def evaluations(case, device: torch.device) -> dict:
-    """Count the branches, and their evaluations in one step, for the case in eager mode at batch 2."""
-    model, step = prepared(replace(case, batch=2, mode="eager"), device)
+    """Count the branches, and their evaluations in one step of the smallest form of the case."""
+    model, step = prepared(case.smallest(), device)
     parts, calls = branches(model), 0
 
     def counted(forward: Callable) -> Callable:

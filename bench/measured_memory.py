@@ -8,7 +8,6 @@ its algorithms. On a CPU they are those of all tensors. The table of results and
 measurements at batch 100 on a GPU.
 """
 
-import argparse
 import gc
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import folders
+from memcnn import cli
 from memcnn.memory import StepMemory, TensorMeter, measure_step_memory
 from memcnn.models.resnet import MODELS
 from memcnn.training.execution import Execution
@@ -109,21 +109,23 @@ def measure(networks: Sequence[str], *, batch: int, device: torch.device) -> pd.
     return pd.DataFrame(rows)
 
 
+@cli.command("bench.measured_memory")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write memory.csv, print the table and return 0."""
-    parser = argparse.ArgumentParser(
-        prog="bench.measured_memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser_from("bench.measured_memory", __doc__, whole=True)
     add = parser.add_argument
-    add("--networks", default=",".join(MODELS), metavar="A,B,...", help="some of %(default)s")
+    add(
+        "--networks",
+        type=cli.names(tuple(MODELS)),
+        default=list(MODELS),
+        metavar="A,B,...",
+        help=f"some of {','.join(MODELS)}",
+    )
     add("--batch", type=count, default=PUBLISHED.batch_size, metavar="N", help="images a step (%(default)s)")
     folders.add_place_options(parser, MEMORY_FILE)
     given = parser.parse_args(arguments)
-    networks = given.networks.split(",")
-    if unknown := sorted(set(networks) - set(MODELS)):
-        parser.error(f"--networks: got {', '.join(unknown)}, wanted some of {', '.join(MODELS)}")
     device, folder = folders.place_of(parser, given)
-    table = measure(networks, batch=given.batch, device=device)
+    table = measure(given.networks, batch=given.batch, device=device)
     folder.mkdir(parents=True, exist_ok=True)
     write_by_rename(folder / MEMORY_FILE, table.to_csv(index=False, lineterminator="\n").encode())
     mib = table.assign(**{f"{name} MiB": table[f"{name}_bytes"] / 2**20 for name in ("activation", "held", "peak")})

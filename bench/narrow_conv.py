@@ -9,7 +9,6 @@ network. The command needs a CUDA device and Triton. The first run compiles abou
 timing them.
 """
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memcnn import kernels
+from memcnn import cli, kernels
 from memcnn.kernels import choice
 from memcnn.models.resnet import MODELS
 from memcnn.training.recipe import PUBLISHED
@@ -104,21 +103,23 @@ def savings(table: Sequence[dict], layers: dict[str, Counter[Shape]]) -> pd.Data
     return pd.DataFrame(rows)
 
 
+@cli.command("bench.narrow_conv")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables. Return 0, or 2 if there is no CUDA device or no Triton."""
-    parser = argparse.ArgumentParser(
-        prog="bench.narrow_conv", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = cli.parser_from("bench.narrow_conv", __doc__, whole=True)
+    parser.add_argument(
+        "--networks",
+        type=cli.names(tuple(MODELS)),
+        default=list(MODELS),
+        metavar="A,B,...",
+        help=f"some of {','.join(MODELS)}",
     )
-    parser.add_argument("--networks", default=",".join(MODELS), metavar="A,B,...", help="some of %(default)s")
-    parser.add_argument("--batch", type=int, default=PUBLISHED.batch_size, help="images a step (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=cli.count, default=PUBLISHED.batch_size, help="images a step (default: %(default)s)"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--benchmark", action="store_true", help="let cuDNN choose its algorithm by timing")
     given = parser.parse_args(arguments)
-    networks = given.networks.split(",")
-    if unknown := sorted(set(networks) - set(MODELS)):
-        parser.error(f"--networks: got {', '.join(unknown)}, wanted some of {', '.join(MODELS)}")
-    if given.batch < 1:
-        parser.error(f"--batch: got {given.batch}, wanted 1 or more")
     if not torch.cuda.is_available():
         print(
             "bench.narrow_conv found no CUDA device, but measures GPU kernels: run it on a machine with a GPU",
@@ -131,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench.narrow_conv needs Triton ({error}): install it with `pip install triton`", file=sys.stderr)
         return 2
 
-    layers = {network: shapes(network, batch=given.batch) for network in networks}
+    layers = {network: shapes(network, batch=given.batch) for network in given.networks}
     device, choices = torch.device("cuda", torch.cuda.current_device()), kernels.Choices()
     cudnn = torch.backends.cudnn
     with cudnn.flags(enabled=True, benchmark=given.benchmark, deterministic=False, allow_tf32=False):

@@ -9,25 +9,77 @@ other file, and the figures as PNG. They go to reports/out/bench/<device> for a 
 data.
 """
 
-import argparse
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from bench import folders
+from bench import folders, gate, history
+from bench.cases import THREE
 from bench.figures import draw, pareto_of_peers, save
 from bench.result import MIB, load, origin, series_of, time_table
 from bench.summary import sections
+from memcnn import cli
 from memcnn.training.files import write_by_rename
 from reports import page
 from reports.page import Figure, Page, Section
 
+BUSY_LOAD = 1.0
+"""Load beyond the benchmark's own threads from which its times are not shown as a result."""
+BASELINES = Path(__file__).with_name("baselines")
 TITLE = "What reversibility costs and saves"
 PEERS = Path(__file__).resolve().parents[1] / "reports" / "peers.json"
 NESTED = ("device", "software")  # columns with the same dict in all rows, which environment.json holds
+
+
+def busy(results: pd.DataFrame) -> str:
+    """Return a warning if other processes used the CPU while the times were measured; "" if not."""
+    times = results[results.group == "time"]
+    device = results.iloc[0].device
+    own = device["threads"] if device["type"] == "cpu" else 1
+    load = times.load.max()
+    if times.empty or pd.isna(load) or load <= own + BUSY_LOAD:
+        return ""
+    fix = "measure again on a quiet machine" + (", or with --clock cpu" if device["clock"] == "wall" else "")
+    return (
+        f"other processes used this machine: the load average was up to {load:.1f}, of which this run is {own}. The "
+        f"times and ratios on this page are worthless as a result; {fix}. Bytes and evaluations are exact all the same."
+    )
+
+
+def against_baseline(results: pd.DataFrame) -> Section | None:
+    """Return what became worse or better than the committed baseline; None where there is nothing to compare."""
+    baseline = BASELINES / f"{results.iloc[0].device['type']}.json"
+    if not baseline.is_file() or not (results.series == "gate").any():
+        return None
+    base = load(baseline)
+    try:
+        changes, missing = gate.compare(base, results, gate.DEFAULT)
+    except cli.Misuse as error:
+        return Section("Against the committed baseline", note=f"Not compared: {error}")
+    moved = [change for change in changes if change.growth]
+    worse = sum(change.failed for change in moved)
+    place = f"bench/baselines/{baseline.name}"
+    summary = (
+        f"{len(changes)} figures of {len({change.case for change in changes})} cases compared with {place}: {worse} "
+        f"became worse, {len(moved) - worse} better, the others are equal to the byte."
+    )
+    rows = [
+        {
+            "case": change.case,
+            "metric": change.metric,
+            "baseline": f"{change.base:,.0f}",
+            "here": f"{change.now:,.0f}",
+            "change, %": f"{100 * change.growth:+.2f}",
+        }
+        for change in sorted(moved, key=lambda change: -change.growth)
+    ]
+    notes = [f"missing here: {', '.join(sorted(missing))}"] if missing else []
+    table = page.text_frame(pd.DataFrame(rows)) if rows else None
+    return Section("Against the committed baseline", note=summary, table=table, notes=notes)
 
 
 def headline(results: pd.DataFrame) -> list[str]:
@@ -37,10 +89,13 @@ def headline(results: pd.DataFrame) -> list[str]:
     if {"plain", "checkpoint", "reversible"} <= set(memory.subject):
         depth = memory.depth.max()
         mib = memory[memory.depth == depth].set_index("subject").activation_bytes / MIB
+        plain, other, ours = (f"{mib[name]:,.{0 if mib[name] >= 10 else 2}f}" for name in THREE)
         lines.append(
-            f"Memory: at {depth:.0f} blocks activations take {mib['plain']:.0f} MiB in plain autograd, "
-            f"{mib['checkpoint']:.0f} with checkpoints, {mib['reversible']:.0f} in a reversible chain."
+            f"Memory: at {depth:.0f} blocks activations take {plain} MiB in plain autograd, {other} with checkpoints, "
+            f"{ours} in a reversible chain."
         )
+    if busy(results):
+        return lines
     losses = (
         ("depth", "depth", "Time at the largest depth"),
         ("batch", "batch", "The smallest batch"),
@@ -65,23 +120,25 @@ def _loss(times: pd.DataFrame, series: str, column: str | None, what: str) -> st
     )
 
 
-def write(results: pd.DataFrame, folder: Path, command: str) -> list[Path]:
+def write(results: pd.DataFrame, folder: Path, command: str, *, beside: Path | None = None) -> list[Path]:
     """Write the report of a result.
 
     Args:
         results: see ``bench.result.load``.
         folder: where the data goes; the rendered files go to ``folders.page_folder(folder)``.
         command: the command that makes the report, for the page.
+        beside: folder of results of ``python -m bench`` to add to the report's history; None to leave it as it is.
 
     Returns:
         The paths of all files.
     """
     figures = _figures(results)
     folder.mkdir(parents=True, exist_ok=True)
+    past = history.read(folder) if beside is None else history.extend(folder, beside)
     written = [save(figure, folder / "figures" / f"{name}.svg") for name, (figure, _) in figures.items()]
     pictures = [Figure(title, path.read_text("utf-8"), f"figures/{path.name}")
                 for path, (_, title) in zip(written, figures.values(), strict=True)]  # fmt: skip
-    made = page_of(results, pictures, command)
+    made = page_of(results, pictures, command, past)
     texts = {
         "summary.md": page.markdown(made),
         folders.ENVIRONMENT: json.dumps(environment(results), indent=1) + "\n",
@@ -106,7 +163,7 @@ def write_page(folder: Path, command: str) -> list[Path]:
     for name, (figure, title) in figures.items():
         path = save(figure, out / "figures" / f"{name}.svg")
         pictures.append(Figure(title, path.read_text("utf-8"), f"figures/{path.name}"))
-    return _write_page(page_of(results, pictures, command), figures, out)
+    return _write_page(page_of(results, pictures, command, history.read(folder)), figures, out)
 
 
 def _write_page(made: Page, figures: dict, folder: Path) -> list[Path]:
@@ -118,7 +175,7 @@ def _write_page(made: Page, figures: dict, folder: Path) -> list[Path]:
 def _figures(results: pd.DataFrame) -> dict:
     """Return (figure, title) by name, that of the peers included."""
     figures = draw(results)
-    if PEERS.is_file():
+    if PEERS.is_file() and results.target.isna().all():
         peers = json.loads(PEERS.read_text("utf-8"))
         figures["pareto_of_peers"] = (pareto_of_peers(peers), "Beside other packages, from reports/peers.json")
     return figures
@@ -141,28 +198,48 @@ def measurements(results: pd.DataFrame) -> str:
     return table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
-def page_of(results: pd.DataFrame, figures: list[Figure], command: str) -> Page:
-    """Return the report as a page: the main table, the figures, then all other tables."""
+def page_of(results: pd.DataFrame, figures: list[Figure], command: str, past: pd.DataFrame | None = None) -> Page:
+    """Return the report as a page: the main table, baseline and history, the figures, then all other tables.
+
+    Args:
+        results: see ``bench.result.load``.
+        figures: the pictures.
+        command: the command that makes the report.
+        past: see ``bench.history.read``.
+    """
     tables = [Section(title, note=note, table=page.text_frame(table)) for title, note, table in sections(results)]
     pictures = [Section(figure.title, figures=[figure]) for figure in figures]
+    target = results.target.dropna()
     return Page(
-        TITLE,
-        [*tables[:1], *pictures, *tables[1:]],
+        TITLE if target.empty else f"What reversibility costs and saves in {target.iloc[0]}",
+        [*tables[:1], *_over_time(results, past), *pictures, *tables[1:]],
+        warning=busy(results),
         summary=headline(results),
         origin=[f"Measured on {origin(results)}."],
         commands=["python -m bench", command],
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _over_time(results: pd.DataFrame, past: pd.DataFrame | None) -> list[Section]:
+    """Return the sections that compare the results with others: the baseline and the history."""
+    found = [against_baseline(results)]
+    if past is not None and not past.empty and results.target.isna().all():
+        note = (
+            f"ReversibleSequential at {history.DEPTH} blocks, newest first; + is a tree with uncommitted changes. "
+            "Compare times only where the load is about that of the run itself."
+        )
+        found.append(Section("History", note=note, table=page.text_frame(history.shown(past))))
+    return [section for section in found if section is not None]
+
+
+@cli.command("bench.report")
+def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser_from("bench.report", __doc__, whole=True)
     parser.add_argument(
         "result", metavar="FILE.json", type=Path, help="a result of python -m bench, or a report's folder"
     )
-    parser.add_argument("--out", type=Path, help="folder of the report of FILE.json")
+    parser.add_argument("--out", type=cli.output_folder, help="folder of the report of FILE.json")
     given = parser.parse_args(arguments)
     if given.result.is_dir() == (given.out is not None):
         parser.error("wanted FILE.json with --out FOLDER, or the folder of a report without --out")
@@ -171,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
             paths = write_page(given.result, f"python -m bench.report {shlex.quote(str(given.result))}")
         else:
             command = f"python -m bench.report FILE.json --out {shlex.quote(str(given.out))}"
-            paths = write(load(given.result), given.out, command)
+            paths = write(load(given.result), given.out, command, beside=given.result.parent)
     except (OSError, ValueError) as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ import argparse
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from bench.placement import Settings
 from bench.planning import Needs
 from bench.table_options import build_parser, check_places, chosen_execution, first_device
 from bench.table_training import committed, is_complete, train_cells, wanted_cells
+from memcnn import cli
 from memcnn.training.environment import device_info
 from memcnn.training.recipe import RECIPES
 
@@ -33,7 +35,8 @@ RESERVED_SECONDS = 10.0
 """Part of the budget that is reserved for start-up and rendering."""
 
 
-def main(arguments: list[str] | None = None) -> int:
+@cli.command("bench.reproduce_table")
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit status."""
     started = time.monotonic()
     parser = build_parser(__doc__)

@@ -23,7 +23,7 @@ NAMES = {
 """The names of the contenders, in the order of the tables."""
 
 OPTIONAL = (
-    "repeat", "depth", "batch", "channels", "side", "mode", "network", "load",
+    "repeat", "depth", "batch", "channels", "side", "shape", "target", "mode", "network", "load",
     "peak_bytes", "activation_bytes", "allocated_bytes", "evaluations", "branches",
 )  # fmt: skip
 """Columns that not every measurement has."""
@@ -41,12 +41,17 @@ def load(path: str | Path) -> pd.DataFrame:
         ValueError: when there are no measurements of ``bench``.
     """
     path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file or folder; wanted a result of python -m bench")
     try:
         results = _committed(path) if path.is_dir() else _measured(path)
         if results.empty or not {"group", "case", "comparison", "subject", "series"} <= set(results):
             raise KeyError("case")
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} holds no measurements of python -m bench ({type(error).__name__})") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no measurements of python -m bench ({type(error).__name__}); wanted its FILE.json, or the "
+            "folder of a report"
+        ) from None
     return results.reindex(columns=list(dict.fromkeys([*results, *OPTIONAL])))
 
 
@@ -84,7 +89,8 @@ def ratios(results: pd.DataFrame) -> pd.DataFrame:
 def time_table(results: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each case: seconds and ratio to plain as median and quartiles over its ``n`` repeats."""
     groups = ratios(results).groupby("case", sort=False)
-    rows = groups[["series", "comparison", "subject", "depth", "batch", "channels", "side", "mode", "network"]].first()
+    names = ["series", "comparison", "subject", "depth", "batch", "channels", "side", "shape", "mode", "network"]
+    rows = groups[names].first()
     quartiles = {share: groups.ratio.quantile(share) for share in (0.25, 0.5, 0.75)}
     return rows.assign(
         median_s=groups.median_s.median(),
@@ -123,6 +129,8 @@ def shapes(rows: pd.DataFrame) -> pd.Series:
 
 def size(rows: pd.DataFrame) -> str:
     """Describe the input of all rows, with "*" for a size in which they differ."""
+    if rows["shape"].notna().all():
+        return f"input {rows['shape'].iloc[0]}, float32"
     batch, channels, side = (
         f"{rows[name].iloc[0]:.0f}" if rows[name].nunique() == 1 else "*" for name in ("batch", "channels", "side")
     )

@@ -5,7 +5,6 @@
 A dash stands for a case that was not measured on a device. The HTML page goes to reports/out/bench, which git ignores.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import pandas as pd
 from bench import folders, result, summary
 from bench.result import spread
 from bench.speed import text as speed_text
+from memcnn import cli
 from memcnn.training.files import write_by_rename
 from memcnn.training.text import clean
 from reports import page
@@ -153,11 +153,10 @@ def page_of(devices: Sequence[Device]) -> Page:
     )
 
 
+@cli.command("bench.side_by_side")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page; return 0, 1 if a folder was left out, or 2 if there are no measurements."""
-    parser = argparse.ArgumentParser(
-        prog="bench.side_by_side", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser_from("bench.side_by_side", __doc__, whole=True)
     parser.add_argument("--folder", type=Path, default=folders.MEASUREMENTS, help="holds a folder for each device")
     root = parser.parse_args(arguments).folder
     devices, status = [], 0

@@ -1,12 +1,13 @@
 """The tables of a benchmark result: ``python -m bench.summary results/bench/FILE.json``."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 
 from bench.result import GIB, MIB, NAMES, load, origin, ratios, series_of, shapes, size, span, spread
+from memcnn import cli
 from reports import page, text
 
 BUDGETS_GIB = (1, 4, 16, 80)
@@ -118,12 +119,14 @@ def contenders(results: pd.DataFrame) -> pd.DataFrame:
     """Return time relative to plain, peak activations and evaluations of each contender, from the series "depth"."""
     times, memory = series_of(ratios(results), "time", "depth"), series_of(results, "memory", "depth")
     columns = {}
-    for depth in [d for d in (16, 64) if (times.depth == d).any()]:
+    deepest = max(times.depth.max(), memory.depth.max()) if len(times) and len(memory) else 0
+    shown = [depth for depth in (16, 64) if depth in {*times.depth, *memory.depth}] or [int(deepest)]
+    for depth in [d for d in shown if (times.depth == d).any()]:
         ratio = pivot(times[times.depth == depth], "depth", "ratio", spread)
         columns[f"time / plain, {depth} blocks"] = ratio[depth]
-    for depth in [d for d in (16, 64) if (memory.depth == d).any()]:
+    for depth in [d for d in shown if (memory.depth == d).any()]:
         columns[f"peak activations, {depth} blocks, MiB"] = pivot(memory, "depth", "activation_bytes")[depth] / MIB
-    deepest = memory[memory.depth == memory.depth.max()]
+    deepest = memory[(memory.depth == memory.depth.max()) & (memory.branches > 0)]
     if not deepest.empty:
         per_branch = deepest.assign(per_branch=2 * deepest.evaluations / deepest.branches)
         columns["evaluations of F and G per block and step"] = pivot(per_branch, "depth", "per_branch").iloc[:, 0]
@@ -189,5 +192,17 @@ def render(results: pd.DataFrame, level: str = "##") -> str:
     return "\n\n".join(parts)
 
 
+@cli.command("bench.summary")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables; return the exit status."""
+    parser = cli.parser_from("bench.summary", __doc__, whole=True)
+    parser.add_argument("result", metavar="FILE.json", help="a result of python -m bench, or a report's folder")
+    try:
+        print(render(load(parser.parse_args(arguments).result)))
+    except ValueError as error:
+        parser.error(str(error))
+    return cli.DONE
+
+
 if __name__ == "__main__":
-    print(render(load(sys.argv[1])))
+    sys.exit(main())

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import reports
+from memcnn import cli
 from memcnn.train import add_allow_mixed
 from memcnn.training.distributed import World
 from memcnn.training.execution import Execution
@@ -20,6 +21,9 @@ MODELS = ("resnet32", "revnet38", "resnet110", "revnet110", "resnet164", "revnet
 """The networks in the order of training: quick ones first, and a RevNet after the ResNet of similar size."""
 
 
+MOST_SEED = 10_000
+
+
 def seed_list(text: str) -> list[int]:
     """Return [0, 1, 2, 5] for "0-2,5"."""
     seeds = []
@@ -27,6 +31,8 @@ def seed_list(text: str) -> list[int]:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", word.strip())
         if not match or (match[2] and int(match[2]) < int(match[1])):
             raise argparse.ArgumentTypeError(f"got {text!r}, wanted seeds like 0-4 or 0,1,2")
+        if int(match[2] or match[1]) > MOST_SEED:
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted seeds of at most {MOST_SEED:,}")
         seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
     return sorted(set(seeds))
 
@@ -56,19 +62,19 @@ def choice_list(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
 def build_parser(description: str) -> argparse.ArgumentParser:
     """Return the parser of the command line. Paragraphs of ``description`` after the first follow the options."""
     usage, status = description.split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        prog="bench.reproduce_table",
-        description=usage,
-        epilog=status,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.parser_from("bench.reproduce_table", usage, whole=True, epilog=status)
     out = Path(reports.__file__).with_name("out")
     folder, names = {"metavar": "FOLDER"}, {"metavar": "A,B,..."}
     add = parser.add_argument
-    add("--runs", default="runs", **folder, help="training output (default: ./%(default)s)")
-    add("--records", default=reports.RECORDS, **folder, help="committed records (default: reports/records)")
-    add("--out", default=out, **folder, help="folder of the tables (default: reports/out)")
+    add("--runs", type=cli.output_folder, default="runs", **folder, help="training output (default: ./%(default)s)")
+    add(
+        "--records",
+        type=cli.input_folder,
+        default=reports.RECORDS,
+        **folder,
+        help="committed records (reports/records)",
+    )
+    add("--out", type=cli.output_folder, default=out, **folder, help="folder of the tables (default: reports/out)")
     add("--train", action="store_true", help="first train the cells that are not complete")
     add("--plan", action="store_true", help="print how long each missing cell takes on this device; write no file")
     add = parser.add_argument_group("with --train and --plan").add_argument
@@ -98,7 +104,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
     add(
         "--threads",
-        type=count,
+        type=cli.threads,
         metavar="N",
         help="CPU threads for each cell (default: as PyTorch; on a cluster 1)",
     )

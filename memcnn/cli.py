@@ -1,8 +1,19 @@
-"""Argument types, exit statuses, and the printing of errors and progress, shared by all command lines."""
+"""Parser, argument types, exit statuses, errors and progress of all command lines.
+
+A command has a ``main`` with the decorator `command`. Bad input then ends it with exit status 2 and one or two lines on
+standard error: what it got, what it wanted, and the fix. No usage and no traceback precede them.
+"""
 
 import argparse
+import difflib
+import functools
+import math
+import os
 import re
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
@@ -14,21 +25,121 @@ MISUSE = 2
 """Exit status: the command line is wrong, or asks for the impossible. ``ArgumentParser.error`` exits with it."""
 STOPPED = 3
 """Exit status: training was stopped cleanly and can be resumed."""
+INTERRUPTED = 130
+"""Exit status: Ctrl-C ended a command that cannot be resumed, as shells report it."""
+
+LARGEST_COUNT = 2**31 - 1
+MOST_THREADS = 1024
 
 
-def parser_from(prog: str, doc: str, *, whole: bool = False) -> argparse.ArgumentParser:
-    """Return a parser that describes a module, and accepts no abbreviated options.
+class Misuse(ValueError):
+    """The request cannot be carried out; the message says what was wanted, and how to ask for it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line and a pointer to the help, and which has ``--version``.
+
+    It accepts no abbreviated options, and proposes the option that a misspelt one resembles.
+
+    Args:
+        prog: the name of the command, as after ``python -m``.
+        **how: arguments of ``argparse.ArgumentParser``.
+    """
+
+    def __init__(self, prog: str, **how: Any) -> None:
+        super().__init__(prog=prog, allow_abbrev=False, **how)
+        self.add_argument("--version", action=_PrintVersion, nargs=0, help="print the versions of memcnn and torch")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parse all arguments; an argument that the command does not know ends it."""
+        given, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._about_unknown(unknown))
+        return given
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message, and exit with status ``MISUSE``."""
+        self.exit(MISUSE, f"{self.prog}: {message}\nOptions: python -m {self.prog} --help\n")
+
+    def _about_unknown(self, unknown: list[str]) -> str:
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        word = unknown[0].partition("=")[0]
+        close = difflib.get_close_matches(word, options, n=1)
+        hint = f"did you mean {close[0]}?" if close and word.startswith("-") else "leave it out"
+        return f"got {' '.join(unknown)!r}, wanted only what the command takes: {hint}"
+
+
+class _PrintVersion(argparse.Action):
+    """Print the versions, and exit. torch is asked only when the option is given."""
+
+    def __init__(self, *arguments: Any, **how: Any) -> None:
+        super().__init__(*arguments, **{**how, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS})
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from memcnn import __version__
+
+        print(f"memcnn {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+        parser.exit(DONE)
+
+
+def parser_from(prog: str, doc: str, *, whole: bool = False, **how: Any) -> Parser:
+    """Return a parser that describes a module.
 
     Args:
         prog: the name of the command.
         doc: the module's docstring. Its first paragraph is shown before the options and its last one after them.
         whole: show all of it before the options, with its line breaks.
+        **how: further arguments of the parser.
     """
     if whole:
-        formatter = argparse.RawDescriptionHelpFormatter
-        return argparse.ArgumentParser(prog=prog, description=doc, formatter_class=formatter, allow_abbrev=False)
+        return Parser(prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **how)
     first, *_, last = doc.split("\n\n")
-    return argparse.ArgumentParser(prog=prog, description=first, epilog=last, allow_abbrev=False)
+    return Parser(prog, description=first, epilog=last, **how)
+
+
+def command(prog: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Return a decorator for a ``main`` that ends with a plain message where the system refuses something.
+
+    Args:
+        prog: the name of the command, which starts each message.
+    """
+
+    def decorate(main: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def guarded(arguments: Sequence[str] | None = None) -> int:
+            try:
+                return main(arguments)
+            except Misuse as error:
+                print(f"{prog}: {error}", file=sys.stderr)
+                return MISUSE
+            except BrokenPipeError:  # the reader of the output, such as ``head``, has ended
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return FAILED
+            except OSError as error:
+                print(f"{prog}: {explained(error)}", file=sys.stderr)
+                return MISUSE
+            except KeyboardInterrupt:
+                print(f"{prog}: interrupted", file=sys.stderr)
+                return INTERRUPTED
+
+        return guarded
+
+    return decorate
+
+
+def explained(error: OSError) -> str:
+    """Return what the system refused, and what to do about it."""
+    reason = error.strerror or str(error)
+    where = f"{error.filename}: " if error.filename is not None else ""
+    fixes = {
+        PermissionError: "choose a place that you may read and write",
+        FileNotFoundError: "check the path for a spelling mistake",
+        FileExistsError: "a file is in the way: choose another path",
+        NotADirectoryError: "a part of the path is a file: choose another path",
+        IsADirectoryError: "wanted a file: choose another path",
+    }
+    fix = fixes.get(type(error), "make room or choose another place, and run the command again")
+    return f"{where}{reason}; {fix}"
 
 
 def fail(error: Exception | str) -> int:
@@ -59,15 +170,116 @@ def duration(text: str) -> float:
 
 
 def iterations_list(text: str) -> tuple[int, ...]:
-    """Return the numbers in "40000,60000"."""
-    return tuple(int(word) for word in text.split(",") if word)
+    """Return the numbers in "40000,60000"; an empty text has none."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not all(word.isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted iterations separated by commas, such as 40000,60000")
+    return tuple(int(word) for word in words)
 
 
-def count(text: str) -> int:
-    """Return the number in ``text``, which must be at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number of at least 1")
+def whole_number(text: str) -> int:
+    """Return the whole number in ``text``, of either sign."""
+    if not re.fullmatch(r"[+-]?\d{1,30}", text.strip()):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number")
     return int(text)
+
+
+def number(text: str) -> float:
+    """Return the finite number in ``text``."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number, such as 0.1 or 2e-4")
+    return value
+
+
+def seconds(text: str) -> float:
+    """Return the number in ``text``, which must be above 0."""
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted seconds above 0")
+    return value
+
+
+def count(text: str, *, most: int = LARGEST_COUNT) -> int:
+    """Return the number in ``text``, which must be from 1 to ``most``."""
+    if not text.isdecimal() or not 1 <= int(text[:30]) <= most:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number of at least 1 and at most {most:,}")
+    return int(text)
+
+
+def threads(text: str) -> int:
+    """Return the number of CPU threads in ``text``."""
+    return count(text, most=MOST_THREADS)
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Return (100, 3, 32, 32) for "100,3,32,32"."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and 1 <= int(word[:30]) <= LARGEST_COUNT for word in words):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted whole numbers, the batch first, such as 100,3,32,32")
+    return tuple(map(int, words))
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Return the numbers in "1,4,8", each at least 1."""
+    return tuple(count(word.strip()) for word in text.split(","))
+
+
+def names(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return an argument type for "a,b": a list of the names in ``choices``, each once, in the order given."""
+
+    def parse(text: str) -> list[str]:
+        wanted = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+        unknown = [word for word in wanted if word not in choices]
+        if unknown or not wanted:
+            got = ", ".join(unknown) or "nothing"
+            raise argparse.ArgumentTypeError(f"got {got}, wanted some of {', '.join(choices)}")
+        return wanted
+
+    return parse
+
+
+def input_folder(text: str) -> Path:
+    """Return the path of a folder to read, which may be missing."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text!r}, which is a file; wanted a folder")
+    return path
+
+
+def output_folder(text: str) -> Path:
+    """Return the path of a folder that exists and is writable, or that can be created."""
+    path = Path(text)
+    _check_writable(path, "a folder")
+    return path
+
+
+def output_file(text: str) -> Path:
+    """Return the path of a file that can be written because its folder exists."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, wanted a file in a folder that exists: create the folder first"
+        )
+    _check_writable(path.parent, "a file in a folder")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise argparse.ArgumentTypeError(f"got {text!r}, which cannot be written; choose another file")
+    return path
+
+
+def _check_writable(folder: Path, what: str) -> None:
+    """Raise ArgumentTypeError if the folder cannot be created, or not be written to."""
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except OSError as error:  # such as a name that is too long
+        raise argparse.ArgumentTypeError(f"got {str(folder)!r}: {error.strerror}; wanted another path") from None
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{there} is a file; wanted {what}: choose another path, or move the file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{there} cannot be written to; wanted {what} that can: choose another path")
 
 
 def count_or_all(text: str) -> int | None:

@@ -8,6 +8,7 @@ memcnn.models.resnet.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -51,7 +52,8 @@ def read_state(path: Path) -> dict:
     return state
 
 
-def main(arguments: list[str] | None = None) -> int:
+@cli.command("memcnn.convert")
+def main(arguments: Sequence[str] | None = None) -> int:
     """Convert the file; return the exit status."""
     parser = build_parser()
     given = parser.parse_args(arguments)

@@ -8,6 +8,7 @@ Exit status: 0 evaluated, 1 the data is missing or damaged, 2 misuse, as a folde
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from memcnn import data as cifar
 from memcnn.data import BadData, DataNotFound
 from memcnn.training.checkpoint import BadCheckpoint
 from memcnn.training.execution import Execution
-from memcnn.training.record import BadRecord, RunRecord
+from memcnn.training.record import FILE_NAME, BadRecord, RunRecord
 from memcnn.training.step import Evaluation
 from memcnn.weights import load_run
 
@@ -45,6 +46,17 @@ def execution_of(record: RunRecord) -> Execution:
     return Execution(precision=record.segments[-1].execution.partition(",")[0])
 
 
+def check_folder(folder: Path) -> None:
+    """Raise Misuse if the folder cannot be that of a run."""
+    wanted = "wanted the folder of a run, such as runs/revnet38-cifar10-published-s0; see python -m memcnn.train --list"
+    if not folder.exists():
+        raise cli.Misuse(f"{folder}: there is no such folder; {wanted}")
+    if not folder.is_dir():
+        raise cli.Misuse(f"{folder} is a file; {wanted}")
+    if not (folder / FILE_NAME).exists():
+        raise cli.Misuse(f"{folder} holds no {FILE_NAME}, so it is no run; {wanted}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.parser_from("memcnn.evaluate", __doc__)
@@ -53,15 +65,17 @@ def build_parser() -> argparse.ArgumentParser:
     option("--data", metavar="FOLDER", help='the CIFAR files, or the word "generated" (default: as in its training)')
     option("--unofficial-data", action="store_true", help="evaluate on files with wrong checksums too")
     option("--device", choices=cli.devices(), default=cli.devices()[0], help="(default: %(default)s)")
-    option("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    option("--threads", type=cli.threads, metavar="N", help="CPU threads (default: PyTorch's choice)")
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+@cli.command("memcnn.evaluate")
+def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate the run; return the exit status."""
     parser = build_parser()
     given = parser.parse_args(arguments)
     cli.use_threads(given.threads)
+    check_folder(given.folder)
     try:
         model, record, iterations = load_run(given.folder, device=given.device)
         where = given.data or (cifar.GENERATED if record.data_kind == "generated" else None)

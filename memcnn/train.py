@@ -16,7 +16,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -54,17 +54,24 @@ from memcnn.training.trainer import BadArgument, CannotWrite, Job, Place, pick_d
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.parser_from("memcnn.train", __doc__)
-    parser.add_argument("model", nargs="?", choices=MODELS, metavar="MODEL", help=", ".join(MODELS))
+    parser.add_argument("model", nargs="?", type=_model, metavar="MODEL", help=", ".join(MODELS))
     parser.add_argument("dataset", nargs="?", choices=DATASETS, metavar="DATASET", help=", ".join(DATASETS))
     option = parser.add_argument
     option("--recipe", choices=RECIPES, default="published", help="set of hyper-parameters (default: %(default)s)")
-    option("--seed", type=int, default=0, help="seed of weights, order and augmentation (default: %(default)s)")
+    option(
+        "--seed",
+        type=cli.whole_number,
+        default=0,
+        help="seed of weights, order and augmentation (default: %(default)s)",
+    )
     data = 'folder of the CIFAR files, or the word "generated" for made-up images'
     option("--data", metavar="FOLDER", help=f"{data} (default: $MEMCNN_DATA, else ./data; downloaded when missing)")
     option("--unofficial-data", action="store_true", help="train on files with wrong checksums too; the record says so")
     option("--runs", metavar="FOLDER", default="runs", help="folder of all runs (default: ./%(default)s)")
     option("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
-    option("--threads", type=cli.count, help=f"CPU threads (default: {torch.get_num_threads()}, PyTorch's choice here)")
+    option(
+        "--threads", type=cli.threads, help=f"CPU threads (default: {torch.get_num_threads()}, PyTorch's choice here)"
+    )
     option("--budget", metavar="TIME", type=cli.duration, help="stop cleanly before this is over: 90s, 9m, 1h30m")
     option("--fresh", action="store_true", help="begin anew, and move a run that is there already aside")
     option("--disable", action="store_true", help="train RevNets by plain autograd, with all activations stored")
@@ -76,6 +83,15 @@ def build_parser() -> argparse.ArgumentParser:
     add_execution_options(parser)
     add_hyper_parameters(parser)
     return parser
+
+
+def _model(text: str) -> str:
+    """Return the name of a network, and say so if a data set stands in its place."""
+    if text in DATASETS:
+        raise argparse.ArgumentTypeError(f"got the data set {text!r}, wanted a network before it: {', '.join(MODELS)}")
+    if text not in MODELS:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted one of {', '.join(MODELS)}")
+    return text
 
 
 def add_allow_mixed(option: Callable) -> None:
@@ -134,7 +150,8 @@ def summary(record: RunRecord, folder: Path) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
+@cli.command("memcnn.train")
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status. Of several processes only rank 0 prints, and only its status counts."""
     try:
         if speaks():
@@ -147,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
         return cli.fail(error)
 
 
-def run(arguments: list[str] | None) -> int:
+def run(arguments: Sequence[str] | None) -> int:
     """Do what the command line asks for; return the exit status."""
     parser = build_parser()
     given = parser.parse_args(arguments)
@@ -155,7 +172,8 @@ def run(arguments: list[str] | None) -> int:
         print(list_runs(Path(given.runs)))
         return cli.DONE
     if given.dataset is None:
-        parser.error("the following arguments are required: MODEL, DATASET")
+        missing = f"DATASET after {given.model}" if given.model else f"MODEL, one of {', '.join(MODELS)}, and DATASET"
+        parser.error(f"missing {missing}, one of {', '.join(DATASETS)}")
     try:
         recipe, execution = recipe_of(given), execution_of(given)
     except ValueError as error:

@@ -26,17 +26,20 @@ def number(value: float, digits: int, *, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''},.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
+def hours(minutes: float) -> str:
+    """Format minutes as "h:mm", as the published table does."""
+    if pd.isna(minutes):
+        return DASH
+    whole, rest = divmod(round(minutes), 60)
+    return f"{whole}:{rest:02d}"
+
+
 def duration(seconds: float) -> str:
-    """Format as "h:mm", below ten minutes as "4 min 03 s", and below a minute as "59 s"."""
+    """Format seconds as "time"."""
     if pd.isna(seconds):
         return DASH
     minutes, rest = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{rest} s"
-    if minutes < 10:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours}:{minutes:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def spread(least: str, most: str) -> str:
@@ -79,9 +82,9 @@ def results(table: pd.DataFrame, dataset: str) -> pd.DataFrame:
     columns = {
         ("", "model"): rows["model"].map(LABELS),
         (TENSORFLOW, "accuracy %"): rows["tensorflow_accuracy_percent"].map(lambda value: number(value, 2)),
-        (TENSORFLOW, "time"): (60 * rows["tensorflow_minutes"]).map(duration),
+        (TENSORFLOW, "time"): rows["tensorflow_minutes"].map(hours),
         (PYTORCH, "accuracy %"): rows["pytorch_accuracy_percent"].map(lambda value: number(value, 2)),
-        (PYTORCH, "time"): (60 * rows["pytorch_minutes"]).map(duration),
+        (PYTORCH, "time"): rows["pytorch_minutes"].map(hours),
         (OURS, "accuracy %"): rows.apply(accuracy, axis=1),
         (OURS, "runs"): rows["n"].map(str),
         (OURS, "time"): rows.apply(time, axis=1),

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from memcnn.models.resnet import MODELS
 from reports.cells import LABELS
@@ -55,7 +56,7 @@ def draw_curves(runs: pd.DataFrame, curves: dict[str, pd.DataFrame]) -> list[tup
 
 def _picture(title: str, runs: pd.DataFrame, curves: dict[str, pd.DataFrame]) -> str:
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
-    style = {**ink, "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9.5}
+    style = {**ink, "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 11}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(5.2, 3.3), layout="constrained")
         axes = figure.add_subplot()
@@ -70,10 +71,11 @@ def _picture(title: str, runs: pd.DataFrame, curves: dict[str, pd.DataFrame]) ->
             axes.plot(curve["epoch"], curve["test_accuracy"], style, marker=marker, color=colour, lw=1.3, label=label)
         axes.set_xlabel("epoch")
         axes.set_ylabel("test accuracy, %")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.15, color=_INK)
-        axes.legend(frameon=False, fontsize=8.5, ncols=2)
+        axes.legend(frameon=False, fontsize=10, ncols=2)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return file.getvalue().replace(_INK, "currentColor")

@@ -3,6 +3,7 @@
 import pandas as pd
 
 from memcnn.models.resnet import MODELS
+from memcnn.training.recipe import PUBLISHED
 from memcnn.training.record import DATASETS
 from reports.cells import LABELS
 from reports.verdict import LEAST_RUNS, NOT_ENOUGH, WIDEST_POINTS
@@ -15,7 +16,7 @@ RESULTS = (
     "the official CIFAR files with the reversible engine on and the same execution from start to end. Only full runs "
     "enter this table. A run that was resumed in another precision, or on another type of device, is marked “mixed "
     "execution” and listed under the other runs.",
-    "Time is h:mm; below ten minutes it is in minutes and seconds. Published times are from one GeForce GTX 1080. "
+    "Published times, as h:mm, are from one GeForce GTX 1080. "
     "This project's times are training only, without start-up and evaluation: the mean over the runs or, if they ran "
     "on different devices, the shortest and the longest. “Shared by N” means that up to N runs trained on the device "
     "at the same time; such a run takes longer than it would alone.",
@@ -63,6 +64,60 @@ def summary(table: pd.DataFrame) -> str:
         f"{len(table)} cells: {count.get('reproduced', 0)} reproduced, {count.get('differs', 0)} differ, "
         f"{count.get(NOT_ENOUGH, 0)} without enough full runs."
     )
+
+
+def answer(table: pd.DataFrame) -> list[str]:
+    """Return what the runs show, a sentence for each verdict and for each cell that has runs but no verdict."""
+    lines = [summary(table)]
+    for verdict in ("reproduced", "differs"):
+        named = [_cell(place, row) for place, row in table[table["verdict"] == verdict].iterrows()]
+        if named:
+            lines.append(f"{verdict.capitalize()}: {'; '.join(named)}.")
+    begun = table[(table["verdict"] == NOT_ENOUGH) & (table["n"] > 0)]
+    lines += [f"No verdict yet: {'; '.join(_cell(place, row) for place, row in begun.iterrows())}."] * bool(len(begun))
+    return lines
+
+
+def _cell(place: tuple[str, str], row: pd.Series) -> str:
+    dataset, model = place
+    published = row["pytorch_accuracy_percent"]
+    return (
+        f"{LABELS[model]} on {LABELS[dataset]}, {row['mean_percent']:.2f} % from {_count(int(row['n']))} (published "
+        f"{published:.2f} %)"
+    )
+
+
+def effort(table: pd.DataFrame, steps: pd.DataFrame) -> list[str]:
+    """Return how long the missing runs take on each device, from measured times of a step.
+
+    Args:
+        table: the main table, see ``reports.tables.results_table``.
+        steps: see ``reports.tables.step_times``.
+    """
+    lacking = table[table["verdict"] == NOT_ENOUGH].reset_index()
+    missing = {
+        model: int((LEAST_RUNS - rows["n"]).clip(lower=1).sum()) for model, rows in lacking.groupby("model", sort=False)
+    }
+    if not missing:
+        return []
+    lines = [f"Missing for a verdict in every cell: {sum(missing.values())} full runs, at least {LEAST_RUNS} a cell."]
+    for device, rows in steps.groupby("device", sort=True):
+        seconds = rows.set_index("model")["seconds"]
+        known = [model for model in MODELS if model in missing and model in seconds.index]
+        hours = sum(missing[model] * seconds[model] for model in known) * PUBLISHED.iterations / 3600
+        rest = [LABELS[model] for model in MODELS if model in missing and model not in known]
+        runs = sum(missing[model] for model in known)
+        if runs:
+            without = f"; not measured there: {', '.join(rest)}" if rest else ""
+            lines.append(f"On {device} {runs} of them take about {_time(hours)}, one after the other{without}.")
+    return lines
+
+
+def _time(hours: float) -> str:
+    """Return hours as text in minutes, hours or days."""
+    if hours < 2:
+        return f"{60 * hours:.0f} minutes"
+    return f"{hours:.0f} hours" if hours < 72 else f"{hours / 24:.0f} days"
 
 
 def executions(runs: pd.DataFrame) -> list[str]:

@@ -49,6 +49,8 @@ class Section:
         figures: pictures.
         notes: remarks below the table.
         command: a command that measures the missing values.
+        links: (text, address) pairs of the files behind each row of the table, in a last column.
+        warning: a sentence that qualifies everything in the section.
         wide: True hides the section on a narrow screen, where the cards of another section replace it.
     """
 
@@ -59,6 +61,8 @@ class Section:
     figures: Sequence[Figure] = ()
     notes: Sequence[str] = ()
     command: str = ""
+    links: Sequence[Sequence[tuple[str, str]]] = ()
+    warning: str = ""
     wide: bool = False
 
 
@@ -72,6 +76,8 @@ class Page:
         summary: the result in one or more sentences.
         origin: device and software of the measurements, one text for each device.
         commands: the commands that create the page, in order.
+        warning: a sentence that qualifies the whole page.
+        links: (text, address) pairs of the data behind the page.
     """
 
     title: str
@@ -79,10 +85,16 @@ class Page:
     summary: Sequence[str] = ()
     origin: Sequence[str] = ()
     commands: Sequence[str] = ()
+    warning: str = ""
+    links: Sequence[tuple[str, str]] = ()
+
+
+SORT = Path(__file__).with_name("sort.js").read_text("utf-8")
+"""The page's only script: it sorts a table by a column when the reader activates its heading."""
 
 
 def html(page: Page) -> str:
-    """Return the page as HTML that needs no other file. All text is escaped."""
+    """Return the page as HTML that needs no other file; links lead to the data behind it. All text is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -90,7 +102,7 @@ def html(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    functions = {"heads": _heads, "rows": _rows, "groups": text.groups, "inline": inline_svg}
+    functions = {"heads": _heads, "rows": _rows, "groups": text.groups, "inline": inline_svg, "sort": SORT}
     return environment.get_template("page.html").render(page=page, **functions)
 
 
@@ -98,11 +110,14 @@ def markdown(page: Page) -> str:
     """Return the page as Markdown for GitHub."""
     commands = ", then ".join(f"`{command}`" for command in page.commands)
     parts = [f"# {page.title}", f"Made by {commands}." if commands else ""]
-    parts += [_list([text.escape_markdown(line) for line in page.origin]), _list(page.summary)]
+    parts += [_list([text.escape_markdown(line) for line in page.origin])]
+    parts += [_list([text.escape_markdown(line) for line in page.summary])]
+    parts += [f"**Warning:** {page.warning}" if page.warning else ""]
     for section in page.sections:
         if section.cards:
             continue
         parts += [f"## {section.title}", section.note]
+        parts += [f"**Warning:** {section.warning}" if section.warning else ""]
         parts += [text.markdown(section.table) if section.table is not None else ""]
         parts += [f"![{figure.title}]({figure.link})" for figure in section.figures if figure.link]
         parts += ["\n".join(f"* {text.escape_markdown(note)}" for note in section.notes)]
@@ -132,7 +147,11 @@ def inline_svg(svg: str, prefix: str) -> str:
     referred = set(re.findall(r'(?:href="#|url\(#)([\w.-]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda name: f' id="{prefix}-{name[1]}"' if name[1] in referred else "", svg)
     svg = re.sub(r'(href="#|url\(#)(?=[\w.-]+)', rf"\g<1>{prefix}-", svg)
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', svg, count=1)
+    kind = "ink" if "currentColor" in svg else "paper"  # "paper": drawn for white paper, so inverted on a dark page
+    svg = svg.replace("fill: #ffffff", "fill: none") if kind == "paper" else svg
+    width = re.search(r'width="([\d.]+)pt"', svg)
+    style = f'style="--width: {float(width[1]) / 12:.1f}rem"' if width else ""  # so that 12 points are the page's text
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" class="{kind}" {style}', svg, count=1)
 
 
 def _finished(value: object) -> str:

@@ -4,10 +4,12 @@ python -m reports.readme    write the table into README.md, between the two comm
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from memcnn import cli
 from memcnn.models.resnet import MODELS
 from memcnn.training.files import write_by_rename
 from memcnn.training.record import DATASETS
@@ -73,8 +75,10 @@ def inserted(readme: str, content: str) -> str:
     return f"{parts[0]}{BEGIN}\n\n{content}\n\n{END}{parts[1]}"
 
 
-def main() -> int:
+@cli.command("reports.readme")
+def main(arguments: Sequence[str] | None = None) -> int:
     """Write the table; return 0, or 2 if the README has no place for it."""
+    cli.parser_from("reports.readme", __doc__, whole=True).parse_args(arguments)
     report = build(runs=RECORDS, records=RECORDS)
     try:
         content = inserted(README.read_text("utf-8"), block(report))

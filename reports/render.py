@@ -1,17 +1,21 @@
 """The report on accuracy, time and memory, as files and as terminal text."""
 
+import os
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 
 from memcnn.training.files import write_by_rename
 from memcnn.training.record import DATASETS
 from reports import cells, notes, page, text
+from reports.figures import CURVE
 from reports.page import Figure, Section
 from reports.report import Report
 
+FULL_RUNS = "Full runs"
 TITLE = "MemCNN: the published table, rebuilt"
-UNITS = "Test accuracy in per cent; training time in h:mm, or with its units."
+UNITS = "Test accuracy in per cent; training time in hours, minutes and, for this project, seconds."
 
 
 def write(report: Report, out: str | Path) -> list[Path]:
@@ -33,7 +37,7 @@ def write(report: Report, out: str | Path) -> list[Path]:
         "table.md": markdown(report),
         "table.csv": report.results.to_csv(**numbers),
         "table.tex": latex(report),
-        "table.html": html(report),
+        "table.html": page.html(page_of(report, folder)),
         "memory.csv": report.memory.to_csv(**numbers),
         "runs.csv": report.runs.to_csv(index=False, **numbers),
     }
@@ -52,8 +56,13 @@ def html(report: Report) -> str:
     return page.html(page_of(report))
 
 
-def page_of(report: Report) -> page.Page:
-    """Return the whole report as a page: tables with notes, curves, memory, lists of runs, and files left out."""
+def page_of(report: Report, folder: Path | None = None) -> page.Page:
+    """Return the whole report as a page: tables with notes, curves, memory, lists of runs, and files left out.
+
+    Args:
+        report: the tables and curves.
+        folder: where the page will be, for links to the files of the runs; None for a page without such links.
+    """
     sections = [
         Section(cells.LABELS[dataset], note=UNITS, table=cells.results(report.results, dataset), wide=True)
         for dataset in DATASETS
@@ -66,10 +75,22 @@ def page_of(report: Report) -> page.Page:
         sections.append(Section("Training curves", note=notes.CURVES, figures=figures))
     memory = cells.memory(report.memory)
     sections.append(Section("Memory of one training step", note="Batch 100, MiB.", table=memory, notes=notes.MEMORY))
-    sections += [Section(title, note=explanation, table=frame) for title, explanation, frame in _run_lists(report)]
+    for title, explanation, frame in _run_lists(report):
+        runs = report.runs[report.runs["full"] == (title == FULL_RUNS)]
+        links = [] if folder is None else [_files(Path(run), folder) for run in runs["folder"]]
+        sections.append(Section(title, note=explanation, table=frame, links=links))
     if report.problems:
         sections.append(Section("Left out", notes=report.problems))
-    return page.Page(TITLE, sections, summary=[notes.summary(report.results)], origin=[_origin(report)])
+    data = [(name, name) for name in ("table.csv", "memory.csv", "runs.csv")] if folder is not None else []
+    summary = [*notes.answer(report.results), *notes.effort(report.results, report.steps)]
+    return page.Page(TITLE, sections, summary=summary, origin=[_origin(report)], links=data)
+
+
+def _files(run: Path, folder: Path) -> list[tuple[str, str]]:
+    """Return (text, address) of a run's files, seen from the page's folder. The record holds its environment."""
+    names = {"record and environment": "record.json", "curve": CURVE}
+    there = {text: run / name for text, name in names.items() if (run / name).is_file()}
+    return [(text, quote(os.fsencode(os.path.relpath(path, folder)))) for text, path in there.items()]
 
 
 def latex(report: Report) -> str:
@@ -131,7 +152,7 @@ def _origin(report: Report) -> str:
 
 def _run_lists(report: Report) -> list[tuple[str, str, pd.DataFrame]]:
     lists = [
-        ("Full runs", "The runs behind the tables of accuracy and time.", cells.full_runs(report.runs)),
+        (FULL_RUNS, "The runs behind the tables of accuracy and time.", cells.full_runs(report.runs)),
         ("Other runs", "These runs do not enter the tables of accuracy and time.", cells.other_runs(report.runs)),
     ]
     return [(title, explanation, frame) for title, explanation, frame in lists if not frame.empty]

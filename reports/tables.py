@@ -15,6 +15,7 @@ MIB = 2**20
 BATCH = 100  # of the published memory table
 MEASUREMENTS = Path(__file__).with_name("bench")  # a folder for each device
 MEMORY_FILE = "memory.csv"
+SPEED_FILE = "speed.csv"
 GPU_PRECISIONS = ("float32", "bf16")
 GPU_COLUMNS = ("model", "precision", "activation_bytes", "device")
 MEASURED_COLUMNS = (*GPU_COLUMNS, "held_bytes")
@@ -190,6 +191,37 @@ def gpu_measurements(folder: str | Path = MEASUREMENTS) -> tuple[pd.DataFrame, l
         frame = frame[(frame["device_type"] == "cuda") & (frame["batch"] == BATCH) & frame["engine"].astype(bool)]
         frames.append(frame[list(MEASURED_COLUMNS)].assign(device=frame["device"].map(lambda name: clean(str(name)))))
     return pd.concat(frames) if frames else pd.DataFrame(columns=list(MEASURED_COLUMNS)), problems
+
+
+def step_times(runs: pd.DataFrame, folder: str | Path = MEASUREMENTS) -> tuple[pd.DataFrame, list[str]]:
+    """Return the time of a training step at batch 100, for each device and model.
+
+    It is the least of those that ``python -m bench.speed`` measured and those of the full runs that had the device to
+    themselves.
+
+    Args:
+        runs: see ``runs_table``.
+        folder: holds a folder for each device.
+
+    Returns:
+        The columns ``device``, ``model`` and ``seconds``; and a line for each file that cannot be used.
+    """
+    alone = runs[runs["full"] & (runs["shared_by"] == 1)]
+    frames, problems = [alone.assign(seconds=alone["train_seconds"] / alone["iterations"])], []
+    for path in sorted(Path(folder).glob(f"*/{SPEED_FILE}")):
+        try:
+            table = pd.read_csv(path)
+            table = table[(table["batch"] == BATCH) & (table["group"] == 1) & table["network"].isin(MODELS)]
+            devices = [
+                clean(f"{name} ({threads} thread{'' if threads == 1 else 's'})" if kind == "cpu" else str(name))
+                for name, threads, kind in zip(table["device"], table["threads"], table["device_type"], strict=True)
+            ]
+            frames.append(table.assign(model=table["network"], device=devices, seconds=table["ms"].astype(float) / 1e3))
+        except (OSError, ValueError, KeyError) as error:
+            problems.append(f"{path}: {error}")
+    columns = ["device", "model", "seconds"]
+    found = pd.concat([frame[columns] for frame in frames if not frame.empty] or [frames[0][columns]])
+    return found.groupby(["device", "model"], as_index=False)["seconds"].min(), problems
 
 
 def _precision(execution: str) -> str:

@@ -9,13 +9,12 @@ and a program that needs only the package and torch. The command runs these prog
 program no longer shows it.
 """
 
-import argparse
 import ast
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from itertools import product
@@ -24,8 +23,9 @@ from pathlib import Path
 import torch
 
 from bench.audit.peer.chains import ROOT
-from bench.audit.peers import install
+from bench.audit.peers import install, rendered
 from bench.worker import Failed, Interpreter, Worker
+from memcnn import cli
 from memcnn.training.environment import git_state
 
 VENV = ROOT / "results" / "findings-venv"
@@ -230,15 +230,16 @@ def finding(found: dict) -> list[str]:
     ]
 
 
-def main() -> int:
+@cli.command("bench.findings")
+def main(arguments: Sequence[str] | None = None) -> int:
     """Check the layers, write findings.json and findings.md; return 0."""
-    parser = argparse.ArgumentParser(
-        prog="bench.findings", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser_from("bench.findings", __doc__, whole=True)
     parser.add_argument("--install", action="store_true", help="first create results/findings-venv anew")
     parser.add_argument("--render", action="store_true", help="only write findings.md from the folder's findings.json")
-    parser.add_argument("--out", type=Path, default=Path("results/findings"), help="folder of the files (%(default)s)")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--out", type=cli.output_folder, default="results/findings", help="folder of the files (%(default)s)"
+    )
+    arguments = parser.parse_args(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "findings.json"
     if arguments.install:
@@ -255,5 +256,5 @@ def main() -> int:
             "reproductions": list(reproductions()),
         }
         file.write_text(json.dumps(result) + "\n", "utf-8")
-    (arguments.out / "findings.md").write_text(render(json.loads(file.read_text("utf-8"))), "utf-8")
+    (arguments.out / "findings.md").write_text(rendered(file, render), "utf-8")
     return 0

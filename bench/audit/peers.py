@@ -9,7 +9,6 @@ The command writes peers.json, and peers.md from peers.json alone. It leaves out
 installed or whose process fails. Exit status: 0 if all contenders answered, 1 if one failed.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -28,6 +27,7 @@ from bench.audit.peer.behaviours import BEHAVIOURS
 from bench.audit.peer.chains import CONTENDERS, PEERS, ROOT
 from bench.audit.peer_tables import render
 from bench.worker import Failed, Interpreter, Worker
+from memcnn import cli
 from memcnn.training.environment import device_info, git_state, software_versions
 
 VENV = ROOT / "results" / "peers-venv"
@@ -91,24 +91,38 @@ def contenders(names: Sequence[str], failures: list[dict] | None = None) -> Iter
         ready = Contenders([start(name) for name in names], [] if failures is None else failures)
         for worker in ready.workers:
             stack.callback(worker.end)
-        for name, answer in ready.each(lambda worker: worker.ask("hello")):
-            if answer["torch"] != torch.__version__:
-                raise SystemExit(
-                    f"{name} runs torch {answer['torch']}, this process {torch.__version__}: delete "
-                    f"{VENV.relative_to(ROOT)} and run bench.peers --install"
-                )
+        list(ready.each(_greet))
         yield ready
+
+
+def _greet(worker: Worker) -> dict:
+    """Wait until the worker is ready.
+
+    Raises:
+        Failed: it cannot import what it needs, or it runs another torch.
+    """
+    answer = worker.ask("hello")
+    if answer["torch"] != torch.__version__:
+        raise Failed(
+            f"{worker.name}: it runs torch {answer['torch']}, this process {torch.__version__}; install it again: "
+            "python -m bench.peers --install"
+        )
+    return answer
 
 
 def install(folder: Path = VENV, requirements: Iterable[str] = PEERS.values()) -> None:
     """Install packages without their dependencies, which come from the running environment."""
-    venv.create(folder, with_pip=True, clear=True)
+    try:
+        venv.create(folder, with_pip=True, clear=True)
+    except subprocess.CalledProcessError as error:  # Debian's Python has no ensurepip by itself
+        raise cli.Misuse(f"{folder}: making the environment failed ({error}); install Python's venv package") from None
     (site,) = folder.glob("lib/python*/site-packages")
     running = dict.fromkeys(sysconfig.get_paths()[kind] for kind in ("purelib", "platlib"))
     (site / "running.pth").write_text("\n".join(running) + "\n", "utf-8")
     for requirement in requirements:
         command = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps", requirement]
-        subprocess.run(command, check=False)
+        if subprocess.run(command, check=False).returncode:
+            print(f"left out: pip could not install {requirement}; see above, and check the network", file=sys.stderr)
 
 
 def _venv_python() -> Path:
@@ -210,23 +224,43 @@ def _measure_tiny(running: Contenders, rounds: int) -> list[dict]:
     return measure_time(running, TINY_BLOCKS, rounds, TINY, TINY_STEPS)
 
 
+def rendered(data: Path, render: Callable[[dict], str]) -> str:
+    """Return the page of the results in a file.
+
+    Args:
+        data: the file, as JSON.
+        render: makes the page.
+
+    Raises:
+        Misuse: the file does not hold what ``render`` needs.
+    """
+    try:
+        return render(json.loads(data.read_text("utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise cli.Misuse(
+            f"{data} does not hold the results of this command ({type(error).__name__}: {error}); measure again: leave "
+            "--render out"
+        ) from error
+
+
 def _progress(text: str) -> None:
     print(f"[{datetime.now():%H:%M:%S}] {text}", file=sys.stderr, flush=True)
 
 
-def main() -> int:
+@cli.command("bench.peers")
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write peers.json and peers.md, print the page; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser_from("bench.peers", __doc__, whole=True)
     parser.add_argument("--quick", action="store_true", help="batch 4, depths 4 and 8, 3 rounds")
     parser.add_argument("--install", action="store_true", help="first create results/peers-venv anew")
     parser.add_argument("--render", action="store_true", help="only write peers.md from the folder's peers.json")
-    parser.add_argument("--out", type=Path, default=Path("results/peers"), help="folder of the files (%(default)s)")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--out", type=cli.output_folder, default="results/peers", help="folder of the files (%(default)s)"
+    )
+    arguments = parser.parse_args(arguments)
     data, page = arguments.out / "peers.json", arguments.out / "peers.md"
     if arguments.render:
-        page.write_text(render(json.loads(data.read_text("utf-8"))), "utf-8")
+        page.write_text(rendered(data, render), "utf-8")
         return 0
     if arguments.install:
         install()

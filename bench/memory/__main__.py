@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
@@ -40,11 +41,13 @@ from bench.memory.subject import (
     progress,
     subject_of,
 )
+from memcnn import cli
 
 CHECK_BATCH = 8
 
 
-def main(arguments: list[str] | None = None) -> int:
+@cli.command("bench.memory")
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return 0; misuse ends the process with status 2."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop
     parser = build_parser(__doc__, optimizers=OPTIMIZERS, dtypes=DTYPES)

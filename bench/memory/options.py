@@ -3,9 +3,8 @@
 import argparse
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
-from memcnn.training.options import count
+from memcnn import cli
 
 MIB = 2**20
 UNITS = {
@@ -25,32 +24,14 @@ def size(text: str) -> int:
     return int(float(match[1]) * scale)
 
 
-def shape(text: str) -> tuple[int, ...]:
-    """Return (100, 3, 32, 32) for "100,3,32,32"."""
-    words = text.split(",")
-    if not all(word.strip().isdecimal() and int(word) >= 1 for word in words):
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted whole numbers, the batch first, like 100,3,32,32")
-    return tuple(int(word) for word in words)
-
-
-def file(text: str) -> Path:
-    """Return the path of a file that can be written because its folder exists."""
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a file in a folder that exists")
-    return path
-
-
 def build_parser(text: str, *, optimizers: Iterable[str], dtypes: Iterable[str]) -> argparse.ArgumentParser:
     """Return the parser of the command line, with ``text`` as its description."""
-    parser = argparse.ArgumentParser(
-        prog="bench.memory", description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = cli.parser_from("bench.memory", text, whole=True)
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="one of the six networks, or package.module:factory")
-    add("--batch", type=count, metavar="N", help="samples a step (default: 100, or as in --shape)")
-    add("--shape", type=shape, metavar="N,C,H,W", help="input shape of a model of your own")
-    add("--classes", type=count, default=10, metavar="N", help="classes of the six networks (default: %(default)s)")
+    add("--batch", type=cli.count, metavar="N", help="samples a step (default: 100, or as in --shape)")
+    add("--shape", type=cli.shape, metavar="N,C,H,W", help="input shape of a model of your own")
+    add("--classes", type=cli.count, default=10, metavar="N", help="classes of the six networks (default: %(default)s)")
     add("--dtype", choices=dtypes, default="float32", help="bfloat16: under autocast, as in training")
     add("--disable", action="store_true", help="run the reversible units by ordinary autograd")
     add("--optimizer", choices=optimizers, default="sgd", help="sgd has momentum (default: %(default)s)")
@@ -63,10 +44,14 @@ def build_parser(text: str, *, optimizers: Iterable[str], dtypes: Iterable[str])
     add("--reserve", type=size, default=MIB << 10, metavar="SIZE", help="memory to keep free for uncounted bytes "
         "(default: 1GiB)")  # fmt: skip
     add(
-        "--most-units", type=count, default=64, metavar="N", help="largest number of units a stage to try (%(default)s)"
+        "--most-units",
+        type=cli.count,
+        default=64,
+        metavar="N",
+        help="largest number of units a stage to try (%(default)s)",
     )
     add("--no-check", action="store_true", help="do not compute a step to measure the prediction's error")
-    add("--json", type=file, metavar="FILE", help="write all numbers to this file, in bytes")
+    add("--json", type=cli.output_file, metavar="FILE", help="write all numbers to this file, in bytes")
     add("--table", action="store_true", help="recompute the published table of activations")
-    add("--out", type=file, metavar="FILE", help="write the table to this file as well")
+    add("--out", type=cli.output_file, metavar="FILE", help="write the table to this file as well")
     return parser

@@ -22,6 +22,7 @@ import torch
 from bench import folders, measure
 from bench.speed import floor, steps, text, timing
 from bench.speed.steps import PLAIN, Way
+from memcnn import cli
 from memcnn.models.resnet import MODELS
 from memcnn.training.files import write_by_rename
 from memcnn.training.options import count
@@ -110,13 +111,15 @@ def ways_of(given: argparse.Namespace, device: torch.device) -> list[Way]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="bench.speed",
-        description=f"{__doc__}\n{floor.EXPLANATION}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser_from("bench.speed", f"{__doc__}\n{floor.EXPLANATION}", whole=True)
     add = parser.add_argument
-    add("--networks", default=",".join(MODELS), metavar="A,B,...", help="some of %(default)s")
+    add(
+        "--networks",
+        type=cli.names(tuple(MODELS)),
+        default=list(MODELS),
+        metavar="A,B,...",
+        help=f"some of {','.join(MODELS)}",
+    )
     add("--batch", type=count, default=PUBLISHED.batch_size, help="images a step (default: %(default)s)")
     clock = "cpu counts this process's CPU time only: use it where other processes share the CPU (default: %(default)s)"
     add("--clock", choices=measure.CLOCKS, default="wall", help=clock)
@@ -127,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="also run torch.compile without a CUDA graph")
     add(
         "--seconds",
-        type=float,
+        type=cli.seconds,
         default=timing.SECONDS,
         metavar="S",
         help="time for each network (default: %(default)s)",
@@ -137,13 +140,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@cli.command("bench.speed")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the command line asks for, write speed.csv and speed.md, print the page; return 0."""
     parser = build_parser()
     given = parser.parse_args(arguments)
-    networks = given.networks.split(",")
-    if unknown := sorted(set(networks) - set(MODELS)):
-        parser.error(f"--networks: got {', '.join(unknown)}, wanted some of {', '.join(MODELS)}")
     device, folder = folders.place_of(parser, given)
     try:
         text.read(folder)  # report a file that cannot be extended before measuring anything
@@ -158,12 +159,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     executions = {way.execution.precision: way.execution for way in ways}
     rates = {precision: floor.ceilings(device, execution) for precision, execution in executions.items()}
     setup = Setup(device, given.batch, rates, origin(device, given.clock), given.seconds)
-    for network in networks:
+    for network in given.networks:
         print(f"{network} ...", file=sys.stderr, flush=True)
         text.add(folder, measured_rows(network, ways, setup))  # written now, in case a later network fails
         page = _write_page(folder, command)
     if given.tries:
-        variants_table(networks[0], setup).to_csv(folder / text.TRIES, index=False)
+        variants_table(given.networks[0], setup).to_csv(folder / text.TRIES, index=False)
         page = _write_page(folder, command)
     print(page)
     return 0

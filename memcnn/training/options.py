@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 
 import torch
 
-from memcnn.cli import count, count_or_all, duration, iterations_list
+from memcnn.cli import count, count_or_all, duration, iterations_list, number, whole_number
 from memcnn.training.execution import PRECISIONS, Execution
 from memcnn.training.recipe import RECIPES, Recipe, override
 
@@ -22,16 +22,16 @@ __all__ = [
 ]
 
 HYPERPARAMETERS = {
-    "batch_size": (int, "images of an iteration"),
-    "iterations": (int, "updates in all"),
-    "learning_rate": (float, "step size before the first milestone"),
+    "batch_size": (whole_number, "images of an iteration"),
+    "iterations": (whole_number, "updates in all"),
+    "learning_rate": (number, "step size before the first milestone"),
     "milestones": (iterations_list, "iterations after which DECAY is applied, like 40000,60000"),
-    "decay": (float, "factor on the learning rate at a milestone"),
-    "momentum": (float, "momentum of SGD"),
-    "weight_decay": (float, "L2 penalty, on every parameter"),
-    "pad": (int, "pixels of padding before the random crop"),
+    "decay": (number, "factor on the learning rate at a milestone"),
+    "momentum": (number, "momentum of SGD"),
+    "weight_decay": (number, "L2 penalty, on every parameter"),
+    "pad": (whole_number, "pixels of padding before the random crop"),
     "flip": (None, "mirror training images at random"),
-    "evaluate_every": (int, "iterations between evaluations, each followed by a checkpoint"),
+    "evaluate_every": (whole_number, "iterations between evaluations, each followed by a checkpoint"),
     "test_images": (count_or_all, "test images to evaluate on, from the first, or all"),
 }
 

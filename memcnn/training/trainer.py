@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from memcnn.training import threads
 from memcnn.training.distributed import joined
 from memcnn.training.execution import Execution
 from memcnn.training.files import locked, move_aside
@@ -64,6 +65,8 @@ def train(
         ready = begin(job, setting)
         if isinstance(ready, RunRecord):
             return ready
+        if setting.shown and setting.device.type == "cpu" and (slow := threads.warning(job.recipe.batch_size)):
+            print(f"Warning: {slow}.", file=sys.stderr)
         with stop, setting.execution.settings(setting.device):
             result = finish(turns(ready, setting, Lane(setting.device)))
             world.agreed(None)  # nobody leaves before everything is written

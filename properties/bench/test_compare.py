@@ -10,6 +10,7 @@ import pytest
 
 from bench import compare
 from bench.worker import Failed
+from memcnn.cli import Misuse
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,5 +67,5 @@ def test_a_side_that_fails_is_reported_and_not_timed():
 
 
 def test_an_unknown_commit_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="no-such-commit"):
+    with pytest.raises(Misuse, match="got 'no-such-commit', which names no commit of .*; wanted a hash, a branch"):
         compare.unpack("no-such-commit", tmp_path)

@@ -6,14 +6,15 @@
 Exit status: 0 when everything was survived, 1 otherwise.
 """
 
-import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
 import torch
 
+from memcnn import cli
 from memcnn.training.environment import device_info, software_versions
 from memcnn.training.files import write_by_rename
 from memcnn.training.text import clean
@@ -26,14 +27,18 @@ PAGE = ROOT / "reports" / "faults.md"
 KILLS, TRIES, SEED = 100, 10, 0
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="properties.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@cli.command("properties.faults")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = cli.parser_from("properties.faults", __doc__, whole=True)
     parser.add_argument("--only", metavar="WORD", default="", help="faults whose name contains it; nothing is written")
-    parser.add_argument("--tries", metavar="N", type=int, help=f"of each (default: {KILLS} kills, else {TRIES})")
-    parser.add_argument("--seed", metavar="N", type=int, default=SEED, help="of what is random (default: %(default)s)")
-    given = parser.parse_args()
+    parser.add_argument("--tries", metavar="N", type=cli.count, help=f"of each (default: {KILLS} kills, else {TRIES})")
+    parser.add_argument(
+        "--seed", metavar="N", type=cli.whole_number, default=SEED, help="of what is random (default: %(default)s)"
+    )
+    given = parser.parse_args(arguments)
+    if not any(given.only in fault.__name__ for fault in FAULTS):
+        known = ", ".join(fault.__name__ for fault in FAULTS)
+        parser.error(f"argument --only: got {given.only!r}, wanted a part of one of {known}")
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="memcnn-faults-") as folder:
         ground = Ground(Path(folder))

@@ -11,7 +11,6 @@ meets the quickest of its tests alone; a later run without it lets all tests mee
 explained. The exit status is 1 where a mutant survives that ``explained.csv`` does not explain.
 """
 
-import argparse
 import csv
 import math
 import os
@@ -20,19 +19,29 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 
 import pytest
-from cosmic_ray.commands import init
-from cosmic_ray.mutating import _make_diff, use_mutation
-from cosmic_ray.plugins import get_operator
-from cosmic_ray.work_db import WorkDB, use_db
-from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkItem, WorkResult
 
-from properties.mutation.coverage_map import recorded
-from properties.mutation.operators import choose
+from memcnn import cli
+
+try:
+    from cosmic_ray.commands import init
+    from cosmic_ray.mutating import _make_diff, use_mutation
+    from cosmic_ray.plugins import get_operator
+    from cosmic_ray.work_db import WorkDB, use_db
+    from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkItem, WorkResult
+
+    from properties.mutation.coverage_map import recorded
+    from properties.mutation.operators import choose
+except ModuleNotFoundError as error:
+    print(
+        f"properties.mutation needs {error.name}: pip install cosmic-ray coverage, or tox -e mutation", file=sys.stderr
+    )
+    sys.exit(cli.MISUSE)
+
 from properties.mutation.selection import OPTIONS, failed_test, failing, in_a_fork, quickest, tests_of
 
 ROOT = Path.cwd()
@@ -50,8 +59,9 @@ WITHOUT_LINE = itemgetter(0, 2, 3)
 UNFINISHED = "Only a part of its tests has met this mutant"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+@cli.command("properties.mutation")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = cli.parser_from("properties.mutation", __doc__.splitlines()[0], whole=True)
     parser.add_argument(
         "files",
         nargs="*",
@@ -67,13 +77,17 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="print what is known so far and run nothing")
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=cli.seconds,
         default=math.inf,
         help="processor seconds that the tests of a mutant may take, the quickest first (default: no limit)",
     )
-    arguments = parser.parse_args()
+    given = parser.parse_args(arguments)
+    if absent := [str(file) for file in given.files if not file.is_file()]:
+        parser.error(
+            f"argument files: got {', '.join(absent)}, wanted Python files of memcnn, seen from its repository"
+        )
     choose()
-    if not arguments.table:
+    if not given.table:
         os.environ.update(ENVIRONMENT)
         WORK.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -81,12 +95,12 @@ def main() -> int:
             os.chdir(folder)
             record = recorded(TESTS, WORK / "tests")
             in_a_fork(lambda: pytest.main([*OPTIONS, "--collect-only", *TESTS]))  # compiles them, as mutants do not
-            find_mutants(arguments.files, arguments.sample)
-            for file in arguments.files:
+            find_mutants(given.files, given.sample)
+            for file in given.files:
                 with use_db(str(session(file))) as db:
-                    test(db, record, arguments.seconds)
+                    test(db, record, given.seconds)
             os.chdir(ROOT)
-    return table(arguments.files)
+    return table(given.files)
 
 
 def find_mutants(files: list[Path], sample: int | None) -> None:

@@ -13,6 +13,7 @@ import reports
 from memcnn.training.recipe import SMOKE
 from memcnn.training.text import clean
 from reports import cells, readme, text
+from reports.page import SORT
 from reports.render import markdown
 
 HOSTILE = (
@@ -34,8 +35,8 @@ class Page(HTMLParser):
 
     def __init__(self, source):
         super().__init__()
-        self.tags, self.links, self.cells, self.ids = set(), [], [], []
-        self.inside = False
+        self.tags, self.links, self.cells, self.ids, self.scripts = set(), [], [], [], []
+        self.inside = self.in_script = False
         self.feed(source)
 
     def handle_starttag(self, tag, attrs):
@@ -45,16 +46,22 @@ class Page(HTMLParser):
         self.links += [value for name, value in attrs if name in links or "url(" in value]
         self.ids += [value for name, value in attrs if name == "id"]
         assert not any(name.startswith("on") for name in names)
-        self.inside = tag in ("td", "th")
-        if self.inside:
-            self.cells.append("")
+        self.in_script = tag == "script"
+        self.scripts += [""] * self.in_script
+        self.inside = tag in ("td", "th") or (self.inside and tag in ("a", "button"))
+        if tag not in ("td", "th"):
+            return
+        self.cells.append("")
 
     def handle_endtag(self, tag):
-        self.inside = False
+        self.inside = self.inside and tag in ("a", "button")
+        self.in_script = False
 
     def handle_data(self, data):
         if self.inside:
             self.cells[-1] += data
+        if self.in_script:
+            self.scripts[-1] += data
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +96,8 @@ def rendered(report_with, tmp_path_factory):
 @pytest.mark.parametrize("words", HOSTILE)
 def test_html_shows_hostile_text_and_runs_none_of_it(rendered, words):
     page = Page(rendered(words)["table.html"])
-    assert not page.tags & {"script", "img", "iframe", "link", "object", "base"}
+    assert not page.tags & {"img", "iframe", "link", "object", "base"}
+    assert page.scripts == [f"\n{SORT}"], "the page's own script, and no other"
     assert clean(f"failed: {words}") in page.cells
     assert clean(f"{words} (2 threads)") in page.cells
 
@@ -107,7 +115,9 @@ CURVE = "epoch,test_accuracy\n" + "".join(f"{epoch},{10 * epoch}\n" for epoch in
 def test_html_needs_no_other_file_and_repeats_no_id(rendered):
     page = Page(rendered("x", CURVE)["table.html"])
     assert "svg" in page.tags
-    assert all(link.startswith(("#", "url(#")) for link in page.links), page.links
+    needed = [link for link in page.links if not link.endswith((".csv", "record.json"))]
+    assert all(link.startswith(("#", "url(#")) for link in needed), needed
+    assert all(":" not in link for link in page.links), "links lead to files beside the page"
     assert len(page.ids) == len(set(page.ids))
 
 
@@ -179,7 +189,7 @@ def test_latex_escapes_every_special_character(words):
 
 def test_latex_keeps_the_signs_of_this_report(rendered):
     source = rendered("x")["table.tex"]
-    assert "92.70 & 1 & 1:51 & --- & $-$0.16 & not enough runs" in source and "?" not in source
+    assert "92.70 & 1 & 1:51:00 & --- & $-$0.16 & not enough runs" in source and "?" not in source
 
 
 def test_latex_tables_are_balanced_and_every_row_has_all_its_cells(rendered):
@@ -241,7 +251,7 @@ def test_both_tables_of_a_terminal_have_the_same_column_names(full, tmp_path, pu
     shown = reports.terminal(reports.build(tmp_path, tmp_path / "none"), width=120)
     heads = [line.split() for line in shown.splitlines() if line.startswith("model") and "verdict" in line]
     assert len(heads) == 2 and heads[0] == heads[1]
-    assert "92.85     1  4 min 03 s" in shown
+    assert "92.85     1  0:04:03" in shown
 
 
 def test_how_full_runs_were_computed_is_said_in_every_format(full, tmp_path, put):
@@ -267,7 +277,7 @@ def test_the_readme_names_runs_and_a_verdict_only_where_there_is_one(full, tmp_p
     put(tmp_path, full(model="revnet38", train_seconds=300.0))
     rows = table_blocks(readme.block(reports.build(tmp_path, tmp_path / "none")) + "\n")[0].splitlines()
     found = [[cell.strip() for cell in row.strip("|").split("|")][3] for row in rows[2:]]
-    assert found == ["92.90 ± 0.10, 1:51, n = 3: reproduced", "—", "—", "92.70, 5 min 00 s, n = 1", "—", "—"]
+    assert found == ["92.90 ± 0.10, 1:51:00, n = 3: reproduced", "—", "—", "92.70, 0:05:00, n = 1", "—", "—"]
 
 
 @pytest.mark.parametrize("content", ["", readme.BEGIN, f"{readme.END}{readme.BEGIN}", 2 * (readme.BEGIN + readme.END)])

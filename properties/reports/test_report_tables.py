@@ -71,7 +71,7 @@ def test_mean_sd_time_and_difference_of_three_runs_are_as_computed_by_hand(full)
     assert row["low_percent"] == pytest.approx(93 - 4.96828, abs=1e-5)
     assert row["high_percent"] == pytest.approx(93 + 4.96828, abs=1e-5)
     shown = cells.results(tables(*runs)[1], "cifar10").iloc[0]
-    assert list(shown["this project"]) == ["93.00 ± 1.00", "3", "1:03", "88.03–97.97", "+0.14", "not enough runs"]
+    assert list(shown["this project"]) == ["93.00 ± 1.00", "3", "1:03:20", "88.03–97.97", "+0.14", "not enough runs"]
 
 
 def test_three_close_runs_near_the_published_value_reproduce_it(full):
@@ -83,9 +83,9 @@ def test_three_close_runs_near_the_published_value_reproduce_it(full):
 
 def test_one_run_shows_no_spread_and_two_no_interval(full):
     shown = cells.results(tables(full(test_accuracy=92.5))[1], "cifar10").iloc[0]["this project"]
-    assert list(shown) == ["92.50", "1", "1:51", "—", "−0.36", "not enough runs"]
+    assert list(shown) == ["92.50", "1", "1:51:00", "—", "−0.36", "not enough runs"]
     shown = cells.results(tables(full(test_accuracy=92), full(seed=1, test_accuracy=93))[1], "cifar10").iloc[0]
-    assert list(shown["this project"]) == ["92.50 ± 0.71", "2", "1:51", "—", "−0.36", "not enough runs"]
+    assert list(shown["this project"]) == ["92.50 ± 0.71", "2", "1:51:00", "—", "−0.36", "not enough runs"]
 
 
 @pytest.mark.parametrize("flaw", FLAWS)
@@ -189,25 +189,25 @@ def test_runs_on_different_devices_show_their_range_of_times(full):
     gpu = {"type": "cuda", "name": "GPU", "count": 2, "threads": 1}
     on_two = {"device": gpu, "software": {**full().software, "execution": "float32, sync-batch-norm"}}
     runs, results = tables(full(), full(seed=1, train_seconds=1800.0, **on_two), full(seed=2, **on_two))
-    assert cells.results(results, "cifar10").iloc[0]["this project", "time"] == "0:30–1:51"
+    assert cells.results(results, "cifar10").iloc[0]["this project", "time"] == "0:30:00–1:51:00"
     assert list(runs["device"]) == ["Some Processor (2 threads)", "2 x GPU", "2 x GPU"]
 
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
     [
-        (0.2, "0 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 00 s"),
-        (242.8, "4 min 03 s"),
-        (599.4, "9 min 59 s"),
-        (599.6, "0:10"),
-        (3599, "1:00"),
-        (6660, "1:51"),
-        (47340, "13:09"),
+        (0.2, "0:00:00"),
+        (59.4, "0:00:59"),
+        (59.6, "0:01:00"),
+        (242.8, "0:04:03"),
+        (599.4, "0:09:59"),
+        (599.6, "0:10:00"),
+        (3599, "0:59:59"),
+        (6660, "1:51:00"),
+        (47340, "13:09:00"),
     ],
 )
-def test_a_duration_reads_as_hours_and_minutes_and_a_short_one_has_its_units(seconds, shown):
+def test_every_duration_reads_as_hours_minutes_and_seconds(seconds, shown):
     assert cells.duration(seconds) == shown
 
 
@@ -251,7 +251,7 @@ def test_the_time_of_a_run_that_shared_its_device_says_so(full):
     shared = in_parts(full, (500, "bf16", 4), (80_000, "bf16", 2), seed=1)
     partial = in_parts(full, (900, "bf16", 3), seed=2, status="partial", **BROKEN_OFF)
     runs, results = tables(alone, shared, partial)
-    assert list(cells.full_runs(runs)["", "time"]) == ["0:30", "1:00 (shared by 4)"]
+    assert list(cells.full_runs(runs)["", "time"]) == ["0:30:00", "1:00:00 (shared by 4)"]
     assert list(cells.other_runs(runs)["", "time"]) == ["0:30 (shared by 3)"]
     assert cells.results(results, "cifar10").iloc[0]["this project", "time"] == "0:45 (shared by 4)"
     assert cells.results(tables(alone)[1], "cifar10").iloc[0]["this project", "time"] == "0:30"

@@ -71,7 +71,7 @@ def test_cells_run_seed_by_seed_and_networks_of_one_depth_are_neighbours(run, tr
     wanted = [(model, dataset, seed) for seed in (0, 1) for dataset in DATASETS for model in MODELS]
     assert [cell for cell, _ in trained[0]] == wanted
     assert status == 0 and len(cell_lines(lines)) == 24
-    assert lines[0] == "[ 1/24] resnet32  cifar10  s0  accuracy  92.7 %   1:51  complete"
+    assert lines[0] == "[ 1/24] resnet32  cifar10  s0  accuracy  92.7 %  1:51:00  complete"
     assert "24 of 24 cells complete." in lines
 
 

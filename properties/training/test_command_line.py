@@ -95,7 +95,7 @@ def test_exit_statuses_and_last_lines(tiny_runs, tmp_path, monkeypatch, capsys):
         (["--batch-size", "41"], "there are only 40 images"),
         (["--threads", "0"], "at least 1"),
         (["--test-images", "none"], "test-images"),
-        (["--fre"], "unrecognized arguments"),
+        (["--fre"], "got '--fre', wanted only what the command takes: did you mean --fresh?"),
     ],
 )
 def test_misuse_exits_with_2_and_says_why(tiny_runs, tmp_path, capsys, words, message):

@@ -1,13 +1,12 @@
 """Every fault before every law, as a Markdown table: `python -m properties.zoo [--out reports/zoo.md]`."""
 
-import argparse
 import math
 import sys
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from memcnn import cli
 from memcnn.testing import Result
 from memcnn.testing.checks import LAWS
 from properties.zoo.faults import FAULTS
@@ -18,9 +17,10 @@ from reports.text import escape_markdown
 COMMAND = "python -m properties.zoo --out reports/zoo.md"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m properties.zoo", description=__doc__)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there; default: print it")
+@cli.command("properties.zoo")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = cli.parser_from("properties.zoo", __doc__, whole=True)
+    parser.add_argument("--out", type=cli.output_file, metavar="FILE", help="write the table there; default: print it")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows, missed = [], 0

@@ -1,0 +1,282 @@
+"""Bad input ends every command with exit status 2 and a few plain lines: no traceback, no usage, nothing lost."""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from memcnn import cli
+
+TRAIN = ["resnet32", "cifar10"]
+SMOKE = [*TRAIN, "--recipe", "smoke", "--data", "generated", "--runs", "{folder}"]
+BLOCK = "{blocks}"
+
+COMMANDS = {
+    "memcnn.train": [
+        ([], "missing MODEL"),
+        (["resnet32"], "missing DATASET after resnet32, one of cifar10, cifar100"),
+        (["cifar10"], "argument MODEL: got the data set 'cifar10'"),
+        (["resnet33", "cifar10"], "argument MODEL: got 'resnet33', wanted one of resnet32"),
+        (["resnet32", "mnist"], "DATASET"),
+        ([*TRAIN, "extra"], "got 'extra'"),
+        ([*TRAIN, "--sed", "1"], "did you mean --seed?"),
+        ([*TRAIN, "--seed", "x"], "argument --seed: got 'x', wanted a whole number"),
+        ([*SMOKE, "--seed", "-1"], "seed: got -1"),
+        ([*SMOKE, "--seed", "9" * 25], "seed: got 999"),
+        ([*TRAIN, "--milestones", "5,abc"], "argument --milestones: got '5,abc', wanted iterations"),
+        ([*TRAIN, "--milestones", "9,5"], "milestones: got (9, 5), wanted ascending"),
+        ([*TRAIN, "--iterations", "0"], "iterations: got 0"),
+        ([*TRAIN, "--iterations", "1e3"], "argument --iterations: got '1e3', wanted a whole number"),
+        ([*TRAIN, "--batch-size", "-5"], "batch_size: got -5"),
+        ([*TRAIN, "--learning-rate", "nan"], "argument --learning-rate: got 'nan', wanted a number"),
+        ([*TRAIN, "--momentum", "1"], "momentum: got 1.0"),
+        ([*TRAIN, "--test-images", "0"], "argument --test-images: got '0'"),
+        ([*TRAIN, "--threads", "0"], "argument --threads: got '0'"),
+        ([*TRAIN, "--threads", "9" * 30], "argument --threads: got '999"),
+        ([*TRAIN, "--budget", "soon"], "argument --budget: got 'soon', wanted a time"),
+        ([*SMOKE, "--device", "tpu"], "device: got 'tpu'"),
+        ([*SMOKE, "--precision", "int8"], "argument --precision"),
+        ([*SMOKE, "--fast", "--precision", "bf16"], "got --fast and --precision"),
+    ],
+    "memcnn.evaluate": [
+        ([], "RUN_FOLDER"),
+        (["{missing}"], "there is no such folder; wanted the folder of a run"),
+        (["{folder}"], "holds no record.json, so it is no run"),
+        (["{file}"], "is a file; wanted the folder of a run"),
+        (["{junk_run}"], "record.json"),
+        (["{folder}", "--threads", "many"], "argument --threads: got 'many'"),
+        (["{folder}", "--device", "tpu"], "argument --device"),
+        (["{folder}", "--dat", "x"], "did you mean --data?"),
+    ],
+    "memcnn.convert": [
+        ([], "IN, OUT"),
+        (["{missing}", "{new}"], "No such file"),
+        (["{file}", "{new}"], "is not a file of tensors alone"),
+        (["{folder}", "{new}"], "wanted a file that torch.save wrote"),
+        (["{file}", "{file}"], "exists already; wanted a new file"),
+        (["{file}", "{file}/x.pt"], "is not a folder"),
+        (["{file}", "{new}", "--model", "alexnet"], "argument --model"),
+    ],
+    "bench": [
+        (["--device", "tpu"], "--device: got 'tpu', but this PyTorch sees only"),
+        (["--device", "mps"], "--device: got 'mps'"),
+        (["--out", "{file}"], "is a file; wanted a folder"),
+        (["--out", "{file}/below"], "is a file; wanted a folder"),
+        (["--report", "{file}"], "argument --report"),
+        (["--threads", "-1"], "argument --threads: got '-1'"),
+        (["--budget", "1x"], "argument --budget"),
+        (["--clock", "sun"], "argument --clock"),
+        (["--clock", "cpu", "--threads", "2"], "argument --clock: got cpu"),
+        (["--quik"], "did you mean --quick?"),
+        (["--shape", "2,8"], "got --shape without --block"),
+        (["--block", BLOCK + ":make"], "argument --shape: missing"),
+        (["--block", BLOCK + ":make", "--shape", "2,x"], "argument --shape: got '2,x'"),
+        (["--block", BLOCK + ":make", "--shape", "2,4,4,4", "--depths", "0"], "argument --depths"),
+        (["--block", BLOCK + ":make", "--shape", "2,5,4,4"], "on an input of shape (2, 5, 4, 4)"),
+        (["--block", BLOCK + ":make", "--shape", "2,4,4,4", "--modes"], "leave --modes out"),
+        (["--block", BLOCK + ":absent", "--shape", "2,4,4,4"], "has no attribute 'absent'"),
+        (["--block", BLOCK + ":NUMBER", "--shape", "2,4,4,4"], "got a int, wanted a function or class"),
+        (["--block", BLOCK + ":linear", "--shape", "2,4,4,4"], "returned a Linear without inverse"),
+        (["--block", BLOCK + ":text", "--shape", "2,4,4,4"], "returned a str; wanted an nn.Module"),
+        (["--block", BLOCK + ":fails", "--shape", "2,4,4,4"], "fails() raised RuntimeError: no luck"),
+        (["--block", BLOCK + ":smaller", "--shape", "2,4,4,4"], "wanted an output of the input's shape"),
+        (["--block", "no.such.module:f", "--shape", "2,4,4,4"], "No module named 'no'"),
+        (["--block", "{missing}.py:f", "--shape", "2,4,4,4"], "there is no file"),
+        (["--block", "nonsense", "--shape", "2,4,4,4"], "wanted package.module:factory"),
+    ],
+    "bench.gate": [
+        ([], "BASE, NOW"),
+        (["{missing}", "{baseline}"], "there is no such file"),
+        (["{baseline}", "{missing}"], "there is no such file"),
+        (["{baseline}", "{junk}"], "holds no measurements of python -m bench"),
+        (["{baseline}", "{list}"], "holds no measurements of python -m bench"),
+        (["{folder}", "{baseline}"], "holds no measurements of python -m bench"),
+        (["{baseline}", "{baseline}", "--fail", "median:10%"], "holds bytes and evaluations alone, and no time"),
+        (["{baseline}", "{baseline}", "--fail", "nonsense:1%"], "BASE has no case with 'nonsense'"),
+        (["{baseline}", "{baseline}", "--fail", "median"], "wanted METRIC:PERCENT%"),
+        (["{baseline}", "{baseline}", "--fail", "median:-1%"], "wanted METRIC:PERCENT%"),
+        (["{folder}", "{baseline}", "--save"], "directory"),
+    ],
+    "bench.compare": [
+        (["HEAD"], "COMMIT"),
+        (["no-such-commit", "."], "got 'no-such-commit', which names no commit"),
+        (["HEAD", "HEAD", "-k", "nothing"], "argument -k: got 'nothing', wanted a part of a case's name"),
+        (["HEAD", "HEAD", "--rounds", "0"], "argument --rounds: got '0'"),
+        (["HEAD", "HEAD", "--device", "tpu"], "--device: got 'tpu'"),
+        (["HEAD", "HEAD", "--threads", "x"], "argument --threads: got 'x'"),
+    ],
+    "bench.report": [
+        ([], "FILE.json"),
+        (["{missing}", "--out", "{folder}"], "there is no such file"),
+        (["{junk}", "--out", "{folder}"], "holds no measurements"),
+        (["{folder}"], "holds no measurements"),
+        (["{baseline}"], "wanted FILE.json with --out FOLDER"),
+        (["{baseline}", "--out", "{file}"], "is a file; wanted a folder"),
+    ],
+    "bench.summary": [
+        ([], "FILE.json"),
+        (["{missing}"], "there is no such file"),
+        (["{junk}"], "holds no measurements"),
+    ],
+    "bench.figures": [([], "FILE.json"), (["{junk}"], "holds no measurements"), (["{junk}", "{file}"], "is a file")],
+    "bench.side_by_side": [(["--folder", "{missing}"], "no measurements in"), (["--folders", "x"], "mean --folder?")],
+    "bench.peers": [
+        (["--out", "{file}"], "is a file; wanted a folder"),
+        (["--render", "--out", "{missing}"], "No such file"),
+        (["--render", "--out", "{junk_run}"], "does not hold the results of this command"),
+        (["--fast"], "got '--fast', wanted only what the command takes"),
+    ],
+    "bench.findings": [
+        (["--out", "{file}"], "is a file; wanted a folder"),
+        (["--render", "--out", "{junk_run}"], "does not hold the results of this command"),
+    ],
+    "bench.memory": [
+        ([], "argument MODEL: missing"),
+        (["alexnet"], "argument MODEL: got 'alexnet'"),
+        (["no.such:f", "--shape", "1,3,8,8"], "No module named 'no'"),
+        (["revnet38", "--batch", "0"], "argument --batch"),
+        (["revnet38", "--device-memory", "much"], "argument --device-memory"),
+        (["revnet38", "--json", "{file}/x"], "wanted a file in a folder that exists"),
+        (["--table", "--out", "{missing}/x"], "wanted a file in a folder that exists"),
+    ],
+    "bench.measured_memory": [
+        (["--networks", "alexnet"], "argument --networks: got alexnet, wanted some of resnet32"),
+        (["--networks", ","], "argument --networks: got nothing"),
+        (["--batch", "0"], "argument --batch"),
+        (["--device", "tpu"], "--device: got 'tpu'"),
+        (["--out", "{file}"], "is a file; wanted a folder"),
+    ],
+    "bench.speed": [
+        (["--networks", "alexnet"], "argument --networks: got alexnet"),
+        (["--seconds", "-3"], "argument --seconds: got '-3', wanted seconds above 0"),
+        (["--seconds", "inf"], "argument --seconds: got 'inf'"),
+        (["--out", "{file}"], "is a file; wanted a folder"),
+        (["--device", "cuda:99"], "--device: got 'cuda:99'"),
+        (["--group", "2", "--device", "cpu"], "--group: got 2 on cpu"),
+        (["--out", "{junk_run}"], "speed.csv"),
+    ],
+    "bench.narrow_conv": [
+        (["--networks", "alexnet"], "argument --networks: got alexnet"),
+        (["--batch", "-1"], "argument --batch"),
+    ],
+    "bench.gpu_day": [
+        (["--stages", "coffee"], "argument --stages: got coffee, wanted some of tests"),
+        (["--device", "cpu"], "wanted a GPU"),
+        (["--group", "0"], "argument --group"),
+        (["--budget", "x"], "argument --budget"),
+        (["--out", "{file}"], "is a file; wanted a folder"),
+    ],
+    "bench.reproduce_table": [
+        (["--out", "{file}"], "is a file; wanted a folder"),
+        (["--runs", "{file}"], "is a file; wanted a folder"),
+        (["--models", "alexnet"], "argument --models"),
+        (["--seeds", "3-1"], "argument --seeds"),
+        (["--seeds", "0-99999999999"], "argument --seeds"),
+        (["--device", "tpu"], "--device: got 'tpu'"),
+        (["--devices", ","], "argument --devices"),
+        (["--train", "--jobs-per-device", "0"], "argument --jobs-per-device"),
+        (["--plan", "--train"], "got --plan and --train"),
+        (["--records", "{file}"], "argument --records"),
+    ],
+    "reports.readme": [(["now"], "got 'now'")],
+    "properties.zoo": [(["--out", "{missing}/x.md"], "wanted a file in a folder that exists")],
+    "properties.faults": [
+        (["--only", "nothing"], "argument --only: got 'nothing'"),
+        (["--tries", "0"], "argument --tries"),
+        (["--seed", "x"], "argument --seed"),
+    ],
+}
+BLOCKS = """
+from torch import nn
+import memcnn
+NUMBER = 3
+def make(): return memcnn.AdditiveCoupling(nn.Conv2d(2, 2, 1))
+def linear(): return nn.Linear(2, 2)
+def text(): return "block"
+def fails(): raise RuntimeError("no luck")
+def smaller(): return memcnn.SpaceToDepth(2)
+"""
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[str, Path]:
+    """Return the paths that the words in braces stand for."""
+    root = tmp_path_factory.mktemp("bad input")
+    found = {name: root / name for name in ("missing", "new", "folder", "file", "junk", "list", "junk_run")}
+    found |= {"blocks": root / "blocks.py", "baseline": Path(__file__).parents[2] / "bench" / "baselines" / "cpu.json"}
+    for name in ("folder", "junk_run"):
+        found[name].mkdir()
+    found["file"].write_text("text")
+    found["junk"].write_text('{"benchmarks": [')
+    found["list"].write_text("[1, 2]")
+    for name in ("record.json", "peers.json", "findings.json"):
+        (found["junk_run"] / name).write_text(json.dumps({"layers": 3}))
+    (found["junk_run"] / "speed.csv").write_text("a,b\n1,2\n")
+    found["blocks"].write_text(BLOCKS)
+    return found
+
+
+def main_of(command: str):
+    """Return the function behind ``python -m command``."""
+    for name in (f"{command}.__main__", command):
+        try:
+            return importlib.import_module(name).main
+        except (ModuleNotFoundError, AttributeError):
+            continue
+    raise AssertionError(f"{command} has no main")
+
+
+def outcome(command: str, words: list[str], capsys) -> tuple[int, str]:
+    """Run a command in this process; return its exit status and what it printed on standard error."""
+    try:
+        status = main_of(command)(words)
+    except SystemExit as end:
+        status = end.code
+    return status, capsys.readouterr().err
+
+
+CASES = [(command, words, part) for command, cases in COMMANDS.items() for words, part in cases]
+
+
+@pytest.mark.parametrize(("command", "words", "part"), CASES, ids=[f"{c} {' '.join(w)[:60]}" for c, w, _ in CASES])
+def test_bad_input_ends_with_status_2_and_plain_lines(command, words, part, places, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = {path: path.read_bytes() for path in places["folder"].parent.rglob("*") if path.is_file()}
+    status, text = outcome(command, [word.format(**places) for word in words], capsys)
+    assert status == cli.MISUSE
+    assert part in text and "Traceback" not in text and "usage:" not in text
+    assert len(text.splitlines()) <= 2
+    after = {path: path.read_bytes() for path in places["folder"].parent.rglob("*") if path.suffix != ".pyc"
+             and path.is_file()}  # fmt: skip
+    assert after == {path: content for path, content in before.items() if path.suffix != ".pyc"}
+
+
+@pytest.mark.parametrize("command", [*COMMANDS])
+def test_every_command_prints_its_version(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main_of(command)(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("memcnn ")
+
+
+def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(Exception, match="cannot be written to; wanted a folder that can"):
+        cli.output_folder(str(tmp_path / "below"))
+
+
+def test_what_the_system_refuses_is_explained(capsys):
+    @cli.command("memcnn.test")
+    def main(arguments):
+        raise arguments
+
+    assert main(PermissionError(13, "Permission denied", "x.json")) == cli.MISUSE
+    assert main(OSError(28, "No space left on device", "y.json")) == cli.MISUSE
+    assert main(KeyboardInterrupt()) == cli.INTERRUPTED
+    assert capsys.readouterr().err.splitlines() == [
+        "memcnn.test: x.json: Permission denied; choose a place that you may read and write",
+        "memcnn.test: y.json: No space left on device; make room or choose another place, and run the command again",
+        "memcnn.test: interrupted",
+    ]
