@@ -54,7 +54,7 @@ def draw(model: memcnn.ReversibleSequential, path: str) -> float:
     with torch.no_grad():
         density = log_density(model, grid).exp().view(200, 200)
         samples = model.inverse(torch.randn(2000, 2))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.4), layout="constrained")
     left.imshow(density.T, origin="lower", extent=(-2.5, 2.5, -2.5, 2.5), cmap="viridis")
     left.set_title("density of the flow")
     right.scatter(*samples.T, s=2)
@@ -67,7 +67,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = flow()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     test = two_moons(2000)
     for step in range(STEPS):
         loss = -log_density(model, two_moons(256)).mean()
