@@ -41,10 +41,13 @@ nitpick_ignore_regex = [
     ("py:.*", r"(Tensor|Module|Callable|Sequence|Iterable|Iterator|Mapping|Collection|SearchStrategy|Path|Any|Counter)"),
     ("py:.*", r"(device|dtype|Optimizer|Namespace|optional|TorchDispatchMode|FrameType)"),
     ("py:.*", r"memcnn\..*"),  # inner modules, which the reference does not show one by one
+    ("py:exc", r"BadArgument|BadCheckpoint|MixedExecution|FolderBusy|CannotWrite|distributed\.ProcessLost"),
+    ("py:class", r".* .*"),  # words before a colon in a property's docstring, which napoleon takes for a type
 ]
 linkcheck_anchors = False
 
 PAGES = {
+    "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "reports/activations.md": "results/activations.md",
