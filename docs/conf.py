@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 from memcnn import __version__  # noqa: E402 - needs the path above
 
 project, author = "MemCNN", "The MemCNN authors"
-copyright = "the MemCNN authors"  # noqa: A001 - Sphinx's name for it
+copyright = "the MemCNN authors"
 release = version = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
@@ -38,8 +38,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     # types of other projects, whose pages a build without a network cannot look up
     ("py:.*", r"(torch|nn|np|st|dist|hypothesis|collections|pathlib|argparse|weakref|types|functools|typing)\b.*"),
-    ("py:.*", r"(Tensor|Module|Callable|Sequence|Iterable|Iterator|Mapping|Collection|SearchStrategy|Path|Any|Counter)"),
-    ("py:.*", r"(device|dtype|Optimizer|Namespace|optional|TorchDispatchMode|FrameType)"),
+    ("py:.*", r"(Tensor|Module|Callable|Sequence|Iterable|Iterator|Mapping|Collection|SearchStrategy|Path|Any)"),
+    ("py:.*", r"(Counter|device|dtype|Optimizer|Namespace|optional|TorchDispatchMode|FrameType)"),
     ("py:.*", r"memcnn\..*"),  # inner modules, which the reference does not show one by one
     ("py:exc", r"BadArgument|BadCheckpoint|MixedExecution|FolderBusy|CannotWrite|distributed\.ProcessLost"),
     ("py:class", r".* .*"),  # words before a colon in a property's docstring, which napoleon takes for a type

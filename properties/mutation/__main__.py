@@ -36,7 +36,8 @@ from properties.mutation.selection import OPTIONS, failed_test, failing, in_a_fo
 ROOT = Path.cwd()
 WORK = ROOT / "build" / "mutation"
 TESTS = [str(path) for folder in ("engine", "") for path in sorted(Path("properties", folder).glob("test_*.py"))]
-COPIED = ["memcnn", "properties", "bench", "reports", "tox.ini", "setup.py", "README.md"]
+COPIED = ["memcnn", "properties", "bench", "reports", "docs", "examples", "tox.ini", "setup.py", "README.md"]
+COPIED += ["CONTRIBUTING.md"]
 ENVIRONMENT = {"MEMCNN_PROFILE": "ci", "MEMCNN_DATA": "", "OMP_NUM_THREADS": "1"}
 EXPLAINED = Path(__file__).with_name("explained.csv")
 WITHOUT_LINE = itemgetter(0, 2, 3)
