@@ -46,6 +46,7 @@ LONG = (
     "properties/memory/test_prediction.py::test_the_prediction_is_the_measurement_to_the_byte[resnet164]",
     "properties/meta/test_verdicts.py::test_no_drawn_network_is_called_wrong",
     "properties/bench/test_compare.py::test_a_commit_is_compared",
+    "properties/docs/test_walk.py::test_walk[",
     "properties/engine/test_kept_alive.py::test_without_gradients_a_forward_pass_leaves_nothing_behind",
 )
 """Beginnings of the names of tests that take ten seconds and more."""

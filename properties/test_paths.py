@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("bench", "memcnn", "properties", "reports")
-FOLDERS = (*PACKAGES, "docker", "docs")
-CREATED = ("reports/out", "reports/bench/*/memory.csv")
+FOLDERS = (*PACKAGES, "docker", "docs", "examples")
+CREATED = ("docs/_build", "reports/out", "reports/bench/*/memory.csv")
 """Paths that only exist after a command has written them."""
 PATH = re.compile(rf"(?<![\w./<>$-])(?:{'|'.join(FOLDERS)})/[\w./*<>{{}}$-]*")
 MODULE = re.compile(rf"(?<!--)(?:python|torchrun) -m ((?:{'|'.join(PACKAGES)})(?:\.\w+)*)")
