@@ -54,11 +54,11 @@ from memcnn.engine.capture import refuse_capture
 from memcnn.engine.chain import Link, Value, rebuild, thread_state
 from memcnn.engine.drift import SAMPLED, Drift, evaluations
 from memcnn.engine.hooks import name_of
-from memcnn.engine.replay import Replay
+from memcnn.engine.quiet import replay_of
 from memcnn.engine.retained import Stored, end_pass, start_link
 from memcnn.engine.rounding import relative_error
 from memcnn.engine.second import SecondEvaluation
-from memcnn.engine.torch_private import current_backward_pass, never_compiled
+from memcnn.engine.torch_private import current_backward_pass, never_compiled, never_compiled_within
 
 
 class Activation(Stored):
@@ -111,7 +111,7 @@ class Recomputation(Link):
         self.nested: list[weakref.ref[Value]] = []
         self.requires_grad = [t.requires_grad for t in inputs]
         self.strides = [t.stride() for t in inputs]
-        self.replay = Replay(module, inputs, preserve_rng_state)
+        self.replay = replay_of(module, inputs, preserve_rng_state)
         number = evaluations[module] = evaluations.get(module, 0) + 1
         self.drift = Drift(module) if number in SAMPLED else None
 
@@ -253,7 +253,7 @@ class Recomputation(Link):
             return tensor
         return saved
 
-    @torch.compiler.disable(reason="reversible blocks rebuild their activations outside of compiled code")
+    @never_compiled_within
     def _rebuilt(self, activation: Activation) -> Tensor:
         if self.sources is None:
             raise RuntimeError(
