@@ -20,7 +20,6 @@ refuses what has changed.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from operator import is_, itemgetter
 
@@ -66,7 +65,7 @@ class Survey:
     Attributes:
         is_quiet: False if a module is not quiet. The lists then end there.
         modules: all modules, a shared layer as often as it is used. A shared container is not quiet.
-        states: names of the watched attributes of each, its mode, and the values of those attributes.
+        states: mode of each or, if it has watched attributes, their names, the mode and their values.
         containers: registry and children of each container.
         norms: BatchNorms with running statistics, with registry, names and tensors of these.
         things: containers, children and buffers, in order.
@@ -79,54 +78,43 @@ class Survey:
     def __init__(self, root: nn.Module):
         self.modules = modules = [root]
         self.states = states = []
+        self.containers, self.norms, self.things = [], [], []
         self.owned = owned = []
         self.marks = marks = []
-        self.containers, self.norms, self.things = [], [], []
         self.is_quiet = False
         for module in modules:  # which grows
+            if module is None:
+                return
             own = vars(module)
             size, names, is_norm = _kinds.get(type(module)) or _kind(module)
-            if size != len(own):
-                return
             training, children, parameters, buffers, hooks, pre_hooks = _PARTS(own)
-            if hooks or pre_hooks:
+            if size != len(own) or hooks or pre_hooks:
                 return
-            states.append((names, training, *map(own.get, names)) if names else (names, training))
-            if children and not self._take_children(children):
-                return
+            states.append((names, training, *map(own.get, names)) if names else training)
+            if children:
+                if self.containers and any(children is known for known, _ in self.containers):
+                    return  # a container that is shared, or that contains itself
+                content = [*children.values()]
+                self.containers.append((children, content))
+                self.things += (children, *content)
+                modules += content
             for name, parameter in parameters.items():
                 if parameter is not None:
                     if type(parameter) not in _ORDINARY:
                         return
                     owned += (parameters, name, parameter)
                     marks += (parameter.requires_grad, parameter._version, parameter.untyped_storage()._cdata)
-            if buffers and not self._take_buffers(module, is_norm, training, buffers):
-                return
+            if buffers:
+                if not is_norm or len(buffers) != 3:
+                    return
+                mean, variance, count = buffers.values()
+                if mean is not None or variance is not None or count is not None:
+                    ordinary = type(mean) is Tensor and type(variance) is Tensor and type(count) is Tensor
+                    if not (ordinary and training and own["track_running_stats"]):
+                        return
+                    self.things += (buffers, mean, variance, count)
+                    self.norms.append((module, buffers, [*buffers.items()]))
         self.is_quiet = True
-
-    def _take_children(self, children: dict[str, nn.Module | None]) -> bool:
-        """Note the children of a container. Return False if it was seen before: it may contain itself."""
-        content = [*children.values()]
-        if any(children is known for known, _ in self.containers):
-            return False
-        self.containers.append((children, content))
-        self.things.append(children)
-        self.things += content
-        self.modules += content
-        return True
-
-    def _take_buffers(self, module: nn.Module, is_norm: bool, training: bool, buffers: dict) -> bool:
-        """Note the buffers of a module. Return False if they are others than rule 4 allows."""
-        if not is_norm or len(buffers) != 3:
-            return False
-        mean, variance, count = buffers.values()
-        if mean is variance is count is None:
-            return True
-        if not (training and module.track_running_stats and {type(mean), type(variance), type(count)} == {Tensor}):
-            return False
-        self.things += (buffers, mean, variance, count)
-        self.norms.append((module, buffers, [*buffers.items()]))
-        return True
 
     def equals(self, other: "Survey") -> bool:
         """Return whether nothing differs between two surveys of one tree."""
@@ -167,6 +155,8 @@ class QuietReplay:
     """
 
     hooks, generators = None, ()
+    watch = None
+    """There is nothing to watch in the first evaluation, and nothing to note after it."""
     sets_parameters = is_initialised_by_it = False
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor], survey: Survey):
@@ -211,21 +201,15 @@ class QuietReplay:
             undo.append((own.__setitem__, "track_running_stats", own["track_running_stats"]))
             own["track_running_stats"] = False
 
-    def watch(self) -> AbstractContextManager:
-        """Return the context of the first evaluation, in which there is nothing to watch."""
-        return nullcontext()
-
-    def evaluated(self) -> None:
-        """Note what the first evaluation changed: nothing."""
-
     def _full_replay(self) -> Replay:
         """Return the ``Replay`` that would have been made before the first evaluation."""
         then, replay = self.survey, Replay(nn.Identity(), (), preserve_rng_state=False)
         replay.module, replay.name, replay.hooks, replay.autocast = self.module, self.name, None, self.autocast
-        replay.modes = [(module, state[1]) for module, state in zip(then.modules, then.states, strict=True)]
-        replay.attributes = [
-            (vars(module), state[0], state[2:]) for module, state in zip(then.modules, then.states, strict=True)
-        ]
+        replay.modes.clear()
+        for module, state in zip(then.modules, then.states, strict=True):
+            names, training, *values = state if isinstance(state, tuple) else ((), state)
+            replay.modes.append((module, training))
+            replay.attributes.append((vars(module), names, tuple(values)))
         replay.children = then.containers
         owned, marks = then.owned, then.marks
         identities = list(zip(marks[1::3], marks[2::3], strict=True))

@@ -126,15 +126,20 @@ class Recomputation(Link):
         recording, noted = thread_state.recording, thread_state.noted_sources
         thread_state.recording, thread_state.noted_sources = None, self.nested
         try:
-            with self.replay.watch(), saved_tensors_hooks(self._pack, self._unpack):
-                result = function(*args, **kwargs)
+            with saved_tensors_hooks(self._pack, self._unpack):
+                if self.replay.watch is None:
+                    result = function(*args, **kwargs)
+                else:
+                    with self.replay.watch():
+                        result = function(*args, **kwargs)
         finally:
             thread_state.recording, thread_state.noted_sources = recording, noted
             if self.holds:
                 for reference in self.activations:
                     if (activation := reference()) is not None:
                         activation.tensor = None
-        self.replay.evaluated()
+        if self.replay.watch is not None:
+            self.replay.evaluated()
         if versions != [t._version for t in inputs]:
             hooks = self.replay.hooks
             fix = (
@@ -215,12 +220,13 @@ class Recomputation(Link):
 
     @never_compiled
     def _pack(self, tensor: Tensor) -> Activation | tuple[Tensor, int] | Tensor:
-        if tensor.requires_grad and tensor.is_leaf:
-            for own in self.inputs:
-                if tensor is own:
-                    break
-            else:  # a parameter
-                return tensor, tensor._version
+        if tensor.requires_grad:
+            if tensor.is_leaf:
+                for own in self.inputs:
+                    if tensor is own:
+                        break
+                else:  # a parameter
+                    return tensor, tensor._version
         elif (norm := self.replay.running_statistics.get(id(tensor))) is not None:
             self.replay.untracked[norm] = None
             return tensor

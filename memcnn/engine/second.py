@@ -86,13 +86,14 @@ class SecondEvaluation:
         step = self.step
         held = tensor.detach() if step.holds else None
         has_graph = tensor.requires_grad
-        if has_graph and tensor.is_leaf:
-            has_graph = False
-            for own in self.inputs:
-                if tensor is own:
-                    break
-            else:  # a parameter
-                return tensor if step.holds else None
+        if has_graph:
+            if tensor.is_leaf:
+                has_graph = False
+                for own in self.inputs:
+                    if tensor is own:
+                        break
+                else:  # a parameter
+                    return tensor if step.holds else None
         elif id(tensor) in step.replay.running_statistics:
             return held
         self.seen += 1
