@@ -11,6 +11,8 @@ module tree is *quiet* if all of this holds:
 4. All parameters are ordinary ones. The only buffers are running statistics of BatchNorms in training mode: they are
    moved by the first evaluation and ignored by the second.
 
+Whoever knows that a container of his own only calls its children says so with ``quiet_container``.
+
 ``Survey`` walks the tree before each evaluation, notes what it finds in a few flat lists, and stops at the first module
 that is not quiet: ``Replay`` then takes over. Nothing is cached for a tree, so that nothing can be stale. Nothing needs
 to be noted after the first evaluation. Before the second one the tree is surveyed again. If both surveys agree, as they
@@ -105,7 +107,7 @@ class Survey:
                     owned += (parameters, name, parameter)
                     marks += (parameter.requires_grad, parameter._version, parameter.untyped_storage()._cdata)
             if buffers:
-                if not is_norm or len(buffers) != 3:
+                if not is_norm or len(buffers) != 3 or parameters["weight"] is None:
                     return
                 mean, variance, count = buffers.values()
                 if mean is not None or variance is not None or count is not None:
@@ -124,8 +126,19 @@ class Survey:
             and self.marks == other.marks
             and len(self.things) == len(other.things)
             and len(self.owned) == len(other.owned)
-            and all(map(is_, chain(self.modules, self.things, self.owned), chain(other.modules, other.things, other.owned)))
+            and all(
+                map(is_, chain(self.modules, self.things, self.owned), chain(other.modules, other.things, other.owned))
+            )
         )
+
+
+def quiet_container(kind: type[nn.Sequential]) -> type[nn.Sequential]:
+    """Declare that a subclass of ``nn.Sequential`` computes what its base does, though it defines methods. A decorator.
+
+    Such a class must draw no random numbers and set no attributes in its forward function.
+    """
+    _kinds[kind] = BASE_ATTRIBUTES, (), False
+    return kind
 
 
 def _kind(module: nn.Module) -> tuple[int, tuple[str, ...], bool]:

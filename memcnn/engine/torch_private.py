@@ -85,8 +85,7 @@ def is_observed() -> bool:
         torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
         or _number_of_dispatch_modes()
-        or _number_of_function_modes()
-        and any(type(_function_mode(i)) is not DeviceContext for i in range(_number_of_function_modes()))
+        or any(type(_function_mode(i)) is not DeviceContext for i in range(_number_of_function_modes()))
     )
 
 
