@@ -69,6 +69,8 @@ class ReplayedBuffers:
         is_norm = isinstance(module, NormBase)
         forward = type(module).forward if is_norm and "forward" not in vars(module) else None
         is_plain = forward is BATCH_NORM_FORWARD and module.track_running_stats and registry.keys() == _STATISTICS
+        # without parameters in float32, autocast would save other types than with running statistics
+        is_plain = is_plain and module.affine
         if is_plain and training:
             self.running_statistics[id(registry["running_mean"])] = module
             self.running_statistics[id(registry["running_var"])] = module

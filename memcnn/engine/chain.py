@@ -167,7 +167,9 @@ def dense(x: Tensor) -> Tensor:
     A rebuilt tensor has neither gaps nor overlaps, and a kernel may compute other bits or save other tensors for other
     strides. Compiled code chooses its own kernels and cannot trace the question, so that x is returned as it is.
     """
-    return x if torch.compiler.is_compiling() or torch.ops.aten.is_non_overlapping_and_dense(x) else x.clone()
+    if torch.compiler.is_compiling() or x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x):
+        return x
+    return x.clone()
 
 
 _TAG = "memcnn.values"

@@ -202,9 +202,14 @@ class CoupledBranch(Recomputation):
                     "the same number of threads in forward and backward, or exact=False"
                 )
             if a is None and (target is not None or not second.is_complete or self.expected):
-                with torch.no_grad():
-                    a = self.part(out.read(), h)
+                a = self._undone(out.read(), h)
             if not second.is_complete:  # the join saves tensors too
                 leaf = self.as_recorded(0, a)
                 second.run((leaf, b), self.join, leaf, h)
         return (a,)
+
+    def _undone(self, out: Tensor, h: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # as in most backward passes, where the context would take as long as the sum
+            return self.part(out, h)
+        with torch.no_grad():
+            return self.part(out, h)

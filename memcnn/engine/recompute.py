@@ -54,11 +54,11 @@ from memcnn.engine.capture import refuse_capture
 from memcnn.engine.chain import Link, Value, rebuild, thread_state
 from memcnn.engine.drift import SAMPLED, Drift, evaluations
 from memcnn.engine.hooks import name_of
-from memcnn.engine.replay import Replay
+from memcnn.engine.quiet import replay_of
 from memcnn.engine.retained import Stored, end_pass, start_link
 from memcnn.engine.rounding import relative_error
 from memcnn.engine.second import SecondEvaluation
-from memcnn.engine.torch_private import current_backward_pass, never_compiled
+from memcnn.engine.torch_private import current_backward_pass, never_compiled, never_compiled_within
 
 
 class Activation(Stored):
@@ -111,7 +111,7 @@ class Recomputation(Link):
         self.nested: list[weakref.ref[Value]] = []
         self.requires_grad = [t.requires_grad for t in inputs]
         self.strides = [t.stride() for t in inputs]
-        self.replay = Replay(module, inputs, preserve_rng_state)
+        self.replay = replay_of(module, inputs, preserve_rng_state)
         number = evaluations[module] = evaluations.get(module, 0) + 1
         self.drift = Drift(module) if number in SAMPLED else None
 
@@ -126,15 +126,20 @@ class Recomputation(Link):
         recording, noted = thread_state.recording, thread_state.noted_sources
         thread_state.recording, thread_state.noted_sources = None, self.nested
         try:
-            with self.replay.watch(), saved_tensors_hooks(self._pack, self._unpack):
-                result = function(*args, **kwargs)
+            with saved_tensors_hooks(self._pack, self._unpack):
+                if self.replay.watch is None:
+                    result = function(*args, **kwargs)
+                else:
+                    with self.replay.watch():
+                        result = function(*args, **kwargs)
         finally:
             thread_state.recording, thread_state.noted_sources = recording, noted
             if self.holds:
                 for reference in self.activations:
                     if (activation := reference()) is not None:
                         activation.tensor = None
-        self.replay.evaluated()
+        if self.replay.watch is not None:
+            self.replay.evaluated()
         if versions != [t._version for t in inputs]:
             hooks = self.replay.hooks
             fix = (
@@ -215,12 +220,13 @@ class Recomputation(Link):
 
     @never_compiled
     def _pack(self, tensor: Tensor) -> Activation | tuple[Tensor, int] | Tensor:
-        if tensor.requires_grad and tensor.is_leaf:
-            for own in self.inputs:
-                if tensor is own:
-                    break
-            else:  # a parameter
-                return tensor, tensor._version
+        if tensor.requires_grad:
+            if tensor.is_leaf:
+                for own in self.inputs:
+                    if tensor is own:
+                        break
+                else:  # a parameter
+                    return tensor, tensor._version
         elif (norm := self.replay.running_statistics.get(id(tensor))) is not None:
             self.replay.untracked[norm] = None
             return tensor
@@ -253,7 +259,7 @@ class Recomputation(Link):
             return tensor
         return saved
 
-    @torch.compiler.disable(reason="reversible blocks rebuild their activations outside of compiled code")
+    @never_compiled_within
     def _rebuilt(self, activation: Activation) -> Tensor:
         if self.sources is None:
             raise RuntimeError(

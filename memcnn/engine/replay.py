@@ -275,11 +275,7 @@ class Replay(ReplayedBuffers):
 
     def restore(self, undo: list[tuple]) -> None:
         """Set everything as the first evaluation found it. ``undo`` receives the calls that undo this."""
-        for kind, dtype, enabled, caches in self.autocast:
-            if enabled or torch.is_autocast_enabled(kind):
-                autocast = torch.autocast(kind, dtype, enabled, caches)
-                autocast.__enter__()
-                undo.append((autocast.__exit__, None, None, None))
+        restore_autocast(self.autocast, undo)
         for module, training in self.modes:
             if module.training != training:
                 undo.append((setattr, module, "training", module.training))
@@ -321,6 +317,15 @@ class Replay(ReplayedBuffers):
                 buffer.data.copy_(before)
         if (registries := hooked(self.modes)) or self.hooks is not None:
             restore_hooks(self.hooks, registries, undo)
+
+
+def restore_autocast(states: Sequence[tuple[str, torch.dtype, bool, bool]], undo: list[tuple]) -> None:
+    """Set autocast as noted: device type, dtype, enabled, whether casts are cached. ``undo`` as in ``restore``."""
+    for kind, dtype, enabled, caches in states:
+        if enabled or torch.is_autocast_enabled(kind):
+            autocast = torch.autocast(kind, dtype, enabled, caches)
+            autocast.__enter__()
+            undo.append((autocast.__exit__, None, None, None))
 
 
 _CPU = torch.device("cpu")

@@ -85,12 +85,15 @@ class SecondEvaluation:
         """Give the next activation its tensor. Return the tensor that a module sees which differentiates itself."""
         step = self.step
         held = tensor.detach() if step.holds else None
-        if tensor.requires_grad and tensor.is_leaf:
-            for own in self.inputs:
-                if tensor is own:
-                    break
-            else:  # a parameter
-                return tensor if step.holds else None
+        has_graph = tensor.requires_grad
+        if has_graph:
+            if tensor.is_leaf:
+                has_graph = False
+                for own in self.inputs:
+                    if tensor is own:
+                        break
+                else:  # a parameter
+                    return tensor if step.holds else None
         elif id(tensor) in step.replay.running_statistics:
             return held
         self.seen += 1
@@ -104,7 +107,7 @@ class SecondEvaluation:
                 f"{tensor.dtype} of shape {tuple(tensor.shape)}",
             )
         # a tensor with a graph would keep the whole evaluation alive
-        activation.tensor = tensor if tensor.grad_fn is None else tensor.detach()
+        activation.tensor = tensor.detach() if has_graph else tensor
         activation.version = tensor._version
         if self.keep_graph:
             drop_later(activation, self.pass_number)

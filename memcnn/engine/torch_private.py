@@ -19,10 +19,14 @@ from torch.autograd import Variable, forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils._device import DeviceContext
 
 eval_frame = torch._C._dynamo.eval_frame
 _SKIPPED = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
 """The compiler runs a function as it is, and looks at the functions that this calls as always."""
+
+_SKIPPED_WITHIN = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+"""The compiler runs a function, and all that it calls, as they are."""
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable)
 
@@ -50,6 +54,9 @@ GLOBAL_FORWARD_HOOKS: tuple[tuple[dict, dict], ...] = (
 disabled_dispatch = torch._C._DisableTorchDispatch
 """A context without dispatch modes. A mode of fake tensors cannot compare the states of real generators."""
 
+_number_of_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_number_of_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+_function_mode: Callable[[int], object] = torch._C._get_function_stack_at
 _functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
@@ -69,6 +76,16 @@ def is_hooked(module: nn.Module) -> bool:
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
+    )
+
+
+def is_observed() -> bool:
+    """Return whether global forward hooks, or modes other than a default device, see what a module computes."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or _number_of_dispatch_modes()
+        or any(type(_function_mode(i)) is not DeviceContext for i in range(_number_of_function_modes()))
     )
 
 
@@ -93,4 +110,10 @@ def never_compiled(function: AnyFunction) -> AnyFunction:
     compiled. Functions that ``function`` calls in turn need the same decorator.
     """
     eval_frame.set_code_exec_strategy(function.__code__, _SKIPPED)
+    return function
+
+
+def never_compiled_within(function: AnyFunction) -> AnyFunction:
+    """Do the same for everything that ``function`` calls, except what was compiled by itself."""
+    eval_frame.set_code_exec_strategy(function.__code__, _SKIPPED_WITHIN)
     return function

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memcnn.autocast import autocast_dtype
+from memcnn.engine.quiet import quiet_container
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.legacy import (
     BasicBlock,
@@ -51,6 +52,7 @@ __all__ = [
 ]
 
 
+@quiet_container
 class Branch(nn.Sequential):
     """Layers in sequence; unlike ``nn.Sequential`` itself, ``torch.compile`` compiles it as a unit of its own."""
 
