@@ -34,7 +34,7 @@ class BiasDropped(Engine):
 
 class SlightlyOff(Engine):
     def delivered(self, found):
-        return [1.001 * g for g in super().delivered(found)]
+        return [g if g is None else 1.001 * g for g in super().delivered(found)]
 
 
 class OverTheBatch(Engine):
