@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from memcnn.testing.laws.growth import DEEPEST, growth
 from memcnn.testing.laws.guard import guarded
 from memcnn.testing.laws.limits import Limit
-from memcnn.testing.laws.moved import WHEN_MOVED, moved, never_run
+from memcnn.testing.laws.moved import WHEN_MOVED, moved, used_and_moved, with_buffers_of
 from memcnn.testing.laws.result import Report, Result
 from memcnn.testing.laws.rounding import condition_numbers
 from memcnn.testing.laws.settled import settled
@@ -59,7 +59,7 @@ def check_inverse(
     results = [forth, _checked(BACK, _forward_undoes_inverse, subject)]
     if subject.dtype != torch.float64 and not autocast:
         try:
-            exact = _checked(FORTH + IN_FLOAT64, _inverse_undoes_forward, subject.in_double(), IN_FLOAT64)
+            exact = _checked(FORTH + IN_FLOAT64, _inverse_undoes_forward, settled(subject.in_double()), IN_FLOAT64)
             if forth.skipped and exact.verdict == "PASS":
                 exact = _with(exact, growth(subject, deepest))
             results.append(exact)
@@ -67,8 +67,7 @@ def check_inverse(
             results.append(Result("inverse", FORTH + IN_FLOAT64, skipped=f"in float64 {error}"))
     results.append(_checked(STRIDES, _any_strides, subject))
     if forth.verdict == "PASS" and any(p.requires_grad for p in module.parameters()):
-        with torch.enable_grad():
-            after = moved(subject)
+        after = settled(moved(subject))
         results.append(_checked(FORTH + WHEN_MOVED, _inverse_undoes_moved_forward, after))
         results.append(_checked(NEW_PARAMETERS, _new_parameters_are_used, subject, after))
     return Report(tuple(results))
@@ -90,12 +89,12 @@ def _inverse_undoes_moved_forward(after: Subject) -> Result:
 
 def _new_parameters_are_used(subject: Subject, after: Subject) -> Result:
     """Compare both directions, after a step, with those of a module that has the same parameters and never ran."""
-    afresh = never_run(subject, after)
-    if afresh is None or not _deterministic(subject):
+    with torch.enable_grad():
+        module = used_and_moved(subject)
+    afresh = after.fresh()
+    without_dropout(afresh)
+    if not with_buffers_of(afresh, module) or not _deterministic(subject):
         return Result("inverse", NEW_PARAMETERS, skipped="the module's state cannot be put into one that never ran")
-    module = after.fresh()
-    for part in module, afresh:
-        without_dropout(part)
     y = subject.evaluated(afresh, subject.inputs)
     pairs = {"forward": (subject.evaluated(module, subject.inputs), y)}
     pairs["inverse"] = (subject.evaluated(module.inverse, y), subject.evaluated(afresh.inverse, y))

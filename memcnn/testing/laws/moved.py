@@ -4,8 +4,7 @@ Parameters as they start hide faults. A layer that starts at zero hides what sur
 is undone, and a value that was computed from a parameter is stale only after the parameter has moved.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -20,45 +19,53 @@ WHEN_MOVED = " after an optimiser step"
 
 
 def moved(subject: Subject) -> Subject:
-    """Return the subject after both directions have run and an optimiser has moved every parameter that is trained.
-
-    The step is taken in training mode, and the modes are restored by ``train()``: both may discard stored values.
-    """
+    """Return the subject with every trained parameter moved, in a module that has not run with the old ones."""
     start = subject.initialised()
     module = start.fresh()
-    with without_dropout_for_a_while(module):
-        _use(start, module)
-    modes = [(part, part.training) for part in module.modules()]
-    training = module.training
-    module.train()
-    trained = [p for p in module.parameters() if p.requires_grad and p.numel()]
-    if trained:
-        generator = torch.Generator().manual_seed(subject.seed)
-        for parameter in trained:
-            parameter.grad = -_move(parameter.detach(), generator)
-        torch.optim.SGD(trained, lr=1.0).step()
-        for parameter in trained:
-            parameter.grad = None
-    module.train(training)
-    for part, was in modes:
-        part.training = was
+    _optimise(module, subject.seed)
     return replace(start, module=module, runs=True)
 
 
-def never_run(subject: Subject, after: Subject) -> nn.Module | None:
-    """Return a module with the parameters and buffers of ``after`` that has not run; None if they do not fit."""
-    module = subject.initialised().fresh()
-    pairs = [
-        (list(module.parameters()), list(after.module.parameters())),
-        (list(module.buffers()), list(after.module.buffers())),
-    ]
-    if any([x.shape for x in mine] != [x.shape for x in theirs] for mine, theirs in pairs):
-        return None
-    with torch.no_grad():
-        for mine, theirs in pairs:
-            for x, value in zip(mine, theirs, strict=True):
-                x.copy_(value)
+def used_and_moved(subject: Subject) -> nn.Module:
+    """Return a module that has run in both directions before an optimiser moved its parameters as `moved` does.
+
+    The step is taken in training mode, and the modes are restored by ``train()``: both may discard stored values. The
+    module must not be copied: the copies' parameters have other versions and addresses, by which it may know them.
+    """
+    start = subject.initialised()
+    module = start.fresh()
+    without_dropout(module)
+    _use(start, module)
+    modes = [(part, part.training) for part in module.modules()]
+    training = module.training
+    module.train()
+    _optimise(module, subject.seed)
+    module.train(training)
+    for part, was in modes:
+        part.training = was
     return module
+
+
+def _optimise(module: nn.Module, seed: int) -> None:
+    trained = [p for p in module.parameters() if p.requires_grad and p.numel()]
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in trained:
+        parameter.grad = -_move(parameter.detach(), generator)
+    if trained:
+        torch.optim.SGD(trained, lr=1.0).step()
+    for parameter in trained:
+        parameter.grad = None
+
+
+def with_buffers_of(module: nn.Module, other: nn.Module) -> bool:
+    """Copy the buffers of ``other`` into ``module``; False if they do not fit."""
+    mine, theirs = list(module.buffers()), list(other.buffers())
+    if [x.shape for x in mine] != [x.shape for x in theirs]:
+        return False
+    with torch.no_grad():
+        for x, value in zip(mine, theirs, strict=True):
+            x.copy_(value)
+    return True
 
 
 def beside(subject: Subject, share: float = 0.01) -> Subject:
@@ -79,15 +86,6 @@ def is_special(x: Tensor) -> bool:
     if not x.is_floating_point() or x.numel() < 2:
         return False
     return x.unique().numel() < 0.9 * x.numel() or bool((x == 0).any())
-
-
-@contextmanager
-def without_dropout_for_a_while(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    without_dropout(module)
-    yield
-    for part, training in modes:
-        part.training = training
 
 
 def _use(subject: Subject, module: nn.Module) -> None:

@@ -4,9 +4,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memcnn.testing.laws.differences import like_finite_differences_when_moved
 from memcnn.testing.laws.result import Result
 from memcnn.testing.laws.subject import Subject
 
+LARGEST_ERROR = 2e-9
+"""Finite differences are a hundred times more accurate than this, and float32 is ten times less."""
 LOWER = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -45,4 +48,15 @@ def stay_in_float64(subject: Subject, claim: str) -> Result:
     words = ", ".join(f"{count} results of {str(dtype).removeprefix('torch.')}" for dtype, count in strange.items())
     explanation = f"a training step of the block in float64 computes {words}, a forward pass without gradients none"
     total = sum(strange.values())
+    if not total and plain.found:
+        slopes = like_finite_differences_when_moved(subject)
+        if not slopes.skipped and slopes.error > LARGEST_ERROR:
+            return Result(
+                "gradients",
+                claim,
+                slopes.error,
+                LARGEST_ERROR,
+                "finite differences in float64, where tensors of a lower precision are computed",
+                f"in float64 the gradients are {slopes.error:.1g} off, and tensors of a lower precision are computed",
+            )
     return Result("gradients", claim, total, 0, "nothing may be", explanation if total else "")

@@ -144,11 +144,15 @@ def _changes(held: Sequence[tuple[Tensor, str]], before: Sequence[tuple], when: 
 
 
 def _buffers(subject: Subject, claim: str) -> Result:
-    """Compare the buffers after a step with those after a plain forward pass; in eval mode, with those before it."""
-    plain = subject.fresh()
-    with torch.no_grad():
-        subject.evaluated(plain, subject.inputs)
-    before, wanted = dict(subject.module.named_buffers()), dict(plain.named_buffers())
+    """Compare the buffers after a step with those of plain training, or of forward; in eval mode, with those before."""
+    before, twin = dict(subject.module.named_buffers()), subject.plain()
+    if twin is not None:  # a step, since torch's checkpoint moves statistics in backward again
+        wanted = subject.run(twin).buffers
+    else:
+        plain = subject.fresh()
+        with torch.no_grad():
+            subject.evaluated(plain, subject.inputs)
+        wanted = dict(plain.named_buffers())
     got = subject.run(subject.trained()).buffers
     error, name = _difference(got, wanted)
     explanation = name and _explain_buffer(name, before[name], wanted[name], got[name])
