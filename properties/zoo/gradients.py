@@ -344,11 +344,15 @@ FAULTS = [
         **of(KeepEvery, depth=2),
         stores=True,
     ),
-    engine_fault(
+    fault(
         "output changed in place behind the engine",
         "which holds its storage, unversioned",
-        says="is wrong",
-        make=InPlaceAfter,
+        InPlaceAfter,
+        "gradients",
+        DIFFERENCES,
+        "is wrong",
+        "state",
+        wrap=False,
         stores=True,
     ),
     engine_fault(
