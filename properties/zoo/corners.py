@@ -429,7 +429,6 @@ HEALTHY = [
     Specimen("inverse of a weight kept by version", lambda: keeping(VersionedInverse()), stores=True),
     Specimen("spectral norm, training", partial(Own, bounded)),
     Specimen("checkpoint in a branch", lambda: Own(partial(Checkpointed, branch, reentrant=False))),
-    Specimen("checkpoint in a branch, reentrant", lambda: Own(partial(Checkpointed, branch, reentrant=True))),
     Specimen("checkpoint of batch normalisation", lambda: Own(partial(Checkpointed, normalised, reentrant=False))),
     Specimen("initialises itself in eval mode", lambda: InitialisesItself().eval()),
     Specimen("ReLU of zeros", partial(Own, rectified), inputs=lambda x: (0 * x,)),

@@ -24,9 +24,9 @@ def gradients_without_inputs(subject: Subject, claim: str) -> Result:
     wanted = _wanted(subject)
     if isinstance(wanted, str):
         return Result("gradients", claim, skipped=wanted)
-    inputs = [x.detach() for x in subject.inputs]
-    # The block's own backward passes are in its plain twin, too. In our engine, torch 2.13 crashed in this step.
-    module = subject.plain() or subject.trained()
+    # dense ones: with others, and of single entries, torch 2.13 crashes in this step without any engine
+    inputs = [x.detach().contiguous().clone() for x in subject.inputs]
+    module = subject.trained()
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", message=REENTRANT)
         got = run(module, subject.step, inputs, subject.seed, named_like=subject.module).parameter_gradients
