@@ -40,6 +40,7 @@ class Subject:
         wrap: run the module in an `InvertibleModuleWrapper`, as it would be trained. None: if nothing in it is wrapped
             yet. False: it has an engine of its own.
         autocast: run forward and inverse under autocast to this dtype.
+        runs: the module is known to run on the inputs, which are on its grid.
     """
 
     module: nn.Module
@@ -47,8 +48,11 @@ class Subject:
     seed: int = 0
     wrap: bool | None = None
     autocast: torch.dtype | None = None
+    runs: bool = False
 
     def __post_init__(self) -> None:
+        if self.runs:
+            return
         if not isinstance(self.module, nn.Module) or not callable(getattr(self.module, "inverse", None)):
             raise TypeError(
                 f"the module must be an nn.Module with forward and inverse: got "
@@ -69,11 +73,17 @@ class Subject:
                 f"forward raised {type(error).__name__} for inputs of shape {shapes}, {self.dtype}: {error}"
             ) from error
         object.__setattr__(self, "inputs", tuple(map(self.on_grid, self.inputs)))
+        object.__setattr__(self, "runs", True)
 
     def on_grid(self, x: Tensor) -> Tensor:
         """Return the nearest value on the grid of the module's exact couplings; x itself if it has none."""
         grids = [part.grid for part in self.module.modules() if isinstance(part, Coupling) and part.grid is not None]
         return max(grids, key=lambda grid: grid.step).snap(x) if grids and x.is_floating_point() else x
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a coupling in the module rounds its values to a grid."""
+        return any(isinstance(part, Coupling) and part.grid is not None for part in self.module.modules())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,9 +133,18 @@ class Subject:
         return torch.autocast(self.inputs[0].device.type, self.autocast) if self.autocast else nullcontext()
 
     def call(self, function: Callable, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return ``function(*inputs)``, forward or inverse, as a tuple of tensors."""
+        """Return ``function(*inputs)``, forward or inverse, as a tuple of tensors.
+
+        An exception is marked as the block's (`memcnn.testing.laws.guard`). An exit becomes an exception.
+        """
         with self.context():
-            return as_tuple(function(*inputs))
+            try:
+                return as_tuple(function(*inputs))
+            except SystemExit as error:
+                raise RuntimeError(f"the block called sys.exit({error.code!r})") from error
+            except Exception as error:
+                error.raised_by_block = True
+                raise
 
     def evaluated(self, function: Callable, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return ``function(*copies of inputs)``, with the random numbers of every evaluation."""
