@@ -97,7 +97,7 @@ def _like_plain(subject: Subject, where: str = "", *, explain: bool = True) -> l
     try:
         wanted = subject.run(twin)
         which = "the training step"
-        got = subject.run(subject.trained())
+        got = subject.ordinary
     except Exception as error:
         return [
             Result(
@@ -165,7 +165,7 @@ def _added(subject: Subject) -> list[Result]:
         return subject.step(module, *inputs)
 
     try:
-        wanted = subject.run(subject.trained()).gradients
+        wanted = subject.ordinary.gradients
         got = subject.run(subject.trained(), onto_ones).gradients
     except Exception:  # another claim reports a step that does not run
         return []

@@ -1,12 +1,14 @@
 """The module under test with its inputs: its copies, its plain twin, and its runs from one and the same state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memcnn.models.coupling import Coupling
 from memcnn.models.revop import InvertibleModuleWrapper
@@ -22,9 +24,27 @@ DROPOUTS = (
     nn.MultiheadAttention,
 )
 
+LOWER = torch.float32, torch.bfloat16, torch.float16
+"""Precisions below that of float64."""
+
 
 class NotRunnable(ValueError):
     """The module does not run on the inputs, so that no law can be checked."""
+
+
+class Precisions(TorchDispatchMode):
+    """Counts the results of lower precision than float64, and the largest of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for x in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(x, Tensor) and x.dtype in LOWER and x.numel() > 1:
+                self.found[x.dtype] = self.found.get(x.dtype, 0) + 1
+        return results
 
 
 @dataclass(frozen=True)
@@ -158,6 +178,22 @@ class Subject:
         """
         inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in self.inputs]
         return run(module, program or self.step, inputs, self.seed, named_like=self.module)
+
+    @property
+    def ordinary(self) -> Outcome:
+        """One training step of the module as it is trained, which several claims compare with others."""
+        return self._ordinary[0]
+
+    @property
+    def lower_precisions(self) -> Mapping[torch.dtype, int]:
+        """How many results the ordinary training step computes in each lower precision than float64."""
+        return self._ordinary[1]
+
+    @cached_property
+    def _ordinary(self) -> tuple[Outcome, Mapping[torch.dtype, int]]:
+        with Precisions() if self.dtype == torch.float64 else nullcontext() as precisions:
+            outcome = self.run(self.trained())
+        return outcome, precisions.found if precisions else {}
 
     def step(self, module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run a forward and a backward pass."""

@@ -122,7 +122,7 @@ def _of_penalty(subject: Subject, module: nn.Module) -> NamedTensors:
 def _wanted(subject: Subject) -> NamedTensors | str:
     """Return the gradients of an ordinary step, or why there are none."""
     try:
-        outcome = subject.run(subject.trained())
+        outcome = subject.ordinary
     except Exception as error:  # another claim reports it
         return f"the training step raised {described(error)}"
     return outcome.gradients if outcome.is_finite else "values are not finite here"
