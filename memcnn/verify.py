@@ -4,7 +4,7 @@
 
 The target is a function or class that is called without arguments, or a module; a path works too: blocks.py:make.
 Prints every law with the largest error found and its limit; for a law that fails, what is wrong in words and the
-smallest failing example as code. Exit status: 0 every law holds, 1 one does not, 2 misuse.
+smallest failing example as code. Exit status: 0 every law holds, 1 one does not, 2 misuse, 3 the verifier itself broke.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,7 @@ from torch import nn
 
 from memcnn import __version__, cli
 from memcnn.testing.checks import LAWS
+from memcnn.testing.laws.guard import is_ours
 from memcnn.testing.laws.result import Report
 from memcnn.testing.laws.subject import NotRunnable
 
@@ -29,7 +31,14 @@ if TYPE_CHECKING:
     from memcnn.testing.search import Example
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INTEGERS = {"int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8, "bool": torch.bool}
+BROKEN = 3
+"""Exit status: the verifier raised an exception that is not the block's."""
 MODES = {"both": (True, False), "train": (True,), "eval": (False,)}
+
+
+REFUSALS = "the module must", "the inputs must", "an input must"
+"""How the checks begin to say that a module or its inputs cannot be checked."""
 
 
 class Misuse(Exception):
@@ -43,6 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
     except Misuse as error:
         cli.fail(f"memcnn.verify: {error}")
         return cli.MISUSE
+    except Exception:
+        traceback.print_exc()
+        cli.fail(
+            f"memcnn.verify itself broke, so it says nothing about {args.target}. Please report this to MemCNN's "
+            "maintainers, with the lines above, the command and, if you can, the block."
+        )
+        return BROKEN
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,15 +71,15 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         type=_shape,
-        metavar="N,C,...",
-        help="shape of an input; once for every input",
+        metavar="N,C,...[:DTYPE<N]",
+        help="shape of an input; once for every input; 4:int64<10 for integers from 0 to 9",
     )
     parser.add_argument(
         "--vary",
         type=_dimensions,
         default=(),
         metavar="D,D,...",
-        help="dimensions whose size may be drawn smaller, such as 0,2,3 (default: none)",
+        help="dimensions whose size is drawn, smaller and larger, such as 0,2,3 (default: none)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of module and inputs (%(default)s)")
     parser.add_argument("--device", default="cpu", help="such as cuda (%(default)s)")
@@ -103,10 +119,11 @@ def _verify(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # examples are small, and several threads may slow them down a hundredfold
     make = _load(args.target)
     options = _options(args)
-    base = Example(tuple(args.shape), DTYPES[args.dtype], args.device, args.seed)
+    shapes, integers = (tuple(values) for values in zip(*args.shape, strict=True))
+    base = Example(shapes, DTYPES[args.dtype], args.device, args.seed, integers=integers)
     _check_arguments(args)
     print(
-        f"{args.target}: {args.dtype} inputs {', '.join('x'.join(map(str, shape)) for shape in args.shape)} on "
+        f"{args.target}: {args.dtype} inputs {', '.join('x'.join(map(str, shape)) for shape in shapes)} on "
         f"{args.device}, {'training and eval' if args.mode == 'both' else args.mode} mode\n"
         f"memcnn {__version__}, torch {torch.__version__}, seed {args.seed}\n",
         flush=True,
@@ -116,7 +133,7 @@ def _verify(args: argparse.Namespace) -> int:
     try:
         laws = args.laws or [law for law in LAWS if law != "log_det" or hasattr(_made(make, base), "forward_log_det")]
         for law in laws:
-            cli.progress(f"{law} ...")
+            _progress(f"{law} ...")
             found = search(
                 make,
                 base,
@@ -129,7 +146,11 @@ def _verify(args: argparse.Namespace) -> int:
             )
             findings.append(found)
             report += found.report
-    except (NotRunnable, TypeError, ValueError) as error:
+    except NotRunnable as error:
+        raise Misuse(f"{args.target}: {error}") from error
+    except TypeError as error:
+        if is_ours(error) and not _is_refusal(error):
+            raise
         raise Misuse(f"{args.target}: {error}") from error
     finally:
         cli.progress("")
@@ -154,6 +175,19 @@ def _verify(args: argparse.Namespace) -> int:
     return cli.DONE if report.passed else cli.FAILED
 
 
+def _progress(text: str) -> None:
+    """Show what is being done: on a terminal in one line, elsewhere in a line of its own."""
+    if sys.stderr.isatty():
+        cli.progress(text)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _is_refusal(error: TypeError) -> bool:
+    """Return whether a check refuses the module or its inputs in words, as against a mistake in its own code."""
+    return any(words in str(error) for words in REFUSALS)
+
+
 def _made(make: Callable[[], nn.Module] | nn.Module, base: "Example") -> nn.Module:
     try:
         return base.module(make)
@@ -166,7 +200,7 @@ def _options(args: argparse.Namespace) -> dict[str, dict]:
     wrap = {"wrap": False} if args.as_is else {}
     chain = {"chain": _load(args.chain)} if args.chain else {}
     differences = {"finite_differences": False} if args.no_finite_differences else {}
-    return {"gradients": wrap | differences, "state": wrap, "memory": wrap | chain}
+    return {"gradients": wrap | differences, "state": wrap, "memory": wrap | chain, "log_det": differences}
 
 
 def _shown(options: dict) -> dict:
@@ -176,6 +210,12 @@ def _shown(options: dict) -> dict:
 def _check_arguments(args: argparse.Namespace) -> None:
     if unknown := set(args.laws or ()) - set(LAWS):
         raise Misuse(f"--laws: got {', '.join(sorted(unknown))}; choose from {', '.join(LAWS)}")
+    for dimension in args.vary:
+        if not any(-len(shape) <= dimension < len(shape) for shape, _ in args.shape):
+            most = max(len(shape) for shape, _ in args.shape)
+            raise Misuse(
+                f"--vary: got dimension {dimension}, but the inputs have {most} dimensions; choose from 0 to {most - 1}"
+            )
     if args.examples < 1:
         raise Misuse(f"--examples: got {args.examples}, wanted at least 1")
     if args.json and not args.json.absolute().parent.is_dir():
@@ -212,14 +252,24 @@ def _from_file(path: Path) -> ModuleType:
     return importlib.import_module(path.stem)
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def _shape(text: str) -> tuple[tuple[int, ...], tuple[torch.dtype, int] | None]:
+    """Return the sizes in ``text`` and, for integers, their dtype and the number that they stay below."""
+    sizes, colon, values = text.partition(":")
     try:
-        shape = tuple(int(size) for size in text.split(","))
+        shape = tuple(int(size) for size in sizes.split(","))
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted sizes of at least 1, such as 2,16,8,8")
-    return shape
+    if not colon:
+        return shape, None
+    name, _, below = values.partition("<")
+    if name not in INTEGERS or not below.isdecimal() or int(below) < 1:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, wanted for integers a dtype ({', '.join(INTEGERS)}) and the number that they stay below, "
+            "such as 4:int64<10"
+        )
+    return shape, (INTEGERS[name], int(below))
 
 
 def _dimensions(text: str) -> tuple[int, ...]:
@@ -234,7 +284,7 @@ def _write(path: Path, args: argparse.Namespace, report: Report, codes: dict[str
         json.dumps(
             {
                 "target": args.target,
-                "shapes": args.shape,
+                "shapes": [shape for shape, _ in args.shape],
                 "dtype": args.dtype,
                 "device": args.device,
                 "mode": args.mode,

@@ -1,5 +1,7 @@
 """Modules that let the checks look at a block's other directions: its inverse, and its log-determinant."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 
@@ -15,6 +17,30 @@ class Inverted(nn.Module):
 
     def inverse(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         return self.module(*inputs)
+
+
+class Conditioned(nn.Module):
+    """(x, c) -> (y, c) and back, for a module whose ``forward(x, c)`` gives y and ``inverse(y, c)`` gives x.
+
+    Args:
+        module: with these two methods, for any number of values and conditions.
+        conditions: the number of conditions, which are the last arguments.
+    """
+
+    def __init__(self, module: nn.Module, conditions: int):
+        super().__init__()
+        self.module, self.conditions = module, conditions
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self._with_conditions(self.module, inputs)
+
+    def inverse(self, *outputs: Tensor) -> tuple[Tensor, ...]:
+        return self._with_conditions(self.module.inverse, outputs)
+
+    def _with_conditions(self, function: Callable, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        results = function(*values)
+        results = results if isinstance(results, (tuple, list)) else (results,)
+        return (*results, *(condition.clone() for condition in values[-self.conditions :]))
 
 
 class WithLogDet(nn.Module):

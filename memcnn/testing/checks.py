@@ -1,16 +1,23 @@
 """All checks of a module at once."""
 
+import inspect
 from collections.abc import Collection
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
+from memcnn.testing.adapters import Conditioned
 from memcnn.testing.laws.gradients import check_gradients
+from memcnn.testing.laws.guard import failure
 from memcnn.testing.laws.inverse import check_inverse
 from memcnn.testing.laws.log_det import check_log_det
 from memcnn.testing.laws.memory import check_memory
 from memcnn.testing.laws.result import Report
 from memcnn.testing.laws.state import check_state
+from memcnn.testing.laws.subject import NotRunnable
+from memcnn.testing.laws.twin import duplicate
 
 LAWS = {
     "inverse": check_inverse,
@@ -26,6 +33,7 @@ OPTIONS = {
     "gradients": ("finite_differences", "autocast"),
     "state": ("autocast",),
     "memory": ("depths", "chain", "passes", "allowance"),
+    "log_det": ("finite_differences",),
 }
 """The options of the laws' checks, beside ``seed`` and ``wrap``."""
 
@@ -42,7 +50,9 @@ def check_all(
 
     Args:
         module: with ``forward`` and ``inverse``, wrapped or not; only copies of it are run.
-        inputs: the arguments of ``forward``. Random ones find more faults than constant ones.
+        inputs: the arguments of ``forward``. Random ones find more faults than constant ones. The last ones may be
+            conditions: where ``inverse`` takes as many arguments as ``forward`` and forward returns fewer, they are
+            handed to ``inverse`` behind the outputs.
         seed: of torch's generators at every evaluation.
         wrap: run it in an `InvertibleModuleWrapper`, as it would be trained. None: if nothing in it is wrapped yet;
             False: it has an engine of its own.
@@ -55,13 +65,37 @@ def check_all(
         raise ValueError(f"laws: got {', '.join(sorted(unknown))}; choose from {', '.join(LAWS)}")
     if strange := set(options) - {name for names in OPTIONS.values() for name in names}:
         raise TypeError(f"unknown options: {', '.join(sorted(strange))}")
-    report = Report(())
+    report, module = Report(()), _with_conditions(module, inputs)
     for law, check in LAWS.items():
         wanted = law in laws if laws is not None else law != "log_det" or _has_log_det(module)
         if wanted:
             own = {name: options[name] for name in OPTIONS.get(law, ()) if name in options}
-            report += check(module, *inputs, seed=seed, **own, **({} if law in UNWRAPPED else {"wrap": wrap}))
+            run = partial(check, module, *inputs, seed=seed, **own, **({} if law in UNWRAPPED else {"wrap": wrap}))
+            try:
+                report += run()
+            except NotRunnable:
+                raise
+            except Exception as error:
+                report += Report((failure(law, "the module can be checked", error),))
     return report
+
+
+def _with_conditions(module: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+    """Return the module in a `Conditioned` if its ``inverse`` wants some of the inputs again; else the module."""
+    if len(inputs) < 2 or not callable(getattr(module, "inverse", None)) or isinstance(module, Conditioned):
+        return module
+    unwrapped = module._fn if isinstance(module, InvertibleModuleWrapper) else module
+    try:
+        parameters = inspect.signature(unwrapped.inverse).parameters.values()
+        wanted = [p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+        with torch.no_grad():
+            outputs = duplicate(module)(*(x.detach().clone() for x in inputs))
+    except Exception:  # the checks report it
+        return module
+    given = 1 if isinstance(outputs, Tensor) else len(outputs)
+    if not len(wanted) == len(inputs) > given:
+        return module
+    return Conditioned(module, len(inputs) - given)
 
 
 def _has_log_det(module: nn.Module) -> bool:

@@ -59,6 +59,33 @@ class Scaled(Block):
         weight = WrongGradient.apply(self.g[0].weight)
         return torch.cat([y1, x2 + torch.conv2d(y1, weight, self.g[0].bias, padding=1).tanh()], 1)
 
+class RolledBack(Block):
+    # the inverse rolls the batch the wrong way, which a batch of two does not show
+    def forward(self, x):
+        return super().forward(x).roll(1, 0)
+
+    def inverse(self, y):
+        return super().inverse(y.roll(1, 0))
+
+class Raising(Block):
+    def inverse(self, y):
+        raise KeyError("lost")
+
+class Conditional(Block):
+    sign = -1
+
+    def forward(self, x, i):
+        return super().forward(x) * (1 + i.view(-1, 1, 1, 1))
+
+    def inverse(self, y, i):
+        return super().inverse(y / (1 + i.view(-1, 1, 1, 1)))
+
+class ForwardOnlyInTraining(Block):
+    def forward(self, x):
+        if not self.training:
+            raise KeyError("no statistics")
+        return super().forward(x)
+
 class Half(nn.Module):
     def forward(self, x):
         return x
@@ -151,6 +178,7 @@ def test_all_is_in_the_json(blocks, capsys):
         (["user_blocks:Block", "--device", "abacus"], "got 'abacus', which this torch cannot use"),
         (["user_blocks:Block", "--json", "nowhere/found.json"], "there is no folder"),
         (["user_blocks:Block", "--laws", "log_det"], "Block has none"),
+        (["user_blocks:Block", "--vary", "7"], "got dimension 7, but the inputs have 4 dimensions; choose from 0 to 3"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -164,6 +192,45 @@ def test_a_shape_that_does_not_fit_is_misuse(blocks, capsys):
     status, _, err = run(capsys, "user_blocks:Block", shape="2,3,4,4")
     assert status == 2
     assert "forward raised RuntimeError for inputs of shape (2, 3, 4, 4)" in err
+
+
+def test_sizes_above_the_given_ones_are_tried(blocks, capsys):
+    status, out, _ = run(capsys, "user_blocks:RolledBack", "--vary", "0", "--laws", "inverse", "--examples", "2")
+    assert status == 1
+    assert "torch.randn([3, 4, 4, 4]" in out or "torch.randn([5, 4, 4, 4]" in out, out
+    assert run(capsys, "user_blocks:RolledBack", "--laws", "inverse", "--examples", "2")[0] == 0
+
+
+def test_an_exception_of_the_block_is_a_failure_that_names_it(blocks, capsys):
+    status, out, err = run(capsys, "user_blocks:Raising", "--examples", "2")
+    assert status == 1
+    assert "inverse raised KeyError: 'lost'" in out and "Traceback" not in out + err
+
+
+def test_a_forward_that_raises_in_one_mode_is_a_failure(blocks, capsys):
+    status, out, _ = run(capsys, "user_blocks:ForwardOnlyInTraining", "--laws", "inverse", "--examples", "2")
+    assert status == 1
+    assert "in eval mode forward raised KeyError" in out
+
+
+def test_a_fault_of_the_verifier_has_a_status_of_its_own(blocks, capsys, monkeypatch):
+    monkeypatch.setattr("memcnn.testing.search.check_all", lambda *_, **__: {}["a mistake"])
+    status, _, err = run(capsys, "user_blocks:Block")
+    assert status == 3
+    assert "KeyError: 'a mistake'" in err and "Please report it" in err
+
+
+def test_an_input_may_be_of_integers_and_a_condition_of_both_directions(blocks, capsys):
+    arguments = ["--shape", "2:int64<10", "--vary", "0", "--laws", "inverse,gradients"]
+    status, out, err = run(capsys, "user_blocks:Conditional", *arguments)
+    assert status == 0, out + err
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, "user_blocks:Conditional", "--shape", "2:int64")
+    assert "such as 4:int64<10" in capsys.readouterr().err
+
+
+def test_progress_is_printed_where_there_is_no_terminal(blocks, capsys):
+    assert "inverse ..." in run(capsys, "user_blocks:Block", "--laws", "inverse", "--examples", "1")[2]
 
 
 @pytest.mark.parametrize("shape", ["2,x", "", "2,0,4"])

@@ -42,7 +42,6 @@ class Engine(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return _Chain.apply(x, self, *self.parameters())
 
-    @torch.no_grad()
     def inverse(self, y: Tensor) -> Tensor:
         for pair in reversed(self.pairs):
             y1, y2 = halves(y)

@@ -1,6 +1,6 @@
 """All faults of the zoo."""
 
-from properties.zoo import gradients, inverses, log_dets, memories, ours, states, upstream
+from properties.zoo import corners, gradients, inverses, log_dets, memories, ours, states, upstream
 
 FAULTS = [
     *inverses.FAULTS,
@@ -10,4 +10,5 @@ FAULTS = [
     *memories.FAULTS,
     *log_dets.FAULTS,
     *upstream.FAULTS,
+    *corners.FAULTS,
 ]

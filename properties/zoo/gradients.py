@@ -34,7 +34,7 @@ class BiasDropped(Engine):
 
 class SlightlyOff(Engine):
     def delivered(self, found):
-        return [1.001 * g for g in super().delivered(found)]
+        return [g if g is None else 1.001 * g for g in super().delivered(found)]
 
 
 class OverTheBatch(Engine):
@@ -344,11 +344,15 @@ FAULTS = [
         **of(KeepEvery, depth=2),
         stores=True,
     ),
-    engine_fault(
+    fault(
         "output changed in place behind the engine",
         "which holds its storage, unversioned",
-        says="is wrong",
-        make=InPlaceAfter,
+        InPlaceAfter,
+        "gradients",
+        DIFFERENCES,
+        "is wrong",
+        "state",
+        wrap=False,
         stores=True,
     ),
     engine_fault(

@@ -330,6 +330,7 @@ FAULTS = [
         "inverse",
         FORTH,
         r"gives .*float64 on cpu, not .*float32",
+        "gradients",
         stores=True,
     ),
     fault(
@@ -378,7 +379,7 @@ FAULTS = [
         lambda: keeping(InSinglePrecision(4)),
         "inverse",
         FORTH + " in float64",
-        "of float32",
+        "float32",
         "log_det",
         stores=True,
     ),

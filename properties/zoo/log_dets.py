@@ -179,7 +179,7 @@ FAULTS = [
         "log-determinant in single precision",
         "slogdet of W in float32",
         lambda: InSinglePrecision(4),
-        says="of float32",
+        says="float32",
     ),
     log_det_fault(
         "positions not counted", "the factor H W is missing", partial(as_set, OnePosition), says="0.08333 times as much"

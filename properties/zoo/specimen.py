@@ -24,6 +24,7 @@ class Specimen:
 
     make: gives the module; what it draws comes from torch's generator, which ``seed`` has set.
     wrap, chain: as for `check_all`.
+    inputs: makes the inputs from normally distributed values of ``shape``; by default these values are the input.
     stores: activations, on purpose or for want of an inverse; it is not asked about memory.
     """
 
@@ -35,6 +36,7 @@ class Specimen:
     scale: float = 1.0
     finite_differences: bool = True
     stores: bool = False
+    inputs: Callable[[Tensor], tuple[Tensor, ...]] = lambda x: (x,)
 
     def report(self, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Report:
         generator = torch.Generator().manual_seed(seed)
@@ -45,7 +47,7 @@ class Specimen:
             chain = self.chain and (lambda depth: self.chain(depth).to(dtype))
             report = check_all(
                 module,
-                x,
+                *self.inputs(x),
                 seed=seed,
                 wrap=self.wrap,
                 depths=DEPTHS,

@@ -324,12 +324,14 @@ FAULTS = [
         wrap=False,
         **of(OutputOverwritten),
     ),
-    state_fault(
+    fault(
         "argument of inverse overwritten",
         "y2 -= G(y1)",
-        claim=CALLER,
-        says="argument of inverse",
-        make=lambda: keeping(ArgumentOverwritten()),
+        lambda: keeping(ArgumentOverwritten()),
+        "state",
+        CALLER,
+        "argument of inverse",
+        "gradients",
         stores=True,
     ),
     state_fault(

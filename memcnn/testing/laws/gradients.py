@@ -5,21 +5,37 @@ gradient is the derivative of ``forward`` at all, which matters for blocks with 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from memcnn.testing.laws.differences import DIFFERENCES, like_finite_differences
+from memcnn.testing.laws.differences import (
+    DIFFERENCES,
+    like_finite_differences,
+    like_finite_differences_when_moved,
+    through_inverse,
+)
+from memcnn.testing.laws.guard import guarded
 from memcnn.testing.laws.hints import but_right_without
 from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.passes import second_step_is_plain
+from memcnn.testing.laws.precision import stay_in_float64
 from memcnn.testing.laws.result import Report, Result
 from memcnn.testing.laws.rounding import condition_numbers, named
 from memcnn.testing.laws.subject import NotRunnable, Subject
+from memcnn.testing.laws.subsets import gradients_with_frozen_parameters, gradients_without_inputs, second_derivatives
 from memcnn.testing.laws.twin import NamedTensors, Outcome, is_dense, relative_errors, worst
 from memcnn.testing.tolerances import distance
 
+THROUGH_INVERSE = "gradients through inverse = finite differences in float64"
+IN_FLOAT64 = "backward computes in float64 where forward does"
+SUBSETS = {
+    "parameters get gradients where no input requires one": gradients_without_inputs,
+    "a frozen parameter changes no other gradient": gradients_with_frozen_parameters,
+    "second derivatives = plain backpropagation's": second_derivatives,
+}
 KINDS = "outputs", "gradients of inputs", "gradients of parameters"
 
 
@@ -49,17 +65,26 @@ def check_gradients(
     """
     subject = Subject(module, inputs, seed, wrap, autocast)
     results = [*_like_plain(subject), *second_step_is_plain(subject), *_added(subject)]
+    subsets = [guarded("gradients", claim, check, subject, claim) for claim, check in SUBSETS.items()]
     if autocast:
-        return Report(tuple(results))
+        return Report((*results, *_there(subsets)))
     try:
         exact = subject.in_double()
     except NotRunnable as error:
-        return Report((*results, Result("gradients", DIFFERENCES, skipped=f"in float64 {error}")))
+        return Report((*results, Result("gradients", DIFFERENCES, skipped=f"in float64 {error}"), *_there(subsets)))
     if subject.dtype != torch.float64:
         results += _like_plain(exact, " in float64")
     if finite_differences:
         results.append(like_finite_differences(exact))
-    return Report(tuple(results))
+        if any(p.requires_grad for p in module.parameters()) and results[-1].verdict == "PASS":
+            results.append(like_finite_differences_when_moved(exact))
+        results.append(guarded("gradients", THROUGH_INVERSE, through_inverse, exact, THROUGH_INVERSE))
+    results.append(guarded("gradients", IN_FLOAT64, stay_in_float64, exact, IN_FLOAT64))
+    return Report((*results, *_there(subsets)))
+
+
+def _there(results: Iterable[Result | None]) -> list[Result]:
+    return [result for result in results if result is not None]
 
 
 def _like_plain(subject: Subject, where: str = "", *, explain: bool = True) -> list[Result]:
@@ -72,7 +97,7 @@ def _like_plain(subject: Subject, where: str = "", *, explain: bool = True) -> l
     try:
         wanted = subject.run(twin)
         which = "the training step"
-        got = subject.run(subject.trained())
+        got = subject.ordinary
     except Exception as error:
         return [
             Result(
@@ -140,7 +165,7 @@ def _added(subject: Subject) -> list[Result]:
         return subject.step(module, *inputs)
 
     try:
-        wanted = subject.run(subject.trained()).gradients
+        wanted = subject.ordinary.gradients
         got = subject.run(subject.trained(), onto_ones).gradients
     except Exception:  # another claim reports a step that does not run
         return []

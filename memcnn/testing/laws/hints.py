@@ -6,7 +6,7 @@ from dataclasses import replace
 from memcnn.testing.laws.subject import Subject, sample_by_sample, without_dropout
 
 SWITCHES = (
-    (without_dropout, "with dropout off it is right, so forward and backward draw other masks"),
+    (without_dropout, "with dropout off it is right"),
     (sample_by_sample, "with batch normalisation in eval mode it is right"),
 )
 

@@ -5,7 +5,7 @@ inverse is wrong by the same comparison in float64, where rounding is nine digit
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from memcnn.testing.laws.growth import DEEPEST, growth
+from memcnn.testing.laws.guard import guarded
 from memcnn.testing.laws.limits import Limit
+from memcnn.testing.laws.moved import WHEN_MOVED, moved, used_and_moved, with_buffers_of
 from memcnn.testing.laws.result import Report, Result
 from memcnn.testing.laws.rounding import condition_numbers
+from memcnn.testing.laws.settled import settled
 from memcnn.testing.laws.subject import NotRunnable, Subject, reordered, without_dropout
-from memcnn.testing.laws.twin import NamedTensors, is_finite
+from memcnn.testing.laws.twin import NamedTensors, is_finite, worst
 from memcnn.testing.tolerances import distance, tolerance
 
 SHARE = 0.25
@@ -26,6 +29,9 @@ the range of a layer whose range is an interval."""
 FORTH = "inverse(forward(x)) = x"
 BACK = "forward(inverse(y)) = y"
 NOT_DETERMINISTIC = "forward is not deterministic: the same input and seed give another output"
+IN_FLOAT64 = " in float64"
+STRIDES = "the strides of a tensor do not matter"
+NEW_PARAMETERS = "after an optimiser step both directions use the new parameters"
 NO_INVERSE = "values between outputs have no inverse here"
 
 
@@ -46,20 +52,120 @@ def check_inverse(
         deepest: the number of blocks in a row for which a pass says whether they can still be rebuilt.
         autocast: run both directions under autocast to this dtype.
     """
-    subject = Subject(module, inputs, seed, autocast=autocast)
-    forth, back = _inverse_undoes_forward(subject), _forward_undoes_inverse(subject)
+    subject = settled(Subject(module, inputs, seed, autocast=autocast))
+    forth = _checked(FORTH, _inverse_undoes_forward, subject)
     if not forth.failed and not forth.skipped and (remark := growth(subject, deepest)):
         forth = _with(forth, remark)
-    results = [forth, back]
+    results = [forth, _checked(BACK, _forward_undoes_inverse, subject)]
     if subject.dtype != torch.float64 and not autocast:
         try:
-            exact = _inverse_undoes_forward(subject.in_double(), " in float64")
+            exact = _checked(FORTH + IN_FLOAT64, _inverse_undoes_forward, settled(subject.in_double()), IN_FLOAT64)
             if forth.skipped and exact.verdict == "PASS":
                 exact = _with(exact, growth(subject, deepest))
             results.append(exact)
         except NotRunnable as error:
-            results.append(Result("inverse", f"{FORTH} in float64", skipped=f"in float64 {error}"))
+            results.append(Result("inverse", FORTH + IN_FLOAT64, skipped=f"in float64 {error}"))
+    results.append(_checked(STRIDES, _any_strides, subject))
+    if forth.verdict == "PASS" and any(p.requires_grad for p in module.parameters()):
+        after = settled(moved(subject))
+        results.append(_checked(FORTH + WHEN_MOVED, _inverse_undoes_moved_forward, after))
+        results.append(_checked(NEW_PARAMETERS, _new_parameters_are_used, subject, after))
     return Report(tuple(results))
+
+
+def _checked(claim: str, check: Callable[..., Result], *arguments: object) -> Result:
+    return guarded("inverse", claim, check, *arguments)
+
+
+def _inverse_undoes_moved_forward(after: Subject) -> Result:
+    """Check the inverse with moved parameters, which are those of no special block."""
+    result = _inverse_undoes_forward(after, WHEN_MOVED)
+    if result.failed:
+        return _with(
+            result, f"right with the parameters as they start, but after an optimiser step {result.explanation}"
+        )
+    return result
+
+
+def _new_parameters_are_used(subject: Subject, after: Subject) -> Result:
+    """Compare both directions, after a step, with those of a module that has the same parameters and never ran."""
+    with torch.enable_grad():
+        module = used_and_moved(subject)
+    afresh = after.fresh()
+    without_dropout(afresh)
+    if not with_buffers_of(afresh, module) or not _deterministic(subject):
+        return Result("inverse", NEW_PARAMETERS, skipped="the module's state cannot be put into one that never ran")
+    y = subject.evaluated(afresh, subject.inputs)
+    pairs = {"forward": (subject.evaluated(module, subject.inputs), y)}
+    pairs["inverse"] = (subject.evaluated(module.inverse, y), subject.evaluated(afresh.inverse, y))
+    if not all(is_finite(values) for pair in pairs.values() for values in pair):
+        return Result("inverse", NEW_PARAMETERS, skipped="values are not finite here")
+    errors = {name: distance(*pair) for name, pair in pairs.items() if _kinds(pair[0]) == _kinds(pair[1])}
+    name, error = worst(errors)
+    return Limit(after.dtype, after.depth, after.autocast, condition_numbers(after, _both_directions)).judge(
+        "inverse",
+        NEW_PARAMETERS,
+        error,
+        f"after an optimiser step {name} gives other values than in a module that has the same parameters and never "
+        "ran before: it uses a value that it computed from the old parameters",
+    )
+
+
+def _any_strides(subject: Subject) -> Result:
+    """Compare both directions with those for inputs that lie otherwise in memory."""
+    limit = Limit(subject.dtype, subject.depth, subject.autocast, condition_numbers(subject, _both_directions))
+    module = subject.fresh()
+    without_dropout(module)
+    y = subject.evaluated(module, subject.inputs)
+    if not is_finite(y) or not _deterministic(subject):
+        return Result("inverse", STRIDES, skipped="forward gives no values that could be compared")
+    try:
+        x = subject.evaluated(module.inverse, y)
+    except Exception:  # another claim reports it
+        return Result("inverse", STRIDES, skipped="inverse raises an exception")
+    largest, explanation = 0.0, ""
+    for name, lay_out in OTHER_STRIDES.items():
+        for direction, values, wanted in ("forward", subject.inputs, y), ("inverse", y, x):
+            module = subject.fresh()
+            without_dropout(module)
+            if direction == "inverse":
+                subject.evaluated(module, subject.inputs)
+            function = module if direction == "forward" else module.inverse
+            try:
+                got = subject.evaluated(function, [lay_out(value) for value in values])
+            except Exception as error:
+                if direction == "forward":
+                    continue  # it refuses such inputs
+                return Result(
+                    "inverse", STRIDES, math.inf, 0.0, explanation=f"inverse raised {_name(error)} for {name} values"
+                )
+            error = distance(got, wanted) if _kinds(got) == _kinds(wanted) else math.inf
+            if not error <= largest:
+                largest, explanation = error, f"{direction} gives other results for {name} values"
+    return limit.judge("inverse", STRIDES, largest, explanation)
+
+
+def _both_directions(subject: Subject) -> NamedTensors:
+    """Return the results of forward and of the inverse behind it."""
+    module = subject.fresh()
+    without_dropout(module)
+    y = subject.evaluated(module, subject.inputs)
+    return {f"{i}": value for i, value in enumerate((*y, *subject.evaluated(module.inverse, y)))}
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
+
+
+def _with_gaps(x: Tensor) -> Tensor:
+    return torch.stack((x, x), -1)[..., 0] if x.dim() else x
+
+
+OTHER_STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": _channels_last,
+    "non-contiguous": _with_gaps,
+}
 
 
 def _inverse_undoes_forward(subject: Subject, where: str = "") -> Result:
@@ -78,11 +184,9 @@ def _inverse_undoes_forward(subject: Subject, where: str = "") -> Result:
         return _with(result, note) if not where and not result.skipped else result
     if result.explanation:
         return result
-    if where and result.error <= tolerance(torch.float32):
+    if where == IN_FLOAT64 and result.error <= tolerance(torch.float32):
         return _with(
-            result,
-            f"in float64 the inverse is {result.error:.1g} off, as in float32: something in it, a "
-            "constant or a cast, is of float32",
+            result, f"in float64 the inverse is {result.error:.1g} off, which is too little to show in float32"
         )
     return _with(
         result, _what_it_does_instead(subject, module, x, y, back) + _but_right_elsewhere(subject, x, result.error)
@@ -144,8 +248,12 @@ def _there_and_back(subject: Subject, *, start: Sequence[Tensor], inverse_first:
 def _what_it_does_instead(
     subject: Subject, module: nn.Module, x: Sequence[Tensor], y: Sequence[Tensor], back: Sequence[Tensor]
 ) -> str:
-    """Explain what ``back``, which the inverse made of y, is in place of x."""
-    close = 1e3 * tolerance(subject.dtype, depth=subject.depth)
+    """Explain what ``back``, which the inverse made of y, is in place of x.
+
+    It is something else only if it is ten times closer to that than to x.
+    """
+    off = distance(back, x)
+    close = min(1e3 * tolerance(subject.dtype, depth=subject.depth), 0.1 * off)
     if not is_finite(back):
         return "inverse gives values that are not finite"
     if not _deterministic(subject):

@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from memcnn.testing.laws.differences import like_finite_differences_when_moved
+from memcnn.testing.laws.guard import guarded
 from memcnn.testing.laws.limits import Limit
+from memcnn.testing.laws.moved import WHEN_MOVED, moved
 from memcnn.testing.laws.result import Report, Result
 from memcnn.testing.laws.rounding import condition_numbers
 from memcnn.testing.laws.subject import Subject, sample_by_sample, without_dropout
@@ -22,7 +26,7 @@ LARGEST_SAMPLE = 1024
 """Entries of a sample, or of a batch whose samples mix, beyond which no Jacobian is computed."""
 
 
-def check_log_det(module: nn.Module, *inputs: Tensor, seed: int = 0) -> Report:
+def check_log_det(module: nn.Module, *inputs: Tensor, seed: int = 0, finite_differences: bool = True) -> Report:
     """Check that ``forward_log_det`` and ``inverse_log_det`` report log|det| of the Jacobian, in float64.
 
     Each sample's value is compared with that of its own Jacobian, with batch normalisation in eval mode. Where samples
@@ -36,6 +40,7 @@ def check_log_det(module: nn.Module, *inputs: Tensor, seed: int = 0) -> Report:
             gives x and (N,) values.
         inputs: one tensor (N, ...) of at most 1024 entries a sample.
         seed: of torch's generators at every evaluation.
+        finite_differences: whether to check the gradients of log-determinants, too; see `check_gradients`.
     """
     subject = Subject(module, inputs, seed)
     if not callable(getattr(module, "forward_log_det", None)):
@@ -59,21 +64,51 @@ def check_log_det(module: nn.Module, *inputs: Tensor, seed: int = 0) -> Report:
             for method in methods
         ]
     results.append(_guarded("forward_log_det gives what forward gives", _consistent, subject.initialised(), methods))
+    for method in methods if finite_differences else ():
+        results.append(_guarded(f"gradients of {method} = finite differences in float64", _gradients, exact, method))
+    if any(p.requires_grad for p in module.parameters()) and not any(result and result.failed for result in results):
+        after = moved(exact)
+        results += [
+            _guarded(
+                f"{method} is log|det| of the Jacobian{WHEN_MOVED}", _like_jacobian, after, method, sample_by_sample
+            )
+            for method in methods
+        ]
     return Report(tuple(result for result in results if result is not None))
 
 
+class _Reported(nn.Module):
+    """x -> (y, log-determinant) of one method; it has no inverse of its own."""
+
+    def __init__(self, module: nn.Module, method: str):
+        super().__init__()
+        self.module, self.method = module, method
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return getattr(self.module, self.method)(x)
+
+    def inverse(self, y: Tensor, log_det: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def _gradients(claim: str, subject: Subject, method: str) -> Result:
+    """Compare the gradients of a loss of values and log-determinants, which training maximises, with differences."""
+    values = _start(subject, method, without_dropout)
+    flow = _Reported(_prepared(subject, without_dropout, plain=True), method)
+    result = like_finite_differences_when_moved(Subject(flow, (values,), subject.seed, wrap=False), claim)
+    return replace(result, law="log_det")
+
+
 def _guarded(claim: str, check: Callable[..., Result | None], *arguments: object) -> Result | None:
-    try:
-        return check(claim, *arguments)
-    except Exception as error:
-        return Result("log_det", claim, math.inf, 0.0, explanation=f"raised {type(error).__name__}: {error}")
+    return guarded("log_det", claim, check, claim, *arguments)
 
 
 def _like_jacobian(claim: str, subject: Subject, method: str, prepare: Callable[[nn.Module], object]) -> Result:
     """Compare with the Jacobian of each sample, or of the batch where samples mix."""
     values = _start(subject, method, prepare)
     reported = _reported(subject, method, values, prepare)
-    if reported.shape != values.shape[:1]:
+    mixed = _mixes_samples(subject, method, values, prepare)
+    if reported.shape != values.shape[:1] and not mixed:
         return Result(
             "log_det",
             claim,
@@ -81,7 +116,7 @@ def _like_jacobian(claim: str, subject: Subject, method: str, prepare: Callable[
             0.0,
             explanation=f"got shape {tuple(reported.shape)}, wanted one value a sample: ({values.shape[0]},)",
         )
-    if _mixes_samples(subject, method, values, prepare):
+    if mixed:
         return _of_batch(claim, subject, method, values, prepare)
     jacobians = _jacobians_of_samples(subject, method, values, prepare)
     return _compared(claim, subject, method, reported, jacobians)
@@ -120,7 +155,7 @@ def _explain(method: str, reported: Tensor, wanted: Tensor, error: float) -> str
     if not wanted.any():
         return said
     if error <= tolerance(torch.float32):
-        return f"{method} is {error:.1g} off in float64, as in float32: something in it is of float32"
+        return f"{method} is {error:.1g} off in float64, which is too little to show in float32"
     largest = wanted.abs().max()
     if (reported + wanted).abs().max() < 1e-6 * largest:
         return f"{said}: the sign is reversed"
@@ -131,6 +166,7 @@ def _explain(method: str, reported: Tensor, wanted: Tensor, error: float) -> str
 def _consistent(claim: str, subject: Subject, methods: list[str]) -> Result:
     """Compare values with those of forward and inverse, and the log-determinants of both directions."""
     entries = subject.inputs[0][0].numel()
+    mixed = _mixes_samples(subject, "forward_log_det", subject.inputs[0], without_dropout)
 
     def compute(subject: Subject) -> NamedTensors:
         run = partial(_with_log_det, subject)
@@ -140,6 +176,8 @@ def _consistent(claim: str, subject: Subject, methods: list[str]) -> Result:
         x, back = run("inverse_log_det", y)
         if distance([x], subject.inputs) > FAR_OFF:
             return {"y": y, "x": x}
+        if mixed or log_det.shape != back.shape:  # the samples' shares mean nothing
+            log_det, back = log_det.sum()[None], back.sum()[None]
         # absolute errors where all log-determinants are below 1 an entry
         return {"y": y, "x": x, "sum": (log_det + back) / max(entries, log_det.abs().max().item())}
 

@@ -84,7 +84,7 @@ class Report:
         found: list[str] = []
         for law in dict.fromkeys(result.law for result in self.failures):
             words = self.of(law)._first_failure()
-            if not any(words in earlier for earlier in found):  # a step that raises fails several laws
+            if not any(_core(words) in earlier for earlier in found):  # a step that raises fails several laws
                 found.append(words)
         return beginning + "; ".join(found)
 
@@ -115,12 +115,24 @@ class Report:
             for row in (header, *rows)
         ]
         remarks: dict[str, str] = {}  # by text: of results that say the same, only the first is shown
+        left_out = 0
         for r in self.results:
             text = r.skipped or r.explanation
             source = f"\n     limit: {r.limit_from}" if r.failed and r.limit_from else ""
-            if text:
-                remarks.setdefault(text, f"{r.verdict} {r.law}, {r.claim}:\n     {text}{source}")
+            if text and (key := _core(text)) not in remarks:
+                if r.failed and sum(remark.startswith("FAIL") for remark in remarks.values()) >= MOST_LISTED:
+                    left_out += 1
+                    continue
+                remarks[key] = f"{r.verdict} {r.law}, {r.claim}:\n     {text}{source}"
+        if left_out:
+            rows_left = f"{left_out} more rows fail" if left_out > 1 else "1 more row fails"
+            remarks["left out"] = f"{rows_left}, not explained here: correct what is, and run the checks again"
         return "\n".join([*lines, *([""] if remarks else []), *remarks.values()])
+
+
+def _core(text: str) -> str:
+    """Return what identifies an explanation: of an exception, the exception, wherever it was raised."""
+    return text.partition(" raised ")[2] or text.removeprefix("raised ")
 
 
 def nothing_differs(claim: str, faults: Sequence[str]) -> Result:

@@ -1,19 +1,23 @@
 """The law of state: a training step leaves all but gradients as one plain forward pass leaves it."""
 
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from memcnn.testing.laws.autocast import products_keep_their_dtype
+from memcnn.testing.laws.guard import described, guarded
 from memcnn.testing.laws.hooks import forward_hooks_are_called_once
 from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.passes import graphs_can_be_retained, two_steps_do_not_mix
 from memcnn.testing.laws.result import Report, Result, nothing_differs
 from memcnn.testing.laws.subject import Subject
-from memcnn.testing.laws.twin import is_dense, leaf_like
+from memcnn.testing.laws.twin import is_dense, leaf_like, relative_errors, worst
 from memcnn.testing.tolerances import distance
+
+FACTOR = 1.5
+"""By which an output is multiplied in place."""
 
 
 def check_state(
@@ -29,6 +33,7 @@ def check_state(
     subject = Subject(module, inputs, seed, wrap, autocast)
     claims: dict[str, Callable[[Subject, str], Result]] = {
         "the caller's tensors are untouched": _callers_tensors,
+        "an output that is changed in place is noticed": _changed_output,
         "buffers move once a step": _buffers,
         "parameters, modes and requires_grad stay": _rest_of_the_module,
         "random generators move as in a forward pass": _generators,
@@ -41,10 +46,7 @@ def check_state(
 
 
 def _guarded(subject: Subject, claim: str, check: Callable[[Subject, str], Result]) -> Result:
-    try:
-        return check(subject, claim)
-    except Exception as error:
-        return Result("state", claim, math.inf, 0.0, explanation=f"raised {type(error).__name__}: {error}")
+    return guarded("state", claim, check, subject, claim)
 
 
 def _callers_tensors(subject: Subject, claim: str) -> Result:
@@ -58,11 +60,44 @@ def _changed_by_training(subject: Subject) -> list[str]:
     with subject.seeded():
         outputs = subject.call(module, *(x for x, _ in held))
         after = [_seen(y) for y in outputs]
-        subject.differentiate(outputs)
+        used = [(i, y) for i, y in enumerate(outputs) if y.requires_grad]
+        generator = torch.Generator().manual_seed(subject.seed)
+        gradients = [torch.rand(y.shape, generator=generator, device="cpu").to(y) for _, y in used]
+        incoming = [_seen(g) for g in gradients]
+        if used:
+            torch.autograd.backward([y for _, y in used], gradients)
+    names = [f"the gradient of output {i}" for i, _ in used]
     return [
         *_changes(held, before, "by a training step"),
         *_changes([(y, f"output {i}") for i, y in enumerate(outputs)], after, "by backward"),
+        *_changes(list(zip(gradients, names, strict=True)), incoming, "by backward"),
     ]
+
+
+def _changed_output(subject: Subject, claim: str) -> Result:
+    """Change an output in place before backward, which raises an exception or has the gradients of the change."""
+
+    def stepping(change: Callable[[Tensor], Tensor]) -> Callable[..., None]:
+        def program(module: nn.Module, *inputs: Tensor) -> None:
+            outputs = subject.call(module, *inputs)
+            subject.differentiate([change(y) if y.is_floating_point() else y for y in outputs])
+
+        return program
+
+    try:
+        wanted = subject.run(subject.trained(), stepping(lambda y: y * FACTOR))
+    except Exception as error:
+        return Result("state", claim, skipped=f"a training step raised {described(error)}")
+    if not wanted.is_finite:
+        return Result("state", claim, skipped="values are not finite here")
+    try:
+        got = subject.run(subject.trained(), stepping(lambda y: y.mul_(FACTOR)))
+    except RuntimeError:  # it is noticed
+        return Result("state", claim, 0.0, 0.0, "an exception, or the right gradients")
+    name, error = worst(relative_errors(got.gradients, wanted.gradients))
+    limit = Limit(subject.dtype, 2 * subject.depth, subject.autocast)
+    explanation = f"where the output is changed in place before backward, the gradient of {name} is wrong"
+    return limit.judge("state", claim, error, explanation)
 
 
 def _intermediate(x: Tensor) -> Tensor:
@@ -109,15 +144,23 @@ def _changes(held: Sequence[tuple[Tensor, str]], before: Sequence[tuple], when: 
 
 
 def _buffers(subject: Subject, claim: str) -> Result:
-    """Compare the buffers after a step with those after a plain forward pass; in eval mode, with those before it."""
-    plain = subject.fresh()
-    with torch.no_grad():
-        subject.evaluated(plain, subject.inputs)
-    before, wanted = dict(subject.module.named_buffers()), dict(plain.named_buffers())
+    """Compare the buffers after a step with those of plain training, or of forward; in eval mode, with those before."""
+    before, twin = dict(subject.module.named_buffers()), subject.plain()
+    if twin is not None:  # a step, since torch's checkpoint moves statistics in backward again
+        wanted = subject.run(twin).buffers
+    else:
+        plain = subject.fresh()
+        with torch.no_grad():
+            subject.evaluated(plain, subject.inputs)
+        wanted = dict(plain.named_buffers())
     got = subject.run(subject.trained()).buffers
     error, name = _difference(got, wanted)
     explanation = name and _explain_buffer(name, before[name], wanted[name], got[name])
-    in_eval, name = _difference(subject.run(subject.trained().eval()).buffers, before)
+    once = subject.fresh().eval()
+    with torch.no_grad():
+        subject.evaluated(once, subject.inputs)  # a layer that initialises itself has done so
+    before_eval = {name: buffer.clone() for name, buffer in once.named_buffers()}
+    in_eval, name = _difference(subject.run(replace(subject, module=once).trained()).buffers, before_eval)
     if not explanation and in_eval:
         error, explanation = in_eval, f"in eval mode a step changes buffer {name}"
     limit = Limit(subject.dtype, subject.depth, subject.autocast)

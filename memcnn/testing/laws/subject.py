@@ -1,12 +1,14 @@
 """The module under test with its inputs: its copies, its plain twin, and its runs from one and the same state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memcnn.models.coupling import Coupling
 from memcnn.models.revop import InvertibleModuleWrapper
@@ -22,9 +24,27 @@ DROPOUTS = (
     nn.MultiheadAttention,
 )
 
+LOWER = torch.float32, torch.bfloat16, torch.float16
+"""Precisions below that of float64."""
+
 
 class NotRunnable(ValueError):
     """The module does not run on the inputs, so that no law can be checked."""
+
+
+class Precisions(TorchDispatchMode):
+    """Counts the results of lower precision than float64, and the largest of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for x in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(x, Tensor) and x.dtype in LOWER and x.numel() > 1:
+                self.found[x.dtype] = self.found.get(x.dtype, 0) + 1
+        return results
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,7 @@ class Subject:
         wrap: run the module in an `InvertibleModuleWrapper`, as it would be trained. None: if nothing in it is wrapped
             yet. False: it has an engine of its own.
         autocast: run forward and inverse under autocast to this dtype.
+        runs: the module is known to run on the inputs, which are on its grid.
     """
 
     module: nn.Module
@@ -47,8 +68,11 @@ class Subject:
     seed: int = 0
     wrap: bool | None = None
     autocast: torch.dtype | None = None
+    runs: bool = False
 
     def __post_init__(self) -> None:
+        if self.runs:
+            return
         if not isinstance(self.module, nn.Module) or not callable(getattr(self.module, "inverse", None)):
             raise TypeError(
                 f"the module must be an nn.Module with forward and inverse: got "
@@ -69,11 +93,17 @@ class Subject:
                 f"forward raised {type(error).__name__} for inputs of shape {shapes}, {self.dtype}: {error}"
             ) from error
         object.__setattr__(self, "inputs", tuple(map(self.on_grid, self.inputs)))
+        object.__setattr__(self, "runs", True)
 
     def on_grid(self, x: Tensor) -> Tensor:
         """Return the nearest value on the grid of the module's exact couplings; x itself if it has none."""
         grids = [part.grid for part in self.module.modules() if isinstance(part, Coupling) and part.grid is not None]
         return max(grids, key=lambda grid: grid.step).snap(x) if grids and x.is_floating_point() else x
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a coupling in the module rounds its values to a grid."""
+        return any(isinstance(part, Coupling) and part.grid is not None for part in self.module.modules())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,9 +153,18 @@ class Subject:
         return torch.autocast(self.inputs[0].device.type, self.autocast) if self.autocast else nullcontext()
 
     def call(self, function: Callable, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return ``function(*inputs)``, forward or inverse, as a tuple of tensors."""
+        """Return ``function(*inputs)``, forward or inverse, as a tuple of tensors.
+
+        An exception is marked as the block's (`memcnn.testing.laws.guard`). An exit becomes an exception.
+        """
         with self.context():
-            return as_tuple(function(*inputs))
+            try:
+                return as_tuple(function(*inputs))
+            except SystemExit as error:
+                raise RuntimeError(f"the block called sys.exit({error.code!r})") from error
+            except Exception as error:
+                error.raised_by_block = True
+                raise
 
     def evaluated(self, function: Callable, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return ``function(*copies of inputs)``, with the random numbers of every evaluation."""
@@ -139,6 +178,22 @@ class Subject:
         """
         inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in self.inputs]
         return run(module, program or self.step, inputs, self.seed, named_like=self.module)
+
+    @property
+    def ordinary(self) -> Outcome:
+        """One training step of the module as it is trained, which several claims compare with others."""
+        return self._ordinary[0]
+
+    @property
+    def lower_precisions(self) -> Mapping[torch.dtype, int]:
+        """How many results the ordinary training step computes in each lower precision than float64."""
+        return self._ordinary[1]
+
+    @cached_property
+    def _ordinary(self) -> tuple[Outcome, Mapping[torch.dtype, int]]:
+        with Precisions() if self.dtype == torch.float64 else nullcontext() as precisions:
+            outcome = self.run(self.trained())
+        return outcome, precisions.found if precisions else {}
 
     def step(self, module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run a forward and a backward pass."""

@@ -36,9 +36,15 @@ def duplicate(module: nn.Module) -> nn.Module:
     """Return ``copy.deepcopy(module)`` in about half the time.
 
     Much of that time goes to the empty collections of hooks that every module has. The memo is given new ones.
+    It is also given copies of tensors that a pass has computed and left on the module, which torch does not copy.
     """
     values = [value for part in module.modules() for value in vars(part).values()]
-    return copy.deepcopy(module, {id(x): type(x)() for x in values if type(x) in (OrderedDict, dict, set) and not x})
+    memo = {id(x): type(x)() for x in values if type(x) in (OrderedDict, dict, set) and not x}
+    for value in values:
+        for x in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(x, Tensor) and not x.is_leaf:
+                memo[id(x)] = x.detach().clone()
+    return copy.deepcopy(module, memo)
 
 
 def is_wrapped(module: nn.Module) -> bool:

@@ -1,0 +1,44 @@
+"""Whose exception it is: one that the tested block causes is a failure of a law, any other a fault of the verifier."""
+
+import math
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from memcnn.testing.laws.result import Report, Result
+
+TESTING = Path(__file__).parents[1]
+OWN_MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError)
+"""Exceptions that the verifier's own code may raise by mistake. Torch raises others for tensors that do not fit."""
+
+
+def is_ours(error: BaseException) -> bool:
+    """Return whether the verifier itself broke: the exception was raised in its code, not in that of the block."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if getattr(error, "raised_by_block", False) or not frames:
+        return False
+    return isinstance(error, OWN_MISTAKES) and Path(frames[-1].filename).is_relative_to(TESTING)
+
+
+def described(error: BaseException) -> str:
+    """Return the exception in words, for "... raised X"."""
+    return f"{type(error).__name__}: {error}"
+
+
+def guarded(law: str, claim: str, check: Callable[..., Report | Result | list[Result] | None], *arguments: object):
+    """Return ``check(*arguments)``; a failure of ``claim`` where the block raises an exception.
+
+    Raises:
+        Exception: one that is the verifier's own fault.
+    """
+    try:
+        return check(*arguments)
+    except Exception as error:
+        return failure(law, claim, error)
+
+
+def failure(law: str, claim: str, error: Exception) -> Result:
+    """Return the failure of ``claim`` that an exception of the block is. Raises the exception if it is not one."""
+    if is_ours(error):
+        raise error
+    return Result(law, claim, math.inf, 0.0, explanation=f"raised {described(error)}")

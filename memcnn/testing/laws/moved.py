@@ -1,0 +1,110 @@
+"""The module as training leaves it: it has run, and an optimiser has moved its parameters.
+
+Parameters as they start hide faults. A layer that starts at zero hides what surrounds it, a scale of 1 hides whether it
+is undone, and a value that was computed from a parameter is stale only after the parameter has moved.
+"""
+
+from contextlib import suppress
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from memcnn.testing.laws.subject import Subject, without_dropout
+
+MOVE = 0.1
+"""How far parameters move, relative to the root mean square of their entries."""
+WHEN_MOVED = " after an optimiser step"
+"""What is added to a claim that is checked once more with moved parameters."""
+
+
+def moved(subject: Subject) -> Subject:
+    """Return the subject with every trained parameter moved, in a module that has not run with the old ones."""
+    start = subject.initialised()
+    module = start.fresh()
+    _optimise(module, subject.seed)
+    return replace(start, module=module, runs=True)
+
+
+def used_and_moved(subject: Subject) -> nn.Module:
+    """Return a module that has run in both directions before an optimiser moved its parameters as `moved` does.
+
+    The step is taken in training mode, and the modes are restored by ``train()``: both may discard stored values. The
+    module must not be copied: the copies' parameters have other versions and addresses, by which it may know them.
+    """
+    start = subject.initialised()
+    module = start.fresh()
+    without_dropout(module)
+    _use(start, module)
+    modes = [(part, part.training) for part in module.modules()]
+    training = module.training
+    module.train()
+    _optimise(module, subject.seed)
+    module.train(training)
+    for part, was in modes:
+        part.training = was
+    return module
+
+
+def _optimise(module: nn.Module, seed: int) -> None:
+    trained = [p for p in module.parameters() if p.requires_grad and p.numel()]
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in trained:
+        parameter.grad = -_move(parameter.detach(), generator)
+    if trained:
+        torch.optim.SGD(trained, lr=1.0).step()
+    for parameter in trained:
+        parameter.grad = None
+
+
+def with_buffers_of(module: nn.Module, other: nn.Module) -> bool:
+    """Copy the buffers of ``other`` into ``module``; False if they do not fit."""
+    mine, theirs = list(module.buffers()), list(other.buffers())
+    if [x.shape for x in mine] != [x.shape for x in theirs]:
+        return False
+    with torch.no_grad():
+        for x, value in zip(mine, theirs, strict=True):
+            x.copy_(value)
+    return True
+
+
+def beside(subject: Subject, share: float = 0.01) -> Subject:
+    """Return the subject with inputs moved at random by ``share`` of their size: no value is at a kink by design."""
+    generator = torch.Generator().manual_seed(subject.seed + 1)
+    inputs = []
+    for x in subject.inputs:
+        if x.is_floating_point():
+            size = share * max(1e-3, x.detach().abs().max().item() if x.numel() else 0.0)
+            noise = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu")
+            x = subject.on_grid(x.detach() + size * noise.to(x))
+        inputs.append(x)
+    return replace(subject, inputs=tuple(inputs), runs=True)
+
+
+def is_special(x: Tensor) -> bool:
+    """Return whether more than a few entries of ``x`` are zero or equal to another one, as in a constant image."""
+    if not x.is_floating_point() or x.numel() < 2:
+        return False
+    return x.unique().numel() < 0.9 * x.numel() or bool((x == 0).any())
+
+
+def _use(subject: Subject, module: nn.Module) -> None:
+    """Run all that a module may store values in; another claim reports what raises."""
+    with torch.no_grad(), suppress(Exception):
+        y = subject.evaluated(module, subject.inputs)
+        subject.evaluated(module.inverse, y)
+        for name, values in ("forward_log_det", subject.inputs), ("inverse_log_det", y):
+            if callable(getattr(module, name, None)):
+                getattr(module, name)(*values)
+    with suppress(Exception):
+        subject.evaluated(module, subject.inputs)
+
+
+def _move(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a change of every entry: ``MOVE`` of their root mean square; smaller for a matrix of zeros than for 1."""
+    size = parameter.abs().square().mean().sqrt().item()
+    if not size:
+        fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
+        size = fan_in**-0.5
+    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
+    return (MOVE * size * noise).to(parameter)

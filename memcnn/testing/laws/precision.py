@@ -1,0 +1,49 @@
+"""A claim of the law of gradients: no lower precision in the backward pass than in the forward pass."""
+
+from collections.abc import Mapping
+
+import torch
+
+from memcnn.testing.laws.differences import like_finite_differences_when_moved
+from memcnn.testing.laws.result import Result
+from memcnn.testing.laws.subject import Precisions, Subject
+
+LARGEST_ERROR = 2e-9
+"""Finite differences are a hundred times more accurate than this, and float32 is ten times less."""
+
+
+def stay_in_float64(subject: Subject, claim: str) -> Result:
+    """Check that backward computes nothing in a lower precision that a plain forward pass does not compute in it.
+
+    An engine that stores or rebuilds in float32 what is of float64 loses half of the digits, which finite differences
+    do not show.
+    """
+    try:
+        found = subject.lower_precisions
+    except Exception as error:
+        if getattr(error, "raised_by_block", False) or isinstance(error, RuntimeError):
+            return Result("gradients", claim, skipped="the training step raises an exception")
+        raise
+    in_forward = _in_plain_forward(subject) if found else {}
+    strange = {dtype: count for dtype, count in found.items() if dtype not in in_forward}
+    words = ", ".join(f"{count} results of {str(dtype).removeprefix('torch.')}" for dtype, count in strange.items())
+    explanation = f"a training step of the block in float64 computes {words}, a forward pass without gradients none"
+    total = sum(strange.values())
+    if not total and in_forward:
+        slopes = like_finite_differences_when_moved(subject)
+        if not slopes.skipped and slopes.error > LARGEST_ERROR:
+            return Result(
+                "gradients",
+                claim,
+                slopes.error,
+                LARGEST_ERROR,
+                "finite differences in float64, where tensors of a lower precision are computed",
+                f"in float64 the gradients are {slopes.error:.1g} off, and tensors of a lower precision are computed",
+            )
+    return Result("gradients", claim, total, 0, "nothing may be", explanation if total else "")
+
+
+def _in_plain_forward(subject: Subject) -> Mapping[torch.dtype, int]:
+    with torch.no_grad(), Precisions() as precisions:
+        subject.evaluated(subject.plain() or subject.fresh(), subject.inputs)
+    return precisions.found

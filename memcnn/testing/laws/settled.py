@@ -1,0 +1,49 @@
+"""Modules whose buffers move towards a value that their parameters alone decide, as spectral norm's do in training."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from memcnn.testing.laws.subject import Subject, reordered
+
+MOST_PASSES = 2_000
+MOST_ROUNDINGS = 100
+"""Buffers that move by less, in roundings of their dtype, have settled."""
+
+
+@torch.no_grad()
+def settled(subject: Subject) -> Subject:
+    """Return the subject after so many forward passes that such buffers stay; the same if it has none.
+
+    Spectral norm takes one step of a power iteration in each pass of training. Until it has converged, two passes
+    compute two functions, so that no inverse undoes a pass, and the gradient is not the derivative.
+    """
+    start = _moving(subject.module)
+    if not start or not subject.module.training:
+        return subject
+    once, other = subject.fresh(), subject.fresh()
+    subject.evaluated(once, subject.inputs)
+    if not _differ(start, _moving(once)):
+        return subject
+    subject.evaluated(other, [0.5 * reordered(x) if x.is_floating_point() else x for x in subject.inputs])
+    if _differ(_moving(once), _moving(other)):
+        return subject  # statistics of the inputs
+    for _ in range(MOST_PASSES):
+        before = _moving(once)
+        subject.evaluated(once, subject.inputs)
+        if not _differ(before, _moving(once)):
+            return replace(subject, module=once)
+    return subject
+
+
+def _moving(module: nn.Module) -> list[Tensor]:
+    return [buffer.clone() for buffer in module.buffers() if buffer.is_floating_point()]
+
+
+def _differ(first: list[Tensor], second: list[Tensor]) -> bool:
+    return any(
+        (a - b).abs().max().item() > MOST_ROUNDINGS * torch.finfo(a.dtype).eps * a.abs().max().item()
+        for a, b in zip(first, second, strict=True)
+        if a.numel()
+    )
