@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--sample",
-        type=int,
+        type=cli.count,
         metavar="N",
         help="test N mutants of FILE ..., drawn with a fixed seed, and skip the others (default: test all)",
     )

@@ -17,6 +17,7 @@ from memcnn import (
     SpaceToDepth,
 )
 from memcnn.engine.exact import Grid
+from properties.support.blocks import Notes
 from properties.zoo.specimen import Own, branch, fault, normalised
 
 FORTH = "inverse(forward(x)) = x"
@@ -241,7 +242,7 @@ class Counting(Own):
 
     def __init__(self):
         super().__init__()
-        self.calls = []  # a plain number would be set back for the recomputation
+        self.calls = Notes()
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls.append(None)
