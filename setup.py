@@ -20,11 +20,10 @@ setup(
     packages=find_packages(include=["memcnn", "memcnn.*"]),
     package_data={"memcnn": ["py.typed"], "memcnn.training": ["record.schema.json"]},
     python_requires=">=3.10",
-    install_requires=["filelock", "numpy", "tensorboardX", "torch>=2.11", "torchvision>=0.26", "tqdm"],
+    install_requires=["filelock", "hypothesis", "numpy", "tensorboardX", "torch>=2.11", "torchvision>=0.26", "tqdm"],
     extras_require={
         "harness": [
             "fastjsonschema",
-            "hypothesis",
             "jinja2",
             "matplotlib",
             "pandas>=2.2",

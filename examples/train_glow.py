@@ -9,7 +9,7 @@ channels for days, to 3.35 bits. 8 bits are those of uniform noise. ``--data gen
 import argparse
 
 import torch
-from torchvision.utils import save_image
+from PIL import Image
 
 from memcnn.data import load
 from memcnn.memory import measure_step_memory
@@ -44,7 +44,9 @@ def main() -> None:
     with torch.no_grad():
         test = bits_per_dimension(flow.eval(), data.test_images[:200])
     print(f"200 test images: {test.item():.3f} bits per dimension")
-    save_image((flow.sample(32, args.temperature) + 0.5).clamp(0, 1), args.out, nrow=8)
+    samples = (256 * (flow.sample(32, args.temperature) + 0.5)).clamp(0, 255).to(torch.uint8)
+    rows = samples.view(4, 8, 3, 32, 32).permute(0, 3, 1, 4, 2).reshape(128, 256, 3)
+    Image.fromarray(rows.numpy()).save(args.out)
     print(f"32 samples at temperature {args.temperature}: {args.out}")
     for disable in (False, True):
         model = Glow((3, 32, 32), 3, args.depth, 32, disable=disable)

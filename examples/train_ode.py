@@ -11,8 +11,8 @@ import argparse
 import math
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from torchvision.utils import save_image
 
 from memcnn.memory import measure_step_memory
 from memcnn.models.ode import ReversibleHeun
@@ -49,7 +49,7 @@ def log_prob(solver: ReversibleHeun, y: Tensor) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--training-steps", type=int, default=600)
+    parser.add_argument("--training-steps", type=int, default=300)
     parser.add_argument("--solver-steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--out", default="density.png")
@@ -65,7 +65,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         recent = [*recent[-19:], loss.item()]
-        if step % 100 == 0 or step == args.training_steps - 1:
+        if step % 50 == 0 or step == args.training_steps - 1:
             print(f"step {step:4}: negative log-likelihood {sum(recent) / len(recent):.3f}", flush=True)
 
     points = two_moons(args.batch)
@@ -84,7 +84,8 @@ def main() -> None:
         density = log_prob(solver, grid).exp()
     cell = (2 * reach / (side - 1)) ** 2
     print(f"the density sums to {density.sum().item() * cell:.3f} over the square of side {2 * reach:g}")
-    save_image((density / density.max()).sqrt().view(1, side, side), args.out)
+    grey = (255 * (density / density.max()).sqrt()).to(torch.uint8)
+    Image.fromarray(grey.view(side, side).numpy()).save(args.out)
     print(f"the density as a picture: {args.out}")
 
 

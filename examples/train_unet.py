@@ -28,7 +28,7 @@ def balls(count: int, size: int) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--size", type=int, default=16)
     args = parser.parse_args()

@@ -9,6 +9,7 @@ Read ``recompute`` first: it opens with the rules and one worked example.
 ``couple``          ``split``, ``couple`` and ``merge``, the three functions that couplings are written with
 ``opaque``          modules that offer nothing but ``forward`` and ``inverse``
 ``replay``          what the second evaluation must see as the first did: random numbers, autocast, modes, parameters
+``quiet``           the short replay of branches that consist of PyTorch's own layers, as most do
 ``buffers``         the part of the replay that looks after buffers, such as running statistics
 ``again``           the second evaluation as a context: restore what the first one saw, and undo that at the end
 ``identity``        whether a tensor is still the one that was seen

@@ -1,7 +1,9 @@
 """The second evaluation as a context: restore what the first one saw, and undo that at the end."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from memcnn.engine.generators import check_drawn
@@ -63,3 +65,12 @@ def exchange(registry: dict, name: str, then: Tensor, undo: list[tuple]) -> None
     if type(then) in (Tensor, nn.Parameter) and (type(now) in (Tensor, nn.Parameter) or not isinstance(now, Tensor)):
         undo.append((registry.__setitem__, name, now) if name in registry else (registry.pop, name, None))
         registry[name] = then
+
+
+def restore_autocast(states: Sequence[tuple[str, torch.dtype | None, bool, bool]], undo: list[tuple]) -> None:
+    """Set autocast as noted: device type, dtype, enabled, cached. ``undo`` receives the calls that undo this."""
+    for kind, dtype, enabled, caches in states:
+        if enabled or torch.is_autocast_enabled(kind):
+            autocast = torch.autocast(kind, dtype, enabled, caches)
+            autocast.__enter__()
+            undo.append((autocast.__exit__, None, None, None))

@@ -28,9 +28,9 @@ from operator import is_, itemgetter
 import torch
 from torch import Tensor, nn
 
-from memcnn.engine.again import Again
+from memcnn.engine.again import Again, restore_autocast
 from memcnn.engine.attributes import BASE_ATTRIBUTES, known_class
-from memcnn.engine.replay import Replay, restore_autocast
+from memcnn.engine.replay import Replay
 from memcnn.engine.torch_private import is_observed
 
 NORMS = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})

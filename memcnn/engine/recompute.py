@@ -15,9 +15,9 @@ Rules
    saves the same tensors in the same order, so that each goes to its activation. The step then inverts its sum (or
    affine map) with the branch's output: x1 = y1 - F(x2).
 5. The second evaluation sees what the first saw: strides, random numbers, autocast, modes, buffers, attributes, hooks
-   (``replay``). If the tensors that it saves differ from those of the first in number, shape or dtype, an error is
-   raised. In a few evaluations their values are compared as well (``drift``). docs/limits.md lists what remains
-   unnoticed.
+   (``replay``; ``quiet`` for most branches). If the tensors that it saves differ from those of the first in number,
+   shape or dtype, an error is raised. In a few evaluations their values are compared as well (``drift``).
+   docs/limits.md lists what remains unnoticed.
 6. Blocks may be nested. A chain inside a branch does not store its end: the second evaluation of the branch gives it
    back.
 7. The engine never writes to a tensor that the user can see. A value refers to its step, and a step to its sources.

@@ -16,7 +16,7 @@ from operator import is_
 import torch
 from torch import Tensor, nn
 
-from memcnn.engine.again import Again, exchange
+from memcnn.engine.again import Again, exchange, restore_autocast
 from memcnn.engine.attributes import (
     Attributes,
     defaults_hidden,
@@ -317,15 +317,6 @@ class Replay(ReplayedBuffers):
                 buffer.data.copy_(before)
         if (registries := hooked(self.modes)) or self.hooks is not None:
             restore_hooks(self.hooks, registries, undo)
-
-
-def restore_autocast(states: Sequence[tuple[str, torch.dtype, bool, bool]], undo: list[tuple]) -> None:
-    """Set autocast as noted: device type, dtype, enabled, whether casts are cached. ``undo`` as in ``restore``."""
-    for kind, dtype, enabled, caches in states:
-        if enabled or torch.is_autocast_enabled(kind):
-            autocast = torch.autocast(kind, dtype, enabled, caches)
-            autocast.__enter__()
-            undo.append((autocast.__exit__, None, None, None))
 
 
 _CPU = torch.device("cpu")

@@ -1,5 +1,6 @@
 """The environment of a run: device, software versions, and the state of its source code."""
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -41,9 +42,12 @@ def software_versions() -> dict:
 
 
 def git_state() -> dict:
-    """Return the package's commit, and whether its folder is as committed; both None outside a git checkout of it."""
+    """Return the package's commit, and whether its folder is as committed; both None if they are unknown.
+
+    Outside a git checkout of the package, as in a Docker image, the commit is that of ``MEMCNN_COMMIT``.
+    """
     if _git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return {"commit": None, "clean": None}
+        return {"commit": os.environ.get("MEMCNN_COMMIT") or None, "clean": None}
     changes = _git("status", "--porcelain", "--", ".")
     return {"commit": _git("rev-parse", "HEAD"), "clean": None if changes is None else changes == ""}
 

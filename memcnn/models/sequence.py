@@ -1,0 +1,192 @@
+"""Reversible modules one after the other, of which only the end's output is stored for backward."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from memcnn.engine.chain import storing
+from memcnn.engine.couple import keep_only, merge, recording, split
+from memcnn.engine.exact import Grid
+from memcnn.engine.torch_private import is_hooked
+from memcnn.models.additive import AdditiveCoupling
+from memcnn.models.coupling import Coupling
+from memcnn.models.keywords import keywords_taken, refuse_unknown, taken
+from memcnn.models.log_det import constant_log_det
+from memcnn.models.wrapper import InvertibleModuleWrapper, is_recorded, uncompiled
+
+
+class ReversibleSequential(nn.Sequential):
+    """Reversible modules one after the other, of which only the end's output is stored for backward.
+
+    Args:
+        *modules: couplings, wrapped blocks, or any modules with ``forward`` and ``inverse`` that map one tensor to one.
+        keep_every: let every ``keep_every``-th block, counted from the end, store its activations, so that backward
+            need not recompute it: 1 is ordinary autograd, 2 recomputes half of the blocks, None all of them.
+        exact: set ``exact`` of every coupling, which must be additive ones; None leaves them as they are.
+    """
+
+    def __init__(self, *modules: nn.Module, keep_every: int | None = None, exact: bool | float | Grid | None = None):
+        super().__init__(*(m if isinstance(m, _REVERSIBLE) else InvertibleModuleWrapper(m) for m in modules))
+        if keep_every is not None and (not isinstance(keep_every, int) or keep_every < 1):
+            raise ValueError(f"keep_every must be None or a whole number of at least 1: got {keep_every!r}")
+        self.keep_every = keep_every
+        if exact is not None:
+            for i, module in enumerate(self):
+                if not isinstance(module, InvertibleModuleWrapper) or not isinstance(module._fn, AdditiveCoupling):
+                    raise ValueError(
+                        "only additive couplings can be exact: module "
+                        f"{i} is a {type(getattr(module, '_fn', module)).__name__};"
+                        " leave exact out, or replace the module"
+                    )
+                module._fn.grid = Grid.of(exact)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]  # Sequential calls it input
+        """Return y, of the shape that the modules give it.
+
+        Each keyword argument is handed to the modules, and within couplings to the branches, whose ``forward`` takes
+        it.
+        """
+        refuse_unknown(self, kwargs)
+        for store, blocks in self._runs(list(self)):
+            with storing() if store else nullcontext():
+                values = [x]
+                del x
+                x = (
+                    _run_of(blocks, values, Coupling.couple, kwargs)
+                    if len(blocks) > 1
+                    else blocks[0](values.pop(), **taken(blocks[0], kwargs))
+                )
+        return x
+
+    def inverse(self, y: Tensor, **kwargs: Any) -> Tensor:
+        """Return x with ``self(x, **kwargs) = y``, differentiable with the same savings."""
+        refuse_unknown(self, kwargs)
+        for store, blocks in self._runs(list(reversed(self))):
+            with storing() if store else nullcontext():
+                values = [y]
+                del y
+                y = (
+                    _run_of(blocks, values, Coupling.uncouple, kwargs)
+                    if len(blocks) > 1
+                    else blocks[0].inverse(values.pop(), **taken(blocks[0], kwargs))
+                )
+        return y
+
+    def keywords_taken(self, names: Iterable[str]) -> set[str]:
+        """Return those of the names that one of the modules takes as keyword arguments."""
+        return {name for module in self for name in keywords_taken(module, names)}
+
+    def _runs(self, blocks: list[nn.Module]) -> Iterator[tuple[bool, list[Any]]]:
+        """Yield the blocks to run together, each time with whether they store their activations."""
+        stores = [self._stores(len(blocks) - 1 - i) for i in range(len(blocks))]
+        alike = [None if store else _halves_passed_on(block) for store, block in zip(stores, blocks, strict=True)]
+        start = 0
+        for run in _runs(blocks, alike):
+            yield stores[start], run
+            start += len(run)
+
+    def _stores(self, distance_to_end: int) -> bool:
+        return self.keep_every is not None and distance_to_end % self.keep_every == 0
+
+    def forward_log_det(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return y, and log|det dy/dx| of each sample, shape (N,): the sum of the modules' own."""
+        refuse_unknown(self, kwargs)
+        total = constant_log_det(x)
+        module: Any
+        for i, module in enumerate(self):
+            with storing() if self._stores(len(self) - 1 - i) else nullcontext():
+                x, log_det = module.forward_log_det(x, **taken(module, kwargs))
+            total = total + log_det
+        return x, total
+
+    def inverse_log_det(self, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return x, and log|det dx/dy| of each sample, shape (N,)."""
+        refuse_unknown(self, kwargs)
+        total = constant_log_det(y)
+        module: Any
+        for i, module in enumerate(reversed(self)):
+            with storing() if self._stores(len(self) - 1 - i) else nullcontext():
+                y, log_det = module.inverse_log_det(y, **taken(module, kwargs))
+            total = total + log_det
+        return y, total
+
+
+_REVERSIBLE = (InvertibleModuleWrapper, ReversibleSequential)
+
+
+class HalvesPassedOn(nn.Sequential):
+    """An ``nn.Sequential`` whose neighbouring wrapped couplings pass on two halves instead of joining them each time.
+
+    What it computes, its state-dict keys and the other modules in it are those of ``nn.Sequential``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        units = list(self)
+        for blocks in _runs(units, [_halves_passed_on(unit) for unit in units]):
+            values = [x]
+            del x
+            x = _run_of(blocks, values, Coupling.couple, {}) if len(blocks) > 1 else blocks[0](values.pop())
+        return x
+
+
+def _runs(blocks: Sequence[nn.Module], alike: Sequence[tuple | None]) -> list[list[Any]]:
+    """Return the blocks in order, those together that follow each other and are alike; None is like no other."""
+    runs: list[list[Any]] = []
+    previous = None
+    for block, kind in zip(blocks, alike, strict=True):
+        if kind is not None and kind == previous:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+        previous = kind
+    return runs
+
+
+def _halves_passed_on(block: nn.Module) -> tuple | None:
+    """Return equal values for blocks that can pass on two halves instead of their tensor; None for any other block."""
+    if not isinstance(block, InvertibleModuleWrapper) or block.disable or block.keep_input or block.keep_input_inverse:
+        return None
+    coupling = block._fn
+    if not isinstance(coupling, Coupling) or is_hooked(block) or is_hooked(coupling):
+        return None
+    if (type(coupling).forward, type(coupling).inverse) != (Coupling.forward, Coupling.inverse):
+        return None
+    return coupling.split_dim, coupling.grid, block.preserve_rng_state, block.check_inverse
+
+
+def _run_of(
+    blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable, kwargs: dict[str, object]
+) -> Tensor:
+    """Run the wrapped couplings one after the other, ``change`` being ``Coupling.couple`` or ``Coupling.uncouple``.
+
+    ``values`` holds the input alone. It is taken out, so that no caller keeps the input until the last block has run.
+    """
+    if not any(is_recorded(block._fn, values) for block in blocks):
+        return _halves_changed(blocks, values, change, kwargs)
+    options = {"preserve_rng_state": blocks[0].preserve_rng_state, "check_inverse": blocks[0].check_inverse}
+    return _recorded_run(blocks, values, change, kwargs, options)
+
+
+@uncompiled
+def _recorded_run(
+    blocks: Sequence[InvertibleModuleWrapper],
+    values: list[Tensor],
+    change: Callable,
+    kwargs: dict[str, object],
+    options: dict,
+) -> Tensor:
+    with recording(**options):
+        return _halves_changed(blocks, values, change, kwargs)
+
+
+def _halves_changed(
+    blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable, kwargs: dict[str, object]
+) -> Tensor:
+    coupling: Any = blocks[0]._fn
+    halves = split(values.pop(), coupling.split_dim, coupling.grid)
+    for block in blocks:
+        halves = getattr(block._fn, change.__name__)(*halves, **(taken(block, kwargs) if kwargs else kwargs))
+        keep_only(*halves)
+    return merge(*halves, coupling.split_dim, coupling.grid)
