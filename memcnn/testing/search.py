@@ -2,12 +2,14 @@
 
 import copy
 import math
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Flaky
 from torch import Tensor, nn
 
 from memcnn.testing.checks import check_all
@@ -19,6 +21,8 @@ SIZES = 3, 5, 1, 2
 """Sizes that every varied dimension takes at least once; of a batch of two, a roll is its own inverse."""
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced")
 """How inputs lie in memory. A sliced one has gaps."""
+LONGEST_SHRINKING = 30
+"""Seconds after the first drawn failure in which smaller ones are looked for."""
 LAID_OUT = {
     "contiguous": "{}",
     "channels_last": "{}.contiguous(memory_format=torch.channels_last)",
@@ -175,7 +179,7 @@ def search(
             found.failing = example, report
         return report.passed
 
-    refused = []
+    refused, failed_since = [], []
     for training in modes:
         try:
             check(replace(base, training=training))
@@ -206,17 +210,20 @@ def search(
     )
     @given(_examples(base, modes, vary))
     def every_example_passes(example: Example) -> None:
+        if failed_since and time.monotonic() - failed_since[0] > LONGEST_SHRINKING:
+            return
         try:
             passed = check(example)
         except NotRunnable as error:
             found.not_runnable = str(error)
             return
         if not passed:
+            failed_since.append(time.monotonic())
             raise _Broken
 
     try:
         every_example_passes()
-    except _Broken:
+    except (_Broken, Flaky):  # after ``LONGEST_SHRINKING`` examples that failed pass
         pass
     return found
 

@@ -217,7 +217,7 @@ def test_a_fault_of_the_verifier_has_a_status_of_its_own(blocks, capsys, monkeyp
     monkeypatch.setattr("memcnn.testing.search.check_all", lambda *_, **__: {}["a mistake"])
     status, _, err = run(capsys, "user_blocks:Block")
     assert status == 3
-    assert "KeyError: 'a mistake'" in err and "Please report it" in err
+    assert "KeyError: 'a mistake'" in err and "Please report this to MemCNN's maintainers" in err
 
 
 def test_an_input_may_be_of_integers_and_a_condition_of_both_directions(blocks, capsys):

@@ -24,6 +24,7 @@ from memcnn.testing.laws.passes import second_step_is_plain
 from memcnn.testing.laws.precision import stay_in_float64
 from memcnn.testing.laws.result import Report, Result
 from memcnn.testing.laws.rounding import condition_numbers, named
+from memcnn.testing.laws.settled import settled
 from memcnn.testing.laws.subject import NotRunnable, Subject
 from memcnn.testing.laws.subsets import gradients_with_frozen_parameters, gradients_without_inputs, second_derivatives
 from memcnn.testing.laws.twin import NamedTensors, Outcome, is_dense, relative_errors, worst
@@ -63,13 +64,13 @@ def check_gradients(
             straight-through estimator).
         autocast: run forward under autocast to this dtype. Then plain backpropagation is the only reference.
     """
-    subject = Subject(module, inputs, seed, wrap, autocast)
+    subject = settled(Subject(module, inputs, seed, wrap, autocast))
     results = [*_like_plain(subject), *second_step_is_plain(subject), *_added(subject)]
     subsets = [guarded("gradients", claim, check, subject, claim) for claim, check in SUBSETS.items()]
     if autocast:
         return Report((*results, *_there(subsets)))
     try:
-        exact = subject.in_double()
+        exact = settled(subject.in_double())
     except NotRunnable as error:
         return Report((*results, Result("gradients", DIFFERENCES, skipped=f"in float64 {error}"), *_there(subsets)))
     if subject.dtype != torch.float64:
