@@ -4,9 +4,8 @@ It sees the same random numbers, autocast state, modes, parameters, buffers and 
 user, moves no generator, updates no buffer and counts no call.
 
 ``Replay`` surveys the module before the first evaluation, notes afterwards what that changed, and restores everything
-for a further one. ``buffers`` and ``generators`` have its parts; ``again`` is the context of a further evaluation. A
-replay is made for every evaluation of every branch. Its loops are written out, because calls of Python functions decide
-how long a step takes where kernels are small.
+for a further one. ``buffers`` and ``generators`` have its parts; ``again`` is the context of a further evaluation.
+``quiet`` has a shorter way for most branches. The loops are written out, because calls of Python functions take long.
 """
 
 from collections.abc import Sequence
@@ -47,6 +46,8 @@ from memcnn.engine.generators import (
 from memcnn.engine.hooks import Hooks, hooked, restore_hooks
 from memcnn.engine.identity import identity, refuse_unless_lazy
 from memcnn.engine.references import HELD_BY_REFERENCE, Container, WithGraph, references
+
+_CPU = torch.device("cpu")
 
 
 class Replay(ReplayedBuffers):
@@ -111,7 +112,7 @@ class Replay(ReplayedBuffers):
         captured = {device for device in devices if is_captured(device)}
         self.captured = preserve_rng_state and bool(captured)
         self.generators: list[Drawn] = []
-        """The generators that the module may draw from; after ``evaluated()``, those that it drew from."""
+        """Those that the module may draw from; after ``evaluated()``, those that it drew from."""
         if preserve_rng_state:
             self.generators = [
                 Drawn(Source("PyTorch's", rng_state, set_rng_state, device), rng_state(device), None)
@@ -184,7 +185,7 @@ class Replay(ReplayedBuffers):
     def watch(self) -> AbstractContextManager:
         """Return the context of the first evaluation. It notes which hooks change a value."""
         if self.hooks is None and not self.captured:
-            return _NOTHING
+            return nullcontext()
         stack = ExitStack()
         if self.hooks is not None:
             stack.enter_context(self.hooks.watch())
@@ -317,7 +318,3 @@ class Replay(ReplayedBuffers):
                 buffer.data.copy_(before)
         if (registries := hooked(self.modes)) or self.hooks is not None:
             restore_hooks(self.hooks, registries, undo)
-
-
-_CPU = torch.device("cpu")
-_NOTHING = nullcontext()
