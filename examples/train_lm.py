@@ -39,7 +39,7 @@ def main() -> None:
         starts = torch.randint(len(source) - args.context, (args.batch, 1))
         return source[starts + torch.arange(args.context + 1)]
 
-    sizes = {"vocabulary": 256, "depth": args.depth, "dim": 96, "heads": 4, "context": 256}
+    sizes = {"vocabulary": 256, "depth": args.depth, "dim": 96, "heads": 4, "context": args.context}
     model = ReversibleLM(**sizes)
     for label, other in (("reversible", model), ("twin", ReversibleLM(**sizes, disable=True))):
         memory = measure_step_memory(other, lambda other=other: cross_entropy(other, batch(train)).backward())
@@ -60,7 +60,7 @@ def main() -> None:
         losses = [cross_entropy(model, batch(test)).item() for _ in range(20)]
     print(f"test loss {sum(losses) / len(losses):.3f}")
     prompt = torch.tensor([list(args.prompt.encode())])
-    written = model.generate(prompt, 150, temperature=0.7)
+    written = model.generate(prompt, args.context - prompt.shape[1], temperature=0.5)
     print(bytes(written[0].tolist()).decode(errors="replace"))
 
 
