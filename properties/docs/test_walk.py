@@ -12,7 +12,7 @@ from properties.support.pages import PAGES, ROOT, commands, name_of, python_bloc
 
 NOT_RUN = {
     r"tox|python -m pip|docker|mkdir|ruff": "installs, or needs a program that need not be there",
-    r"pytest (?!.*test_blocks)": "the tests themselves",
+    r"(\w+=\S+ )?pytest (?!.*test_blocks)": "the tests themselves",
     r"torchrun|python -m memcnn\.train (?!.*(smoke|--list|--dry-run|--config))": "hours on a CPU",
     r"python -m bench\.reproduce_table --train": "hours on a CPU",
     r"python -m (bench|bench --quick|bench\.compare .*|bench\.gpu_day .*|bench --quick .*)$": "minutes",
