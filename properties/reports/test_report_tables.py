@@ -254,7 +254,7 @@ def test_the_time_of_a_run_that_shared_its_device_says_so(full):
     assert list(cells.full_runs(runs)["", "time"]) == ["0:30:00", "1:00:00 (shared by 4)"]
     assert list(cells.other_runs(runs)["", "time"]) == ["0:30:00 (shared by 3)"]
     assert cells.results(results, "cifar10").iloc[0]["this project", "time"] == "0:45:00 (shared by 4)"
-    assert cells.results(tables(alone)[1], "cifar10").iloc[0]["this project", "time"] == "0:30"
+    assert cells.results(tables(alone)[1], "cifar10").iloc[0]["this project", "time"] == "0:30:00"
 
 
 def test_memory_is_that_of_a_step_at_batch_100_in_mebibytes(full):
