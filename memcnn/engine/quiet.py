@@ -102,7 +102,7 @@ class Survey:
                 modules += content
             for name, parameter in parameters.items():
                 if parameter is not None:
-                    if type(parameter) not in _ORDINARY:
+                    if type(parameter) not in _ORDINARY or parameter.is_inference():
                         return
                     owned += (parameters, name, parameter)
                     marks += (parameter.requires_grad, parameter._version, parameter.untyped_storage()._cdata)

@@ -17,6 +17,7 @@ from memcnn import (
     create_coupling,
 )
 from memcnn.testing.tolerances import relative_error, tolerance
+from properties.support.blocks import Notes
 from properties.support.memory import assert_flat
 from properties.support.twin import assert_like_twin, backward, images, plain_twin, run, weighted_sum
 
@@ -82,7 +83,7 @@ def test_the_branches_are_evaluated_twice_a_step(adapter, outputs, direction):
     class Counting(nn.Module):
         def __init__(self):
             super().__init__()
-            self.branch, self.evaluations = branch(outputs), []  # a number would be set back in the recomputation
+            self.branch, self.evaluations = branch(outputs), Notes()
 
         def forward(self, x):
             self.evaluations.append(None)
