@@ -102,10 +102,13 @@ class Survey:
                 modules += content
             for name, parameter in parameters.items():
                 if parameter is not None:
-                    if type(parameter) not in _ORDINARY or parameter.is_inference():
+                    if type(parameter) not in _ORDINARY:
                         return
                     owned += (parameters, name, parameter)
-                    marks += (parameter.requires_grad, parameter._version, parameter.untyped_storage()._cdata)
+                    try:
+                        marks += (parameter.requires_grad, parameter._version, parameter.untyped_storage()._cdata)
+                    except RuntimeError:  # made under inference_mode: ``Replay`` refuses it
+                        return
             if buffers:
                 if not is_norm or len(buffers) != 3 or parameters["weight"] is None:
                     return
