@@ -16,6 +16,7 @@ Read ``recompute`` first: it opens with the rules and one worked example.
 ``hooks``           forward hooks of the user, which change the second evaluation as the first and are called once
 ``generators``      every random generator that a branch may draw from
 ``attributes``      plain attributes of modules, such as the rate of a dropout
+``references``      plain attributes that are tensors or containers
 ``arguments``       arguments of a branch that are no streams
 ``checksum``        changes of tensors that PyTorch does not count
 ``retained``        when rebuilt tensors are dropped again under ``retain_graph=True``
