@@ -190,6 +190,13 @@ class Heun(nn.Module):
         return self.moved(z, copy, -self.step)
 
 
+def normed_by_hooks() -> nn.Sequential:
+    """A branch under the older spectral norm, which leaves a weight with a graph on its module."""
+    layers = branch()
+    nn.utils.spectral_norm(layers[0])
+    return layers
+
+
 FAULTS = [
     fault(
         "mask of another size",
@@ -242,5 +249,6 @@ HEALTHY = [
     Specimen("spectrum", Spectrum, shape=(3, 4, 3, 5)),
     Specimen("rotation by the norm", Rotation),
     Specimen("Haar wavelets", Haar, shape=(2, 3, 4, 6)),
+    Specimen("spectral norm by hooks", lambda: Own(normed_by_hooks)),
     Specimen("reversible Heun step", Heun, inputs=lambda x: x.chunk(2, 1)),
 ]
