@@ -79,6 +79,8 @@ class SecondEvaluation:
             step.drift.compare()
         if step.nested:
             step._give(step.nested, self.nested_tensors, self.keep_graph)
+        # a graph that the module keeps, as that of a weight under spectral norm, holds this object by its hooks
+        self.inputs, self.nested_tensors = (), []
 
     @never_compiled
     def _collect(self, tensor: Tensor) -> Tensor | None:

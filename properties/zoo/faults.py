@@ -1,6 +1,6 @@
 """All faults of the zoo."""
 
-from properties.zoo import corners, gradients, inverses, log_dets, memories, ours, states, upstream
+from properties.zoo import corners, flows, gradients, inverses, log_dets, memories, ours, states, upstream
 
 FAULTS = [
     *inverses.FAULTS,
@@ -11,4 +11,5 @@ FAULTS = [
     *log_dets.FAULTS,
     *upstream.FAULTS,
     *corners.FAULTS,
+    *flows.FAULTS,
 ]

@@ -22,7 +22,7 @@ from memcnn import (
 )
 from memcnn.models.resnet import CifarResNet, basic_branch, bottleneck_branch
 from properties.support.twin import Container
-from properties.zoo import corners
+from properties.zoo import corners, flows
 from properties.zoo.engine import Engine, Pair, chain_of
 from properties.zoo.specimen import LARGE, Own, Specimen, branch, dropping, normalised
 
@@ -152,6 +152,7 @@ HEALTHY = [
         shape=LARGE,
     ),
     *corners.HEALTHY,
+    *flows.HEALTHY,
 ]
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from memcnn import AdditiveCoupling, AffineCoupling, InvertibleModuleWrapper
 from memcnn.engine.couple import couple
 from memcnn.models.affine import scale
+from properties.support.blocks import Notes
 from properties.zoo.gradients import DIFFERENCES, INPUTS
 from properties.zoo.inverses import FORTH, Additive, affine
 from properties.zoo.specimen import Own, branch, dropping, fault
@@ -46,7 +47,7 @@ class HiddenState(nn.Module):
     def __init__(self):
         super().__init__()
         self.branch = branch()
-        self.mean = [0.0]  # a plain number would be set back for the recomputation
+        self.mean = Notes([0.0])  # a number or a plain list would be set back for the recomputation
 
     def forward(self, x: Tensor) -> Tensor:
         self.mean[0] = 0.5 * self.mean[0] + 0.5 * x.detach().mean().item() + 0.5

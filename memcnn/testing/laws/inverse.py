@@ -19,6 +19,7 @@ from memcnn.testing.laws.moved import WHEN_MOVED, moved, used_and_moved, with_bu
 from memcnn.testing.laws.result import Report, Result
 from memcnn.testing.laws.rounding import condition_numbers
 from memcnn.testing.laws.settled import settled
+from memcnn.testing.laws.sizes import ANOTHER_SIZE, another_size_leaves_no_trace
 from memcnn.testing.laws.subject import NotRunnable, Subject, reordered, without_dropout
 from memcnn.testing.laws.twin import NamedTensors, is_finite, worst
 from memcnn.testing.tolerances import distance, tolerance
@@ -66,6 +67,7 @@ def check_inverse(
         except NotRunnable as error:
             results.append(Result("inverse", FORTH + IN_FLOAT64, skipped=f"in float64 {error}"))
     results.append(_checked(STRIDES, _any_strides, subject))
+    results.append(_checked(ANOTHER_SIZE, another_size_leaves_no_trace, subject, _both_directions))
     if forth.verdict == "PASS" and any(p.requires_grad for p in module.parameters()):
         after = settled(moved(subject))
         results.append(_checked(FORTH + WHEN_MOVED, _inverse_undoes_moved_forward, after))
