@@ -188,8 +188,13 @@ def relative_errors(actual: NamedTensors, expected: NamedTensors) -> dict[str, f
 
 
 def is_finite(tensors: Iterable[Tensor | None]) -> bool:
-    """Return whether every entry of every tensor is finite."""
-    return all(bool(x.isfinite().all()) for x in tensors if x is not None)
+    """Return whether every entry of every tensor is finite. A tensor whose storage was emptied is not."""
+    return all(not _is_emptied(x) and bool(x.isfinite().all()) for x in tensors if x is not None)
+
+
+def _is_emptied(x: Tensor) -> bool:
+    """Return whether the storage of ``x`` was freed. To read such a tensor ends the process."""
+    return x.layout is torch.strided and bool(x.numel()) and not x.untyped_storage().nbytes()
 
 
 def worst(errors: Mapping[str, float]) -> tuple[str, float]:
