@@ -10,12 +10,14 @@ import runpy
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import memcnn
+from memcnn import cli
 from properties.support.pages import PAGES, README, ROOT, commands, mentioned, name_of, python_blocks
 from reports.readme import BEGIN, END
 
@@ -51,17 +53,22 @@ def _tox_refusal(words: list[str]) -> str:
     return "".join(f"no environment {name}" for name in wanted if f"testenv:{name}" not in known)
 
 
-def _python_refusal(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a module up to the point where its parser has read the arguments."""
-    if not module.startswith(("memcnn", "bench", "properties", "reports")):
-        return ""
-    parse = argparse.ArgumentParser.parse_args
+def stopping_after(parse: Callable) -> Callable:
+    """Return ``parse`` with an exception at its end, so that the command does no work."""
 
     def parse_and_stop(self, given=None, namespace=None):
         parse(self, given, namespace)
         raise Parsed
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    return parse_and_stop
+
+
+def _python_refusal(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a module up to the point where its parser has read the arguments."""
+    if not module.startswith(("memcnn", "bench", "properties", "reports")):
+        return ""
+    for parser in (argparse.ArgumentParser, cli.Parser):
+        monkeypatch.setattr(parser, "parse_args", stopping_after(parser.parse_args))
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     errors, output = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
     try:
