@@ -47,6 +47,12 @@ LONG = (
     "properties/meta/test_verdicts.py::test_no_drawn_network_is_called_wrong",
     "properties/bench/test_compare.py::test_a_commit_is_compared",
     "properties/docs/test_walk.py::test_walk[",
+    "properties/docs/test_pages.py::test_every_python_block_runs_in_order[docs/tutorial.md]",
+    "properties/docs/test_examples.py::test_a_training_example_runs",
+    "properties/docs/test_examples.py::test_two_hundred_blocks_need_the_bytes_of_two",
+    "properties/docs/test_examples.py::test_the_flow_learns_a_density_and_draws_it",
+    "properties/bench/test_small_tensors.py::test_the_quick_run_names_peers",
+    "properties/bench/test_block.py::test_memory_grows_with_depth",
     "properties/engine/test_kept_alive.py::test_without_gradients_a_forward_pass_leaves_nothing_behind",
 )
 """Beginnings of the names of tests that take ten seconds and more."""

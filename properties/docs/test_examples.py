@@ -1,6 +1,8 @@
 """The programs in examples/ are short and do what they say."""
 
 import importlib.util
+import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -18,8 +20,29 @@ def load(name: str) -> ModuleType:
     return module
 
 
+SHORT_TRAININGS = {
+    "train_cifar irevnet": ["--data", "generated", "--steps", "2", "--batch", "4"],
+    "train_cifar vit": ["--data", "generated", "--steps", "2", "--batch", "4"],
+    "train_cifar momentum": ["--data", "generated", "--steps", "2", "--batch", "4"],
+    "train_glow": ["--data", "generated", "--steps", "2", "--batch", "2", "--depth", "1"],
+    "train_lm": ["--steps", "2", "--batch", "2", "--depth", "1"],
+    "train_ode": ["--training-steps", "2"],
+    "train_unet": ["--steps", "2", "--size", "8"],
+}
+"""Training examples and the options that make them short."""
+
+
 def test_every_example_is_tried_here():
-    assert [path.stem for path in EXAMPLES] == ["custom_block", "deep_network", "flow_2d", "memcnn_1_5"]
+    trained = {name.split()[0] for name in SHORT_TRAININGS}
+    assert {path.stem for path in EXAMPLES} - trained == {"custom_block", "deep_network", "flow_2d", "memcnn_1_5"}
+
+
+@pytest.mark.parametrize("name", SHORT_TRAININGS)
+def test_a_training_example_runs(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*name.split(), *SHORT_TRAININGS[name]])
+    load(name.split()[0]).main()
+    assert re.search(r"\d\.\d", capsys.readouterr().out), "it prints a loss"
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
