@@ -33,7 +33,6 @@ def check_state(
     subject = Subject(module, inputs, seed, wrap, autocast)
     claims: dict[str, Callable[[Subject, str], Result]] = {
         "the caller's tensors are untouched": _callers_tensors,
-        "an output that is changed in place is noticed": _changed_output,
         "buffers move once a step": _buffers,
         "parameters, modes and requires_grad stay": _rest_of_the_module,
         "random generators move as in a forward pass": _generators,
@@ -41,6 +40,7 @@ def check_state(
         "two steps under way do not mix": two_steps_do_not_mix,
         "a retained graph is differentiated again": graphs_can_be_retained,
         "products keep autocast's dtype in backward": products_keep_their_dtype,
+        "an output that is changed in place is noticed": _changed_output,
     }
     return Report(tuple(_guarded(subject, claim, check) for claim, check in claims.items()))
 
