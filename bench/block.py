@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Case, Checkpointed, Step
+from bench.cases import Case, Checkpointed, Step, step_on
 from memcnn import InvertibleModuleWrapper, ReversibleSequential
 from memcnn.cli import Misuse
 from memcnn.testing.laws.twin import plain_twin
@@ -100,15 +100,7 @@ class Block(Case):
         """Return a forward and backward pass with a fixed input and output gradient; the input gets a gradient, too."""
         generator = torch.Generator().manual_seed(1)
         x, output_gradient = (torch.randn(self.shape, generator=generator).to(device) for _ in range(2))
-        x.requires_grad_()
-        x.grad = torch.zeros_like(x)
-
-        def run() -> None:
-            with autocast():
-                y = model(x)
-            y.backward(output_gradient)
-
-        return Step(run, (x, x.grad, output_gradient))
+        return step_on(x, output_gradient, model, autocast)
 
 
 def cases(target: str, shape: tuple[int, ...], depths: Sequence[int]) -> list[Block]:

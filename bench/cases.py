@@ -169,15 +169,20 @@ class Chain(Case):
             )
             for _ in range(2)
         )
-        x.requires_grad_()
-        x.grad = torch.zeros_like(x)
+        return step_on(x, output_gradient, model, autocast)
 
-        def run() -> None:
-            with autocast():
-                y = model(x)
-            y.backward(output_gradient)
 
-        return Step(run, (x, x.grad, output_gradient))
+def step_on(x: Tensor, output_gradient: Tensor, model: nn.Module, autocast: Callable) -> Step:
+    """Return a forward and backward pass of ``model`` on x, which gets a gradient, too."""
+    x.requires_grad_()
+    x.grad = torch.zeros_like(x)
+
+    def run() -> None:
+        with autocast():
+            y = model(x)
+        y.backward(output_gradient)
+
+    return Step(run, (x, x.grad, output_gradient))
 
 
 class Branch(nn.Sequential):

@@ -28,7 +28,7 @@ from reports import page
 from reports.page import Figure, Page, Section
 
 BUSY_LOAD = 1.0
-"""Load beyond the benchmark's own threads from which its times are not shown as a result."""
+"""Smallest load by other processes at which the page shows no times as a result."""
 BASELINES = Path(__file__).with_name("baselines")
 TITLE = "What reversibility costs and saves"
 PEERS = Path(__file__).resolve().parents[1] / "reports" / "peers.json"
@@ -45,8 +45,8 @@ def busy(results: pd.DataFrame) -> str:
         return ""
     fix = "measure again on a quiet machine" + (", or with --clock cpu" if device["clock"] == "wall" else "")
     return (
-        f"other processes used this machine: the load average was up to {load:.1f}, of which this run is {own}. The "
-        f"times and ratios on this page are worthless as a result; {fix}. Bytes and evaluations are exact all the same."
+        f"other processes used this machine: the load average was up to {load:.1f}, and this run accounts for {own}. "
+        f"The times and ratios on this page are worthless as a result; {fix}. Bytes and evaluations are exact."
     )
 
 

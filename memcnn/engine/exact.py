@@ -35,7 +35,7 @@ class Grid:
         return cls(exact)
 
     def limit(self, dtype: torch.dtype) -> float:
-        """Return the largest value up to which ``dtype`` holds every multiple of ``step``."""
+        """Return the largest N such that ``dtype`` represents every multiple of ``step`` between -N and N."""
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"an exact coupling needs a float32 or float64 input: got {dtype}; its branches may run "

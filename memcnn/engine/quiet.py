@@ -57,7 +57,7 @@ _PLAIN_DEFINITIONS = frozenset(vars(type("Plain", (nn.Sequential,), {}))) | {
 """What a subclass of ``nn.Sequential`` may define without changing what it computes."""
 
 _kinds: dict[type, tuple[int, tuple[str, ...], bool]] = {}
-"""Of each class seen: how many attributes an instance has (-1: it is not quiet), the names of those that are watched,
+"""For each class seen: number of attributes of an instance (-1: it is not quiet), names of the watched attributes,
 and whether it is a BatchNorm."""
 
 

@@ -26,7 +26,8 @@ from memcnn.models.legacy import (
     batch_norm,
     conv3x3,
 )
-from memcnn.models.revop import HalvesPassedOn, InvertibleModuleWrapper
+from memcnn.models.sequence import HalvesPassedOn
+from memcnn.models.wrapper import InvertibleModuleWrapper
 
 __all__ = [
     "MODELS",

@@ -34,7 +34,7 @@ class ReversibleUNet(nn.Module):
         in_channels: channels of the input.
         out_channels: channels of the output, such as the number of classes.
         widths: channels of each resolution, multiples of 4. Sizes halve between them.
-        blocks: number of couplings of each stage, of which there are ``2 * len(widths) - 1``.
+        blocks: number of couplings in each of the ``2 * len(widths) - 1`` stages.
         dims: 2 for images, 3 for volumes.
         disable: keep the weights, but store every activation.
 
@@ -89,7 +89,7 @@ class InvertibleUNet(nn.Module):
     Args:
         channels: a multiple of 4. At each lower resolution there are ``2**(dims - 1)`` times as many.
         scales: number of resolutions.
-        blocks: number of couplings of each stage, of which there are ``2 * scales - 1``.
+        blocks: number of couplings in each of the ``2 * scales - 1`` stages.
         dims: 2 for images, 3 for volumes.
         disable: keep the weights, but store every activation.
 

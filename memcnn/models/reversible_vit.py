@@ -76,7 +76,7 @@ class ReversibleViT(nn.Module):
 
         Args:
             x: the images.
-            attention_mask: which patches attend to which, see ``memcnn.models.attention.Attention``.
+            attention_mask: a mask of pairs of patches; see ``memcnn.models.attention.Attention``.
 
         Raises:
             ValueError: the images have another size.

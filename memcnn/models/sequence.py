@@ -1,4 +1,4 @@
-"""Reversible modules one after the other, of which only the end's output is stored for backward."""
+"""A chain of reversible modules that stores only its last output for backward."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -18,7 +18,7 @@ from memcnn.models.wrapper import InvertibleModuleWrapper, is_recorded, uncompil
 
 
 class ReversibleSequential(nn.Sequential):
-    """Reversible modules one after the other, of which only the end's output is stored for backward.
+    """A chain of reversible modules that stores only its last output for backward.
 
     Args:
         *modules: couplings, wrapped blocks, or any modules with ``forward`` and ``inverse`` that map one tensor to one.

@@ -159,7 +159,7 @@ def test_a_heading_sorts_its_table_up_and_down(looks):
 
 
 def test_the_benchmark_page_warns_of_the_load_and_keeps_every_column(looks, pages):
-    assert "load average was up to 3.0, of which this run is 1" in pages["benchmark"]
+    assert "load average was up to 3.0, and this run accounts for 1" in pages["benchmark"]
     assert all(len(row) == 4 for row in looks[1]["benchmark print"]["tables"][0])
     dates = [table for table in looks[1]["benchmark wide"]["tables"] if table[0][0].startswith("date")]
     assert len(dates) == 1 and dates[0][1][4] == "1.40 [1.40, 1.40]"

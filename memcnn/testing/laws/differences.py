@@ -210,7 +210,7 @@ def _at_a_kink(subject: Subject, found: Sequence[Comparison]) -> bool:
 def _differentiated(
     subject: Subject, outcome: Outcome
 ) -> tuple[Callable[[], float], list[tuple[str, Tensor, Tensor | None]]]:
-    """Return the loss, and the tensors of which it is a function, each with its name and its gradient."""
+    """Return the loss, and name, value and gradient of each tensor that it depends on."""
     module = subject.trained()
     buffers = [(b, b.clone()) for b in module.buffers()]
 

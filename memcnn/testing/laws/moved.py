@@ -30,7 +30,7 @@ def used_and_moved(subject: Subject) -> nn.Module:
     """Return a module that has run in both directions before an optimiser moved its parameters as `moved` does.
 
     The step is taken in training mode, and the modes are restored by ``train()``: both may discard stored values. The
-    module must not be copied: the copies' parameters have other versions and addresses, by which it may know them.
+    module must not be copied: it may recognise its parameters by version or address, and those of a copy differ.
     """
     start = subject.initialised()
     module = start.fresh()
