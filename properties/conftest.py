@@ -48,15 +48,11 @@ LONG = (
     "properties/bench/test_compare.py::test_a_commit_is_compared",
     "properties/docs/test_walk.py::test_walk[",
     "properties/docs/test_pages.py::test_every_python_block_runs_in_order[docs/tutorial.md]",
-    "properties/docs/test_pages.py::test_the_shown_tests_pass_and_catch_the_planted_fault",
     "properties/docs/test_examples.py::test_a_training_example_runs",
     "properties/docs/test_examples.py::test_two_hundred_blocks_need_the_bytes_of_two",
     "properties/docs/test_examples.py::test_the_flow_learns_a_density_and_draws_it",
     "properties/bench/test_small_tensors.py::test_the_quick_run_names_peers",
     "properties/bench/test_block.py::test_memory_grows_with_depth",
-    "properties/bench/test_bench_report.py::test_committed_data_renders_the_same_page_again",
-    "properties/bench/test_bench_suites.py::test_a_report_can_be_asked_for_of_a_narrowed_run",
-    "properties/bench/test_bench_suites.py::test_no_case_is_begun_after_the_budget",
     "properties/engine/test_kept_alive.py::test_without_gradients_a_forward_pass_leaves_nothing_behind",
 )
 """Beginnings of the names of tests that take ten seconds and more."""
