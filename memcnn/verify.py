@@ -5,30 +5,34 @@
 The target is a function or class that is called without arguments, or a module; a path works too: blocks.py:make.
 Prints every law with the largest error found and its limit; for a law that fails, what is wrong in words and the
 smallest failing example as code. Exit status: 0 every law holds, 1 one does not, 2 misuse, 3 the verifier itself broke.
+
+A block can be checked on a batch of your own, which torch.save wrote as a tensor or a tuple of tensors:
+
+    python -m memcnn.verify mypackage.blocks:make --input batch.pt
 """
 
 import argparse
-import importlib
-import importlib.util
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memcnn import __version__, cli
 from memcnn.testing.checks import LAWS
+from memcnn.testing.laws.constant import remark_on_constants
 from memcnn.testing.laws.guard import is_ours
 from memcnn.testing.laws.result import Report
 from memcnn.testing.laws.subject import NotRunnable
+from memcnn.testing.targets import load, load_tensors
 
 if TYPE_CHECKING:
-    from memcnn.testing.search import Example
+    from memcnn.testing.example import Example
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTEGERS = {"int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8, "bool": torch.bool}
@@ -41,17 +45,13 @@ REFUSALS = "the module must", "the inputs must", "an input must"
 """How the checks begin to say that a module or its inputs cannot be checked."""
 
 
-class Misuse(Exception):
-    """The request cannot be carried out; the message says what can."""
-
-
+@cli.command("memcnn.verify")
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return _verify(args)
-    except Misuse as error:
-        cli.fail(f"memcnn.verify: {error}")
-        return cli.MISUSE
+    except (cli.Misuse, BrokenPipeError):
+        raise
     except Exception:
         traceback.print_exc()
         cli.fail(
@@ -61,69 +61,68 @@ def main(arguments: list[str] | None = None) -> int:
         return BROKEN
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m memcnn.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("target", help="package.module:factory, or path/to/file.py:factory")
-    parser.add_argument(
+def _parser() -> cli.Parser:
+    parser = cli.parser_from("memcnn.verify", __doc__ or "", whole=True)
+    add = parser.add_argument
+    add("target", help="package.module:factory, or path/to/file.py:factory")
+    shapes = parser.add_mutually_exclusive_group(required=True)
+    shapes.add_argument(
         "--shape",
         action="append",
-        required=True,
         type=_shape,
         metavar="N,C,...[:DTYPE<N]",
         help="shape of an input; once for every input; 4:int64<10 for integers from 0 to 9",
     )
-    parser.add_argument(
+    shapes.add_argument("--input", type=Path, metavar="FILE", help="inputs that torch.save wrote, instead of drawn ones")
+    add(
         "--vary",
         type=_dimensions,
         default=(),
         metavar="D,D,...",
         help="dimensions whose size is drawn, smaller and larger, such as 0,2,3 (default: none)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of module and inputs (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="such as cuda (%(default)s)")
-    parser.add_argument("--mode", choices=MODES, default="both", help="training mode, eval mode, or %(default)s")
-    parser.add_argument(
+    add("--dtype", choices=DTYPES, default="float32", help="of module and inputs (%(default)s)")
+    add("--device", default="cpu", help="such as cuda (%(default)s)")
+    add("--mode", choices=MODES, default="both", help="training mode, eval mode, or %(default)s")
+    add(
         "--laws",
-        type=lambda text: text.split(","),
+        type=cli.names(tuple(LAWS)),
         metavar="LAW,LAW",
         help=f"only these of {', '.join(LAWS)} (default: all that apply)",
     )
-    parser.add_argument("--examples", type=int, default=20, metavar="N", help="drawn for each law (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first example (%(default)s)")
-    parser.add_argument(
+    add("--examples", type=cli.count, default=20, metavar="N", help="variants for each law (%(default)s)")
+    add("--seed", type=_seed, default=0, help="of the first example (%(default)s)")
+    add(
         "--as-is",
         action="store_true",
         help="the module has an engine of its own: do not wrap it in InvertibleModuleWrapper",
     )
-    parser.add_argument(
+    add(
         "--chain",
         metavar="TARGET",
         help="function of a depth that makes a chain of that many blocks, for the law of memory",
     )
-    parser.add_argument(
+    add(
         "--no-finite-differences",
         action="store_true",
         help="for a module whose gradient is no derivative by design, as under spectral norm",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there, too")
+    add("--json", type=cli.output_file, metavar="FILE", help="write all results there, too")
     return parser
 
 
 def _verify(args: argparse.Namespace) -> int:
     try:
-        from memcnn.testing.search import Example, search
+        from memcnn.testing.search import search
     except ModuleNotFoundError as error:
-        raise Misuse(f"needs {error.name}, which draws the examples: pip install {error.name}") from error
+        raise cli.Misuse(f"needs {error.name}, which draws the examples: pip install {error.name}") from error
     torch.set_num_threads(1)  # examples are small, and several threads may slow them down a hundredfold
-    make = _load(args.target)
+    make = load(args.target)
     options = _options(args)
-    shapes, integers = (tuple(values) for values in zip(*args.shape, strict=True))
-    base = Example(shapes, DTYPES[args.dtype], args.device, args.seed, integers=integers)
     _check_arguments(args)
+    base = _first_example(args)
     print(
-        f"{args.target}: {args.dtype} inputs {', '.join('x'.join(map(str, shape)) for shape in shapes)} on "
+        f"{args.target}: {args.dtype} inputs {', '.join('x'.join(map(str, shape)) for shape in base.shapes)} on "
         f"{args.device}, {'training and eval' if args.mode == 'both' else args.mode} mode\n"
         f"memcnn {__version__}, torch {torch.__version__}, seed {args.seed}\n",
         flush=True,
@@ -147,15 +146,18 @@ def _verify(args: argparse.Namespace) -> int:
             findings.append(found)
             report += found.report
     except NotRunnable as error:
-        raise Misuse(f"{args.target}: {error}") from error
+        raise cli.Misuse(f"{args.target}: {error}") from error
     except TypeError as error:
         if is_ours(error) and not _is_refusal(error):
             raise
-        raise Misuse(f"{args.target}: {error}") from error
+        raise cli.Misuse(f"{args.target}: {error}") from error
     finally:
         cli.progress("")
 
+    remark = remark_on_constants(_made(make, base), base.inputs()) if base.values else ""
     print(report)
+    if remark:
+        print(f"\nNOTE: {remark}")
     counts = ", ".join(f"{found.law} {found.examples}" for found in findings)
     print(f"\nexamples: {counts}")
     for reason in dict.fromkeys(found.not_runnable for found in findings if found.not_runnable):
@@ -171,8 +173,22 @@ def _verify(args: argparse.Namespace) -> int:
             print(f"\nthe smallest example found that breaks the law of {found.law}:\n")
             print("\n".join(f"    {line}".rstrip() for line in codes[found.law].splitlines()))
     if args.json:
-        _write(args.json, args, report, codes, {found.law: found.examples for found in findings})
+        _write(args.json, args, base.shapes, report, codes, {found.law: found.examples for found in findings})
     return cli.DONE if report.passed else cli.FAILED
+
+
+def _first_example(args: argparse.Namespace) -> "Example":
+    """Return the example of the shapes or the inputs that the user names."""
+    from memcnn.testing.example import Example
+
+    if args.input is None:
+        shapes, integers = (tuple(values) for values in zip(*args.shape, strict=True))
+        return Example(shapes, DTYPES[args.dtype], args.device, args.seed, integers=integers)
+    values = load_tensors(args.input)
+    if args.vary:
+        raise cli.Misuse("--vary: got it with --input, whose sizes are given; leave it out, or give --shape instead")
+    shapes = tuple(tuple(x.shape) for x in values)
+    return Example(shapes, DTYPES[args.dtype], args.device, args.seed, values=values, file=str(args.input))
 
 
 def _progress(text: str) -> None:
@@ -192,13 +208,16 @@ def _made(make: Callable[[], nn.Module] | nn.Module, base: "Example") -> nn.Modu
     try:
         return base.module(make)
     except Exception as error:
-        raise Misuse(f"making the module raised {type(error).__name__}: {error}") from error
+        raise cli.Misuse(
+            f"making the module raised {type(error).__name__}: {error}; wanted a function that needs no arguments: "
+            "correct it, or name another one"
+        ) from error
 
 
 def _options(args: argparse.Namespace) -> dict[str, dict]:
     """Return the options of each law's check."""
     wrap = {"wrap": False} if args.as_is else {}
-    chain = {"chain": _load(args.chain)} if args.chain else {}
+    chain = {"chain": load(args.chain)} if args.chain else {}
     differences = {"finite_differences": False} if args.no_finite_differences else {}
     return {"gradients": wrap | differences, "state": wrap, "memory": wrap | chain, "log_det": differences}
 
@@ -208,48 +227,20 @@ def _shown(options: dict) -> dict:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    if unknown := set(args.laws or ()) - set(LAWS):
-        raise Misuse(f"--laws: got {', '.join(sorted(unknown))}; choose from {', '.join(LAWS)}")
-    for dimension in args.vary:
+    for dimension in args.vary if args.shape else ():
         if not any(-len(shape) <= dimension < len(shape) for shape, _ in args.shape):
             most = max(len(shape) for shape, _ in args.shape)
-            raise Misuse(
+            raise cli.Misuse(
                 f"--vary: got dimension {dimension}, but the inputs have {most} dimensions; choose from 0 to {most - 1}"
             )
-    if args.examples < 1:
-        raise Misuse(f"--examples: got {args.examples}, wanted at least 1")
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise Misuse(f"--json: there is no folder {args.json.absolute().parent}")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise Misuse(f"--device: got {args.device!r}, which this torch cannot use: {error}") from error
-
-
-def _load(target: str) -> Any:
-    """Import and return the object that ``package.module:name`` or ``path.py:name`` names."""
-    place, colon, name = target.partition(":")
-    if not (place and colon and name):
-        raise Misuse(f"target: got {target!r}, wanted package.module:factory or path/to/file.py:factory")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except ModuleNotFoundError as error:
-        raise Misuse(f"{target}: cannot import {error.name}: is it installed, or are you in another folder?") from error
-    except AttributeError as error:
-        raise Misuse(f"{target}: {error}") from error
-    if not callable(found):
-        raise Misuse(f"{target}: got a {type(found).__name__}, wanted a module or a function that makes one")
-    return found
-
-
-def _from_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise Misuse(f"target: there is no file {path}")
-    sys.path.insert(0, str(path.absolute().parent))
-    return importlib.import_module(path.stem)
+        reason = str(error).partition(chr(10))[0]
+        devices = ", ".join(cli.devices())
+        raise cli.Misuse(
+            f"--device: got {args.device!r}, which this torch cannot use ({reason}); choose from {devices}"
+        ) from error
 
 
 def _shape(text: str) -> tuple[tuple[int, ...], tuple[torch.dtype, int] | None]:
@@ -259,7 +250,7 @@ def _shape(text: str) -> tuple[tuple[int, ...], tuple[torch.dtype, int] | None]:
         shape = tuple(int(size) for size in sizes.split(","))
     except ValueError:
         shape = ()
-    if not shape or min(shape) < 1:
+    if not shape or min(shape) < 1 or max(shape) > cli.LARGEST_COUNT:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted sizes of at least 1, such as 2,16,8,8")
     if not colon:
         return shape, None
@@ -279,12 +270,20 @@ def _dimensions(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted numbers of dimensions, such as 0,2,3") from None
 
 
-def _write(path: Path, args: argparse.Namespace, report: Report, codes: dict[str, str], examples: dict) -> None:
+def _seed(text: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number from 0 to 999999999")
+    return int(text)
+
+
+def _write(
+    path: Path, args: argparse.Namespace, shapes: tuple, report: Report, codes: dict[str, str], examples: dict
+) -> None:
     path.write_text(
         json.dumps(
             {
                 "target": args.target,
-                "shapes": [shape for shape, _ in args.shape],
+                "shapes": shapes,
                 "dtype": args.dtype,
                 "device": args.device,
                 "mode": args.mode,

@@ -19,6 +19,8 @@ def growth(subject: Subject, deepest: int = DEEPEST) -> str:
     The block is run ``deepest`` times, with the same weights, and inverted as often. If that loses more than 1 % of the
     input, the same is done for 1, 2, 4, ... blocks until it does. A chain counts as its blocks.
     """
+    if deepest < 1:
+        return ""
     at_once = _error_after(subject, max(1, deepest // subject.depth))
     if at_once is not None and at_once < FAILS:
         return ""

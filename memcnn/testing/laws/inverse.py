@@ -50,7 +50,7 @@ def check_inverse(
         module: with ``forward`` and ``inverse``, from tensors to a tensor or a tuple of tensors.
         inputs: the arguments of ``forward``, of any shapes and strides.
         seed: of torch's generators at every evaluation.
-        deepest: the number of blocks in a row for which a pass says whether they can still be rebuilt.
+        deepest: the number of blocks in a row for which a pass says whether they can still be rebuilt. 0: do not look.
         autocast: run both directions under autocast to this dtype.
     """
     subject = settled(Subject(module, inputs, seed, autocast=autocast))
