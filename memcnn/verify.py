@@ -18,13 +18,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memcnn import __version__, cli
-from memcnn.testing.checks import LAWS
+from memcnn.testing.checks import LAWS, has_log_det
 from memcnn.testing.laws.constant import remark_on_constants
 from memcnn.testing.laws.guard import is_ours
 from memcnn.testing.laws.result import Report
@@ -73,7 +73,9 @@ def _parser() -> cli.Parser:
         metavar="N,C,...[:DTYPE<N]",
         help="shape of an input; once for every input; 4:int64<10 for integers from 0 to 9",
     )
-    shapes.add_argument("--input", type=Path, metavar="FILE", help="inputs that torch.save wrote, instead of drawn ones")
+    shapes.add_argument(
+        "--input", type=Path, metavar="FILE", help="inputs that torch.save wrote, instead of drawn ones"
+    )
     add(
         "--vary",
         type=_dimensions,
@@ -130,7 +132,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     report, findings = Report(()), []
     try:
-        laws = args.laws or [law for law in LAWS if law != "log_det" or hasattr(_made(make, base), "forward_log_det")]
+        laws = args.laws or [law for law in LAWS if law != "log_det" or has_log_det(_made(make, base))]
         for law in laws:
             _progress(f"{law} ...")
             found = search(

@@ -16,7 +16,7 @@ from memcnn.testing.laws.log_det import check_log_det
 from memcnn.testing.laws.memory import check_memory
 from memcnn.testing.laws.result import Report
 from memcnn.testing.laws.state import check_state
-from memcnn.testing.laws.subject import NotRunnable
+from memcnn.testing.laws.subject import NotRunnable, as_tuple
 from memcnn.testing.laws.twin import duplicate
 
 LAWS = {
@@ -67,7 +67,7 @@ def check_all(
         raise TypeError(f"unknown options: {', '.join(sorted(strange))}")
     report, module = Report(()), _with_conditions(module, inputs)
     for law, check in LAWS.items():
-        wanted = law in laws if laws is not None else law != "log_det" or _has_log_det(module)
+        wanted = law in laws if laws is not None else law != "log_det" or has_log_det(module)
         if wanted:
             own = {name: options[name] for name in OPTIONS.get(law, ()) if name in options}
             run = partial(check, module, *inputs, seed=seed, **own, **({} if law in UNWRAPPED else {"wrap": wrap}))
@@ -87,20 +87,25 @@ def _with_conditions(module: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module
     unwrapped = module._fn if isinstance(module, InvertibleModuleWrapper) else module
     try:
         parameters = inspect.signature(unwrapped.inverse).parameters.values()
-        wanted = [p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+        taken = [p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+        wanted = [p for p in taken if p.default is p.empty]
+        copy = duplicate(module)
         with torch.no_grad():
-            outputs = duplicate(module)(*(x.detach().clone() for x in inputs))
+            outputs = as_tuple(copy(*(x.detach().clone() for x in inputs)))
+            given = len(outputs)
+            if not len(wanted) <= len(inputs) <= len(taken) or len(inputs) <= given:
+                return module
+            if len(wanted) <= given and len(as_tuple(copy.inverse(*outputs))) == len(inputs):
+                return module  # further arguments are options: the outputs alone give all inputs back
     except Exception:  # the checks report it
-        return module
-    given = 1 if isinstance(outputs, Tensor) else len(outputs)
-    if not len(wanted) == len(inputs) > given:
         return module
     return Conditioned(module, len(inputs) - given)
 
 
-def _has_log_det(module: nn.Module) -> bool:
+def has_log_det(module: nn.Module) -> bool:
+    """Return whether the module, or what is wrapped in it, has ``forward_log_det``."""
     if isinstance(module, InvertibleModuleWrapper):
-        return _has_log_det(module._fn)
+        return has_log_det(module._fn)
     if isinstance(module, ReversibleSequential):
-        return all(map(_has_log_det, module))
+        return all(map(has_log_det, module))
     return callable(getattr(module, "forward_log_det", None))

@@ -47,11 +47,18 @@ def describe(dtype: torch.dtype, *, depth: int = 1, condition: float = 0.0, auto
     return words + (f", x {depth} blocks" if depth > 1 else "")
 
 
+def is_emptied(x: Tensor) -> bool:
+    """Return whether the storage of ``x`` was freed. To read such a tensor ends the process."""
+    return x.layout is torch.strided and bool(x.numel()) and not x.untyped_storage().nbytes()
+
+
 def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the relative error of several tensors: the largest difference over the largest expected entry of all.
 
-    It is infinite where tensors of integers or booleans differ.
+    It is infinite where tensors of integers or booleans differ, and where a storage was emptied.
     """
+    if any(map(is_emptied, (*actual, *expected))):
+        return float("inf")
     if not all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True) if not e.is_floating_point()):
         return float("inf")
     pairs = [(a, e) for a, e in zip(actual, expected, strict=True) if e.is_floating_point() and e.numel()]

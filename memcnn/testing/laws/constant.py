@@ -19,6 +19,7 @@ DEPTH = 4
 """The number of blocks in the chain that is tried."""
 UNRELIABLE = 1e-2
 """The smallest relative error of a gradient that makes a chain unreliable in float32."""
+RANDOM_CHANNELS = "random values in the channels of the input that are constant"
 REMEDIES = "use exact=True or keep_every in the chain, or fill these channels with values that vary"
 
 

@@ -13,7 +13,7 @@ from memcnn.testing.laws.guard import described, is_ours
 from memcnn.testing.laws.hints import but_right_without
 from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.moved import WHEN_MOVED, beside, is_special, moved
-from memcnn.testing.laws.result import Result
+from memcnn.testing.laws.result import NOT_DETERMINISTIC, Result
 from memcnn.testing.laws.rounding import condition_numbers, named
 from memcnn.testing.laws.settled import settled
 from memcnn.testing.laws.subject import Subject, without_dropout
@@ -141,11 +141,16 @@ def like_finite_differences(subject: Subject, *, explain: bool = True, rounds: i
 
 
 def like_finite_differences_when_moved(
-    subject: Subject, claim: str = DIFFERENCES + WHEN_MOVED, *, rounds: int = ROUNDS
+    subject: Subject,
+    claim: str = DIFFERENCES + WHEN_MOVED,
+    *,
+    rounds: int = ROUNDS,
+    when: str = "after an optimiser step ",
 ) -> Result:
     """Check the same, beside the inputs and with moved parameters, along one direction for all tensors at once.
 
-    Where they differ, the tensors are looked at one by one, and may be moved ``rounds`` times more.
+    Where they differ, the tensors are looked at one by one, and may be moved ``rounds`` times more. An explanation
+    begins with ``when``.
     """
     if subject.is_exact:
         return Result("gradients", claim, skipped=ON_A_GRID)
@@ -155,7 +160,7 @@ def like_finite_differences_when_moved(
     except Exception as error:
         if is_ours(error):
             raise
-        explanation = f"after an optimiser step a training step raised {described(error)}"
+        explanation = f"{when}a training step raised {described(error)}"
         return Result("gradients", claim, math.inf, 0.0, explanation=explanation)
     if not outcome.is_finite or any(y.dtype == torch.float32 for y in outcome.results):
         return Result("gradients", claim, skipped="there are no finite results in float64 here")
@@ -168,7 +173,7 @@ def like_finite_differences_when_moved(
         return Result("gradients", claim, error, limit, source)
     result = replace(like_finite_differences(after, rounds=rounds), claim=claim)
     if result.failed:
-        return replace(result, explanation=f"after an optimiser step {result.explanation}")
+        return replace(result, explanation=f"{when}{result.explanation}")
     return result
 
 
@@ -184,8 +189,13 @@ def through_inverse(subject: Subject, claim: str) -> Result:
             return Result("gradients", claim, skipped=f"inverse raised {described(error)}")
     if [v.dtype for v in (*x, *y) if v.is_floating_point() and v.dtype != torch.float64] or not is_finite((*x, *y)):
         return Result("gradients", claim, skipped="inverse gives no finite values of float64 here")
-    result = like_finite_differences_when_moved(Subject(Inverted(module), y, subject.seed, wrap=False), claim)
-    return replace(result, explanation=result.explanation and f"through inverse: {result.explanation}")
+    inverted = Subject(Inverted(module), y, subject.seed, wrap=False)
+    return as_of_the_block(like_finite_differences_when_moved(inverted, claim, when="through inverse "))
+
+
+def as_of_the_block(result: Result) -> Result:
+    """Return the result with the parameters' own names, where the block was put into an adapter as ``module``."""
+    return replace(result, explanation=result.explanation.replace("the gradient of module.", "the gradient of "))
 
 
 def _unsteady(subject: Subject, outcome: Outcome, claim: str) -> Result | None:
@@ -195,8 +205,8 @@ def _unsteady(subject: Subject, outcome: Outcome, claim: str) -> Result | None:
     difference = abs(first - second) / max(1.0, abs(first))
     if not difference > UNSTEADY:
         return None
-    words = f"the same values, seed and buffers give losses of {first:.6g} and {second:.6g}"
-    return Result("gradients", claim, difference, UNSTEADY, explanation=f"forward is not deterministic: {words}")
+    words = f"{NOT_DETERMINISTIC}: the same values, seed and buffers give losses of {first:.6g} and {second:.6g}"
+    return Result("gradients", claim, difference, UNSTEADY, explanation=words)
 
 
 def _at_a_kink(subject: Subject, found: Sequence[Comparison]) -> bool:
@@ -291,11 +301,12 @@ def _compared(subject: Subject, outcome: Outcome) -> list[Comparison]:
 def _slope(
     loss: Callable[[], float], tensors: Sequence[Tensor], directions: Sequence[Tensor]
 ) -> tuple[float, float, float]:
-    """Return the derivative of ``loss()`` along ``directions``, how much two steps disagree, and the size of a kink.
+    """Return the derivative of ``loss()`` along ``directions``, the doubt about it, and the size of a kink.
 
     Where they disagree, as on either side of a ReLU's kink, shorter steps are tried. A shorter step is preferred only
     if it agrees better even after the rounding of the loss is added, in which two steps may agree by chance. The kink
-    is the difference between the slopes ahead and behind.
+    is the difference between the slopes ahead and behind. The doubt is how much two steps disagree, and what rounding
+    may do to the shorter one.
     """
     starts = [tensor.clone() for tensor in tensors]
     eps, here = torch.finfo(starts[0].dtype).eps, loss()
@@ -311,14 +322,14 @@ def _slope(
         at(0.0)
         return (ahead - behind) / (2 * h), eps * max(abs(ahead), abs(behind)) / h, abs(ahead + behind - 2 * here) / h
 
-    best, least = (math.nan, math.inf, 0.0), math.inf
+    best = math.nan, math.inf, 0.0
     largest = max((start.abs().max().item() for start in starts if start.numel()), default=0.0)
     for step in STEPS:
         h = step * max(1.0, largest)
         (coarse, _, _), (fine, rounding, kink) = difference(h), difference(h / 2)
-        doubt = abs(fine - coarse)
-        if doubt + rounding < least:
-            best, least = ((4 * fine - coarse) / 3, doubt, kink), doubt + rounding
+        doubt = abs(fine - coarse) + rounding
+        if doubt < best[1]:
+            best = (4 * fine - coarse) / 3, doubt, kink
         if best[1] <= LIMIT * abs(best[0]) / 10:
             break
     return best

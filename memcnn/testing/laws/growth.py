@@ -52,12 +52,13 @@ def growth(subject: Subject, deepest: int = DEEPEST) -> str:
 
 def _error_after(subject: Subject, depth: int) -> float | None:
     """Return the error after ``depth`` blocks and as many inverses; None where blocks do not fit onto each other."""
-    module = subject.fresh()
-    without_dropout(module)
+    blocks = [subject.fresh() for _ in range(depth)]  # one block that runs twice may keep values of the last run
+    for block in blocks:
+        without_dropout(block)
     values = subject.inputs
     try:
-        for function in (module, module.inverse):
-            for _ in range(depth):
+        for functions in (blocks, [block.inverse for block in reversed(blocks)]):
+            for function in functions:
                 values = subject.evaluated(function, values)
                 if [v.shape for v in values] != [x.shape for x in subject.inputs]:
                     return None

@@ -1,6 +1,7 @@
 """Whose exception it is: one that the tested block causes is a failure of a law, any other a fault of the verifier."""
 
 import math
+import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from memcnn.testing.laws.result import Report, Result
 
 TESTING = Path(__file__).parents[1]
+STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 OWN_MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError)
 """Exceptions that the verifier's own code may raise by mistake. Torch raises others for tensors that do not fit."""
 
@@ -21,8 +23,16 @@ def is_ours(error: BaseException) -> bool:
 
 
 def described(error: BaseException) -> str:
-    """Return the exception in words, for "... raised X"."""
-    return f"{type(error).__name__}: {error}"
+    """Return the exception in words, for "... raised X", with the last line of the block's own code that ran."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_of_library(Path(f.filename))]
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def _is_of_library(path: Path) -> bool:
+    """Return whether the file is one of memcnn, torch or Python, as against the user's."""
+    own = path.is_relative_to(TESTING.parent) or path.is_relative_to(STANDARD_LIBRARY)
+    return own or "site-packages" in path.parts or not path.is_file()
 
 
 def guarded(law: str, claim: str, check: Callable[..., Report | Result | list[Result] | None], *arguments: object):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from memcnn.testing.laws.constant import REMEDIES, without_constants
+from memcnn.testing.laws.constant import RANDOM_CHANNELS, REMEDIES, without_constants
 from memcnn.testing.laws.subject import Subject, sample_by_sample, without_dropout
 
 SWITCHES = (
@@ -22,5 +22,5 @@ def but_right_without(subject: Subject, is_right: Callable[[Subject], bool]) -> 
             return f"; {words}"
     varied = without_constants(subject)
     if varied is not None and is_right(varied):
-        return f"; with random values in the channels of the input that are constant it is right: {REMEDIES}"
+        return f"; with {RANDOM_CHANNELS} it is right: {REMEDIES}"
     return ""

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from memcnn.testing.laws.differences import like_finite_differences_when_moved
+from memcnn.testing.laws.differences import as_of_the_block, like_finite_differences_when_moved
 from memcnn.testing.laws.guard import guarded
 from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.moved import WHEN_MOVED, moved
@@ -95,8 +95,9 @@ def _gradients(claim: str, subject: Subject, method: str) -> Result:
     """Compare the gradients of a loss of values and log-determinants, which training maximises, with differences."""
     values = _start(subject, method, without_dropout)
     flow = _Reported(_prepared(subject, without_dropout, plain=True), method)
-    result = like_finite_differences_when_moved(Subject(flow, (values,), subject.seed, wrap=False), claim)
-    return replace(result, law="log_det")
+    when = "for a loss of values and log-determinants "
+    result = like_finite_differences_when_moved(Subject(flow, (values,), subject.seed, wrap=False), claim, when=when)
+    return replace(as_of_the_block(result), law="log_det")
 
 
 def _guarded(claim: str, check: Callable[..., Result | None], *arguments: object) -> Result | None:

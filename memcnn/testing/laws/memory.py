@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from memcnn.models.revop import ReversibleSequential
+from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
+from memcnn.testing.laws.guard import described
 from memcnn.testing.laws.result import Report, Result
 from memcnn.testing.laws.subject import Subject, as_tuple
 from memcnn.testing.laws.twin import seeded, weighted_sum
@@ -67,13 +68,15 @@ def check_memory(
                 ),
             )
         )
+    if reason := _why_inputs_are_kept(subject):
+        return Report((Result("memory", claim, skipped=reason),))
     make, x = chain or _copies(subject), subject.inputs[0]
     measure = partial(bytes_per_block, make, depths=depths, seed=seed, passes=passes)
     try:
         growth = measure(x)
         stored = _stored_bytes(subject, outputs[0], passes)
     except Exception as error:
-        return Report((Result("memory", claim, math.inf, 0.0, explanation=f"raised {type(error).__name__}: {error}"),))
+        return Report((Result("memory", claim, math.inf, 0.0, explanation=f"raised {described(error)}"),))
     if allowance is None:
         allowance = _buffer_bytes(module) + STATE_BYTES
     share, limit = SHARE * stored, SHARE * stored + allowance
@@ -86,13 +89,27 @@ def check_memory(
     return Report((result, _check_batch(x, measure, growth, share)) if share < growth <= limit else (result,))
 
 
+def _why_inputs_are_kept(subject: Subject) -> str:
+    """Explain why the module needs its wrappers' ``keep_input=True``; "" if it has none or would train without."""
+    module = subject.fresh()
+    keeping = [part for part in module.modules() if isinstance(part, InvertibleModuleWrapper) and part.keep_input]
+    for part in keeping:
+        part.keep_input = False
+    try:
+        if keeping:
+            subject.run(module)
+    except Exception as error:
+        return f"keep_input=True stores each block's input, and without it the training step raised {described(error)}"
+    return ""
+
+
 def _check_batch(x: Tensor, measure: Callable[[Tensor], float], growth: float, share: float) -> Result:
     """Tell state, which does not depend on the batch, apart from activations that are as small."""
     claim = "what a further block holds does not grow with the batch"
     try:
         more = measure(torch.cat((x, x))) - growth
     except Exception as error:
-        return Result("memory", claim, skipped=f"a batch twice as large raised {type(error).__name__}: {error}")
+        return Result("memory", claim, skipped=f"a batch twice as large raised {described(error)}")
     return Result(
         "memory",
         claim,

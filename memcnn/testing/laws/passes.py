@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from memcnn.testing.laws.guard import described
 from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.result import Result
 from memcnn.testing.laws.rounding import condition_numbers
@@ -58,9 +59,7 @@ def second_step_is_plain(subject: Subject) -> list[Result]:
         which = "a second training step"
         got = second(subject, subject.trained())
     except Exception as error:
-        return [
-            Result("gradients", claim, math.inf, 0.0, explanation=f"{which} raised {type(error).__name__}: {error}")
-        ]
+        return [Result("gradients", claim, math.inf, 0.0, explanation=f"{which} raised {described(error)}")]
     if not is_finite(wanted.values()):
         return [Result("gradients", claim, skipped=NOT_FINITE)]
     name, error = worst(relative_errors(got, wanted))
@@ -118,7 +117,7 @@ def graphs_can_be_retained(subject: Subject, claim: str) -> Result:
         if plain is not None:
             _gradients_of_two_passes(subject, plain)
     except Exception as error:
-        return Result("state", claim, skipped=f"plain backpropagation raised {type(error).__name__}: {error}")
+        return Result("state", claim, skipped=f"plain backpropagation raised {described(error)}")
     first, second = _gradients_of_two_passes(subject, subject.trained())
     if not is_finite(first.values()):
         return Result("state", claim, skipped=NOT_FINITE)
@@ -138,7 +137,8 @@ def _gradients_of_two_passes(subject: Subject, module: nn.Module) -> tuple[Named
 
     def program(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
         tensors = [(f"input {i}", x) for i, x in enumerate(inputs) if x.requires_grad]
-        tensors += [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        names = (name for name, _ in subject.module.named_parameters())
+        tensors += [(name, p) for name, p in zip(names, module.parameters(), strict=True) if p.requires_grad]
         outputs = subject.call(module, *inputs)
         loss = subject.loss(outputs)
         for _ in range(2 if loss.requires_grad else 0):

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 MOST_LISTED = 3
 """Maximum number of similar faults to list."""
 BADLY_CONDITIONED = "right, but badly conditioned: "
+NEEDS_NO_INVERSE = "with keep_input=True, which needs no inverse, it is right"
+NOT_DETERMINISTIC = "forward is not deterministic"
 HOPELESS = "rounding may be as large as the values: "
 
 
@@ -84,6 +86,8 @@ class Report:
         found: list[str] = []
         for law in dict.fromkeys(result.law for result in self.failures):
             words = self.of(law)._first_failure()
+            if NEEDS_NO_INVERSE in words and "inverse" in self.failed_laws:
+                continue  # it follows from the inverse
             if not any(_core(words) in earlier for earlier in found):  # a step that raises fails several laws
                 found.append(words)
         return beginning + "; ".join(found)
@@ -131,8 +135,10 @@ class Report:
 
 
 def _core(text: str) -> str:
-    """Return what identifies an explanation: of an exception, the exception, wherever it was raised."""
-    return text.partition(" raised ")[2] or text.removeprefix("raised ")
+    """Return what identifies an explanation: its cause where it names one, or the exception, wherever it was raised."""
+    if " raised " in f" {text}":
+        return f" {text}".partition(" raised ")[2].removesuffix(f"; {NEEDS_NO_INVERSE}")
+    return next((cause for cause in (NEEDS_NO_INVERSE, NOT_DETERMINISTIC) if cause in text), text)
 
 
 def nothing_differs(claim: str, faults: Sequence[str]) -> Result:

@@ -61,6 +61,7 @@ class Subject:
             yet. False: it has an engine of its own.
         autocast: run forward and inverse under autocast to this dtype.
         runs: the module is known to run on the inputs, which are on its grid.
+        keep_input: train with wrappers that store their inputs, so that no inverse is needed.
     """
 
     module: nn.Module
@@ -69,6 +70,7 @@ class Subject:
     wrap: bool | None = None
     autocast: torch.dtype | None = None
     runs: bool = False
+    keep_input: bool = False
 
     def __post_init__(self) -> None:
         if self.runs:
@@ -121,7 +123,7 @@ class Subject:
     def in_double(self) -> "Subject":
         """Return the same in float64 and without autocast. Raises `NotRunnable` if the module does not run in it."""
         inputs = tuple(x.double() if x.is_floating_point() else x for x in self.inputs)
-        return Subject(self.fresh().double(), inputs, self.seed, self.wrap)
+        return Subject(self.fresh().double(), inputs, self.seed, self.wrap, keep_input=self.keep_input)
 
     def fresh(self) -> nn.Module:
         """Return a copy of the module as it was given."""
@@ -142,7 +144,12 @@ class Subject:
     def trained(self) -> nn.Module:
         """Return a copy that runs as in training: wrapped, or as it is."""
         wrap = not is_wrapped(self.module) if self.wrap is None else self.wrap
-        return InvertibleModuleWrapper(self.fresh()) if wrap else self.fresh()
+        module = InvertibleModuleWrapper(self.fresh()) if wrap else self.fresh()
+        if self.keep_input:
+            for part in module.modules():
+                if isinstance(part, InvertibleModuleWrapper):
+                    part.keep_input = part.keep_input_inverse = True
+        return module
 
     def seeded(self, run: int = 0) -> AbstractContextManager:
         """Return a context in which random numbers are as at every evaluation, or others for another ``run``."""

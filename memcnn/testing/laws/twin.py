@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memcnn.models.revop import InvertibleModuleWrapper
-from memcnn.testing.tolerances import relative_error
+from memcnn.testing.tolerances import is_emptied, relative_error
 
 FLOOR = 1e-3
 """A gradient that cancels to zero is compared at this fraction of the largest gradient."""
@@ -180,21 +180,18 @@ def relative_errors(actual: NamedTensors, expected: NamedTensors) -> dict[str, f
     """Return the error of every tensor, relative to its largest expected entry, by name.
 
     A tensor that is expected to be small is compared at ``FLOOR`` times the largest entry of all. The error is infinite
-    where only one of the two is None, where shape or dtype differ, and where integers differ.
+    where only one of the two is None, where shape or dtype differ, where integers differ, and where a storage is empty.
     """
-    floating = [wanted for wanted in expected.values() if wanted is not None and _is_inexact(wanted)]
+    floating = [
+        wanted for wanted in expected.values() if wanted is not None and _is_inexact(wanted) and not is_emptied(wanted)
+    ]
     largest = max((wanted.detach().abs().max().item() for wanted in floating if wanted.numel()), default=0.0)
     return {name: _error(actual.get(name), wanted, FLOOR * largest) for name, wanted in expected.items()}
 
 
 def is_finite(tensors: Iterable[Tensor | None]) -> bool:
     """Return whether every entry of every tensor is finite. A tensor whose storage was emptied is not."""
-    return all(not _is_emptied(x) and bool(x.isfinite().all()) for x in tensors if x is not None)
-
-
-def _is_emptied(x: Tensor) -> bool:
-    """Return whether the storage of ``x`` was freed. To read such a tensor ends the process."""
-    return x.layout is torch.strided and bool(x.numel()) and not x.untyped_storage().nbytes()
+    return all(not is_emptied(x) and bool(x.isfinite().all()) for x in tensors if x is not None)
 
 
 def worst(errors: Mapping[str, float]) -> tuple[str, float]:
@@ -205,7 +202,7 @@ def worst(errors: Mapping[str, float]) -> tuple[str, float]:
 def _error(got: Tensor | None, wanted: Tensor | None, least_scale: float) -> float:
     if got is None or wanted is None:
         return 0.0 if got is wanted else float("inf")
-    if (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
+    if (got.shape, got.dtype) != (wanted.shape, wanted.dtype) or is_emptied(got) or is_emptied(wanted):
         return float("inf")
     if not _is_inexact(wanted):
         return 0.0 if torch.equal(got, wanted) else float("inf")
