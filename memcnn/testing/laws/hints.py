@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from memcnn.testing.laws.constant import RANDOM_CHANNELS, REMEDIES, without_constants
 from memcnn.testing.laws.subject import Subject, sample_by_sample, without_dropout
 
 SWITCHES = (
@@ -20,7 +19,4 @@ def but_right_without(subject: Subject, is_right: Callable[[Subject], bool]) -> 
         modes = zip(module.modules(), subject.module.modules(), strict=True)
         if any(a.training != b.training for a, b in modes) and is_right(replace(subject, module=module)):
             return f"; {words}"
-    varied = without_constants(subject)
-    if varied is not None and is_right(varied):
-        return f"; with {RANDOM_CHANNELS} it is right: {REMEDIES}"
     return ""
