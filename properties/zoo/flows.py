@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from properties.zoo.gradients import DIFFERENCES
-from properties.zoo.inverses import FORTH, keeping
+from properties.zoo.inverse_blocks import keeping
+from properties.zoo.inverses import FORTH
 from properties.zoo.specimen import Own, Specimen, branch, fault, halves, whole
 
 

@@ -1,311 +1,43 @@
 """Faults of gradients. Most are a step of the classical engine overridden, compared with finite differences."""
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 
-import torch
-from torch import Tensor, nn
-from torch.autograd import Function
-from torch.utils.checkpoint import checkpoint
-
-from properties.zoo.engine import Before, Engine, Pair, chain_of
-from properties.zoo.inverses import keeping
-from properties.zoo.specimen import Own, branch, dropping, fault, halves, normalised, whole
+from properties.zoo.engine import chain_of
+from properties.zoo.gradient_blocks import (
+    BiasDropped,
+    ChannelAffine,
+    Checkpointed,
+    Clipped,
+    Detached,
+    FFromOld,
+    GDetached,
+    HalfPrecision,
+    InPlaceAfter,
+    KeepEvery,
+    Mixing,
+    NotInverted,
+    OneMaskForBoth,
+    OtherMask,
+    OverTheBatch,
+    Overwriting,
+    RunningStatistics,
+    ScaleFunction,
+    ScaleFunctionOfY,
+    SharedOnce,
+    SlightlyLossy,
+    SlightlyOff,
+    WithoutG,
+    WrongInverse,
+    of,
+    shared,
+)
+from properties.zoo.inverse_blocks import keeping
+from properties.zoo.specimen import Own, dropping, fault, normalised
 
 DIFFERENCES = "gradients = finite differences"
 INPUTS = "gradients of inputs"
 PARAMETERS = "gradients of parameters"
-
-
-class InputDoubled(Engine):
-    """The gradient that reaches the block's input is delivered, and again added by hand."""
-
-    def back(self, pair, before, y, dy, found):
-        x, dx = super().back(pair, before, y, dy, found)
-        return x, 2 * dx
-
-
-class BiasDropped(Engine):
-    def delivered(self, found):
-        return [None if p.dim() == 1 else found.get(p) for p in self.parameters()]
-
-
-class SlightlyOff(Engine):
-    def delivered(self, found):
-        return [g if g is None else 1.001 * g for g in super().delivered(found)]
-
-
-class OverTheBatch(Engine):
-    """Divides by the batch size a second time."""
-
-    def differentiated(self, branch, before, v, d, found):
-        own = {}
-        h, dv = super().differentiated(branch, before, v, d, own)
-        found.update((p, g / len(v)) for p, g in own.items())
-        return h, dv
-
-
-class WithoutG(Engine):
-    """dx1 = dy1: what flows back through G is missing."""
-
-    def back(self, pair, before, y, dy, found):
-        (y1, y2), (dy1, dy2) = halves(y), halves(dy)
-        g, _ = self.differentiated(pair.G, before[1], y1, dy2, found)
-        x2 = y2 - g
-        f, from_F = self.differentiated(pair.F, before[0], x2, dy1, found)
-        return whole(y1 - f, x2), whole(dy1, dy2 + from_F)
-
-
-class FFromOld(Engine):
-    """F is differentiated with dy1, before G's share is added."""
-
-    def back(self, pair, before, y, dy, found):
-        (y1, y2), (dy1, dy2) = halves(y), halves(dy)
-        g, from_G = self.differentiated(pair.G, before[1], y1, dy2, found)
-        x2 = y2 - g
-        f, from_F = self.differentiated(pair.F, before[0], x2, dy1, found)
-        return whole(y1 - f, x2), whole(dy1 + from_G, dy2 + from_F)
-
-
-class NotInverted(Engine):
-    """F is evaluated at y2, not at x2."""
-
-    def back(self, pair, before, y, dy, found):
-        (y1, y2), (dy1, dy2) = halves(y), halves(dy)
-        g, from_G = self.differentiated(pair.G, before[1], y1, dy2, found)
-        f, from_F = self.differentiated(pair.F, before[0], y2, dy1 + from_G, found)
-        return whole(y1 - f, y2 - g), whole(dy1 + from_G, dy2 + from_F)
-
-
-class OtherMask(Engine):
-    """The recomputation draws anew; the generator is put back afterwards."""
-
-    def same_numbers(self, branch, before):
-        return super().same_numbers(branch, Before(None, before.buffers, before.autocast))
-
-
-class OneMaskForBoth(Engine):
-    """One state for the block: G, recomputed first, is given F's mask."""
-
-    def back(self, pair, before, y, dy, found):
-        return super().back(pair, [before[0], before[0]], y, dy, found)
-
-
-class RunningStatistics(Engine):
-    """The recomputation is in eval mode, so that statistics do not move twice."""
-
-    @contextmanager
-    def again(self, branch: nn.Module, before: Before) -> Iterator[None]:
-        branch.eval()
-        with super().again(branch, before):
-            yield
-        branch.train()
-
-
-class HalfPrecision(Engine):
-    """The stored output is rounded to bfloat16, to save more."""
-
-    def kept(self, ctx, y):
-        ctx.save_for_backward(y.bfloat16())
-
-    def rebuilt_from(self, ctx):
-        return ctx.saved_tensors[0].to(next(self.parameters()).dtype)
-
-
-class SharedOnce(Engine):
-    """Gradients of a parameter that F and G share replace each other."""
-
-    def differentiated(self, branch, before, v, d, found):
-        own = {}
-        result = super().differentiated(branch, before, v, d, own)
-        found.update(own)
-        return result
-
-
-class Overwriting(Engine):
-    """Sets .grad, and does not add to it."""
-
-    def delivered(self, found):
-        for parameter, gradient in found.items():
-            parameter.grad = gradient
-        return [None for _ in self.parameters()]
-
-
-class KeepEvery(Engine):
-    """Keeps the input of every second block, and recomputes from that of its neighbour."""
-
-    def through(self, pair, x):
-        result = super().through(pair, x)
-        result[1].append(x)
-        return result
-
-    def back(self, pair, before, y, dy, found):
-        i = [p is pair for p in self.pairs].index(True)
-        wrong = before[2] if i % 2 else y
-        return super().back(pair, before[:2], wrong, dy, found)
-
-
-class Detached(Own):
-    """F sees x2.detach(): left over from an experiment."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x1, x2 = halves(x)
-        y1 = x1 + self.F(x2.detach())
-        return whole(y1, x2 + self.G(y1))
-
-
-class GDetached(Own):
-    """G without its gradient path: under no_grad by mistake."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x1, x2 = halves(x)
-        y1 = x1 + self.F(x2)
-        with torch.no_grad():
-            g = self.G(y1)
-        return whole(y1, x2 + g)
-
-
-class Checkpointed(nn.Module):
-    """A branch of dropout, checkpointed without its random numbers."""
-
-    def __init__(self):
-        super().__init__()
-        self.branch = dropping()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return self.branch(x)
-        return checkpoint(self.branch, x, use_reentrant=False, preserve_rng_state=False)
-
-
-class InPlaceAfter(Own):
-    """An engine's output, of which it keeps the storage, scaled in place by the block around it."""
-
-    class Engine(Engine):
-        def kept(self, ctx, y):
-            ctx.y = y.detach()
-
-        def rebuilt_from(self, ctx):
-            return ctx.y
-
-    def __init__(self):
-        super().__init__()
-        self.engine = self.Engine()
-        self.F = self.G = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.engine(x).mul_(1.5)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        return self.engine.inverse(y / 1.5)
-
-
-class _Scale(Function):
-    """s x + t of a saving affine layer."""
-
-    @staticmethod
-    def forward(ctx, x, s, t):
-        ctx.save_for_backward(x * s + t, s, t)
-        return x * s + t
-
-    @staticmethod
-    def backward(ctx, dy):
-        y, s, t = ctx.saved_tensors
-        return dy, (dy * (y - t) / s).sum((0, 2, 3), keepdim=True), dy.sum((0, 2, 3), keepdim=True)
-
-
-class _ScaleOfY(_Scale):
-    """The gradient of s is taken with y in the place of x."""
-
-    @staticmethod
-    def backward(ctx, dy):
-        y, s, _t = ctx.saved_tensors
-        return dy * s, (dy * y).sum((0, 2, 3), keepdim=True), dy.sum((0, 2, 3), keepdim=True)
-
-
-class _Matrix(Function):
-    """W x, with the gradient of x multiplied by W and not by its transpose."""
-
-    @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx, x, W):
-        ctx.save_for_backward(x, W)
-        return torch.einsum("ij,njhw->nihw", W, x)
-
-    @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx, dy):
-        x, W = ctx.saved_tensors
-        return torch.einsum("ij,njhw->nihw", W, dy), torch.einsum("nihw,njhw->ij", dy, x)
-
-
-class ChannelAffine(nn.Module):
-    def __init__(self, function: type[Function]):
-        super().__init__()
-        self.function = function
-        self.s, self.t = (nn.Parameter(torch.rand(1, 4, 1, 1) + 1) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function.apply(x, self.s, self.t)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        return (y - self.t) / self.s
-
-
-class Mixing(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.W = nn.Parameter(torch.eye(4) + 0.3 * torch.randn(4, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Matrix.apply(x, self.W)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        return torch.einsum("ij,njhw->nihw", torch.linalg.inv(self.W), y)
-
-
-class Clipped(Own):
-    """Clips the gradient inside of the block, for stability."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        if y.requires_grad:
-            y.register_hook(lambda g: g.clamp(-0.5, 0.5))
-        return y
-
-
-class WrongInverse(Own):
-    """The sign of F in the inverse, in a block whose activations are rebuilt by it."""
-
-    def inverse(self, y: Tensor) -> Tensor:
-        y1, y2 = halves(y)
-        x2 = y2 - self.G(y1)
-        return whole(y1 + self.F(x2), x2)
-
-
-class SlightlyLossy(Own):
-    """The inverse computes G in bfloat16: close enough, it was thought."""
-
-    def inverse(self, y: Tensor) -> Tensor:
-        y1, y2 = halves(y)
-        x2 = y2 - self.G(y1).bfloat16().to(y2.dtype)
-        return whole(y1 - self.F(x2), x2)
-
-
-def shared(kind: type[Engine]) -> Engine:
-    pair = Pair()
-    pair.G = pair.F
-    return kind(pair)
-
-
 engine_fault = partial(fault, law="gradients", claim=DIFFERENCES, wrap=False)
-
-
-def of(kind: type[Engine], make: Callable[[], nn.Module] = branch, depth: int = 1) -> dict:
-    return {"make": functools.partial(chain_of(kind, make), depth), "chain": chain_of(kind, make)}
-
 
 FAULTS = [
     engine_fault("gradients off by 1e-3", "every gradient is 1.001 of itself", says="1.001 times", **of(SlightlyOff)),
@@ -359,14 +91,14 @@ FAULTS = [
         "scale forgotten in backward",
         "dx = dy",
         says="the gradient of the input",
-        make=lambda: ChannelAffine(_Scale),
+        make=lambda: ChannelAffine(ScaleFunction),
         stores=True,
     ),
     engine_fault(
         "gradient of a scale with y for x",
         "ds = dy y",
         says="the gradient of s",
-        make=lambda: ChannelAffine(_ScaleOfY),
+        make=lambda: ChannelAffine(ScaleFunctionOfY),
         stores=True,
     ),
     engine_fault(

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from properties.zoo.engine import Engine
-from properties.zoo.gradients import of
-from properties.zoo.inverses import Additive
+from properties.zoo.gradient_blocks import of
+from properties.zoo.inverse_blocks import Additive
 from properties.zoo.specimen import LARGE, Own, branch, fault
 
 CLAIM, SAYS = "peak bytes", "each further block holds"

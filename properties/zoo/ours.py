@@ -9,7 +9,8 @@ from memcnn.engine.couple import couple
 from memcnn.models.affine import scale
 from properties.support.blocks import Notes
 from properties.zoo.gradients import DIFFERENCES, INPUTS
-from properties.zoo.inverses import FORTH, Additive, affine
+from properties.zoo.inverse_blocks import Additive, affine
+from properties.zoo.inverses import FORTH
 from properties.zoo.specimen import Own, branch, dropping, fault
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from properties.zoo.engine import Before, Engine
-from properties.zoo.gradients import DIFFERENCES, InputDoubled, of
+from properties.zoo.gradient_blocks import InputDoubled, of
+from properties.zoo.gradients import DIFFERENCES
 from properties.zoo.specimen import Own, dropping, fault, halves, normalised
 from properties.zoo.states import AUTOCAST, BUFFERS, CALLER, HOOKS
 

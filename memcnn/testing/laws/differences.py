@@ -190,7 +190,7 @@ def through_inverse(subject: Subject, claim: str) -> Result:
     if [v.dtype for v in (*x, *y) if v.is_floating_point() and v.dtype != torch.float64] or not is_finite((*x, *y)):
         return Result("gradients", claim, skipped="inverse gives no finite values of float64 here")
     inverted = Subject(Inverted(module), y, subject.seed, wrap=False)
-    return as_of_the_block(like_finite_differences_when_moved(inverted, claim, when="through inverse "))
+    return as_of_the_block(like_finite_differences_when_moved(inverted, claim, when="through inverse, "))
 
 
 def as_of_the_block(result: Result) -> Result:

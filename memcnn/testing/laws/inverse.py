@@ -85,7 +85,7 @@ def _inverse_undoes_moved_forward(after: Subject) -> Result:
     result = _inverse_undoes_forward(after, WHEN_MOVED)
     if result.failed:
         return _with(
-            result, f"right with the parameters as they start, but after an optimiser step {result.explanation}"
+            result, f"after an optimiser step {result.explanation}; it is right with the parameters as they start"
         )
     return result
 

@@ -95,7 +95,7 @@ def _gradients(claim: str, subject: Subject, method: str) -> Result:
     """Compare the gradients of a loss of values and log-determinants, which training maximises, with differences."""
     values = _start(subject, method, without_dropout)
     flow = _Reported(_prepared(subject, without_dropout, plain=True), method)
-    when = "for a loss of values and log-determinants "
+    when = "for a loss of values and log-determinants, "
     result = like_finite_differences_when_moved(Subject(flow, (values,), subject.seed, wrap=False), claim, when=when)
     return replace(as_of_the_block(result), law="log_det")
 
