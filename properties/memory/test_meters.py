@@ -101,6 +101,15 @@ def test_a_view_keeps_its_whole_storage_alive(meter):
     assert meter.peak_bytes(run) == meter.sum(5000, 300)
 
 
+def test_a_meter_of_one_kind_of_device_counts_tensors_there_alone():
+    with TensorMeter(device_type="meta") as meter:
+        held = torch.empty(25, device="meta"), torch.empty(10), torch.empty(5, device="meta")
+        meter.count([torch.empty(3)], "other")
+    assert (meter.current_bytes, meter.peak["other"]) == (120, 0)
+    del held
+    assert meter.current_bytes == 0
+
+
 def test_a_freed_tensor_drops_out_at_once():
     with TensorMeter() as meter:
         x = block(1000)
