@@ -1,10 +1,13 @@
 """A check names a cause only where a test separates it from others."""
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
-from memcnn.testing import check_all, check_inverse
-from memcnn.testing.laws.result import NEEDS_NO_INVERSE
+from memcnn.testing import check_all, check_gradients, check_inverse
+from memcnn.testing.laws.gradients import IN_FLOAT64
+from memcnn.testing.laws.result import NEEDS_NO_INVERSE, NOT_DETERMINISTIC
 from memcnn.testing.laws.twin import relative_errors
 from memcnn.testing.tolerances import distance
 
@@ -36,6 +39,57 @@ class Stretched(nn.Module):
         return torch.cat((a - self.f(b).tanh(), 1.1 * b), 1)
 
 
+class Offset(nn.Module):
+    """Adds a number so large that the loss is rounded to 1e-10. A finite difference magnifies that to 1e-5."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x + 1e6
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return (y - 1e6) / 2
+
+
+class Noisy(nn.Module):
+    """Adds noise that no seed of torch's repeats, and looks at its input in float32."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.size, self.random = size, np.random.default_rng(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.size * torch.from_numpy(self.random.standard_normal(x.shape)).to(x)
+        a, b = x.chunk(2, 1)
+        return torch.cat((a + b.tanh() + 0 * b.float().amax(), b), 1)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        a, b = y.chunk(2, 1)
+        return torch.cat((a - b.tanh(), b), 1)
+
+
+class Swap(torch.autograd.Function):
+    """The identity, with a backward that swaps the two entries of the gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.flip(0)
+
+
+class Swapping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.tensor([0.3, -0.4]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + Swap.apply(self.b)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y - self.b
+
+
 def test_a_value_stored_by_forward_is_not_called_bad_conditioning():
     assert "badly conditioned" not in str(check_inverse(Centred(), torch.randn(3, 4)))
 
@@ -53,3 +107,30 @@ def test_a_storage_that_was_emptied_is_an_infinite_error():
     assert relative_errors({"x": emptied}, {"x": torch.ones(3)}) == {"x": float("inf")}
     assert relative_errors({"x": torch.ones(3)}, {"x": emptied}) == {"x": float("inf")}
     assert distance([emptied], [torch.ones(3)]) == distance([torch.ones(3)], [emptied]) == float("inf")
+
+
+def test_a_gradient_is_not_called_wrong_where_the_loss_is_rounded():
+    """Two finite differences may agree by chance although rounding has put both off."""
+    for seed in range(16):
+        x = torch.randn(1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        report = check_gradients(Offset(), x, seed=seed)
+        assert report.passed, report
+
+
+def test_noise_is_not_called_a_lower_precision():
+    report = check_gradients(Noisy(1e-13), torch.randn(3, 4), seed=0)
+    (result,) = [result for result in report if result.claim == IN_FLOAT64]
+    assert result.verdict == "PASS", result
+
+
+def test_noise_is_named_where_the_inverse_is_off_in_float64_alone():
+    report = check_inverse(Noisy(1e-9), torch.randn(3, 4))
+    assert any(NOT_DETERMINISTIC in result.explanation for result in report.failures), report
+    assert "too little to show in float32" not in str(report)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_finite_differences_see_two_swapped_entries(seed):
+    """Along steps of one length the errors of the two would cancel at every other seed."""
+    report = check_gradients(Swapping(), torch.randn(3, 2, generator=torch.Generator().manual_seed(seed)), seed=seed)
+    assert report.of("gradients").failures

@@ -167,7 +167,7 @@ def like_finite_differences_when_moved(
     if unsteady := _unsteady(after, outcome, claim):  # another claim reports it
         return Result("gradients", claim, skipped=unsteady.explanation)
     loss, compared = _differentiated(after, outcome)
-    error, doubt = _along_signs(loss, compared, torch.Generator().manual_seed(after.seed))
+    error, doubt = _along_random_steps(loss, compared, torch.Generator().manual_seed(after.seed))
     limit, source = max(LIMIT, 2 * doubt), f"central differences at a step and its half, which agree to {doubt:.1e}"
     if doubt <= ROUGH and error <= limit:
         return Result("gradients", claim, error, limit, source)
@@ -252,7 +252,7 @@ def _all_at_once(subject: Subject, outcome: Outcome) -> Result | None:
     generator = torch.Generator().manual_seed(subject.seed)
     errors, doubts = [], []
     for _ in range(2):
-        error, doubt = _along_signs(loss, compared, generator)
+        error, doubt = _along_random_steps(loss, compared, generator)
         if not error + doubt <= AT_ONCE:
             return None
         errors.append(error)
@@ -261,13 +261,21 @@ def _all_at_once(subject: Subject, outcome: Outcome) -> Result | None:
     return Result("gradients", DIFFERENCES, max(errors), AT_ONCE, source)
 
 
-def _along_signs(
+def _along_random_steps(
     loss: Callable[[], float], compared: Sequence[tuple[str, Tensor, Tensor | None]], generator: torch.Generator
 ) -> tuple[float, float]:
-    """Return the error along random signs of all tensors, and the doubt about it, relative to the gradient's norm."""
-    signs = [torch.randint(2, x.shape, generator=generator, device="cpu").to(x) * 2 - 1 for _, x, _ in compared]
-    slope, doubt, _ = _slope(loss, [x for _, x, _ in compared], signs)
-    predicted = sum((g * d).sum().item() for (_, _, g), d in zip(compared, signs, strict=True) if g is not None)
+    """Return the error along random steps of all tensors, and the doubt about it, relative to the gradient's norm.
+
+    Steps are from 1 to 2 long, up or down. If all were equally long, the errors of two swapped entries could cancel.
+    """
+
+    def drawn(x: Tensor) -> Tensor:
+        signs = torch.randint(2, x.shape, generator=generator, device="cpu") * 2 - 1
+        return (signs * (1 + torch.rand(x.shape, generator=generator, dtype=torch.float64, device="cpu"))).to(x)
+
+    steps = [drawn(x) for _, x, _ in compared]
+    slope, doubt, _ = _slope(loss, [x for _, x, _ in compared], steps)
+    predicted = sum((g * d).sum().item() for (_, _, g), d in zip(compared, steps, strict=True) if g is not None)
     size = math.sqrt(sum(g.square().sum().item() for _, _, g in compared if g is not None)) or abs(slope) or 1.0
     return abs(predicted - slope) / size, doubt / size
 
