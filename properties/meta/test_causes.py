@@ -49,15 +49,24 @@ class Offset(nn.Module):
         return (y - 1e6) / 2
 
 
-class Noisy(nn.Module):
-    """Adds noise that no seed of torch's repeats, and looks at its input in float32."""
+SHARED = np.random.default_rng(0)
 
-    def __init__(self, size: float) -> None:
+
+class Noisy(nn.Module):
+    """Adds noise that no seed of torch's repeats, and looks at its input in float32.
+
+    Args:
+        size: of the noise.
+        own: draw it from a generator that is copied with the module.
+    """
+
+    def __init__(self, size: float, *, own: bool = False) -> None:
         super().__init__()
-        self.size, self.random = size, np.random.default_rng(0)
+        self.size, self.own = size, np.random.default_rng(0) if own else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.size * torch.from_numpy(self.random.standard_normal(x.shape)).to(x)
+        noise = (self.own or SHARED).standard_normal(x.shape)
+        x = x + self.size * torch.from_numpy(noise).to(x)
         a, b = x.chunk(2, 1)
         return torch.cat((a + b.tanh() + 0 * b.float().amax(), b), 1)
 
@@ -117,8 +126,9 @@ def test_a_gradient_is_not_called_wrong_where_the_loss_is_rounded():
         assert report.passed, report
 
 
-def test_noise_is_not_called_a_lower_precision():
-    report = check_gradients(Noisy(1e-13), torch.randn(3, 4), seed=0)
+@pytest.mark.parametrize("own", [True, False], ids=["own generator", "shared generator"])
+def test_noise_is_not_called_a_lower_precision(own):
+    report = check_gradients(Noisy(1e-13, own=own), torch.randn(3, 4), seed=0)
     (result,) = [result for result in report if result.claim == IN_FLOAT64]
     assert result.verdict == "PASS", result
 
@@ -131,6 +141,6 @@ def test_noise_is_named_where_the_inverse_is_off_in_float64_alone():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_finite_differences_see_two_swapped_entries(seed):
-    """Along steps of one length the errors of the two would cancel at every other seed."""
+    """Along steps of one length the errors of the two would cancel at some seeds."""
     report = check_gradients(Swapping(), torch.randn(3, 2, generator=torch.Generator().manual_seed(seed)), seed=seed)
     assert report.of("gradients").failures
