@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from memcnn.testing import check_all, check_gradients, check_inverse
+from memcnn.testing.laws.differences import DIFFERENCES
 from memcnn.testing.laws.gradients import IN_FLOAT64
 from memcnn.testing.laws.result import NEEDS_NO_INVERSE, NOT_DETERMINISTIC
 from memcnn.testing.laws.twin import relative_errors
@@ -47,6 +48,22 @@ class Offset(nn.Module):
 
     def inverse(self, y: Tensor) -> Tensor:
         return (y - 1e6) / 2
+
+
+class Kinked(nn.Module):
+    """One of its 128 ReLUs is so close to its kink that every finite difference crosses it."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("kink", x.detach()[0, -1].clone() - 1e-9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, 1)
+        return torch.cat((a + 0.02 * (b - self.kink).relu(), b), 1)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        a, b = y.chunk(2, 1)
+        return torch.cat((a - 0.02 * (b - self.kink).relu(), b), 1)
 
 
 SHARED = np.random.default_rng(0)
@@ -124,6 +141,13 @@ def test_a_gradient_is_not_called_wrong_where_the_loss_is_rounded():
         x = torch.randn(1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         report = check_gradients(Offset(), x, seed=seed)
         assert report.passed, report
+
+
+def test_a_gradient_is_not_called_wrong_beside_one_kink_of_many():
+    x = torch.randn(8, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    report = check_gradients(Kinked(x), x)
+    (result,) = [result for result in report if result.claim == DIFFERENCES]
+    assert report.passed and "kinks" in result.skipped, report
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own generator", "shared generator"])

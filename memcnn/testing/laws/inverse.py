@@ -227,7 +227,7 @@ def _forward_undoes_inverse(subject: Subject) -> Result:
     if not result.failed or result.explanation:
         return result
     if not _deterministic(subject):
-        return _with(result, NOT_DETERMINISTIC)
+        return _with(result, DIFFERS)
     if [t.shape for t in x] == [t.shape for t in subject.inputs] and not distance(x, subject.inputs):
         return _with(result, "inverse returns the last input of forward, whatever it is asked to invert")
     return result
