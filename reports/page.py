@@ -13,6 +13,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
+from memcnn.needs import INSTALL
 from reports import text
 from reports.cells import DASH
 from reports.verdict import DIFFERS, NOT_ENOUGH, REPRODUCED
@@ -20,6 +21,8 @@ from reports.verdict import DIFFERS, NOT_ENOUGH, REPRODUCED
 VERDICTS = (REPRODUCED, DIFFERS, NOT_ENOUGH)
 PROSE = ("device", "why it does not count")
 """Names of columns whose cells may wrap."""
+
+MISSING = "From the top of the repository, these commands install what is needed and measure the missing values:"
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,9 @@ def html(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    functions = {"heads": _heads, "rows": _rows, "groups": text.groups, "inline": inline_svg, "sort": SORT}
-    return environment.get_template("page.html").render(page=page, **functions)
+    functions = {"heads": _heads, "rows": _rows, "groups": text.groups, "inline": inline_svg}
+    words = {"sort": SORT, "missing": MISSING, "install": INSTALL}
+    return environment.get_template("page.html").render(page=page, **functions, **words)
 
 
 def markdown(page: Page) -> str:
@@ -122,7 +126,7 @@ def markdown(page: Page) -> str:
         parts += [f"![{figure.title}]({figure.link})" for figure in section.figures if figure.link]
         parts += ["\n".join(f"* {text.escape_markdown(note)}" for note in section.notes)]
         if section.command:
-            parts += ["This command measures the missing values:", f"```sh\n{section.command}\n```"]
+            parts += [MISSING, f"```sh\n{INSTALL}\n{section.command}\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -6,6 +6,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
+from memcnn.needs import INSTALL
 from memcnn.training.files import write_by_rename
 from memcnn.training.record import DATASETS
 from reports import cells, notes, page, text
@@ -140,7 +141,7 @@ def terminal(report: Report, *, width: int = 120) -> str:
     parts += notes.executions(report.runs)
     parts.append(notes.summary(report.results))
     if command := notes.command(report.results):
-        parts.append(f"This command trains the missing runs:\n  {command}")
+        parts.append(f"{text.wrap(page.MISSING, width)}\n  {INSTALL}\n  {command}")
     return "\n\n".join(text.wrap(part, width) if "\n" not in part else part for part in parts)
 
 
