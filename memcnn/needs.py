@@ -7,18 +7,8 @@ from pathlib import Path
 
 LIBRARY = ("filelock", "hypothesis", "numpy", "tensorboardX", "torch", "torchvision", "tqdm")
 """Modules of the packages that memcnn itself requires in setup.py."""
-HARNESS = (
-    "fastjsonschema",
-    "jinja2",
-    "matplotlib",
-    "pandas",
-    "pytest",
-    "pytest_benchmark",
-    "xdist",
-    "scipy",
-    "tabulate",
-)
-"""Modules of the packages in the extra ``harness`` of setup.py."""
+HARNESS = ("jinja2", "matplotlib", "pandas", "pytest", "pytest_benchmark", "scipy", "tabulate")
+"""Modules that the commands of bench, reports and properties import as well, from the extra ``harness`` of setup.py."""
 INSTALL = 'python -m pip install --constraint constraints.txt --editable ".[harness]"'
 """Installs both, from the top of the repository; README has it as well."""
 ROOT = Path(__file__).resolve().parents[1]
