@@ -10,6 +10,7 @@ data.
 """
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from bench.summary import sections
 from memcnn import cli
 from memcnn.training.files import write_by_rename
 from reports import page
+from reports.cells import number
 from reports.page import Figure, Page, Section
 
 BUSY_LOAD = 1.0
@@ -73,13 +75,19 @@ def against_baseline(results: pd.DataFrame) -> Section | None:
             "metric": change.metric,
             "baseline": f"{change.base:,.0f}",
             "here": f"{change.now:,.0f}",
-            "change, %": f"{100 * change.growth:+.2f}",
+            "change, %": _per_cent(change.growth),
         }
         for change in sorted(moved, key=lambda change: -change.growth)
     ]
     notes = [f"missing here: {', '.join(sorted(missing))}"] if missing else []
     table = page.text_frame(pd.DataFrame(rows)) if rows else None
     return Section("Against the committed baseline", note=summary, table=table, notes=notes)
+
+
+def _per_cent(growth: float) -> str:
+    """Return a change in per cent with its sign and two digits: no change that happened looks like zero."""
+    digits = max(1, 1 - math.floor(math.log10(100 * abs(growth)))) if math.isfinite(growth) else 1
+    return number(100 * growth, digits, sign=True)
 
 
 def headline(results: pd.DataFrame) -> list[str]:

@@ -19,7 +19,7 @@ from reports.cells import DASH
 from reports.verdict import DIFFERS, NOT_ENOUGH, REPRODUCED
 
 VERDICTS = (REPRODUCED, DIFFERS, NOT_ENOUGH)
-PROSE = ("device", "why it does not count")
+PROSE = ("device", "execution", "why it does not count")
 """Names of columns whose cells may wrap."""
 
 MISSING = "From the top of the repository, these commands install what is needed and measure the missing values:"

@@ -123,7 +123,7 @@ def test_python_time_is_reported_per_block(results):
 
 
 def test_the_environment_is_named(results):
-    assert result.origin(results).startswith("a processor (cpu, 2 cores, 1 threads), load average 0.5 to 0.5")
+    assert result.origin(results).startswith("a processor (cpu, 2 cores, 1 thread), load average 0.5 to 0.5")
     assert MACHINE["software"]["torch"] in result.origin(results)
 
 
