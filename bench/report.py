@@ -48,7 +48,7 @@ def busy(results: pd.DataFrame) -> str:
     fix = "measure again on a quiet machine" + (", or with --clock cpu" if device["clock"] == "wall" else "")
     return (
         f"other processes used this machine: the load average was up to {load:.1f}, and this run accounts for {own}. "
-        f"The times and ratios on this page are worthless as a result; {fix}. Bytes and evaluations are exact."
+        f"Times and ratios measured so are worthless; {fix}. Bytes and evaluations are exact."
     )
 
 
@@ -75,7 +75,7 @@ def against_baseline(results: pd.DataFrame) -> Section | None:
             "metric": change.metric,
             "baseline": f"{change.base:,.0f}",
             "here": f"{change.now:,.0f}",
-            "change, %": _per_cent(change.growth),
+            "change, %": per_cent(change.growth),
         }
         for change in sorted(moved, key=lambda change: -change.growth)
     ]
@@ -84,7 +84,7 @@ def against_baseline(results: pd.DataFrame) -> Section | None:
     return Section("Against the committed baseline", note=summary, table=table, notes=notes)
 
 
-def _per_cent(growth: float) -> str:
+def per_cent(growth: float) -> str:
     """Return a change in per cent with its sign and two digits: no change that happened looks like zero."""
     digits = max(1, 1 - math.floor(math.log10(100 * abs(growth)))) if math.isfinite(growth) else 1
     return number(100 * growth, digits, sign=True)
