@@ -250,7 +250,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=cli.output_folder, help="folder of the report of FILE.json")
     given = parser.parse_args(arguments)
     if given.result.is_dir() == (given.out is not None):
-        parser.error("wanted FILE.json with --out FOLDER, or the folder of a report without --out")
+        got = (
+            f"the folder {given.result} with --out"
+            if given.out
+            else f"{given.result}, which is no folder, without --out"
+        )
+        parser.error(f"got {got}; wanted FILE.json with --out FOLDER, or the folder of a report without --out")
     try:
         if given.result.is_dir():
             paths = write_page(given.result, f"python -m bench.report {shlex.quote(str(given.result))}")

@@ -194,8 +194,10 @@ def run(arguments: Sequence[str] | None) -> int:
         record = train(job_of(given, recipe), execution, place_of(given), budget_seconds=budget)
     except (BadArgument, BadCheckpoint, MixedExecution) as error:
         parser.error(str(error))
-    except (BadData, DataNotFound, FolderBusy, CannotWrite, OSError) as error:
+    except (BadData, DataNotFound, FolderBusy, CannotWrite) as error:
         return cli.fail(error)
+    except OSError as error:
+        return cli.fail(f"memcnn.train: {cli.explained(error)}")
     except KeyboardInterrupt:
         print(f"Interrupted before training began. Start it with: {again}", file=sys.stderr)
         return cli.STOPPED
