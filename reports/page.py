@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import markupsafe
 import pandas as pd
 
 from memcnn.needs import INSTALL
@@ -105,7 +106,7 @@ def html(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    functions = {"heads": _heads, "rows": _rows, "groups": text.groups, "inline": inline_svg}
+    functions = {"code": _code, "heads": _heads, "rows": _rows, "groups": text.groups, "inline": inline_svg}
     words = {"sort": SORT, "missing": MISSING, "install": INSTALL}
     return environment.get_template("page.html").render(page=page, **functions, **words)
 
@@ -156,6 +157,11 @@ def inline_svg(svg: str, prefix: str) -> str:
     width = re.search(r'width="([\d.]+)pt"', svg)
     style = f'style="--width: {float(width[1]) / 12:.1f}rem"' if width else ""  # so that 12 points are the page's text
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" class="{kind}" {style}', svg, count=1)
+
+
+def _code(note: str) -> markupsafe.Markup:
+    """Return a note as HTML; what stands between backticks is code."""
+    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", markupsafe.escape(note)))
 
 
 def _finished(value: object) -> str:
