@@ -235,7 +235,7 @@ def test_the_command_names_only_what_is_missing(full, tmp_path, put):
         f"{INSTALL}\n  python -m bench.reproduce_table --train --models resnet32 --datasets cifar100 --seeds 0-2"
         in shown
     )
-    assert "12 cells: 1 reproduced, 10 differ, 1 without enough full runs." in shown
+    assert "12 cells: 1 reproduced, 10 differ, 1 without a verdict, which needs at least 3 full runs." in shown
 
 
 def test_the_command_asks_for_more_seeds_where_the_runs_scatter_too_much(full, tmp_path, put):
