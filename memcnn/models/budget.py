@@ -11,10 +11,8 @@ block first among equals, as many as fit. The plan is made when the chain first 
 """
 
 import copy
-from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +29,6 @@ from memcnn.models.keywords import taken
 from memcnn.models.wrapper import is_recorded, uncompiled
 
 __all__ = ["Budget", "Plan"]
-
-_ATTEMPTS = 3
-"""How many of the blocks after the first that does not fit are tried in a step of their own."""
 
 
 class Plan(NamedTuple):
@@ -114,30 +109,29 @@ class Budget:
 
     def _filled(self, step: "_FakeStep") -> Plan:
         """Return the plan that stores as many of the most expensive blocks as fit."""
-        nothing = Plan(frozenset(), step.peak_bytes(frozenset()))
-        if nothing.peak_bytes > self.limit_bytes:
+        least = step.peak_bytes(())
+        if least > self.limit_bytes:
             raise _BelowMinimum(
                 f"budget_bytes={self.limit_bytes:,} is too small for an input of shape {tuple(step.x.shape)}: with no "
-                f"block's activations stored, a step needs {nothing.peak_bytes:,} bytes; give it at least these, or a "
+                f"block's activations stored, a step needs {least:,} bytes; give it at least these, or a "
                 "smaller batch"
             )
-        order = sorted(range(len(step.prices)), key=lambda i: (-step.prices[i].operations_per_byte, -i))
-        expected = list(accumulate((step.prices[i].stored_bytes for i in order), initial=nothing.peak_bytes))
-        best, fits, fails = nothing, 0, len(order) + 1
-        guess = max(1, bisect_right(expected, self.limit_bytes) - 1)  # sizes nearly add up
-        while fails - fits > 1:
-            plan = step.plan(order[:guess])
-            if plan.peak_bytes <= self.limit_bytes:
-                best, fits = plan, guess
+        chosen: list[int] = []
+        bound, too_large = least, set()
+        for i in sorted(range(len(step.prices)), key=lambda i: (-step.prices[i].operations_per_byte, -i)):
+            price = step.prices[i]
+            most = bound + price.stored_bytes + 2 * step.x.nbytes  # its activations, and the ends of two more chains
+            if price in too_large:  # as an equal block was, which runs later and whose bytes are freed earlier
+                continue
+            if most > self.limit_bytes:
+                most = step.peak_bytes([*chosen, i])
+            if most > self.limit_bytes:
+                too_large.add(price)
             else:
-                fails = guess
-            guess = fits + 1 if fits == guess else fails - 1
-        candidates = [i for i in order[fails:] if best.peak_bytes + step.prices[i].stored_bytes <= self.limit_bytes]
-        for i in candidates[:_ATTEMPTS]:
-            plan = step.plan([*best.stored, i])
-            if plan.peak_bytes <= self.limit_bytes:
-                best = plan
-        return best
+                chosen, bound = [*chosen, i], most
+        while (peak_bytes := step.peak_bytes(chosen)) > self.limit_bytes:
+            chosen = chosen[:-1]
+        return Plan(frozenset(chosen), peak_bytes)
 
 
 class _BelowMinimum(Exception):
@@ -198,13 +192,9 @@ class _FakeStep:
             value = results[0].detach().requires_grad_(results[0].requires_grad)
         self.gradients = [torch.zeros_like(result) for result in results]
 
-    def plan(self, positions: Sequence[int]) -> Plan:
-        stored = frozenset(positions)
-        return Plan(stored, self.peak_bytes(stored))
-
-    def peak_bytes(self, stored: frozenset[int]) -> int:
+    def peak_bytes(self, stored: Collection[int]) -> int:
         """Return the peak of a step in which these blocks store their activations."""
-        self.chain.budget = _Fixed(stored)
+        self.chain.budget = _Fixed(frozenset(stored))
         self.x.grad = None
         with TensorMeter() as meter:
             self._run()
