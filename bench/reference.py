@@ -58,7 +58,7 @@ class Field(nn.Module):
         return torch.cos(t) * self.net(y)
 
 
-def _residual(width: int) -> nn.Module:
+def residual_function(width: int) -> nn.Module:
     """Return the residual function of the momentum network."""
     return nn.Sequential(
         nn.GroupNorm(4, width),
@@ -72,7 +72,7 @@ def _residual(width: int) -> nn.Module:
 
 def _momentum(depth: int) -> nn.Module:
     """Return a momentum network; 0.97**-128 is 49, which float32 holds on the grid of exact mode."""
-    return MomentumNet(*(_residual(16) for _ in range(depth)), gamma=0.97)
+    return MomentumNet(*(residual_function(16) for _ in range(depth)), gamma=0.97)
 
 
 MAKERS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
