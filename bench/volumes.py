@@ -44,10 +44,12 @@ def largest(gib: float, reserve: float, blocks: Iterable[int]) -> pd.DataFrame:
     rows = []
     for count in blocks:
         for subject in THREE:
+            small = 16  # memory grows with the third power of the side
+            guess = small * ((gib - reserve) * GIB / peak_bytes(subject, count, FACTOR * small)) ** (1 / 3)
             found = largest_that_fits(
                 lambda n, subject=subject, count=count: peak_bytes(subject, count, FACTOR * n),
                 int((gib - reserve) * GIB),
-                start=24,
+                start=int(guess),
                 limit=256,
             )
             side = FACTOR * found["largest"]
