@@ -82,8 +82,8 @@ CHAINS = (
 )
 NETWORKS = "Images a second, forward, backward and SGD; the batch is 8 on a CPU and 100 on a GPU."
 SPEED = (
-    "Batch 100, augmentation included; median. `python -m bench.speed` names the executions. “of 4” is the time of a "
-    "step when the steps of 4 runs are interleaved on 4 streams."
+    "Batch 100, augmentation included; median. `python -m bench.speed` names the executions. “of N” is the time of a "
+    "step when the steps of N runs are interleaved on N streams."
 )
 MEMORY = (
     "Batch 100. Peak: the highest total of a step, without model, gradients and batch. Held: after the forward pass."

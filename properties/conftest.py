@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 import memcnn
+from memcnn.engine import drift
 from properties.devices import DEVICES, reproducible_kernels
 from properties.support import errors
 
@@ -115,10 +116,16 @@ def on_device(device: str) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Start every test from the same seed; a test that takes ``device`` gets the same bits from call to call."""
+    """Start every test from the same seed; a test that takes ``device`` gets the same bits from call to call.
+
+    What the drift watch has measured on a GPU is read at the end, so that a warning belongs to the test that caused it.
+    """
     torch.manual_seed(0)
     with reproducible_kernels() if "device" in request.fixturenames else nullcontext():
         yield
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        drift.read_arrived()
 
 
 @pytest.fixture(scope="session")

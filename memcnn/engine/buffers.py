@@ -127,13 +127,14 @@ class ReplayedBuffers:
         """Note whether the first evaluation modified a buffer, and keep the value it began with if it may have."""
         registry, name, b, before, value, bits, kind = buffer
         if initialised and (now := registry.get(name)) is not None:
-            b, value, bits = now, identity(now), checksum(now)  # the layer may note here that it is initialised
+            # the layer may note here that it is initialised: a further evaluation begins with that
+            b, before, value, bits = now, None if before is None else now.detach().clone(), identity(now), checksum(now)
         if before is not None and identity(b) == value and id(registry) not in self.silent and checksum(b) == bits:
             self.unchanged.append((kind, name, b, value))
             if bits is not None:
                 self.checksums.append((kind, name, b, bits))
             if (
-                b.device.type == "cpu"
+                b.is_cpu
                 or b.nbytes > KEPT_BUFFER
                 or any(m._buffers is registry and type(m).forward in NORM_FORWARDS for m, _ in self.modes)
             ):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from memcnn.engine.capture import is_captured
 from memcnn.engine.checksum import has_fingerprint
 from memcnn.engine.torch_private import current_backward_pass
 
@@ -41,6 +42,7 @@ _covered: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """Branches that a warning has named, or another branch of their kind in the same backward pass."""
 _last_warning = ("", -1)
 """The branch that the last warning named, and the number of its backward pass."""
+_GPU = torch.device("cuda")
 _arriving: list[tuple["Drift", "Comparison", Tensor, torch.cuda.Event]] = []
 """Comparisons on GPUs whose numbers have not arrived on the CPU yet."""
 
@@ -120,8 +122,11 @@ class Drift:
 
 
 def read_arrived() -> None:
-    """Check the comparisons whose numbers have arrived from the GPU."""
-    while _arriving and _arriving[0][3].query():
+    """Check the comparisons whose numbers have arrived from the GPU.
+
+    During the capture of a CUDA graph nothing is checked, because asking an event would make the capture fail.
+    """
+    while _arriving and not is_captured(_GPU) and _arriving[0][3].query():
         drift, what, numbers, _ = _arriving.pop(0)
         drift.check(what, numbers)
 

@@ -1,5 +1,6 @@
 """Peak memory as the allocator counts it: on the CPU from the profiler's events, on CUDA from its own counters."""
 
+import gc
 import json
 import tempfile
 from collections.abc import Callable, Iterable
@@ -65,6 +66,7 @@ def allocator_total_bytes(
 def _cuda_rise_bytes(fn: Callable[[], object], device: torch.device) -> int:
     """Return by how much the high-water mark of CUDA's allocator rises above what was allocated at entry."""
     stream = torch.cuda.current_stream(device)  # the only one to wait for: on others, other runs may be training
+    gc.collect()  # garbage in reference cycles, freed inside, would make room for what ``fn`` allocates
     stream.synchronize()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

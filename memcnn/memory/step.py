@@ -121,12 +121,17 @@ def measure_peak_split(
         allocator: also ask the allocator of the CPU or of CUDA. ``step`` then runs once more, on the CPU twice more.
 
     Returns:
-        The bytes of each kind of tensor. With ``allocator`` it has ``allocated_bytes`` and, on CUDA,
-        ``reserved_bytes``, which counts all that the process has reserved.
+        The bytes of each kind of tensor; for a model on a GPU, only of tensors on GPUs. With ``allocator`` it has
+        ``allocated_bytes`` and, on CUDA, ``reserved_bytes``, which counts all that the process has reserved.
     """
     parameters, batch = list(model.parameters()), list(batch)
     step()
-    with TensorMeter(block_bytes=block_bytes) as meter, _counting_gradients(meter, parameters):
+    device = parameters[0].device if parameters else torch.device("cpu")
+    of_gpu = "cuda" if device.type == "cuda" else None
+    with (
+        TensorMeter(block_bytes=block_bytes, device_type=of_gpu) as meter,
+        _counting_gradients(meter, parameters),
+    ):
         for label, tensors in _resident(model, optimizer, batch).items():
             meter.count(tensors, label)
         with _noting_peaks_before_update(meter, optimizer) as peaks_before_update:
@@ -134,7 +139,6 @@ def measure_peak_split(
     in_update = peaks_before_update and meter.peak_bytes > peaks_before_update[-1]
     allocated_bytes = reserved_bytes = None
     if allocator:
-        device = parameters[0].device if parameters else torch.device("cpu")
         allocated_bytes = allocator_total_bytes(
             step, lambda: tree_leaves(_resident(model, optimizer, batch)), device=device
         )

@@ -26,6 +26,8 @@ class TensorMeter(TorchDispatchMode):
     Args:
         block_bytes: each storage counts as a whole number of blocks of so many bytes. CUDA's caching allocator hands
             out blocks of 512 bytes.
+        device_type: count only tensors on such a device, for example "cuda"; None counts all. The states of random
+            generators, which a checkpoint keeps, lie in the CPU's memory also when a GPU computes.
 
     Attributes:
         current_bytes: bytes that are alive now.
@@ -35,20 +37,20 @@ class TensorMeter(TorchDispatchMode):
         peak_in_backward: True if the worst instant lay in a backward pass.
     """
 
-    def __init__(self, *, block_bytes: int = 1) -> None:
+    def __init__(self, *, block_bytes: int = 1, device_type: str | None = None) -> None:
         super().__init__()
         self.current_bytes = self.peak_bytes = 0
         self.current: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.peak_in_backward = False
-        self._block_bytes = block_bytes
+        self._block_bytes, self._device_type = block_bytes, device_type
         self._known: dict[int, weakref.ref] = {}  # id of a storage: every storage seen that is still alive
         self._counted: dict[int, int] = {}  # id of a storage: its bytes, if it counts
         self._labels: dict[int, str] = {}  # id of a storage: its label, if it has one
 
     def count(self, tensors: Iterable[torch.Tensor], label: str) -> None:
         """Count the storages of ``tensors`` under ``label`` as long as they live, wherever they were made."""
-        for storage in storages_of(list(tensors)):
+        for storage in storages_of(list(tensors), self._device_type):
             self._meet(storage)
             key = id(storage)
             self.current[self._labels.get(key, "")] -= self._counted.get(key, 0)
@@ -60,10 +62,10 @@ class TensorMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is not torch.ops.aten.lift_fresh.default:  # its argument was just made from Python numbers
-            for storage in storages_of((args, kwargs)):
+            for storage in storages_of((args, kwargs), self._device_type):
                 self._meet(storage)
         result = func(*args, **kwargs)
-        for storage in storages_of(result):
+        for storage in storages_of(result, self._device_type):
             if self._meet(storage) or id(storage) in self._counted:
                 self._count(storage)
         if self.current_bytes > self.peak_bytes and not _sums_gradients(func):
@@ -106,9 +108,13 @@ def tensor_peak_bytes(fn: Callable[[], object]) -> int:
     return meter.peak_bytes
 
 
-def storages_of(tree: object) -> list[torch.UntypedStorage]:
-    """Return the storages of the dense tensors in nested tuples, lists and dicts."""
-    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor) and t.layout is torch.strided]
+def storages_of(tree: object, device_type: str | None = None) -> list[torch.UntypedStorage]:
+    """Return the storages of the dense tensors in nested tuples, lists and dicts; of all devices, or of one type."""
+    return [
+        t.untyped_storage()
+        for t in tree_leaves(tree)
+        if isinstance(t, torch.Tensor) and t.layout is torch.strided and device_type in (None, t.device.type)
+    ]
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:

@@ -171,7 +171,7 @@ def test_a_hook_within_a_nested_block_changes_its_recomputation():
 
 def test_another_threads_hooks_are_called_while_a_branch_is_rebuilt():
     """The hook is a global one, which a recomputation in the first thread silences for that thread alone."""
-    other, called = nn.Linear(2, 2), Counter()
+    other, called, argument = nn.Linear(2, 2), Counter(), torch.ones(2)
 
     class Waiting(nn.Module):
         """Has another thread call a module in the recomputation."""
@@ -182,7 +182,7 @@ def test_another_threads_hooks_are_called_while_a_branch_is_rebuilt():
 
         def forward(self, x: Tensor) -> Tensor:
             if next(self.calls) > 1:
-                thread = threading.Thread(target=other, args=[torch.ones(2)])
+                thread = threading.Thread(target=other, args=[argument])
                 thread.start()
                 thread.join()
             return x.sin()

@@ -174,6 +174,12 @@ def test_a_layer_that_initialises_itself_and_says_so_in_a_buffer_does_so_once(ma
     assert all(part.ready for part in module.modules() if isinstance(part, SetsItself))
 
 
+def test_on_a_gpu_the_recomputation_begins_with_the_buffer_that_the_first_pass_set(monkeypatch):
+    """A stand-in for a GPU, where small buffers are copied for backward instead of summed up."""
+    monkeypatch.setattr(Tensor, "is_cpu", False)
+    assert_like_twin(InvertibleModuleWrapper(SetsItself(filled)).double(), backward, images(5, 6))
+
+
 def test_a_layer_whose_initialisation_is_recorded_is_refused_until_it_has_seen_a_batch():
     layer = SetsItself(filled, recorded=True).double()
     unready = InvertibleModuleWrapper(copy.deepcopy(layer))

@@ -194,12 +194,13 @@ def gradients(model: nn.Module, x: Tensor, context=None) -> Tensor:
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "pure"])
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_a_low_precision_stream_is_at_most_twice_as_far_off_as_its_twin(dtype, autocast):
+    """Or as a rounding of ``dtype``: a GPU adds up in float32, so that a twin may be closer than that."""
     model, x, context = low_precision(dtype, autocast)
     twin, exact = plain_twin(model), plain_twin(model).double()
     wanted = gradients(exact, x.double())
     errors = [(gradients(m, x, context) - wanted).norm() / wanted.norm() for m in (model, twin)]
     assert 0 < errors[1] < 0.5
-    assert errors[0] < 2 * errors[1], errors
+    assert errors[0] < 2 * max(errors[1], torch.finfo(dtype).eps), errors
 
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "pure"])

@@ -33,7 +33,7 @@ class ByNumpy(Averaged):
 
 class ByDetachedStorage(Averaged):
     def scale(self, x):
-        torch.tensor([], dtype=x.dtype).set_(self.average.untyped_storage(), 0, (3,)).mul_(0.5)
+        torch.tensor([], dtype=x.dtype, device=x.device).set_(self.average.untyped_storage(), 0, (3,)).mul_(0.5)
         return self.average[:3].clone()
 
 

@@ -1,5 +1,6 @@
 """The law of training: after any number of optimiser steps a network and its plain twin are still the same."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,6 +17,8 @@ from properties.support.networks import INITIALISES_ITSELF, NESTED_STATISTICS, S
 # Adam divides by the size of a gradient plus eps: a gradient that is rounding alone must stay below eps
 OPTIMISERS = {"SGD": sgd, "Adam": partial(torch.optim.Adam, lr=1e-3, eps=1e-3)}
 
+ALL_FROZEN = replace(NESTED_STATISTICS, frozen_every=1, input=replace(NESTED_STATISTICS.input, layout="sliced"))
+
 
 @given(
     networks(dtypes=[torch.float64], training=[True], frozen=True), st.sampled_from(list(OPTIMISERS)), st.integers(2, 5)
@@ -23,6 +26,7 @@ OPTIMISERS = {"SGD": sgd, "Adam": partial(torch.optim.Adam, lr=1e-3, eps=1e-3)}
 @example(INITIALISES_ITSELF, "SGD", 4)
 @example(NESTED_STATISTICS, "SGD", 4)
 @example(SPLITS_BY_TURNS, "Adam", 4)
+@example(ALL_FROZEN, "SGD", 2)
 def test_a_network_and_its_twin_stay_together(device: str, network: Network, optimiser: str, steps: int):
     report = run_check(check_training, network, device, optimiser=OPTIMISERS[optimiser], steps=steps)
     assert_holds(report, network, "training")

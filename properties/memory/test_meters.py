@@ -1,8 +1,11 @@
 """The memory meters count what is there: known programs, hand-counted networks, and planted leaks."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +102,15 @@ def test_a_view_keeps_its_whole_storage_alive(meter):
         del view
 
     assert meter.peak_bytes(run) == meter.sum(5000, 300)
+
+
+def test_a_meter_of_one_kind_of_device_counts_tensors_there_alone():
+    with TensorMeter(device_type="meta") as meter:
+        held = torch.empty(25, device="meta"), torch.empty(10), torch.empty(5, device="meta")
+        meter.count([torch.empty(3)], "other")
+    assert (meter.current_bytes, meter.peak["other"]) == (120, 0)
+    del held
+    assert meter.current_bytes == 0
 
 
 def test_a_freed_tensor_drops_out_at_once():
@@ -325,6 +337,33 @@ def test_the_allocator_meter_says_when_a_profiler_is_in_its_way():
         allocator_peak_bytes(lambda: allocator_peak_bytes(lambda: None))
     with pytest.raises(ValueError, match="no allocator meter for device 'meta'"):
         allocator_peak_bytes(lambda: None, device="meta")
+
+
+def test_garbage_that_was_there_at_entry_makes_no_room(monkeypatch):
+    """A stand-in for CUDA's allocator, and 700 bytes in a reference cycle, which the measured function collects."""
+    allocated, peak = 700, 0
+
+    def allocate(size: int) -> None:
+        nonlocal allocated, peak
+        allocated += size
+        peak = max(peak, allocated)
+
+    def reset_peak(device: torch.device) -> None:
+        nonlocal peak
+        peak = allocated
+
+    class Cycle:
+        pass
+
+    garbage = Cycle()
+    garbage.itself = garbage
+    weakref.finalize(garbage, allocate, -700)
+    del garbage
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset_peak)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak)
+    assert allocator_peak_bytes(lambda: (gc.collect(), allocate(1000)), device="cuda") == 1000
 
 
 @needs_cuda

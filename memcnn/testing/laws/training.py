@@ -52,17 +52,19 @@ def check_training(
 
     def train(module: nn.Module, *inputs: Tensor) -> list[Tensor]:
         trained = [x for x in (*module.parameters(), *inputs) if x.requires_grad and x.is_leaf]
-        optimizer, results = optimiser(trained), []
+        optimizer, results = optimiser(trained) if trained else None, []  # without one, buffers still move
         for step in range(steps):
             torch.manual_seed(seed + step)
-            optimizer.zero_grad()
+            if optimizer is not None:
+                optimizer.zero_grad()
             outputs = module(*(x + SHIFT * step if x.is_floating_point() else x for x in inputs))
             outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
             # a mean, since a sum soon trains weights whose inverse loses all digits
             loss = subject.loss(outputs) / sum(y.numel() for y in outputs)
             if loss.requires_grad:
                 loss.backward()
-            optimizer.step()
+            if optimizer is not None:
+                optimizer.step()
             results += outputs
         if evaluate:
             module.eval()
