@@ -1,5 +1,9 @@
 """Memory-efficient reversible networks for PyTorch, and the means to verify them and to measure what they cost."""
 
+from memcnn import needs  # isort: split
+
+needs.check()  # before the first import of torch
+
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.affine import AffineAdapterExp, AffineAdapterNaive, AffineAdapterSigmoid, AffineCoupling
 from memcnn.models.flows import ActNorm, InvertibleConv1x1
