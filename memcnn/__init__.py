@@ -8,6 +8,7 @@ from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.affine import AffineAdapterExp, AffineAdapterNaive, AffineAdapterSigmoid, AffineCoupling
 from memcnn.models.flows import ActNorm, InvertibleConv1x1
 from memcnn.models.rearrange import ChannelPermutation, DepthToSpace, SpaceToDepth
+from memcnn.models.reversible_stack import to_reversible
 from memcnn.models.revop import (
     InvertibleModuleWrapper,
     ReversibleBlock,
@@ -39,4 +40,5 @@ __all__ = [
     "create_coupling",
     "is_invertible_module",
     "load_trained",
+    "to_reversible",
 ]
