@@ -122,6 +122,8 @@ def _show(args: argparse.Namespace, result: Path, device: torch.device) -> None:
     """Print the tables of a result, and write its report where one is due."""
     results = load(result)
     print(summary.render(results))
+    if warning := report.busy(results):
+        print(f"\nWarning: {warning}")
     print(f"\nmeasurements: {result}")
     if target := args.report or _default_report(args, result, device):
         command = f"python -m bench.report FILE.json --out {_shown(target)}"

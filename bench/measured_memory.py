@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import folders
+from bench.networks import add_networks_option
 from memcnn import cli
 from memcnn.memory import StepMemory, TensorMeter, measure_step_memory
 from memcnn.models.resnet import MODELS
@@ -114,13 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write memory.csv, print the table and return 0."""
     parser = cli.parser_from("bench.measured_memory", __doc__, whole=True)
     add = parser.add_argument
-    add(
-        "--networks",
-        type=cli.names(tuple(MODELS)),
-        default=list(MODELS),
-        metavar="A,B,...",
-        help=f"some of {','.join(MODELS)}",
-    )
+    add_networks_option(parser)
     add("--batch", type=count, default=PUBLISHED.batch_size, metavar="N", help="images a step (%(default)s)")
     folders.add_place_options(parser, MEMORY_FILE)
     given = parser.parse_args(arguments)

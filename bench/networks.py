@@ -1,5 +1,6 @@
 """The full training step of the six CIFAR networks, RevNets with the engine on and off."""
 
+import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.cases import Case, Step
+from memcnn import cli
 from memcnn.models.resnet import MODELS
 from memcnn.training.recipe import PUBLISHED
 
@@ -72,3 +74,14 @@ def networks(*, quick: bool, cuda: bool, series: str = "network") -> list[Networ
         for name in names
         for subject in (("plain", "reversible") if name.startswith("revnet") else ("plain",))
     ]
+
+
+def add_networks_option(parser: argparse.ArgumentParser) -> None:
+    """Add --networks, a list of names in ``MODELS``; all six by default."""
+    parser.add_argument(
+        "--networks",
+        type=cli.names(tuple(MODELS)),
+        default=list(MODELS),
+        metavar="A,B,...",
+        help=f"some of {','.join(MODELS)}",
+    )

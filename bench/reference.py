@@ -3,6 +3,7 @@
     python -m bench.reference                                     bytes of all networks at depths 8, 32 and 128
     python -m bench.reference --networks irevnet vit --depths 8   some of them
     python -m bench.reference --time --depths 8                   also seconds of a step, in turn, as ratios to plain
+    python -m bench.reference --csv reports/networks/memory.csv   what the page docs/networks.md is made from
 
 The depth is the number of blocks: of the first stage, of the first scale, or of a stage of a U-Net. Prints Markdown.
 The cases of depth 8 are part of a full run of ``python -m bench``.
@@ -14,7 +15,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -55,7 +58,7 @@ class Field(nn.Module):
         return torch.cos(t) * self.net(y)
 
 
-def _residual(width: int) -> nn.Module:
+def residual_function(width: int) -> nn.Module:
     """Return the residual function of the momentum network."""
     return nn.Sequential(
         nn.GroupNorm(4, width),
@@ -69,7 +72,7 @@ def _residual(width: int) -> nn.Module:
 
 def _momentum(depth: int) -> nn.Module:
     """Return a momentum network; 0.97**-128 is 49, which float32 holds on the grid of exact mode."""
-    return MomentumNet(*(_residual(16) for _ in range(depth)), gamma=0.97)
+    return MomentumNet(*(residual_function(16) for _ in range(depth)), gamma=0.97)
 
 
 MAKERS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
@@ -172,6 +175,14 @@ def activation_bytes(case: Reference) -> int:
     return measure_step_memory(model, step.run).activation_bytes
 
 
+def memory_row(network: str, depth: int) -> dict:
+    """Return the parameters of a network of this depth, and the activation bytes of each subject."""
+    cases = references(depths=[depth], networks=[network])
+    parameters = sum(p.numel() for p in cases[0].model("cpu").parameters())
+    sizes = {case.subject: activation_bytes(case) for case in cases}
+    return {"network": network, "depth": depth, "batch": cases[0].batch, "parameters": parameters, **sizes}
+
+
 def relative_times(network: str, depth: int, rounds: int = 7) -> dict[str, float]:
     """Return the median ratio of CPU time to plain's, over rounds in which the subjects take turns."""
     steps = {}
@@ -198,17 +209,21 @@ def main() -> None:
     )
     parser.add_argument("--networks", nargs="+", choices=MAKERS, default=list(MAKERS), help="default: all")
     parser.add_argument("--depths", nargs="+", type=int, default=[8, 32, 128], help="numbers of blocks (8 32 128)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the bytes there, too")
     parser.add_argument("--time", action="store_true", help="also measure time, relative to plain")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print("| network | depth | parameters | " + " | ".join(f"{subject}, bytes" for subject in THREE) + " |")
     print("| --- | --: | --: | --: | --: | --: |")
+    rows = []
     for network in args.networks:
         for depth in args.depths:
-            cases = references(depths=[depth], networks=[network])
-            parameters = sum(p.numel() for p in cases[0].model("cpu").parameters())
-            sizes = " | ".join(f"{activation_bytes(case):,}" for case in cases)
-            print(f"| {network} | {depth} | {parameters:,} | {sizes} |", flush=True)
+            row = memory_row(network, depth)
+            rows.append(row)
+            sizes = " | ".join(f"{row[subject]:,}" for subject in THREE)
+            print(f"| {network} | {depth} | {row['parameters']:,} | {sizes} |", flush=True)
+    if args.csv is not None:
+        pd.DataFrame(rows).to_csv(args.csv, index=False)
     if args.time:
         print("\n| network | depth | checkpoint, time / plain | reversible, time / plain |\n| --- | --: | --: | --: |")
         for network in args.networks:

@@ -10,6 +10,7 @@ data.
 """
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from bench.summary import sections
 from memcnn import cli
 from memcnn.training.files import write_by_rename
 from reports import page
+from reports.cells import number
 from reports.page import Figure, Page, Section
 
 BUSY_LOAD = 1.0
@@ -46,7 +48,7 @@ def busy(results: pd.DataFrame) -> str:
     fix = "measure again on a quiet machine" + (", or with --clock cpu" if device["clock"] == "wall" else "")
     return (
         f"other processes used this machine: the load average was up to {load:.1f}, and this run accounts for {own}. "
-        f"The times and ratios on this page are worthless as a result; {fix}. Bytes and evaluations are exact."
+        f"Times and ratios measured so are worthless; {fix}. Bytes and evaluations are exact."
     )
 
 
@@ -73,13 +75,19 @@ def against_baseline(results: pd.DataFrame) -> Section | None:
             "metric": change.metric,
             "baseline": f"{change.base:,.0f}",
             "here": f"{change.now:,.0f}",
-            "change, %": f"{100 * change.growth:+.2f}",
+            "change, %": per_cent(change.growth),
         }
         for change in sorted(moved, key=lambda change: -change.growth)
     ]
     notes = [f"missing here: {', '.join(sorted(missing))}"] if missing else []
     table = page.text_frame(pd.DataFrame(rows)) if rows else None
     return Section("Against the committed baseline", note=summary, table=table, notes=notes)
+
+
+def per_cent(growth: float) -> str:
+    """Return a change in per cent with its sign and two digits: no change that happened looks like zero."""
+    digits = max(1, 1 - math.floor(math.log10(100 * abs(growth)))) if math.isfinite(growth) else 1
+    return number(100 * growth, digits, sign=True)
 
 
 def headline(results: pd.DataFrame) -> list[str]:
@@ -242,7 +250,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=cli.output_folder, help="folder of the report of FILE.json")
     given = parser.parse_args(arguments)
     if given.result.is_dir() == (given.out is not None):
-        parser.error("wanted FILE.json with --out FOLDER, or the folder of a report without --out")
+        got = (
+            f"the folder {given.result} with --out"
+            if given.out
+            else f"{given.result}, which is no folder, without --out"
+        )
+        parser.error(f"got {got}; wanted FILE.json with --out FOLDER, or the folder of a report without --out")
     try:
         if given.result.is_dir():
             paths = write_page(given.result, f"python -m bench.report {shlex.quote(str(given.result))}")

@@ -144,8 +144,10 @@ def origin(results: pd.DataFrame) -> str:
     changes = "" if first.clean in (True, None) else " with uncommitted changes"
     clock = {"wall": "", "cpu": "; seconds are the process's own CPU time"}[device["clock"]]
     load = f"load average {results.load.min():.1f} to {results.load.max():.1f} while measuring"
+    sizes = {word: device[f"{word}s"] for word in ("core", "thread")}
+    size = ", ".join(f"{number} {word}{'' if number == 1 else 's'}" for word, number in sizes.items())
     return (
-        f"{device['name']} ({device['type']}, {device['cores']} cores, {device['threads']} threads), {load}{clock}; "
+        f"{device['name']} ({device['type']}, {size}), {load}{clock}; "
         f"torch {software['torch']}, Python {software['python']}, memcnn {software['memcnn']}, commit "
         f"{(first.commit or 'unknown')[:12]}{changes}"
     )

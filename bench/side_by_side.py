@@ -78,7 +78,7 @@ def sections(devices: Sequence[Device]) -> list[summary.Section]:
 
 CHAINS = (
     "Time of a step and peak activations, both relative to plain autograd on the same device; median [quartiles]. The "
-    "batch is 4 on a CPU and 64 on a GPU, so that kernels are long on both."
+    "batch is 4 on a CPU and 64 on a GPU."
 )
 NETWORKS = "Images a second, forward, backward and SGD; the batch is 8 on a CPU and 100 on a GPU."
 SPEED = (

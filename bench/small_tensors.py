@@ -12,7 +12,6 @@ a table take turns, so that drift affects them equally.
 ``python -m bench.peers --install`` installs the peers. A contender that cannot be had is named and left out.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from bench.audit.peers import TINY, TINY_BLOCKS, VENV, contenders, measure_time
 from bench.modes import prepared
 from bench.networks import Network
 from bench.speed.timing import timed
+from memcnn import cli
 from memcnn.models.resnet import MODELS
 
 BATCHES = 1, 8, 100
@@ -114,11 +114,10 @@ def spread(values: pd.Series) -> str:
     return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
+@cli.command("bench.small_tensors")
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print both tables. Return 0, or 1 if plain autograd could not be measured."""
-    parser = argparse.ArgumentParser(
-        prog="bench.small_tensors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser_from("bench.small_tensors", __doc__, whole=True)
     parser.add_argument("--quick", action="store_true", help="4 blocks, RevNet-38 at batch 1, three rounds")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each batch and mode (default: %(default)s)")
     options = parser.parse_args(arguments)

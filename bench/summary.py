@@ -1,5 +1,6 @@
 """The tables of a benchmark result: ``python -m bench.summary results/bench/FILE.json``."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -36,7 +37,14 @@ def sections(results: pd.DataFrame) -> list[Section]:
         ("Training step of the CIFAR networks", per_repeat + networks_note, network_table(memory, times)),
         ("Modes", per_repeat + "Milliseconds of a step.", mode_table(times)),
     ]
-    return [(title, note, table.reset_index(names="").round(3)) for title, note, table in found if not table.empty]
+    return [(title, note, table.reset_index(names="").map(_shown)) for title, note, table in found if not table.empty]
+
+
+def _shown(value: object) -> object:
+    """Round a number to four significant digits, but not before the decimal point."""
+    if not isinstance(value, float) or not math.isfinite(value) or not value:
+        return value
+    return round(value, max(0, 3 - math.floor(math.log10(abs(value)))))
 
 
 def _memory_sections(memory: pd.DataFrame) -> Iterator[Section]:

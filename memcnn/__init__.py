@@ -1,9 +1,14 @@
 """Memory-efficient reversible networks for PyTorch, and the means to verify them and to measure what they cost."""
 
+from memcnn import needs  # isort: split
+
+needs.check()  # before the first import of torch
+
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.affine import AffineAdapterExp, AffineAdapterNaive, AffineAdapterSigmoid, AffineCoupling
 from memcnn.models.flows import ActNorm, InvertibleConv1x1
 from memcnn.models.rearrange import ChannelPermutation, DepthToSpace, SpaceToDepth
+from memcnn.models.reversible_stack import to_reversible
 from memcnn.models.revop import (
     InvertibleModuleWrapper,
     ReversibleBlock,
@@ -35,4 +40,5 @@ __all__ = [
     "create_coupling",
     "is_invertible_module",
     "load_trained",
+    "to_reversible",
 ]

@@ -67,7 +67,13 @@ def build_parser() -> argparse.ArgumentParser:
     data = 'folder of the CIFAR files, or the word "generated" for made-up images'
     option("--data", metavar="FOLDER", help=f"{data} (default: $MEMCNN_DATA, else ./data; downloaded when missing)")
     option("--unofficial-data", action="store_true", help="train on files with wrong checksums too; the record says so")
-    option("--runs", metavar="FOLDER", default="runs", help="folder of all runs (default: ./%(default)s)")
+    option(
+        "--runs",
+        type=_folder_name,
+        metavar="FOLDER",
+        default="runs",
+        help="folder of all runs (default: ./%(default)s)",
+    )
     option("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
     option(
         "--threads", type=cli.threads, help=f"CPU threads (default: {torch.get_num_threads()}, PyTorch's choice here)"
@@ -83,6 +89,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_execution_options(parser)
     add_hyper_parameters(parser)
     return parser
+
+
+def _folder_name(text: str) -> str:
+    """Return the name of a folder that exists or can be made; refuse that of a file."""
+    cli.input_folder(text)
+    return text
 
 
 def _model(text: str) -> str:
@@ -194,8 +206,10 @@ def run(arguments: Sequence[str] | None) -> int:
         record = train(job_of(given, recipe), execution, place_of(given), budget_seconds=budget)
     except (BadArgument, BadCheckpoint, MixedExecution) as error:
         parser.error(str(error))
-    except (BadData, DataNotFound, FolderBusy, CannotWrite, OSError) as error:
+    except (BadData, DataNotFound, FolderBusy, CannotWrite) as error:
         return cli.fail(error)
+    except OSError as error:
+        return cli.fail(f"memcnn.train: {cli.explained(error)}")
     except KeyboardInterrupt:
         print(f"Interrupted before training began. Start it with: {again}", file=sys.stderr)
         return cli.STOPPED

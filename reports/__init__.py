@@ -5,6 +5,10 @@ reports.write(report, "reports/out")   # table.md, table.csv, table.tex, table.h
 print(reports.terminal(report, width=100))
 """
 
+from memcnn import needs  # isort: split
+
+needs.check()  # before the first import of pandas
+
 from reports.render import terminal, write
 from reports.report import RECORDS, Report, build
 

@@ -62,7 +62,7 @@ def summary(table: pd.DataFrame) -> str:
     count = table["verdict"].value_counts()
     return (
         f"{len(table)} cells: {count.get('reproduced', 0)} reproduced, {count.get('differs', 0)} differ, "
-        f"{count.get(NOT_ENOUGH, 0)} without enough full runs."
+        f"{count.get(NOT_ENOUGH, 0)} without a verdict, which needs at least {LEAST_RUNS} full runs."
     )
 
 

@@ -11,15 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import markupsafe
 import pandas as pd
 
+from memcnn.needs import INSTALL
 from reports import text
 from reports.cells import DASH
 from reports.verdict import DIFFERS, NOT_ENOUGH, REPRODUCED
 
 VERDICTS = (REPRODUCED, DIFFERS, NOT_ENOUGH)
-PROSE = ("device", "why it does not count")
+PROSE = ("device", "execution", "why it does not count")
 """Names of columns whose cells may wrap."""
+
+MISSING = "From the top of the repository, these commands install what is needed and measure the missing values:"
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,9 @@ def html(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    functions = {"heads": _heads, "rows": _rows, "groups": text.groups, "inline": inline_svg, "sort": SORT}
-    return environment.get_template("page.html").render(page=page, **functions)
+    functions = {"code": _code, "heads": _heads, "rows": _rows, "groups": text.groups, "inline": inline_svg}
+    words = {"sort": SORT, "missing": MISSING, "install": INSTALL}
+    return environment.get_template("page.html").render(page=page, **functions, **words)
 
 
 def markdown(page: Page) -> str:
@@ -122,7 +127,7 @@ def markdown(page: Page) -> str:
         parts += [f"![{figure.title}]({figure.link})" for figure in section.figures if figure.link]
         parts += ["\n".join(f"* {text.escape_markdown(note)}" for note in section.notes)]
         if section.command:
-            parts += ["This command measures the missing values:", f"```sh\n{section.command}\n```"]
+            parts += [MISSING, f"```sh\n{INSTALL}\n{section.command}\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -152,6 +157,11 @@ def inline_svg(svg: str, prefix: str) -> str:
     width = re.search(r'width="([\d.]+)pt"', svg)
     style = f'style="--width: {float(width[1]) / 12:.1f}rem"' if width else ""  # so that 12 points are the page's text
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" class="{kind}" {style}', svg, count=1)
+
+
+def _code(note: str) -> markupsafe.Markup:
+    """Return a note as HTML; what stands between backticks is code."""
+    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", markupsafe.escape(note)))
 
 
 def _finished(value: object) -> str:

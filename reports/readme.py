@@ -57,7 +57,7 @@ def _state(report: Report) -> list[str]:
     empty = int((report.results["n"] == 0).sum())
     sentences = [notes.summary(report.results)]
     if empty:
-        sentences.append(f"A dash is a cell without a full run ({empty} of {len(report.results)}).")
+        sentences.append(f"A dash: no full run ({empty} of {len(report.results)}).")
     return sentences
 
 

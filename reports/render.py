@@ -6,6 +6,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
+from memcnn.needs import INSTALL
 from memcnn.training.files import write_by_rename
 from memcnn.training.record import DATASETS
 from reports import cells, notes, page, text
@@ -88,7 +89,7 @@ def page_of(report: Report, folder: Path | None = None) -> page.Page:
 
 def _files(run: Path, folder: Path) -> list[tuple[str, str]]:
     """Return (text, address) of a run's files, seen from the page's folder. The record holds its environment."""
-    names = {"record and environment": "record.json", "curve": CURVE}
+    names = {"record": "record.json", "curve": CURVE}
     there = {text: run / name for text, name in names.items() if (run / name).is_file()}
     return [(text, quote(os.fsencode(os.path.relpath(path, folder)))) for text, path in there.items()]
 
@@ -140,7 +141,7 @@ def terminal(report: Report, *, width: int = 120) -> str:
     parts += notes.executions(report.runs)
     parts.append(notes.summary(report.results))
     if command := notes.command(report.results):
-        parts.append(f"This command trains the missing runs:\n  {command}")
+        parts.append(f"{text.wrap(page.MISSING, width)}\n  {INSTALL}\n  {command}")
     return "\n\n".join(text.wrap(part, width) if "\n" not in part else part for part in parts)
 
 

@@ -20,10 +20,10 @@ import pandas as pd
 import torch
 
 from bench import folders, measure
+from bench.networks import add_networks_option
 from bench.speed import floor, steps, text, timing
 from bench.speed.steps import PLAIN, Way
 from memcnn import cli
-from memcnn.models.resnet import MODELS
 from memcnn.training.files import write_by_rename
 from memcnn.training.options import count
 from memcnn.training.recipe import PUBLISHED
@@ -113,13 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.parser_from("bench.speed", f"{__doc__}\n{floor.EXPLANATION}", whole=True)
     add = parser.add_argument
-    add(
-        "--networks",
-        type=cli.names(tuple(MODELS)),
-        default=list(MODELS),
-        metavar="A,B,...",
-        help=f"some of {','.join(MODELS)}",
-    )
+    add_networks_option(parser)
     add("--batch", type=count, default=PUBLISHED.batch_size, help="images a step (default: %(default)s)")
     clock = "cpu counts this process's CPU time only: use it where other processes share the CPU (default: %(default)s)"
     add("--clock", choices=measure.CLOCKS, default="wall", help=clock)

@@ -1,6 +1,6 @@
 """A chain of reversible modules that stores only its last output for backward."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +11,7 @@ from memcnn.engine.couple import keep_only, merge, recording, split
 from memcnn.engine.exact import Grid
 from memcnn.engine.torch_private import is_hooked
 from memcnn.models.additive import AdditiveCoupling
+from memcnn.models.budget import Budget
 from memcnn.models.coupling import Coupling
 from memcnn.models.keywords import keywords_taken, refuse_unknown, taken
 from memcnn.models.log_det import constant_log_det
@@ -24,14 +25,28 @@ class ReversibleSequential(nn.Sequential):
         *modules: couplings, wrapped blocks, or any modules with ``forward`` and ``inverse`` that map one tensor to one.
         keep_every: let every ``keep_every``-th block, counted from the end, store its activations, so that backward
             need not recompute it: 1 is ordinary autograd, 2 recomputes half of the blocks, None all of them.
+        budget_bytes: the most that activations may take, in place of ``keep_every``: as many blocks as fit store
+            theirs, those first that are the most expensive to recompute. ``memcnn.models.budget`` says what counts.
         exact: set ``exact`` of every coupling, which must be additive ones; None leaves them as they are.
     """
 
-    def __init__(self, *modules: nn.Module, keep_every: int | None = None, exact: bool | float | Grid | None = None):
+    def __init__(
+        self,
+        *modules: nn.Module,
+        keep_every: int | None = None,
+        exact: bool | float | Grid | None = None,
+        budget_bytes: int | None = None,
+    ):
         super().__init__(*(m if isinstance(m, _REVERSIBLE) else InvertibleModuleWrapper(m) for m in modules))
         if keep_every is not None and (not isinstance(keep_every, int) or keep_every < 1):
             raise ValueError(f"keep_every must be None or a whole number of at least 1: got {keep_every!r}")
+        if keep_every is not None and budget_bytes is not None:
+            raise ValueError(
+                f"got keep_every={keep_every} and budget_bytes={budget_bytes}, which both choose the blocks that "
+                "store their activations; leave one out"
+            )
         self.keep_every = keep_every
+        self.budget = None if budget_bytes is None else Budget(budget_bytes)
         if exact is not None:
             for i, module in enumerate(self):
                 if not isinstance(module, InvertibleModuleWrapper) or not isinstance(module._fn, AdditiveCoupling):
@@ -49,7 +64,7 @@ class ReversibleSequential(nn.Sequential):
         it.
         """
         refuse_unknown(self, kwargs)
-        for store, blocks in self._runs(list(self)):
+        for store, blocks in self._runs(list(self), self._stored("forward", x, kwargs)):
             with storing() if store else nullcontext():
                 values = [x]
                 del x
@@ -63,7 +78,7 @@ class ReversibleSequential(nn.Sequential):
     def inverse(self, y: Tensor, **kwargs: Any) -> Tensor:
         """Return x with ``self(x, **kwargs) = y``, differentiable with the same savings."""
         refuse_unknown(self, kwargs)
-        for store, blocks in self._runs(list(reversed(self))):
+        for store, blocks in self._runs(list(reversed(self)), self._stored("inverse", y, kwargs)):
             with storing() if store else nullcontext():
                 values = [y]
                 del y
@@ -78,25 +93,29 @@ class ReversibleSequential(nn.Sequential):
         """Return those of the names that one of the modules takes as keyword arguments."""
         return {name for module in self for name in keywords_taken(module, names)}
 
-    def _runs(self, blocks: list[nn.Module]) -> Iterator[tuple[bool, list[Any]]]:
+    def _runs(self, blocks: list[nn.Module], stored: Collection[int]) -> Iterator[tuple[bool, list[Any]]]:
         """Yield the blocks to run together, each time with whether they store their activations."""
-        stores = [self._stores(len(blocks) - 1 - i) for i in range(len(blocks))]
+        stores = [i in stored for i in range(len(blocks))]
         alike = [None if store else _halves_passed_on(block) for store, block in zip(stores, blocks, strict=True)]
         start = 0
         for run in _runs(blocks, alike):
             yield stores[start], run
             start += len(run)
 
-    def _stores(self, distance_to_end: int) -> bool:
-        return self.keep_every is not None and distance_to_end % self.keep_every == 0
+    def _stored(self, direction: str, x: Tensor, kwargs: dict[str, object]) -> Collection[int]:
+        """Return the positions of the blocks that store their activations, in the order in which they run."""
+        if self.budget is not None:
+            return self.budget.stored(self, direction, x, kwargs)
+        return () if self.keep_every is None else range(len(self) - 1, -1, -self.keep_every)
 
     def forward_log_det(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return y, and log|det dy/dx| of each sample, shape (N,): the sum of the modules' own."""
         refuse_unknown(self, kwargs)
         total = constant_log_det(x)
+        stored = self._stored("forward_log_det", x, kwargs)
         module: Any
         for i, module in enumerate(self):
-            with storing() if self._stores(len(self) - 1 - i) else nullcontext():
+            with storing() if i in stored else nullcontext():
                 x, log_det = module.forward_log_det(x, **taken(module, kwargs))
             total = total + log_det
         return x, total
@@ -105,9 +124,10 @@ class ReversibleSequential(nn.Sequential):
         """Return x, and log|det dx/dy| of each sample, shape (N,)."""
         refuse_unknown(self, kwargs)
         total = constant_log_det(y)
+        stored = self._stored("inverse_log_det", y, kwargs)
         module: Any
         for i, module in enumerate(reversed(self)):
-            with storing() if self._stores(len(self) - 1 - i) else nullcontext():
+            with storing() if i in stored else nullcontext():
                 y, log_det = module.inverse_log_det(y, **taken(module, kwargs))
             total = total + log_det
         return y, total

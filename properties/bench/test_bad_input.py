@@ -114,6 +114,7 @@ COMMANDS = {
         (["{junk}", "--out", "{folder}"], "holds no measurements"),
         (["{folder}"], "holds no measurements"),
         (["{baseline}"], "wanted FILE.json with --out FOLDER"),
+        (["{missing}"], "which is no folder, without --out"),
         (["{baseline}", "--out", "{file}"], "is a file; wanted a folder"),
     ],
     "bench.summary": [
@@ -132,6 +133,10 @@ COMMANDS = {
     "bench.findings": [
         (["--out", "{file}"], "is a file; wanted a folder"),
         (["--render", "--out", "{junk_run}"], "does not hold the results of this command"),
+    ],
+    "bench.small_tensors": [
+        (["--device", "tpu"], "wanted only what the command takes"),
+        (["--seconds", "x"], "argument --seconds"),
     ],
     "bench.memory": [
         ([], "argument MODEL: missing"),

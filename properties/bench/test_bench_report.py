@@ -122,8 +122,15 @@ def test_python_time_is_reported_per_block(results):
     assert table(results, "Tiny tensors").loc["plain autograd", "microseconds per block"] == "1000 [1000, 1000]"
 
 
+@pytest.mark.parametrize(
+    ("growth", "shown"), [(-3.1e-7, "−0.000031"), (0.123, "+12.3"), (0.0123, "+1.2"), (2.0, "+200.0")]
+)
+def test_a_change_has_a_sign_and_no_change_looks_like_zero(growth, shown):
+    assert report.per_cent(growth) == shown
+
+
 def test_the_environment_is_named(results):
-    assert result.origin(results).startswith("a processor (cpu, 2 cores, 1 threads), load average 0.5 to 0.5")
+    assert result.origin(results).startswith("a processor (cpu, 2 cores, 1 thread), load average 0.5 to 0.5")
     assert MACHINE["software"]["torch"] in result.origin(results)
 
 

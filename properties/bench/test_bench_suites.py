@@ -2,22 +2,15 @@
 
 import dataclasses
 import gc
-import math
-import os
-import signal
-import subprocess
-import sys
-import time
 import weakref
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import folders, measure, result
+from bench import folders, measure
 from bench.cases import SUBJECTS, THREE, Chain, branches, chains
 from bench.conftest import in_turn
 from bench.modes import MODES, captured, modes, prepared, why_not
@@ -260,141 +253,3 @@ def test_the_environment_of_a_gpu_names_its_libraries_clock_and_commit(gpus):
     found = folders.environment(torch.device("cuda", 1), "wall")
     assert found["device"].items() >= {"type": "cuda", "name": "NVIDIA H200", "clock": "wall"}.items()
     assert {"torch", "cuda", "cudnn", "python"} <= set(found["software"]) and {"commit", "clean"} <= set(found)
-
-
-def environment(threads: int) -> dict[str, str]:
-    """Return an environment without pytest-xdist's variables, because a worker of xdist switches benchmarks off."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    return {**inherited, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-
-
-def test_the_command_line_measures_and_summarises(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "bench",
-        "--quick",
-        "--device=cpu",
-        "--threads=1",
-        "--out",
-        tmp_path,
-        "-k",
-        "depth-depth4 and (plain or reversible) or mode-depth2 and plain",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(2))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "SKIPPED" in done.stdout and "add --modes" in done.stdout
-    (path,) = tmp_path.glob("*.json")
-    results = result.load(path)
-    memory = results[results.group == "memory"]
-    assert list(memory.subject) == ["plain", "reversible"] and set(memory.depth) == {4}
-    assert memory.activation_bytes.iloc[1] < memory.activation_bytes.iloc[0] / 3
-    times = results[results.group == "time"]
-    assert list(times.subject) == ["plain", "reversible", *["reversible", "plain"] * 2] and times.load.notna().all()
-    assert {device["threads"] for device in results.device} == {1}
-    assert "Peak activation memory against depth" in done.stdout and str(path) in done.stdout
-
-
-@needs_cuda
-def test_on_cuda_the_command_line_measures_time_and_memory(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "bench",
-        "--quick",
-        "--device=cuda",
-        "--out",
-        tmp_path,
-        "-k",
-        "depth-depth4 and (plain or reversible)",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(1))
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.glob("*.json")
-    results = result.load(path)
-    memory, times = (results[results.group == group] for group in ("memory", "time"))
-    assert list(memory.subject) == ["plain", "reversible"] and set(times.subject) == {"plain", "reversible"}
-    assert memory.activation_bytes.iloc[1] < memory.activation_bytes.iloc[0] / 2
-    assert (memory.peak_bytes <= memory.allocated_bytes).all()
-
-
-def test_no_case_is_begun_after_the_budget(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "bench",
-        "--quick",
-        "--device=cpu",
-        "--out",
-        tmp_path,
-        "--budget",
-        "0",
-        "-k",
-        "gate-depth4",
-        "--report",
-        tmp_path / "report",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(1))
-    assert "the budget is used up" in done.stdout and "7 skipped" in done.stdout, done.stderr
-    assert done.returncode == 0 and not (tmp_path / "report").exists()
-
-
-def test_a_report_can_be_asked_for_of_a_narrowed_run(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "bench",
-        "--quick",
-        "--device=cpu",
-        "--out",
-        tmp_path,
-        "--budget",
-        "9m",
-        "-k",
-        "gate-depth4",
-        "--report",
-        tmp_path / "report",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(1))
-    assert done.returncode == 0, done.stderr
-    found = folders.read_environment(tmp_path / "report")
-    assert found["device"]["type"] == "cpu" and found["device"]["clock"] == "wall" and found["commit"]
-    assert len((tmp_path / "report" / "measurements.csv").read_text().splitlines()) == 1 + 7
-
-
-def test_a_device_that_is_not_there_is_refused_before_anything_is_measured(tmp_path):
-    command = [sys.executable, "-m", "bench", "--device=cuda:7", "--out", tmp_path / "out"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(1))
-    assert done.returncode == 2 and "--device: got 'cuda:7', but this PyTorch sees only" in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_ctrl_c_keeps_what_has_been_measured(tmp_path):
-    command = [sys.executable, "-m", "bench", "--quick", "--device=cpu", "--out", tmp_path, "-k", "test_memory"]
-    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts with & inherits that it is not
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment(1),
-        text=True,
-        preexec_fn=heeded,
-    ) as process:
-        sent = -math.inf
-        for line in process.stdout:
-            # again if it still measures: Python ignores an interrupt in the callback of a weak reference
-            if "PASSED" in line and time.monotonic() > sent + 5:
-                time.sleep(0.5)  # into the next measurement
-                process.send_signal(signal.SIGINT)
-                sent = time.monotonic()
-    assert process.returncode == pytest.ExitCode.INTERRUPTED
-    (path,) = tmp_path.glob("*.json")
-    assert len(result.load(path)) >= 1
-
-
-def test_without_pytest_benchmark_the_suites_say_what_is_missing():
-    command = [sys.executable, "-m", "pytest", "bench", "-p", "no:benchmark", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(1))
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "ERROR: the suites in bench need pytest-benchmark" in done.stderr and "Traceback" not in done.stderr

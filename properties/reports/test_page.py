@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from memcnn.needs import INSTALL
 from reports import page
 from reports.page import Figure, Page, Section
 
@@ -46,9 +47,20 @@ def test_markdown_links_pictures_and_leaves_out_cards_and_pictures_without_a_fil
     ]
     source = page.markdown(Page("Title", sections, summary=["S."], origin=["O1", "O2"], commands=["a", "b"]))
     assert source.startswith("# Title\n\nMade by `a`, then `b`.\n\n* O1\n* O2\n\nS.\n\n## Table\n\nA note.\n\n|")
-    assert "* x \\| y" in source and "```sh\ngo\n```" in source
+    assert "* x \\| y" in source and f"```sh\n{INSTALL}\ngo\n```" in source
     assert "hidden" not in source and "Cards" not in source
     assert "![one](figures/one.svg)" in source and "two" not in source
+
+
+def test_a_rows_files_stand_beside_its_name():
+    table, links = (
+        frame(model=["a", "b"], n=[3, 4]),
+        [[("record", "a.json")], [("record", "b.json"), ("curve", "b.csv")]],
+    )
+    source = re.sub(r"\s+", " ", page.html(Page("Title", [Section("Runs", table=table, links=links)])))
+    assert '</th> <th scope="col" class="left">files</th> <th' in source
+    assert '<th scope="row">a</th> <td class="left"><a href="a.json">record</a></td> <td' in source
+    assert '<a href="b.json">record</a> <a href="b.csv">curve</a></td>' in source
 
 
 @pytest.mark.parametrize(("lines", "tag"), [(["one"], "p"), (["one", "two"], "ul"), ([], None)])

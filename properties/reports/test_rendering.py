@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import reports
+from memcnn.needs import INSTALL
 from memcnn.training.recipe import SMOKE
 from memcnn.training.text import clean
 from reports import cells, readme, text
@@ -230,8 +231,11 @@ def test_the_command_names_only_what_is_missing(full, tmp_path, put):
             for seed in range(3):
                 put(tmp_path, full(model=model, dataset=dataset, seed=seed, test_accuracy=50 + seed / 10))
     shown = reports.terminal(reports.build(tmp_path, tmp_path / "none"))
-    assert "--train --models resnet32 --datasets cifar100 --seeds 0-2" in shown
-    assert "12 cells: 1 reproduced, 10 differ, 1 without enough full runs." in shown
+    assert (
+        f"{INSTALL}\n  python -m bench.reproduce_table --train --models resnet32 --datasets cifar100 --seeds 0-2"
+        in shown
+    )
+    assert "12 cells: 1 reproduced, 10 differ, 1 without a verdict, which needs at least 3 full runs." in shown
 
 
 def test_the_command_asks_for_more_seeds_where_the_runs_scatter_too_much(full, tmp_path, put):

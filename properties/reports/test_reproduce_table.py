@@ -179,7 +179,7 @@ def test_a_smoke_run_appears_in_the_table_of_other_runs_and_is_not_repeated(run,
     assert any("RevNet-38  CIFAR-10" in line and f"{record.test_accuracy:.2f}" in line for line in lines)
     note = f"data: generated; smoke recipe: 12 iterations of {record.recipe.batch_size} images"
     assert any(note in line for line in lines)
-    assert "12 cells: 0 reproduced, 0 differ, 12 without enough full runs." in lines
+    assert "12 cells: 0 reproduced, 0 differ, 12 without a verdict, which needs at least 3 full runs." in lines
     assert run(*SMOKE)[0] == 0
     assert (folder / "record.json").stat().st_mtime_ns == written
 

@@ -106,6 +106,22 @@ def test_misuse_exits_with_2_and_says_why(tiny_runs, tmp_path, capsys, words, me
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_of_runs_that_cannot_be_made_is_named_with_the_fix(tiny_runs, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert tiny_command(tmp_path, "--runs", str(tmp_path / "file" / "runs")) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("memcnn.train: ") and "a part of the path is a file" in said and "Errno" not in said
+
+
+@pytest.mark.parametrize("more", [[], ["--list"]])
+def test_a_file_is_no_folder_of_runs(more, tiny_runs, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as raised:
+        tiny_command(tmp_path, "--runs", str(tmp_path / "file"), *more)
+    assert raised.value.code == 2
+    assert "which is a file; wanted a folder" in capsys.readouterr().err
+
+
 def test_missing_data_exits_with_1_and_says_how_to_get_it(tmp_path, monkeypatch, capsys):
     def refuse(*arguments, **options):
         raise OSError("no network")

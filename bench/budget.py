@@ -1,0 +1,207 @@
+"""Time against bytes of one chain: budgets, ``keep_every``, checkpoints, torch's memory budget, and ckptplan.
+
+    python -m bench.budget                     8 blocks on 4 x 32 x 16 x 16: several minutes
+    python -m bench.budget --quick             4 blocks, nothing compiled
+    python -m bench.budget --peers FOLDER      also ckptplan, from a folder that pip installed it into with --target
+
+All contenders hold the same blocks with the same weights. Every second block is cheap: its convolutions have width 1
+instead of 3. Times are CPU seconds of steps that take turns, relative to plain autograd in the same round. Bytes are
+those that a step adds to parameters, gradients and batch at its worst instant: of tensors, which compiled code does not
+show, and of the allocator, which includes the scratch memory of kernels. A contender that fails is named with its
+reason, and the others stay. Prints Markdown.
+"""
+
+import argparse
+import copy
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from bench.cases import Branch, Checkpointed, step_on
+from bench.small_tensors import spread
+from memcnn import AdditiveCoupling, ReversibleSequential
+from memcnn.memory import allocator_peak_bytes, measure_step_memory, tensor_peak_bytes
+from memcnn.memory.tensors import storages_of
+
+SHARES = (0.0, 0.25, 0.5, 0.75)
+"""Budgets, between the least that a chain needs and what plain autograd takes."""
+
+
+def couplings(depth: int, channels: int = 32) -> list[AdditiveCoupling]:
+    """Return the blocks; every second one is cheap."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return [AdditiveCoupling(*(branch(channels // 2, cheap=bool(i % 2)) for _ in range(2))) for i in range(depth)]
+
+
+def branch(channels: int, *, cheap: bool) -> nn.Module:
+    """Return F or G: that of the other benches with GroupNorm for BatchNorm, which ckptplan refuses to checkpoint."""
+    made = Branch(channels)
+    for i in (1, 4):
+        made[i] = nn.GroupNorm(4, channels)
+    for i in (0, 3) if cheap else ():
+        made[i] = nn.Conv2d(channels, channels, 1, bias=False)
+    return made
+
+
+def eager(depth: int, x: Tensor) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Yield name and maker of each chain that runs eagerly."""
+    blocks = partial(couplings, depth)
+    yield "plain autograd", lambda: nn.Sequential(*blocks())
+    yield "checkpoint per block", lambda: Checkpointed(*blocks())
+    for k in (2, 4, None):
+        yield f"keep_every={k}", lambda k=k: ReversibleSequential(*blocks(), keep_every=k)
+    least, most = (step_bytes(make(), x, tensor_peak_bytes) for make in (
+        lambda: ReversibleSequential(*blocks()), lambda: ReversibleSequential(*blocks(), keep_every=1)))  # fmt: skip
+    for share in SHARES:
+        budget = least + int(share * (most - least))
+        yield f"budget_bytes={budget:,}", lambda b=budget: ReversibleSequential(*blocks(), budget_bytes=b)
+
+
+def compiled(depth: int) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Yield name and maker of each compiled chain, with torch's activation memory budget."""
+
+    def make(share: float) -> nn.Module:
+        return Compiled(nn.Sequential(*couplings(depth)), share)
+
+    for share in (1.0, 0.5, 0.0):
+        yield f"torch.compile, activation_memory_budget={share}", lambda share=share: make(share)
+
+
+class Compiled(nn.Module):
+    """A module compiled under a memory budget: 1 stores what plain autograd does, 0 as little as it can.
+
+    The backend partitions forward and backward pass as ``torch.compile`` does by default, and runs the kernels of eager
+    mode, so that times differ by recomputation and not by generated code.
+    """
+
+    def __init__(self, module: nn.Module, share: float):
+        super().__init__()
+        self.module, self.share = module, share
+        torch._dynamo.reset()
+        self.run = torch.compile(module, backend="aot_eager_decomp_partition")
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch._functorch.config.patch(activation_memory_budget=self.share):
+            return self.run(x)
+
+
+def planned(depth: int, x: Tensor) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Yield name and maker of ckptplan's chains. It measures bytes on CUDA only, so that it is given ours on a CPU."""
+
+    def make(share: float) -> nn.Module:
+        import ckptplan
+
+        model = nn.ModuleList(couplings(depth))
+        inputs = (x.detach().clone().requires_grad_(),)
+        blocks = ckptplan.declare_blocks(model, [(f"block{i}", block) for i, block in enumerate(model)])
+        profiles = ckptplan.profile_blocks(blocks, inputs, device="cpu", dtype=x.dtype)
+        sizes = [saved_bytes(block, x) for block in model]
+        profiles = [
+            replace(profile, activation_bytes_estimate=size, timing_only=False)
+            for profile, size in zip(profiles, sizes, strict=True)
+        ]
+        plan = ckptplan.plan_checkpoints(
+            profiles,
+            blocks,
+            target_kind="activation_budget_bytes",
+            target_value=int(share * sum(sizes)),
+            planner="dynamic_programming",
+        )
+        return ckptplan.apply_plan(blocks, plan, inputs, None)
+
+    for share in (0.75, 0.5, 0.25):
+        yield f"ckptplan, {share} of the activations", lambda share=share: make(share)
+
+
+def saved_bytes(block: nn.Module, x: Tensor) -> int:
+    """Return the bytes of the activations that plain autograd saves in a block."""
+    saved = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            saved.update({id(storage): storage for storage in storages_of(tensor)})
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        copy.deepcopy(block)(x.detach().requires_grad_())
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def step_bytes(model: nn.Module, x: Tensor, meter: Callable[[Callable[[], object]], int]) -> int:
+    """Return what a step adds to parameters, gradients and batch at its worst instant."""
+    step = step_on(x.detach().clone(), torch.ones_like(x), model, torch.enable_grad)
+    step.run()
+    return measure_step_memory(model, step.run, meter=meter).activation_bytes
+
+
+def measure(makers: Sequence[tuple[str, Callable[[], nn.Module]]], x: Tensor, rounds: int) -> tuple[pd.DataFrame, list]:
+    """Return bytes and seconds of each contender, and the names and reasons of those that failed."""
+    rows, steps, failures = [], {}, []
+    for name, make in makers:
+        try:
+            model = make()
+            begun = time.process_time()
+            tensors = None if isinstance(model, Compiled) else step_bytes(model, x, tensor_peak_bytes)
+            allocated = step_bytes(model, x, allocator_peak_bytes)
+            steps[name] = step_on(x.detach().clone(), torch.ones_like(x), model, torch.enable_grad).run
+            steps[name]()
+            rows.append({"chain": name, "tensors, bytes": tensors, "allocator, bytes": allocated})
+            print(f"{name}: ready after {time.process_time() - begun:.0f} s", file=sys.stderr, flush=True)
+        except Exception as error:  # a peer may raise anything
+            failures.append((name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
+    seconds = {name: [] for name in steps}
+    for number in range(rounds):
+        names = list(steps)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            begun = time.process_time()
+            steps[name]()
+            seconds[name].append(time.process_time() - begun)
+    times = pd.DataFrame(seconds)
+    for row in rows:
+        row["time / plain"] = spread(times[row["chain"]] / times["plain autograd"])
+        row["ms a step"] = f"{1e3 * times[row['chain']].median():.1f}"
+    return pd.DataFrame(rows), failures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; return 0, or 1 if a contender failed."""
+    parser = argparse.ArgumentParser(
+        prog="bench.budget", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="4 blocks, 3 rounds, nothing compiled")
+    parser.add_argument("--peers", type=Path, metavar="FOLDER", help="where pip installed ckptplan")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there, too")
+    args = parser.parse_args(arguments)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop
+    torch.set_num_threads(1)
+    depth, rounds = (4, 3) if args.quick else (8, 11)
+    x = torch.randn(4, 32, 16, 16, generator=torch.Generator().manual_seed(1))
+    makers = list(eager(depth, x))
+    if args.peers is not None:
+        sys.path.append(str(args.peers))
+        makers += planned(depth, x)
+    if not args.quick:
+        makers += compiled(depth)
+    table, failures = measure(makers, x, rounds)
+    if args.csv is not None:
+        table.to_csv(args.csv, index=False)
+    for column in ("tensors, bytes", "allocator, bytes"):
+        table[column] = ["" if pd.isna(size) else f"{int(size):,}" for size in table[column]]
+    print(f"{depth} blocks on {tuple(x.shape)}, median [quartiles] of {rounds} interleaved rounds.\n")
+    print(table.to_markdown(index=False, disable_numparse=True))
+    for name, reason in failures:
+        print(f"\nleft out: {name}: {reason}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

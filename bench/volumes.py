@@ -1,0 +1,105 @@
+"""The largest volume on which a 3-D U-Net can be trained on a card, predicted without the card.
+
+    python -m bench.volumes                       a card of 24 GiB, 2 and 8 blocks a stage
+    python -m bench.volumes --gib 80 --blocks 4
+
+The network is ``ReversibleUNet(4, 3, (32, 64, 128), blocks, dims=3)`` in float32: four modalities, three classes. The
+step has a batch of one, cross-entropy and SGD with momentum, as ``memcnn.memory.predict_step_memory`` predicts it: all
+tensors, in the blocks of CUDA's allocator. The reserve is for what it does not see: the CUDA context and the scratch
+memory of kernels. Sides are multiples of 4. Prints Markdown.
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from bench.cases import THREE
+from bench.reference import as_subject
+from memcnn.memory import largest_that_fits, predict_step_memory
+from memcnn.models.reversible_unet import ReversibleUNet
+
+GIB = 2**30
+FACTOR = 4
+"""Sides are multiples of this: the resolution halves twice."""
+
+
+def peak_bytes(subject: str, blocks: int, side: int) -> int:
+    """Return the predicted peak of a training step on one volume."""
+
+    def batch() -> tuple[Tensor, Tensor]:
+        return torch.empty(1, 4, side, side, side), torch.zeros(1, side, side, side, dtype=torch.int64)
+
+    def model() -> torch.nn.Module:
+        return as_subject(ReversibleUNet(4, 3, (32, 64, 128), blocks, dims=3), subject)
+
+    return predict_step_memory(model, batch, device="cuda").peak_bytes
+
+
+def largest(gib: float, reserve: float, blocks: Iterable[int]) -> pd.DataFrame:
+    """Return a row for each way to train and number of blocks: the largest side, its peak, and that of the next."""
+    rows = []
+    for count in blocks:
+        for subject in THREE:
+            small = 16  # memory grows with the third power of the side
+            guess = small * ((gib - reserve) * GIB / peak_bytes(subject, count, FACTOR * small)) ** (1 / 3)
+            found = largest_that_fits(
+                lambda n, subject=subject, count=count: peak_bytes(subject, count, FACTOR * n),
+                int((gib - reserve) * GIB),
+                start=int(guess),
+                limit=256,
+            )
+            side = FACTOR * found["largest"]
+            rows.append(
+                {
+                    "card, GiB": gib,
+                    "reserve, GiB": reserve,
+                    "blocks a stage": count,
+                    "activations": subject,
+                    "largest side": side,
+                    "voxels": side**3,
+                    "peak bytes": found["peak_bytes"],
+                    "peak bytes of the next side": found["next_peak_bytes"],
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows as text for readers."""
+    plain = rows[rows["activations"] == "plain"].set_index("blocks a stage")["voxels"]
+    return pd.DataFrame(
+        {
+            "blocks a stage": rows["blocks a stage"],
+            "activations": rows["activations"],
+            "largest volume": [f"{side} x {side} x {side}" for side in rows["largest side"]],
+            "voxels / plain": [
+                f"{voxels / plain[blocks]:.1f}"
+                for voxels, blocks in zip(rows["voxels"], rows["blocks a stage"], strict=True)
+            ],
+            "peak, GiB": [f"{size / GIB:.1f}" for size in rows["peak bytes"]],
+        }
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Predict and print."""
+    parser = argparse.ArgumentParser(
+        prog="bench.volumes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gib", type=float, default=24.0, help="memory of the card (%(default)s)")
+    parser.add_argument("--reserve", type=float, default=2.0, help="what is left for context and kernels (%(default)s)")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 8], help="blocks a stage (2 8)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there, too")
+    args = parser.parse_args(arguments)
+    rows = largest(args.gib, args.reserve, args.blocks)
+    if args.csv is not None:
+        rows.to_csv(args.csv, index=False)
+    print(table(rows).to_markdown(index=False, disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main()

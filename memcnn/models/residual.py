@@ -1,0 +1,345 @@
+"""The residual functions f1, f2, ... of a block: block(x) = h2 with h1 = x + f1(x), h2 = h1 + f2(h1), and so on.
+
+They are read from the block, never guessed. ``torch.fx`` records what the block's own ``forward`` does, each child
+module as one operation. A function f belongs to a sum h + f where every path from f back to the input leads through h.
+``nn.TransformerEncoderLayer``, whose ``forward`` cannot be recorded, is known by its documented structure.
+"""
+
+import inspect
+import operator
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+__all__ = ["NotResidual", "RecordedFunction", "Residual", "residual_of"]
+
+_SUMS = (operator.add, operator.iadd, torch.add)
+_RELUS = (F.relu, torch.relu, torch.relu_)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class NotResidual(Exception):
+    """A block is not residual, or cannot be shown to be; the message is the reason."""
+
+
+class Residual(NamedTuple):
+    """What ``residual_of`` found.
+
+    Attributes:
+        functions: f1, f2, ...; they hold the block's own modules and parameters.
+        relu_after: True if the block applies a ReLU to its last sum.
+    """
+
+    functions: list[nn.Module]
+    relu_after: bool
+
+
+def residual_of(block: nn.Module, keywords: Sequence[str] = ()) -> Residual:
+    """Return the residual functions of a block.
+
+    Args:
+        block: a module whose ``forward`` maps a tensor to one of the same shape.
+        keywords: names of keyword arguments of the block. A function that uses one takes it, too.
+
+    Raises:
+        NotResidual: the block is not residual, or its structure cannot be read.
+    """
+    if any(getattr(block, name) for name in HOOKS):
+        raise NotResidual("hooks are registered on the block itself, and would not run any more: remove them first")
+    if "forward" in vars(block):
+        raise NotResidual("its forward was replaced on the object, so that its class does not say what it computes")
+    if type(block) is nn.TransformerEncoderLayer:
+        return Residual(_of_encoder_layer(block), relu_after=False)
+    training, evaluation = (_recorded(block, keywords, mode) for mode in (True, False))
+    if len(training.graphs) != len(evaluation.graphs) or training.relu_after != evaluation.relu_after:
+        raise NotResidual("its structure in training mode differs from that in evaluation mode")
+    functions: list[nn.Module] = [
+        RecordedFunction(block, {True: in_training, False: in_evaluation})
+        for in_training, in_evaluation in zip(training.graphs, evaluation.graphs, strict=True)
+    ]
+    _refuse_unused(block, functions)
+    return Residual(functions, training.relu_after)
+
+
+class RecordedFunction(nn.Module):
+    """A part of a block's ``forward``. It holds the modules and parameters of the block that this part uses.
+
+    Args:
+        block: the block.
+        graphs: what the part does in training mode (key True) and in evaluation mode (False). The first input is x, the
+            others are keyword arguments.
+    """
+
+    def __init__(self, block: nn.Module, graphs: Mapping[bool, fx.Graph]):
+        super().__init__()
+        self.training = block.training
+        self.graphs = dict(graphs)
+        nodes = [node for graph in self.graphs.values() for node in graph.nodes]
+        modules = {node.target for node in nodes if node.op == "call_module"}
+        values = {node.target for node in nodes if node.op == "get_attr"}
+        for path in [*sorted(modules, key=len), *sorted(values, key=len)]:
+            _share(block, self, path)
+        self.keywords = frozenset(n.target for n in nodes if n.op == "placeholder" and n.target != "x")
+        self._functions = self._compiled()
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """Return f(x), of the shape of x."""
+        return self._functions[self.training](self, x, **kwargs)
+
+    def keywords_taken(self, names: Iterable[str]) -> set[str]:
+        """Return those of the names that the part uses."""
+        return self.keywords & set(names)
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_functions": None}  # a generated function cannot be pickled
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._functions = self._compiled()
+
+    def _compiled(self) -> dict[bool, Callable]:
+        """Return the graphs as Python functions."""
+        functions = {}
+        for mode, graph in self.graphs.items():
+            code = graph.python_code("self")
+            names = dict(code.globals)
+            exec(code.src, names)
+            functions[mode] = names["forward"]
+        return functions
+
+
+class EncoderAttention(nn.Module):
+    """Normalisation, self-attention, dropout of an ``nn.TransformerEncoderLayer`` with ``norm_first=True``."""
+
+    def __init__(self, layer: nn.TransformerEncoderLayer):
+        super().__init__()
+        self.norm1, self.self_attn, self.dropout1 = layer.norm1, layer.self_attn, layer.dropout1
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        """Return a tensor of the shape of x. The encoder calls the mask ``mask``, the layer ``src_mask``."""
+        y = self.norm1(x)
+        y = self.self_attn(
+            y,
+            y,
+            y,
+            attn_mask=src_mask if mask is None else mask,
+            key_padding_mask=src_key_padding_mask,
+            need_weights=False,
+            is_causal=bool(is_causal),
+        )[0]
+        return self.dropout1(y)
+
+
+class EncoderFeedForward(nn.Module):
+    """Normalisation and feed-forward network of an ``nn.TransformerEncoderLayer`` with ``norm_first=True``."""
+
+    def __init__(self, layer: nn.TransformerEncoderLayer):
+        super().__init__()
+        self.norm2, self.linear1, self.dropout = layer.norm2, layer.linear1, layer.dropout
+        self.linear2, self.dropout2, self.activation = layer.linear2, layer.dropout2, layer.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a tensor of the shape of x."""
+        return self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(self.norm2(x))))))
+
+
+def _of_encoder_layer(layer: nn.TransformerEncoderLayer) -> list[nn.Module]:
+    if not layer.norm_first:
+        raise NotResidual(
+            "it normalises after each sum (norm_first=False), so that nothing of its input is passed on unchanged"
+        )
+    return [EncoderAttention(layer), EncoderFeedForward(layer)]
+
+
+class _Graphs(NamedTuple):
+    graphs: list[fx.Graph]
+    relu_after: bool
+
+
+class _OwnForward(fx.Tracer):
+    """Records the operations of one block. Every child module is one operation, whatever it does."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m is not self.block
+
+
+def _recorded(block: nn.Module, keywords: Sequence[str], training: bool) -> _Graphs:
+    """Return a graph for each residual function of the block in training or evaluation mode."""
+    with _unchanged(block), torch.random.fork_rng():
+        block.train(training)
+        before = random.getstate(), torch.get_rng_state()
+        try:
+            graph = _OwnForward(block).trace(_call_of(block, keywords))
+        except Exception as error:  # whatever the block raises when it is given no values
+            reason = " ".join(str(error).split(". ")[0].split())
+            raise NotResidual(f"its forward cannot be read without values: {type(error).__name__}: {reason}") from error
+        if random.getstate() != before[0] or not torch.equal(torch.get_rng_state(), before[1]):
+            raise NotResidual("its forward decides by random numbers what to compute")
+    if any(node.op == "get_attr" and not str(node.target).startswith("block.") for node in graph.nodes):
+        raise NotResidual("its forward makes a tensor from numbers, which stays on one device: register it as a buffer")
+    x = next(node for node in graph.nodes if node.op == "placeholder")
+    return _parted(block, graph, x)
+
+
+@contextmanager
+def _unchanged(block: nn.Module) -> Iterator[None]:
+    """Restore the modes of all modules, and remove the attributes that recording adds to the block."""
+    modes, attributes = [(module, module.training) for module in block.modules()], set(vars(block))
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for name in set(vars(block)) - attributes:
+            delattr(block, name)
+
+
+def _call_of(block: nn.Module, keywords: Sequence[str]) -> nn.Module:
+    """Return a module that calls the block with x and these keyword arguments, and leaves the others out."""
+    takes = inspect.signature(block.forward).parameters
+    if unknown := [name for name in keywords if name not in takes]:
+        raise NotResidual(f"its forward takes no keyword argument {unknown[0]!r}")
+    given = "".join(f", {name}" for name in keywords)
+    passed = "".join(f", {name}={name}" for name in keywords)
+    names: dict[str, Any] = {}
+    exec(f"def forward(self, x{given}):\n    return self.block(x{passed})", names)
+    call = type("Call", (nn.Module,), {"forward": names["forward"]})()
+    call.block = block
+    return call
+
+
+def _parted(block: nn.Module, graph: fx.Graph, x: fx.Node) -> _Graphs:
+    """Split a recorded graph at its sums, from the last to the first."""
+    end = next(node for node in graph.nodes if node.op == "output").args[0]
+    if not isinstance(end, fx.Node):
+        raise NotResidual(f"it returns a {type(end).__name__} instead of one tensor")
+    relu_after = _is_relu(block, end) and isinstance(end.args[0], fx.Node) and _terms(end.args[0]) is not None
+    if relu_after:
+        end = end.args[0]
+    graphs: list[fx.Graph] = []
+    while end is not x:
+        stream, rest = _shortcut(end, x)
+        graphs.insert(0, _graph_from(stream, rest))
+        end = stream
+    if not graphs:
+        raise NotResidual("it returns its input")
+    return _Graphs(graphs, relu_after)
+
+
+def _shortcut(end: fx.Node, x: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """Return the term of the sum ``end`` that all others are computed from, and those others."""
+    terms = _terms(end)
+    if terms is None:
+        raise NotResidual(f"its last operation is {_words(end)}, not a sum of its input and a function of it")
+    while True:
+        for i, stream in enumerate(terms):
+            rest = terms[:i] + terms[i + 1 :]
+            if all(_only_through(term, stream, x) for term in rest) and _leads_to(stream, x):
+                return stream, rest
+        longer = [inner for term in terms for inner in (_terms(term) or [term])]
+        if len(longer) == len(terms):
+            raise NotResidual(
+                f"no term of its sum {_words(end)} is passed on unchanged, with all others computed from it alone"
+            )
+        terms = longer
+
+
+def _terms(node: fx.Node) -> list[fx.Node] | None:
+    """Return the two terms of a sum; None if the node is something else."""
+    is_sum = (node.op == "call_function" and node.target in _SUMS) or (
+        node.op == "call_method" and node.target in ("add", "add_")
+    )
+    if not is_sum or node.kwargs or len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+        return None
+    return list(node.args)
+
+
+def _only_through(node: fx.Node, stream: fx.Node, x: fx.Node) -> bool:
+    """Return whether every path from ``node`` back to ``x`` leads through ``stream``."""
+    return x not in _before(node, stream)
+
+
+def _leads_to(stream: fx.Node, x: fx.Node) -> bool:
+    return stream is x or x in _before(stream, None)
+
+
+def _before(node: fx.Node, stop: fx.Node | None) -> set[fx.Node]:
+    """Return the node and all that it is computed from, not further back than ``stop``, which is left out."""
+    found, waiting = set(), [node]
+    while waiting:
+        node = waiting.pop()
+        if node is not stop and node not in found:
+            found.add(node)
+            waiting.extend(node.all_input_nodes)
+    return found
+
+
+def _graph_from(stream: fx.Node, terms: Sequence[fx.Node]) -> fx.Graph:
+    """Return a graph of the sum of the terms as a function of ``stream``, without the "block." of all names."""
+    needed = set().union(*(_before(term, stream) for term in terms))
+    graph = fx.Graph()
+    copies = {stream: graph.placeholder("x")}
+    nodes = list(stream.graph.nodes)
+    for node in sorted(needed, key=nodes.index):
+        new = graph.node_copy(node, copies.__getitem__)
+        if node.op in ("call_module", "get_attr"):
+            new.target = str(node.target).removeprefix("block.")
+        copies[node] = new
+    graph.output(reduce(lambda a, b: graph.call_function(torch.add, (a, b)), (copies[term] for term in terms)))
+    return graph
+
+
+def _is_relu(block: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return type(block.get_submodule(str(node.target).removeprefix("block."))) is nn.ReLU
+    if node.op == "call_function":
+        return node.target in _RELUS
+    return node.op == "call_method" and node.target in ("relu", "relu_")
+
+
+def _words(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target)).removeprefix("block.")
+
+
+def _share(block: nn.Module, part: nn.Module, path: str) -> None:
+    """Let ``part`` hold what ``block`` holds at ``path``, under the same path."""
+    *outer, name = path.split(".")
+    for step in outer:
+        if not hasattr(part, step):
+            part.add_module(step, nn.Module())
+        block, part = getattr(block, step), getattr(part, step)
+    if hasattr(part, name):
+        return
+    value = getattr(block, name)
+    if isinstance(value, nn.Module):
+        part.add_module(name, value)
+    elif isinstance(value, nn.Parameter):
+        part.register_parameter(name, value)
+    else:
+        part.register_buffer(name, value, persistent=name not in block._non_persistent_buffers_set)
+
+
+def _refuse_unused(block: nn.Module, functions: Sequence[nn.Module]) -> None:
+    used = {id(parameter) for function in functions for parameter in function.parameters()}
+    if unused := [name for name, parameter in block.named_parameters() if id(parameter) not in used]:
+        raise NotResidual(f"its forward does not use its parameter {unused[0]}, which would be lost")

@@ -1,0 +1,5 @@
+"""The tests, and the commands that test the tests."""
+
+from memcnn import needs
+
+needs.check()

@@ -1,0 +1,107 @@
+"""The benches of budgets, volumes and peers of the reference networks, and the page that is made from them."""
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from bench import budget, networks_page, reference_peers, volumes
+from bench.cases import THREE
+from bench.reference import MAKERS
+from memcnn import AdditiveCoupling, ReversibleSequential
+
+GIB = 2**30
+
+
+def fails(*_):
+    raise RuntimeError("cannot be had")
+
+
+def test_a_contender_that_fails_leaves_the_measurements_of_the_others():
+    def chain():
+        return ReversibleSequential(AdditiveCoupling(nn.Conv2d(2, 2, 1)))
+
+    makers = [("plain autograd", chain), ("broken", fails), ("other", chain)]
+    table, failures = budget.measure(makers, torch.randn(1, 4, 2, 2), rounds=2)
+    assert list(table["chain"]) == ["plain autograd", "other"]
+    assert failures == [("broken", "RuntimeError: cannot be had")]
+    assert table["tensors, bytes"].nunique() == 1 and (table["tensors, bytes"] > 0).all()
+
+
+def test_a_peer_that_fails_leaves_the_rows_of_the_others(monkeypatch):
+    def linear(depth: int) -> nn.Module:
+        return nn.Sequential(*(nn.Linear(2, 2) for _ in range(depth)))
+
+    def doubled(depth: int) -> nn.Module:
+        module = linear(depth)
+        module[-1].register_full_backward_hook(lambda module, given, out: (2 * given[0],))
+        return module
+
+    makers = {"plain autograd": linear, "same": linear, "wrong": doubled, "broken": fails}
+    contenders = {name: reference_peers.Contender(make) for name, make in makers.items()}
+    monkeypatch.setitem(reference_peers.PAIRS, "glow", lambda: (contenders, torch.randn(3, 2)))
+    rows, failures = reference_peers.compare("glow", rounds=2)
+    errors = {row["contender"]: row["worst error"] for row in rows}
+    assert list(errors) == ["plain autograd", "same", "wrong"] and failures[0][0] == "glow, broken"
+    assert errors["same"] < 1e-5 < 0.1 < errors["wrong"]
+    assert "cannot be had" in failures[0][1] and all("[" in row["time / plain"] for row in rows)
+    assert list(reference_peers.table(pd.DataFrame(rows))["parameters"]) == ["96"] * 3
+
+
+def test_a_pair_whose_package_is_missing_is_named(monkeypatch, tmp_path, capsys):
+    def missing():
+        raise ModuleNotFoundError("No module named 'peer'")
+
+    monkeypatch.setitem(reference_peers.PAIRS, "glow", missing)
+    assert reference_peers.main([str(tmp_path), "--only", "glow"]) == 1
+    assert f"left out: glow: No module named 'peer'; install it into {tmp_path}" in capsys.readouterr().out
+
+
+def test_the_largest_volume_is_the_last_that_fits(monkeypatch):
+    bytes_of_a_voxel = {"plain": 4000, "checkpoint": 2000, "reversible": 500}
+    monkeypatch.setattr(volumes, "peak_bytes", lambda subject, blocks, side: bytes_of_a_voxel[subject] * side**3)
+    rows = volumes.largest(10, 2, [2])
+    for row in rows.to_dict("records"):
+        each = bytes_of_a_voxel[row["activations"]]
+        assert each * row["largest side"] ** 3 <= 8 * GIB < each * (row["largest side"] + 4) ** 3
+        assert row["peak bytes of the next side"] > 8 * GIB >= row["peak bytes"]
+    assert volumes.table(rows)["voxels / plain"].iloc[0] == "1.0"
+
+
+def test_an_equal_network_takes_the_bytes_of_the_predicted_one():
+    sizes = [volumes.peak_bytes(subject, 1, 32) for subject in THREE]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+
+
+def test_the_page_is_what_the_measurements_say():
+    page = networks_page.PAGE.read_text()
+    for name, (file, make) in networks_page.TABLES.items():
+        if not (rows := networks_page.measured(file)).empty:
+            assert networks_page.with_table(page, name, make(rows)) == page, (
+                f"run python -m bench.networks_page: {name}"
+            )
+    assert set(networks_page.NETWORKS) == set(MAKERS)
+
+
+def test_a_table_needs_its_marks():
+    table = pd.DataFrame({"a": ["x"]})
+    page = networks_page.with_table("before\n<!-- a -->\nold\n<!-- end -->\nafter", "a", table)
+    assert "old" not in page and page.startswith("before") and page.endswith("after") and "| x" in page
+    with pytest.raises(ValueError, match="the marks of the table 'b' 0 times; wanted once"):
+        networks_page.with_table(page, "b", table)
+
+
+def test_a_table_that_was_not_measured_stays_and_is_named(monkeypatch, tmp_path, capsys):
+    marks = "".join(f"<!-- {name} -->\nold\n<!-- end -->\n" for name in networks_page.TABLES)
+    (tmp_path / "page.md").write_text(marks)
+    rows = [
+        {"network": "ode", "depth": d, "parameters": 5, "plain": d, "checkpoint": 2, "reversible": 1} for d in (8, 32)
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "memory.csv", index=False)
+    for name, path in (("DATA", tmp_path), ("PAGE", tmp_path / "page.md"), ("FIGURE", tmp_path / "figure.svg")):
+        monkeypatch.setattr(networks_page, name, path)
+    assert networks_page.main() == 1
+    page = (tmp_path / "page.md").read_text()
+    assert "ODE block" in page and "<!-- volumes -->\nold" in page
+    assert "the table volumes stays as it is" in capsys.readouterr().err
+    assert "ODE block" in (tmp_path / "figure.svg").read_text() or (tmp_path / "figure.svg").stat().st_size > 5000

@@ -1,0 +1,216 @@
+"""``budget_bytes``: a step never needs more, stores what fits, and computes what it always does."""
+
+import copy
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from memcnn import AdditiveCoupling, AffineAdapterNaive, AffineCoupling, ReversibleSequential
+from memcnn.memory import TensorMeter, measure_step_memory, predict_step_memory
+from properties.support.twin import assert_like_twin, backward, data
+
+WIDTH, DEPTH = 4, 3
+
+
+class Branch(nn.Module):
+    """Linear, normalisation, dropout, tanh, linear, with a hidden layer of ``hidden``."""
+
+    def __init__(self, hidden: int = 8, p: float = 0.2):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(WIDTH, hidden, bias=False),
+            nn.BatchNorm1d(hidden),
+            nn.Dropout(p),
+            nn.Tanh(),
+            nn.Linear(hidden, WIDTH),
+        )
+
+    def forward(self, x, *, mask=None):
+        return self.net(x if mask is None else x * mask)
+
+
+def chain(budget_bytes=None, *, depth: int = DEPTH, kind=AdditiveCoupling, **options) -> ReversibleSequential:
+    torch.manual_seed(0)
+    couplings = [kind(Branch(), Branch()) for _ in range(depth)]
+    return ReversibleSequential(*couplings, budget_bytes=budget_bytes, **options)
+
+
+def affine(budget_bytes=None) -> ReversibleSequential:
+    return chain(budget_bytes, depth=2, kind=lambda f, g: AffineCoupling(f, g, adapter=AffineAdapterNaive))
+
+
+def step_of(module, x, direction="forward", **kwargs):
+    def step():
+        results = getattr(module, direction)(x, **kwargs)
+        torch.autograd.backward(results, gradients if isinstance(results, tuple) else gradients[:1])
+
+    gradients = torch.ones_like(x), torch.ones(len(x))
+    return step
+
+
+def measured(module, x, *arguments, **kwargs) -> int:
+    x = x.detach().requires_grad_(x.requires_grad)
+    return measure_step_memory(module, step_of(module, x, *arguments, **kwargs)).activation_bytes
+
+
+X = torch.randn(16, 2 * WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
+LEAST, MOST = measured(chain(), X), measured(chain(keep_every=1), X)
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_the_peak_is_the_predicted_one_and_within_the_budget(share):
+    budget = LEAST + int(share * (MOST - LEAST))
+    module = chain(budget)
+    assert measured(module, X) <= budget
+    (plan,) = module.budget.plans.values()
+    assert measured(module, X) == plan.peak_bytes
+    if share in (0, 1):
+        assert len(plan.stored) == share * DEPTH
+    else:
+        one_more = min(set(range(DEPTH)) - plan.stored, key=lambda i: measured(stored(plan.stored | {i}), X))
+        assert measured(stored(plan.stored | {one_more}), X) > budget, "no further block fits"
+
+
+def stored(positions) -> ReversibleSequential:
+    """Return the chain that stores exactly these blocks."""
+    module = chain()
+    for i in positions:
+        module[i].disable = True
+    return module
+
+
+@pytest.mark.parametrize("share", [0.3, 1])
+def test_gradients_buffers_and_random_numbers_are_those_of_the_twin(share):
+    module = chain(int(2 * (LEAST + share * (MOST - LEAST)))).double()
+    assert_like_twin(module, backward, data(16, 2 * WIDTH), depth=2 * DEPTH)
+    assert module.budget.plans
+
+
+def test_the_most_expensive_blocks_are_stored_first_and_run_once():
+    def mixed(budget_bytes=None):
+        torch.manual_seed(0)
+        deep = [nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(2))) for _ in range(2)]
+        cheap = [nn.Sequential(nn.Tanh(), nn.Tanh()) for _ in range(2)]
+        branches = [deep[0], cheap[0], deep[1], cheap[1]]
+        return ReversibleSequential(
+            *(AdditiveCoupling(f, copy.deepcopy(f)) for f in branches), budget_bytes=budget_bytes
+        )
+
+    x = torch.randn(8, 64, requires_grad=True)
+    with_expensive = mixed()
+    for i in (0, 2):
+        with_expensive[i].disable = True
+    module, calls = mixed(measured(with_expensive, x)), Counter()
+    step_of(module, x)()
+    (plan,) = module.budget.plans.values()
+    assert plan.stored == {0, 2}
+    for i, part in enumerate(module):
+        forward = part._fn.Fm[0].forward
+        part._fn.Fm[0].forward = lambda x, forward=forward, i=i: (calls.update([i]), forward(x))[1]
+    step_of(module, x)()
+    assert calls == {0: 1, 1: 2, 2: 1, 3: 2}
+
+
+def test_below_the_minimum_is_an_error_that_names_it():
+    message = (
+        rf"budget_bytes={LEAST - 1:,} is too small for an input of shape \(16, 8\): .* a step needs {LEAST:,} bytes"
+    )
+    with pytest.raises(ValueError, match=message):
+        chain(LEAST - 1)(X)
+    chain(LEAST)(X)
+    with torch.no_grad():
+        chain(1)(X)
+
+
+def test_each_size_and_mode_has_a_plan_of_its_own():
+    module = chain(LEAST + (MOST - LEAST) // 2, depth=2)
+    with torch.no_grad():
+        module(X)
+    assert not module.budget.plans
+    for x in (X, X[:8], X):
+        module(x)
+    assert len(module.budget.plans) == 2
+    few, many = sorted(len(plan.stored) for plan in module.budget.plans.values())
+    assert few < many
+    assert not module.eval()(X).isnan().any() and len(module.budget.plans) == 3
+
+
+@pytest.mark.parametrize("direction", ["inverse", "forward_log_det", "inverse_log_det"])
+def test_other_directions_have_plans_too(direction):
+    least = measured(affine().eval(), X, direction)
+    module = affine(least + 3000).eval()
+    assert measured(module, X, direction) <= least + 3000
+    ((key, plan),) = module.budget.plans.items()
+    assert key[0] == direction and plan.stored and plan.peak_bytes == measured(module, X, direction)
+
+
+def test_masks_and_autocast_are_part_of_the_prediction():
+    mask = torch.ones(WIDTH)
+    module = chain(MOST, depth=2)
+    assert measured(module, X, mask=mask) == next(iter(module.budget.plans.values())).peak_bytes
+    with torch.autocast("cpu", torch.bfloat16):
+        assert measured(module, X) <= MOST
+    assert len(module.budget.plans) == 2
+    plain, half = module.budget.plans.values()
+    assert plain.peak_bytes != half.peak_bytes
+
+
+def test_the_prediction_is_invisible():
+    module, x = chain(LEAST), X.detach().requires_grad_()
+    state, packed = torch.get_rng_state(), []
+    gradient = torch.ones_like(x)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t)
+    with TensorMeter() as meter, hooks:
+        y = module.eval()(x)
+        y.backward(gradient)
+    assert meter.peak_bytes <= LEAST and torch.equal(torch.get_rng_state(), state)
+    assert not packed or all(type(t) is not torch._subclasses.FakeTensor for t in packed)
+
+
+def test_a_chain_with_a_budget_can_be_predicted():
+    def loss(y, _):
+        return y.square().mean()
+
+    predicted = predict_step_memory(
+        lambda: chain(MOST, depth=2), lambda: (torch.ones(16, 8), None), loss=loss, optimizer=None
+    )
+    without = predict_step_memory(lambda: chain(depth=2), lambda: (torch.ones(16, 8), None), loss=loss, optimizer=None)
+    assert without.activation_bytes < predicted.activation_bytes
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies_have_the_budget(copied):
+    module = chain(LEAST, depth=1).eval()
+    module(X)
+    other = copied(module)
+    assert torch.equal(other(X), module(X)) and other.budget.limit_bytes == LEAST
+
+
+class Reading(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x
+
+
+def test_what_cannot_be_planned_is_refused():
+    with pytest.raises(RuntimeError, match="budget_bytes needs a prediction of the step.*use keep_every"):
+        ReversibleSequential(AdditiveCoupling(Reading()), budget_bytes=10**6)(X)
+    inner = chain(10**6, depth=1)
+    outer = ReversibleSequential(AdditiveCoupling(inner))
+    with pytest.raises(RuntimeError, match="runs within a branch of another reversible block"):
+        outer(torch.randn(16, 16, requires_grad=True))
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "2", True])
+def test_other_values_are_refused(wrong):
+    with pytest.raises(ValueError, match="budget_bytes must be None or a whole number of bytes"):
+        chain(wrong)
+
+
+def test_one_dial_at_a_time():
+    with pytest.raises(ValueError, match="got keep_every=2 and budget_bytes=10.*leave one out"):
+        chain(10, keep_every=2)

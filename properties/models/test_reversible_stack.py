@@ -1,0 +1,362 @@
+"""``to_reversible``: what becomes of a residual stack is what its docstring says, and all else is refused."""
+
+import copy
+import pickle
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import memcnn
+from memcnn._torchvision import torchvision
+from memcnn.memory import measure_step_memory
+from memcnn.models.reversible_stack import ReversibleStack, TwoStreams
+from memcnn.testing.tolerances import relative_error, tolerance
+from properties.support.reference import assert_flat_in_depth, assert_laws
+from properties.support.twin import assert_like_twin, backward, data
+
+
+class Residual(nn.Module):
+    """x + gain * dropout(norm(linear(x))), dropout by its functional form."""
+
+    def __init__(self, width: int = 6, p: float = 0.5):
+        super().__init__()
+        self.linear, self.norm, self.p = nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), p
+        self.gain = nn.Parameter(torch.full((width,), 0.7))
+        self.register_buffer("shift", torch.full((width,), 0.1), persistent=False)
+
+    def function(self, x):
+        return self.gain * F.dropout(self.norm(self.linear(x) + self.shift), self.p, self.training)
+
+    def forward(self, x):
+        return x + self.function(x)
+
+
+def convert(*blocks, shape=(4, 6), measure=False, **options) -> ReversibleStack:
+    return memcnn.to_reversible(nn.Sequential(*blocks), torch.randn(shape), measure=measure, **options)[0]
+
+
+def encoder(depth=1, *, batch_first=True, norm=True, **options) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=batch_first, **options)
+    last = nn.LayerNorm(8) if norm else None
+    return nn.TransformerEncoder(layer, depth, norm=last, enable_nested_tensor=False)
+
+
+def seeded(module, *args, **kwargs):
+    torch.manual_seed(1)
+    return module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_one_transformer_layer_computes_the_same_with_masks_and_dropout(batch_first, training):
+    net, x = encoder(batch_first=batch_first).train(training), torch.randn(3, 5, 8, requires_grad=True)
+    length = 5 if batch_first else 3
+    mask = nn.Transformer.generate_square_subsequent_mask(length)
+    padding = torch.zeros(8 - length, length)
+    padding[0, -1] = float("-inf")
+    stack, report = memcnn.to_reversible(net, x)
+    for kwargs in ({}, {"mask": mask}, {"mask": mask, "src_key_padding_mask": padding}):
+        assert relative_error(seeded(stack, x, **kwargs), seeded(net, x, **kwargs)) <= tolerance(x.dtype, depth=4)
+    assert report.output_difference <= tolerance(x.dtype, depth=4)
+    causal, plain = (seeded(stack, x, **kwargs) for kwargs in ({"mask": mask}, {}))
+    assert relative_error(causal, plain) > 1e-2, "the mask has an effect"
+
+
+def test_a_long_stack_computes_the_two_streams_of_the_docstring():
+    blocks, x = [Residual(p=0.0) for _ in range(5)], torch.randn(4, 6)
+    stack = convert(*copy.deepcopy(blocks))
+    y1 = y2 = x
+    for f, g in pairwise([*blocks, None]):
+        if f in blocks[::2]:
+            y1 = y1 + f.function(y2)
+            y2 = y2 + g.function(y1) if g is not None else y2
+    assert relative_error(stack(x), y1 + y2 - x) <= tolerance(x.dtype, depth=5)
+    assert all(
+        torch.equal(stack.state_dict()[name].float(), value.float()) for name, value in stack.state_dict().items()
+    )
+
+
+def test_parameters_are_the_blocks_own_and_each_is_there_once():
+    blocks = [Residual(), Residual(), Residual()]
+    stack = convert(*blocks)
+    assert {id(p) for p in stack.parameters()} == {id(p) for block in blocks for p in block.parameters()}
+    assert {id(b) for b in stack.buffers()} == {id(b) for block in blocks for b in block.buffers()}
+    assert len(stack.state_dict()) == sum(len(block.state_dict()) for block in blocks)
+
+
+def test_gradients_and_state_are_those_of_the_twin():
+    assert_like_twin(convert(*(Residual() for _ in range(5))).double(), backward, data(4, 6), depth=8)
+
+
+def test_memory_is_flat_in_depth():
+    def make(depth: int) -> nn.Module:
+        return convert(*(Residual(p=0.0) for _ in range(2 * depth)))
+
+    assert_flat_in_depth(make, torch.randn(4, 6), depths=(2, 6))
+
+
+def test_the_chain_meets_the_laws():
+    chain = convert(*(Residual(p=0.0) for _ in range(4))).parts[0].chain
+    assert_laws(chain, torch.randn(8, 6), laws=("inverse", "state"))
+
+
+def test_the_report_predicts_what_it_measures():
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    stack, report = memcnn.to_reversible(encoder(4), torch.randn(3, 5, 8), {"mask": mask})
+    assert report.predicted_bytes == report.measured_bytes
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    step = measure_step_memory(stack, lambda: stack(x, mask=mask).square().mean().backward())
+    assert report.measured_bytes[1] == pytest.approx(step.activation_bytes, rel=0.2)
+    assert report.measured_bytes[0] > 2 * report.measured_bytes[1]
+    parameters = sum(p.numel() for p in stack.parameters())
+    assert report.parameters == (parameters, parameters)
+    for line in ("reversible now, 4:", "8 residual functions work on two streams in turn", f"{parameters:,} before",
+                 f"measured: {report.measured_bytes[0]:,} bytes before"):  # fmt: skip
+        assert line in str(report)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_functional_dropout_follows_the_mode(training):
+    block, x = Residual(), torch.randn(4, 6)
+    stack = convert(block).train(not training).train(training)
+    assert torch.equal(seeded(stack, x), seeded(block.train(training), x))
+    torch.manual_seed(2)
+    assert torch.equal(stack(x), seeded(stack, x)) is not training
+
+
+def test_conversion_leaves_no_trace():
+    blocks = nn.Sequential(Residual(), Residual())
+    blocks[1].norm.eval()
+    modes = [module.training for module in blocks.modules()]
+    state, names = copy.deepcopy(blocks.state_dict()), [set(vars(block)) for block in blocks]
+    generators = torch.get_rng_state(), random.getstate()
+    stack, _ = memcnn.to_reversible(blocks, torch.ones(4, 6))
+    assert [module.training for module in blocks.modules()] == modes
+    assert [set(vars(block)) for block in blocks] == names
+    assert all(torch.equal(value, state[name]) for name, value in blocks.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generators[0]) and random.getstate() == generators[1]
+    assert all(p.grad is None for p in stack.parameters())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda stack: pickle.loads(pickle.dumps(stack))])
+def test_copies_compute_the_same_from_their_own_parameters(copied):
+    stack, x = convert(Residual(p=0.0), Residual(p=0.0)), torch.randn(4, 6)
+    other = copied(stack)
+    assert torch.equal(other(x), stack(x))
+    nn.init.zeros_(next(other.parameters()))
+    assert not torch.equal(other(x), stack(x))
+
+
+def test_a_block_that_occurs_twice_keeps_one_set_of_parameters():
+    block, x = Residual(p=0.0).eval(), torch.randn(4, 6)
+    stack = convert(block, block)
+    assert len(list(stack.parameters())) == len(list(block.parameters()))
+    assert relative_error(stack(x), block(block(x))) <= tolerance(x.dtype, depth=2)
+
+
+class Masked(Residual):
+    """A residual block with a mask."""
+
+    def forward(self, x, mask=None):
+        return x + self.function(x if mask is None else x * mask)
+
+
+def test_keyword_arguments_of_the_sample_are_those_of_the_result():
+    blocks, mask, x = nn.Sequential(Masked(p=0.0), Residual(p=0.0)), torch.arange(6.0), torch.randn(4, 6)
+    stack, _ = memcnn.to_reversible(blocks, x, {"mask": mask}, measure=False)
+    blocks.eval(), stack.eval()
+    assert relative_error(stack(x, mask=2 * mask), blocks[1](blocks[0](x, 2 * mask))) <= tolerance(x.dtype, depth=2)
+    with pytest.raises(TypeError, match="mask"):
+        stack(x)
+    with pytest.raises(TypeError, match="no branch whose forward takes the keyword argument 'msk'|'msk'"):
+        stack(x, msk=mask)
+    with pytest.raises(TypeError, match="no block of the stack takes the keyword argument 'msk'"):
+        memcnn.to_reversible(blocks, x, {"msk": mask})
+
+
+def test_a_resnet_stage_moves_its_relu_and_keeps_its_first_block():
+    stage, x = torchvision.models.resnet34(num_classes=2).layer2.eval(), torch.randn(1, 64, 8, 8)
+    with pytest.raises(ValueError, match=r"4 of 4 .*\n  0: BasicBlock: no term of its sum add is passed on unchanged"):
+        memcnn.to_reversible(stage, x)
+    stack, report = memcnn.to_reversible(stage, x, keep_others=True, move_relu=True)
+    assert [type(part) for part in stack.parts] == [type(stage[0]), TwoStreams]
+
+    def branch(block, x):
+        return block.bn2(block.conv2(block.relu(block.bn1(block.conv1(x)))))
+
+    x1 = x2 = h = stage[0](x)
+    x1 = x1 + branch(stage[1], x2)
+    x2 = x2 + branch(stage[2], x1.relu())
+    x1 = x1 + branch(stage[3], x2.relu())
+    assert relative_error(stack(x), (x1 + x2 - h).relu()) <= tolerance(x.dtype, depth=8)
+    assert report.kept[0].startswith("0: BasicBlock: no term") and len(report.converted) == 3
+    assert "keeps negative values" in str(report)
+    _, report = memcnn.to_reversible([stage[1]], h, move_relu=True, measure=False)
+    assert report.output_difference <= tolerance(x.dtype, depth=2), "a single block computes the same"
+    assert not any("ReLU" in line for line in report.changes)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torchvision.models.swin_transformer.SwinTransformerBlock(
+            8, 2, [2, 2], [0, 0], stochastic_depth_prob=0.5
+        ),
+        lambda: torchvision.models.convnext.CNBlock(8, 1e-1, 0.5),
+    ],
+    ids=["swin", "convnext"],
+)
+def test_blocks_of_torchvision_with_stochastic_depth(make):
+    block = make()
+    x = torch.randn(4, 4, 4, 8) if len(list(block.children())) > 2 else torch.randn(4, 8, 4, 4)
+    stack, _ = memcnn.to_reversible([block], x, measure=False)
+    assert relative_error(seeded(stack, x), seeded(block, x)) <= tolerance(x.dtype, depth=2)
+
+
+class Inside(nn.Module):
+    """Both forms of a sum in place, and a sum of three."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        h = self.a(x)
+        h += x
+        return h + self.b(h) + self.c(h).add_(1)
+
+
+def test_sums_in_place_and_of_several_functions_are_read():
+    block, x = Inside(), torch.randn(4, 6)
+    stack = convert(block)
+    assert relative_error(stack(x), block(x)) <= tolerance(x.dtype, depth=2)
+    assert [len(list(f.parameters())) for f in (stack.parts[0].chain[0]._fn.Fm, stack.parts[0].chain[0]._fn.Gm)] == [
+        2,
+        4,
+    ]
+
+
+def changed(**methods) -> nn.Module:
+    return type("Block", (Residual,), methods)()
+
+
+def hooked() -> nn.Module:
+    block = Residual()
+    block.register_forward_hook(lambda *_: None)
+    return block
+
+
+def replaced() -> nn.Module:
+    block = Residual()
+    block.forward = lambda x: x
+    return block
+
+
+def with_unused() -> nn.Module:
+    block = Residual()
+    block.unused = nn.Linear(2, 2)
+    return block
+
+
+class Counting(Residual):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class InPlaceBuffer(Residual):
+    def forward(self, x):
+        with torch.no_grad():
+            self.shift.data.add_(1)
+        return super().forward(x)
+
+
+REFUSED = {
+    "a plain layer": (lambda: nn.Linear(6, 6), "its last operation is linear, not a sum"),
+    "post-norm": (lambda: nn.TransformerEncoderLayer(6, 2), "it normalises after each sum"),
+    "another activation": (lambda: changed(forward=lambda self, x: F.silu(x + self.function(x))), "operation is silu"),
+    "a scaled shortcut": (lambda: changed(forward=lambda self, x: 2 * x + self.function(x)), "no term of its sum add"),
+    "data decides": (lambda: changed(forward=lambda self, x: x + self.function(x) if x.sum() > 0 else x), "TraceError"),
+    "chance decides": (
+        lambda: changed(forward=lambda self, x: x if random.random() < 0.5 else x + self.function(x)),
+        "its forward decides by random numbers",
+    ),
+    "two structures": (
+        lambda: changed(forward=lambda self, x: (F.relu if self.training else F.hardtanh)(x + self.function(x))),
+        "its last operation is hardtanh|its structure in training mode differs",
+    ),
+    "a hook": (hooked, "hooks are registered on the block itself"),
+    "a replaced forward": (replaced, "its forward was replaced on the object"),
+    "an unused parameter": (with_unused, "does not use its parameter unused.weight"),
+    "a count": (Counting, "its forward sets its attribute 'calls'"),
+    "a buffer": (InPlaceBuffer, "do not change its buffers as it does|cannot be read"),
+    "a tensor from numbers": (
+        lambda: changed(forward=lambda self, x: x + self.function(x) * torch.tensor(2.0)),
+        "its forward makes a tensor from numbers",
+    ),
+    "two outputs": (lambda: changed(forward=lambda self, x: (x, x)), "it returns a tuple"),
+    "the input": (lambda: changed(forward=lambda self, x: x), "it returns its input"),
+    "a broadcast": (lambda: changed(forward=lambda self, x: x + self.function(x)[None]), "to torch.float32 (1, 4, 6)"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_is_not_residual_is_refused_with_its_reason(make, reason):
+    with pytest.raises(
+        ValueError, match=r"1 of 2 blocks cannot be made reversible; .*keep_others=True:\n  1: "
+    ) as error:
+        convert(Residual(), make())
+    assert any(part in str(error.value) for part in reason.split("|")), error.value
+
+
+class Fickle(nn.Module):
+    """Computes something else in each call."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+@pytest.mark.parametrize(
+    ("child", "reason"),
+    [
+        (Fickle(), "its output differs from that of its residual functions, relatively by"),
+        (nn.ReLU(inplace=True), "its residual function modifies its input in place"),
+    ],
+)
+def test_what_only_the_sample_shows_is_refused(child, reason):
+    block = changed(forward=lambda self, x: x + self.function(self.child(x)))
+    block.child = child
+    with pytest.raises(ValueError, match=reason):
+        convert(block)
+
+
+@pytest.mark.parametrize(
+    ("module", "sample", "error", "message"),
+    [
+        (nn.Linear(6, 6), torch.ones(2, 6), TypeError, r"got a Linear; wanted the blocks themselves"),
+        ([], torch.ones(2, 6), ValueError, "a stack without a block"),
+        ([Residual()], torch.ones(2, 6, dtype=torch.int64), TypeError, "sample must be a floating-point tensor"),
+        ([Residual()], [1.0], TypeError, "sample must be a floating-point tensor.*: got list"),
+        ([Residual()], torch.ones(2, 6).double(), ValueError, "block 0: Residual fails on the sample: RuntimeError: "),
+    ],
+)
+def test_what_is_no_stack_is_refused(module, sample, error, message):
+    with pytest.raises(error, match=message):
+        memcnn.to_reversible(module, sample)
+
+
+def test_a_stream_that_drifts_is_reported():
+    blocks = [Residual(p=0.0) for _ in range(8)]
+    for block in blocks:
+        nn.init.constant_(block.gain, 100)
+    with pytest.warns(UserWarning, match="rebuilds its streams with a relative error of"):
+        convert(*blocks)
