@@ -257,7 +257,7 @@ def _all_at_once(subject: Subject, outcome: Outcome) -> Result | None:
     errors, doubts = [], []
     for _ in range(2):
         error, doubt = _along_random_steps(loss, compared, generator)
-        if not error + doubt <= AT_ONCE:
+        if not (error <= AT_ONCE and doubt <= LIMIT):  # extrapolated, the slope is far better than the doubt about it
             return None
         errors.append(error)
         doubts.append(doubt)
