@@ -66,6 +66,11 @@ class Stage:
 KINDS = ("tests", "speed", "memory", "suites")
 
 
+def workers() -> int:
+    """Return how many processes share the tests: one for each core of the CPU, but at most twelve."""
+    return min(12, os.cpu_count() or 1)
+
+
 def stages(folder: Path, device: str, group: int) -> list[Stage]:
     """Return all stages in the order in which they run.
 
@@ -75,7 +80,8 @@ def stages(folder: Path, device: str, group: int) -> list[Stage]:
         group: number of runs whose steps are interleaved.
     """
     out, on = ("--out", str(folder)), ("--device", device)
-    tests = ("-q", "-p", "no:cacheprovider", "-k", "cuda or gpu", "properties")
+    quiet = ("-q", "-p", "no:cacheprovider", "--benchmark-disable")
+    tests = (*quiet, "-n", str(workers()), "-k", "cuda or gpu", "properties")
     speed = ("--fast", "--group", str(group), *on, *out)
     suites = ("--quick", "-k", "not compile", "--budget", "165s", *on, "--report", str(folder))
     return [

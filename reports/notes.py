@@ -128,7 +128,7 @@ def executions(runs: pd.DataFrame) -> list[str]:
         pairs = dict.fromkeys(zip(group["model"], group["dataset"], strict=True))
         cells = ", ".join(f"{LABELS[model]} on {LABELS[dataset]}" for model, dataset in pairs)
         how = f" (execution: {execution})" if execution else ""
-        lines.append(f"This project, {cells}: {_count(len(group))} on {device}{how}.")
+        lines.append(f"{cells}: {_count(len(group))} on {device}{how}.")
     return lines
 
 

@@ -13,7 +13,7 @@ Read ``recompute`` first: it opens with the rules and one worked example.
 ``buffers``         the part of the replay that looks after buffers, such as running statistics
 ``again``           the second evaluation as a context: restore what the first one saw, and undo that at the end
 ``identity``        whether a tensor is still the one that was seen
-``hooks``           forward hooks of the user, which change the second evaluation as the first and are called once
+``hooks``           forward hooks of the user: called once, except those that changed a value, which change it again
 ``generators``      every random generator that a branch may draw from
 ``attributes``      plain attributes of modules, such as the rate of a dropout
 ``references``      plain attributes that are tensors or containers
@@ -21,6 +21,7 @@ Read ``recompute`` first: it opens with the rules and one worked example.
 ``checksum``        changes of tensors that PyTorch does not count
 ``retained``        when rebuilt tensors are dropped again under ``retain_graph=True``
 ``drift``           a watch over rebuilt activations, in a few sampled steps
+``rounding``        the relative error of a rebuilt tensor
 ``exact``           inversion without rounding, on a grid
 ``capture``         what cannot be done while a CUDA graph is captured
 ``torch_private``   every private name of PyTorch that the engine uses, each with its reason

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class ThreadState(threading.local):
     """What a block must know about the code that calls it.
 
-    Each thread has its own, because the threads of ``nn.DataParallel`` run blocks at the same time.
+    Each thread has its own, because several threads may be within a block, as under ``nn.DataParallel``.
     """
 
     recording: "Recording | None" = None
@@ -40,7 +40,8 @@ class ThreadState(threading.local):
 thread_state = ThreadState()
 
 rebuilding = threading.RLock()
-"""Held during every recomputation, which sets generators, buffers and modes that all threads share."""
+"""Held during every evaluation of a branch, the first and the second: they read and set generators, buffers and modes
+that all threads share. Blocks of several threads therefore take turns."""
 
 
 class Value(Stored):
@@ -68,7 +69,8 @@ class Value(Stored):
 class Link:
     """Rebuilds its ``targets`` from its ``sources``.
 
-    References point from targets to link to sources and never back, so that reference counting frees everything.
+    References point from targets to link to sources. A link refers to its targets weakly, except to those that it
+    keeps, which hold no link. There are no cycles, so that reference counting frees everything.
     """
 
     def __init__(self, targets: Sequence[Value], *, keep: bool = False):

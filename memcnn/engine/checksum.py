@@ -15,14 +15,14 @@ from memcnn.engine.torch_private import disabled_dispatch
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PRIME = 2**31 - 1
 _SMALL = 2**14
-"""Largest tensor, in bytes, that Python's hash of a copy sums up faster than PyTorch does."""
+"""Largest tensor, in bytes, of which Python hashes a copy faster than PyTorch adds up the bits."""
 
 
 def fingerprint(x: Tensor) -> Tensor:
     """Return the sum of the bits of x, taken as integers: a tensor on the device of x, for which nothing waits."""
     x = torch.view_as_real(x) if x.is_complex() else x
     bits = x.detach().view(_INTEGERS[x.element_size()])
-    if bits.dtype is torch.int64:  # twice 2^52, the step of an exponent, and so on, would soon overflow to 0
+    if bits.dtype is torch.int64:  # values of float64 share zero bits, so that a plain sum soon overflows to 0
         bits = bits % _PRIME
     return bits.sum(dtype=torch.int64)
 
@@ -39,7 +39,7 @@ def has_fingerprint(x: Any) -> bool:
 
 
 def checksum(x: Tensor) -> int | None:
-    """Return a number that changes with the values of x; None if x is no ordinary tensor in the CPU's memory."""
+    """Return a number that nearly every change of x changes; None if x is no ordinary tensor in the CPU's memory."""
     if type(x) is not Tensor or x.device.type != "cpu" or x.layout is not torch.strided or x.is_quantized:
         return None
     if x.is_contiguous() and x.nbytes <= _SMALL:

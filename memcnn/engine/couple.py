@@ -190,7 +190,7 @@ class CoupledBranch(Recomputation):
         out, source = self.sources
         b = self.as_recorded(1, source.read())
         if not second.keep_graph:
-            source.store(b)  # where b is a dense copy, the view that it replaces would keep a whole output alive
+            source.store(b)  # b may be a copy: the view that it replaces would keep a whole output alive
         target = self.targets[0]()
         a = target.read() if target is not None and target.tensor is not None else None
         with self.replay.again():
@@ -201,6 +201,7 @@ class CoupledBranch(Recomputation):
                     "not exact here: use deterministic kernels (torch.use_deterministic_algorithms) and "
                     "the same number of threads in forward and backward, or exact=False"
                 )
+            # a is needed as the target, for the tensors that the join saves, or to compare it (check_inverse)
             if a is None and (target is not None or not second.is_complete or self.expected):
                 a = self._undone(out.read(), h)
             if not second.is_complete:  # the join saves tensors too

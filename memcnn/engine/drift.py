@@ -8,7 +8,8 @@ Each branch is watched in its evaluations number 4, 16, 64 and so on, so that th
 tensor that autograd saves there, the forward pass notes the norm and the numbers of positive and negative entries. They
 are compared with those of the rebuilt tensor. On a GPU nothing waits: the numbers are read after they have arrived.
 
-Each branch is named by one warning at most, and one warning stands for all branches of its kind in a backward pass.
+A warning names a branch. Each branch is named at most once, and not at all if the warning before, in the same backward
+pass, named one of its kind.
 """
 
 import warnings

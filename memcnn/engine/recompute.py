@@ -5,7 +5,8 @@ Rules
 1. The forward pass of a branch is the ordinary one. Autograd records it, so that hooks, gradient accumulators and
    distributed wrappers see the ordinary graph.
 2. The tensors that the graph would save are dropped. ``torch.autograd.graph.saved_tensors_hooks`` saves an empty
-   ``Activation`` in place of each. Parameters are saved as they are, because they exist anyway.
+   ``Activation`` in place of each. Leaves that are trained, such as parameters, are saved as they are, because they
+   exist anyway.
 3. A *step* is one evaluation of a branch and what the block does with its output: x1 is replaced by y1 = x1 + F(x2).
    A ``Value`` stands for one tensor of the chain of blocks. After the step, the value of x1 drops its tensor and
    refers to the step, which can compute x1 again from its *sources*, the values of y1 and x2. A chain of any length
@@ -13,14 +14,16 @@ Rules
 4. When backward first asks a step for an activation, the step evaluates its branch once more, on the branch's own
    input: ``CoupledBranch.recompute`` in ``couple``, by ``SecondEvaluation`` in ``second``. This second evaluation
    saves the same tensors in the same order, so that each goes to its activation. The step then inverts its sum (or
-   affine map) with the branch's output: x1 = y1 - F(x2).
+   affine map) with the branch's output: x1 = y1 - F(x2). The calls are ``_unpack``, ``chain.rebuild`` (a loop over the
+   steps that are needed first), ``Recomputation.rebuild``, ``CoupledBranch.recompute``.
 5. The second evaluation sees what the first saw: strides, random numbers, autocast, modes, buffers, attributes, hooks
    (``replay``; ``quiet`` for most branches). If the tensors that it saves differ from those of the first in number,
    shape or dtype, an error is raised. In a few evaluations their values are compared as well (``drift``).
    docs/limits.md lists what remains unnoticed.
 6. Blocks may be nested. A chain inside a branch does not store its end: the second evaluation of the branch gives it
    back.
-7. The engine never writes to a tensor that the user can see. A value refers to its step, and a step to its sources.
+7. The engine never writes to inputs, outputs or parameters. Buffers that the first evaluation moved are set back for
+   the second, and then restored. A value refers to its step, and a step to its sources.
    There are no cycles, so that reference counting frees everything.
 8. Under ``retain_graph=True`` rebuilt tensors are kept until a few further steps were rebuilt (``retained``), and
    rebuilt again if needed.
@@ -77,7 +80,7 @@ class Recomputation(Link):
     Args:
         module: the branch, or the block.
         inputs: the tensors that the step uses, such as x1 and x2; ``module`` may be evaluated on some of them only.
-            These have no gaps and no overlaps in memory.
+            Those that it is evaluated on have no gaps and no overlaps in memory.
         targets: the values that the step consumes and rebuilds.
         keep_input: leave the targets' tensors stored.
         preserve_rng_state: give the recomputation the random numbers of the forward evaluation.
@@ -225,7 +228,7 @@ class Recomputation(Link):
                 for own in self.inputs:
                     if tensor is own:
                         break
-                else:  # a parameter
+                else:  # a trained leaf, such as a parameter
                     return tensor, tensor._version
         elif (norm := self.replay.running_statistics.get(id(tensor))) is not None:
             self.replay.untracked[norm] = None

@@ -1,7 +1,7 @@
 """What the second evaluation of a module must see as the first did, and what it must not do again.
 
-It sees the same random numbers, autocast state, modes, parameters, buffers and attributes. It calls no hook of the
-user, moves no generator, updates no buffer and counts no call.
+It sees the same random numbers, autocast state, modes, parameters, buffers and attributes. It calls only the
+user's hooks that changed a value. Generators, buffers and counters are afterwards as if it had not been.
 
 ``Replay`` surveys the module before the first evaluation, notes afterwards what that changed, and restores everything
 for a further one. ``buffers`` and ``generators`` have its parts; ``again`` is the context of a further evaluation.

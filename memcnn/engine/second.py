@@ -33,7 +33,7 @@ class SecondEvaluation:
         self.nested_tensors: list[Tensor | None] = []
         self.is_wanted = False
         """True if an activation, or the end of a nested chain, still waits for its tensor."""
-        for activation in step.activations:
+        for activation in step.activations:  # a loop instead of any(), which would take longer
             if activation() is not None:
                 self.is_wanted = True
                 break
@@ -94,7 +94,7 @@ class SecondEvaluation:
                 for own in self.inputs:
                     if tensor is own:
                         break
-                else:  # a parameter
+                else:  # a trained leaf, such as a parameter
                     return tensor if step.holds else None
         elif id(tensor) in step.replay.running_statistics:
             return held

@@ -1,5 +1,8 @@
 """Every private name of PyTorch that the engine and its couplings use, each with its reason.
 
+``torch.utils._pytree`` and ``torch.utils._python_dispatch``, which PyTorch's documentation itself uses, are imported
+where they are needed.
+
 A private name may change with any release: what breaks then is found here. Three kinds of private attributes are read
 where they are needed, since a function call for each saved tensor would cost more than the work itself:
 
@@ -15,6 +18,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode as FakeTensorMode  # tensors that have a shape and no values
 from torch.autograd import Variable, forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from memcnn.engine.chain import storing, thread_state
+from memcnn.engine.torch_private import FakeTensorMode
 from memcnn.memory import TensorMeter
 from memcnn.models.keywords import taken
 from memcnn.models.wrapper import is_recorded, uncompiled

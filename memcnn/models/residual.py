@@ -336,7 +336,7 @@ def _share(block: nn.Module, part: nn.Module, path: str) -> None:
     elif isinstance(value, nn.Parameter):
         part.register_parameter(name, value)
     else:
-        part.register_buffer(name, value, persistent=name not in block._non_persistent_buffers_set)
+        part.register_buffer(name, value, persistent=name in block.state_dict())
 
 
 def _refuse_unused(block: nn.Module, functions: Sequence[nn.Module]) -> None:

@@ -171,7 +171,7 @@ def test_a_hook_within_a_nested_block_changes_its_recomputation():
 
 def test_another_threads_hooks_are_called_while_a_branch_is_rebuilt():
     """The hook is a global one, which a recomputation in the first thread silences for that thread alone."""
-    other, called, argument = nn.Linear(2, 2), Counter(), torch.ones(2)
+    other, called, argument = nn.Tanh(), Counter(), torch.ones(2)
 
     class Waiting(nn.Module):
         """Has another thread call a module in the recomputation."""
