@@ -11,7 +11,6 @@ show, and of the allocator, which includes the scratch memory of kernels. A cont
 reason, and the others stay. Prints Markdown.
 """
 
-import argparse
 import copy
 import os
 import sys
@@ -19,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 
 from bench.cases import Branch, Checkpointed, step_on
 from bench.small_tensors import spread
-from memcnn import AdditiveCoupling, ReversibleSequential
+from memcnn import AdditiveCoupling, ReversibleSequential, cli
 from memcnn.memory import allocator_peak_bytes, measure_step_memory, tensor_peak_bytes
 from memcnn.memory.tensors import storages_of
 
@@ -172,14 +170,13 @@ def measure(makers: Sequence[tuple[str, Callable[[], nn.Module]]], x: Tensor, ro
     return pd.DataFrame(rows), failures
 
 
+@cli.command("bench.budget")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; return 0, or 1 if a contender failed."""
-    parser = argparse.ArgumentParser(
-        prog="bench.budget", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser_from("bench.budget", __doc__, whole=True)
     parser.add_argument("--quick", action="store_true", help="4 blocks, 3 rounds, nothing compiled")
-    parser.add_argument("--peers", type=Path, metavar="FOLDER", help="where pip installed ckptplan")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there, too")
+    parser.add_argument("--peers", type=cli.input_folder, metavar="FOLDER", help="where pip installed ckptplan")
+    parser.add_argument("--csv", type=cli.output_file, metavar="FILE", help="write the table there, too")
     args = parser.parse_args(arguments)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop
     torch.set_num_threads(1)

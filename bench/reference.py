@@ -9,13 +9,12 @@ The depth is the number of blocks: of the first stage, of the first scale, or of
 The cases of depth 8 are part of a full run of ``python -m bench``.
 """
 
-import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bench.cases import THREE, Case, Step
-from memcnn import ReversibleSequential
+from memcnn import ReversibleSequential, cli
 from memcnn.memory import measure_step_memory
 from memcnn.models.glow import Glow
 from memcnn.models.irevnet import IRevNet
@@ -202,16 +201,15 @@ def relative_times(network: str, depth: int, rounds: int = 7) -> dict[str, float
     }
 
 
-def main() -> None:
-    """Print a table of bytes, and one of time if asked for."""
-    parser = argparse.ArgumentParser(
-        prog="bench.reference", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@cli.command("bench.reference")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a table of bytes, and one of time if asked for; return 0."""
+    parser = cli.parser_from("bench.reference", __doc__, whole=True)
     parser.add_argument("--networks", nargs="+", choices=MAKERS, default=list(MAKERS), help="default: all")
-    parser.add_argument("--depths", nargs="+", type=int, default=[8, 32, 128], help="numbers of blocks (8 32 128)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the bytes there, too")
+    parser.add_argument("--depths", nargs="+", type=cli.count, default=[8, 32, 128], help="blocks (8 32 128)")
+    parser.add_argument("--csv", type=cli.output_file, metavar="FILE", help="write the bytes there, too")
     parser.add_argument("--time", action="store_true", help="also measure time, relative to plain")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     print("| network | depth | parameters | " + " | ".join(f"{subject}, bytes" for subject in THREE) + " |")
     print("| --- | --: | --: | --: | --: | --: |")
@@ -231,7 +229,8 @@ def main() -> None:
                 ratios = relative_times(network, depth)
                 shown = f"{ratios['checkpoint']:.2f} | {ratios['reversible']:.2f}"
                 print(f"| {network} | {depth} | {shown} |", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,14 +13,12 @@ through the inverse. A contender that fails is named with its reason, and the ot
         axial-positional-embedding product-key-memory colt5-attention hyper-connections iunets normflows FrEIA
 """
 
-import argparse
 import copy
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -28,7 +26,7 @@ from torch import Tensor, nn
 
 from bench.reference import residual_function
 from bench.small_tensors import spread
-from memcnn import AdditiveCoupling, ReversibleSequential
+from memcnn import AdditiveCoupling, ReversibleSequential, cli
 from memcnn.memory import measure_step_memory, tensor_peak_bytes
 from memcnn.models.attention import Attention, FeedForward
 from memcnn.models.glow import Glow
@@ -305,15 +303,14 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     return shown
 
 
+@cli.command("bench.reference_peers")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; return 0, or 1 if a contender failed."""
-    parser = argparse.ArgumentParser(
-        prog="bench.reference_peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, help="where pip installed the peers")
+    parser = cli.parser_from("bench.reference_peers", __doc__, whole=True)
+    parser.add_argument("folder", type=cli.input_folder, help="where pip installed the peers")
     parser.add_argument("--only", nargs="+", choices=PAIRS, default=list(PAIRS), help="default: all")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds of steps that take turns (%(default)s)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there, too")
+    parser.add_argument("--rounds", type=cli.count, default=9, help="rounds of steps that take turns (%(default)s)")
+    parser.add_argument("--csv", type=cli.output_file, metavar="FILE", help="write the rows there, too")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     sys.path.append(str(args.folder))

@@ -9,9 +9,8 @@ tensors, in the blocks of CUDA's allocator. The reserve is for what it does not 
 memory of kernels. Sides are multiples of 4. Prints Markdown.
 """
 
-import argparse
+import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from bench.cases import THREE
 from bench.reference import as_subject
+from memcnn import cli
 from memcnn.memory import largest_that_fits, predict_step_memory
 from memcnn.models.reversible_unet import ReversibleUNet
 
@@ -85,21 +85,23 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Predict and print."""
-    parser = argparse.ArgumentParser(
-        prog="bench.volumes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--gib", type=float, default=24.0, help="memory of the card (%(default)s)")
-    parser.add_argument("--reserve", type=float, default=2.0, help="what is left for context and kernels (%(default)s)")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 8], help="blocks a stage (2 8)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there, too")
+@cli.command("bench.volumes")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Predict and print; return 0."""
+    parser = cli.parser_from("bench.volumes", __doc__, whole=True)
+    parser.add_argument("--gib", type=cli.number, default=24.0, help="memory of the card (%(default)s)")
+    parser.add_argument("--reserve", type=cli.number, default=2.0, help="left for context and kernels (%(default)s)")
+    parser.add_argument("--blocks", type=cli.count, nargs="+", default=[2, 8], help="blocks a stage (2 8)")
+    parser.add_argument("--csv", type=cli.output_file, metavar="FILE", help="write the rows there, too")
     args = parser.parse_args(arguments)
+    if not 0 <= args.reserve < args.gib:
+        parser.error(f"--reserve: got {args.reserve:g} GiB of {args.gib:g}, wanted at least 0 and less than --gib")
     rows = largest(args.gib, args.reserve, args.blocks)
     if args.csv is not None:
         rows.to_csv(args.csv, index=False)
     print(table(rows).to_markdown(index=False, disable_numparse=True))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

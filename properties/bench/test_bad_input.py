@@ -138,6 +138,22 @@ COMMANDS = {
         (["--device", "tpu"], "wanted only what the command takes"),
         (["--seconds", "x"], "argument --seconds"),
     ],
+    "bench.reference": [
+        (["--networks", "alexnet"], "argument --networks: invalid choice: 'alexnet'"),
+        (["--depths", "deep"], "argument --depths: got 'deep'"),
+        (["--csv", "{file}/x"], "wanted a file in a folder that exists"),
+    ],
+    "bench.volumes": [
+        (["--gib", "nan"], "argument --gib: got 'nan'"),
+        (["--reserve", "30"], "--reserve: got 30 GiB of 24, wanted at least 0 and less than --gib"),
+        (["--blocks", "0"], "argument --blocks"),
+    ],
+    "bench.reference_peers": [
+        ([], "folder"),
+        (["{file}"], "is a file; wanted a folder"),
+        (["{folder}", "--rounds", "0"], "argument --rounds"),
+    ],
+    "bench.budget": [(["--peers", "{file}"], "is a file; wanted a folder"), (["--csv", "{file}/x"], "argument --csv")],
     "bench.memory": [
         ([], "argument MODEL: missing"),
         (["alexnet"], "argument MODEL: got 'alexnet'"),
