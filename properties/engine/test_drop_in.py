@@ -126,7 +126,7 @@ def test_arguments_keep_names_and_order(name):
             },
         ),
         ("is_invertible_module", {"test_input_dtype": torch.float32, "atol": 1e-6, "random_seed": 42, "device": "cpu"}),
-        ("ReversibleSequential", {"keep_every": None, "exact": None}),
+        ("ReversibleSequential", {"keep_every": None, "budget_bytes": None, "exact": None}),
     ],
 )
 def test_arguments_have_their_defaults(name, defaults):
