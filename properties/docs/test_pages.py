@@ -110,6 +110,8 @@ def test_a_wrong_command_is_refused(command, monkeypatch):
     assert refusal(command.split(), monkeypatch)
 
 
+# the compiler of PyTorch 2.14 asks every tensor that it is given for its gradient, also those that cannot have one
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name_of)
 def test_every_python_block_runs_in_order(page, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
