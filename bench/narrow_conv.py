@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.networks import add_networks_option
 from memcnn import cli, kernels
 from memcnn.kernels import choice
 from memcnn.models.resnet import MODELS
@@ -107,13 +108,7 @@ def savings(table: Sequence[dict], layers: dict[str, Counter[Shape]]) -> pd.Data
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables. Return 0, or 2 if there is no CUDA device or no Triton."""
     parser = cli.parser_from("bench.narrow_conv", __doc__, whole=True)
-    parser.add_argument(
-        "--networks",
-        type=cli.names(tuple(MODELS)),
-        default=list(MODELS),
-        metavar="A,B,...",
-        help=f"some of {','.join(MODELS)}",
-    )
+    add_networks_option(parser)
     parser.add_argument(
         "--batch", type=cli.count, default=PUBLISHED.batch_size, help="images a step (default: %(default)s)"
     )

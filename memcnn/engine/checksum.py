@@ -15,7 +15,7 @@ from memcnn.engine.torch_private import disabled_dispatch
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PRIME = 2**31 - 1
 _SMALL = 2**14
-"""Largest tensor, in bytes, of which Python hashes a copy faster than PyTorch adds up the bits."""
+"""Largest tensor, in bytes, that is checked by a hash in Python. Above it, PyTorch adds up the bits faster."""
 
 
 def fingerprint(x: Tensor) -> Tensor:

@@ -151,7 +151,8 @@ class ReversibleStack(nn.Module):
 
 
 class _Called(nn.Module):
-    """A module with fixed keyword arguments. Tensors among them are buffers, of which a prediction has no values."""
+    """A module with fixed keyword arguments. Tensors among them are buffers: a prediction replaces buffers by tensors
+    without values."""
 
     def __init__(self, module: nn.Module, kwargs: Mapping[str, Any]):
         super().__init__()

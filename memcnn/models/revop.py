@@ -16,7 +16,7 @@ from memcnn.engine.replay import Replay
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.affine import AffineCoupling
 from memcnn.models.coupling import Coupling
-from memcnn.models.sequence import HalvesPassedOn, ReversibleSequential  # noqa: F401 - old pickles look for it here
+from memcnn.models.sequence import HalvesPassedOn, ReversibleSequential  # noqa: F401 - pickles of earlier commits name it here
 from memcnn.models.wrapper import InvertibleModuleWrapper
 
 __all__ = [

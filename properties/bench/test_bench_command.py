@@ -72,36 +72,20 @@ def test_on_cuda_the_command_line_measures_time_and_memory(tmp_path):
     assert (memory.peak_bytes <= memory.allocated_bytes).all()
 
 
+def run_narrowed(folder: Path, budget: str) -> subprocess.CompletedProcess[str]:
+    """Run the seven cases of the gate at depth 4 within a budget, with a report."""
+    chosen = ["-k", "gate-depth4", "--budget", budget]
+    return run_bench("--quick", "--device=cpu", *chosen, "--out", folder, "--report", folder / "report")
+
+
 def test_no_case_is_begun_after_the_budget(tmp_path):
-    done = run_bench(
-        "--quick",
-        "--device=cpu",
-        "--out",
-        tmp_path,
-        "--budget",
-        "0",
-        "-k",
-        "gate-depth4",
-        "--report",
-        tmp_path / "report",
-    )
+    done = run_narrowed(tmp_path, budget="0")
     assert "the budget is used up" in done.stdout and "7 skipped" in done.stdout, done.stderr
     assert done.returncode == 0 and not (tmp_path / "report").exists()
 
 
 def test_a_report_can_be_asked_for_of_a_narrowed_run(tmp_path):
-    done = run_bench(
-        "--quick",
-        "--device=cpu",
-        "--out",
-        tmp_path,
-        "--budget",
-        "9m",
-        "-k",
-        "gate-depth4",
-        "--report",
-        tmp_path / "report",
-    )
+    done = run_narrowed(tmp_path, budget="9m")
     assert done.returncode == 0, done.stderr
     found = folders.read_environment(tmp_path / "report")
     assert found["device"]["type"] == "cpu" and found["device"]["clock"] == "wall" and found["commit"]

@@ -229,6 +229,12 @@ def test_the_command_overwrites_nothing(state, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_network_pickled_before_revop_was_split_is_found_by_the_name_in_it():
+    stages = type(revnet38().stages[0])
+    pickled = f"cmemcnn.models.revop\n{stages.__name__}\n.".encode()
+    assert pickle.loads(pickled) is stages
+
+
 @pytest.mark.skipif(not (ENVIRONMENT / "bin" / "python").exists(), reason="needs an environment with MemCNN 1.5.2: "
                     "python -m bench.peers --install makes one, or MEMCNN_1_5 names its folder")  # fmt: skip
 def test_memcnn_1_5_2_writes_these_files(tmp_path):

@@ -87,7 +87,7 @@ class LogDetDetached(Scale):
 
 
 class VersionedInverse(nn.Module):
-    """W x, where the inverse of W is kept as long as W has the version of which it is the inverse."""
+    """W x. The inverse of W is cached, and computed again only when the version of W has changed."""
 
     def __init__(self):
         super().__init__()

@@ -175,7 +175,7 @@ class Checkpointed(nn.Module):
 
 
 class InPlaceAfter(Own):
-    """An engine's output, of which it keeps the storage, scaled in place by the block around it."""
+    """An engine keeps its output without a copy, and the block around it scales that output in place."""
 
     class Engine(Engine):
         def kept(self, ctx, y):
