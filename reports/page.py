@@ -161,7 +161,7 @@ def inline_svg(svg: str, prefix: str) -> str:
 
 def _code(note: str) -> markupsafe.Markup:
     """Return a note as HTML; what stands between backticks is code."""
-    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", markupsafe.escape(note)))
+    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(note))))
 
 
 def _finished(value: object) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from math import isqrt
+from math import isfinite, isqrt
 
 import pandas as pd
 import pytest
@@ -197,6 +197,19 @@ def test_committed_data_renders_the_same_page_again(results, tmp_path, monkeypat
     command = f"python -m bench.report {root / 'cpu'}"
     again = (pages / "cpu" / "page.html").read_text("utf-8").replace(command, "python -m bench.report")
     assert again == first
+
+
+def test_tables_have_four_significant_digits_and_all_digits_before_the_point(results):
+    numbers = [
+        value
+        for _, _, table in summary.sections(results)
+        for column in table
+        for value in table[column]
+        if isinstance(value, float) and isfinite(value)
+    ]
+    assert any(value != round(value) for value in numbers)
+    for value in numbers:
+        assert value == round(value) or float(f"{value:.4g}") == value
 
 
 def test_whole_numbers_are_written_exactly(results):

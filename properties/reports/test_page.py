@@ -52,6 +52,11 @@ def test_markdown_links_pictures_and_leaves_out_cards_and_pictures_without_a_fil
     assert "![one](figures/one.svg)" in source and "two" not in source
 
 
+def test_what_stands_between_backticks_in_a_note_is_code_and_all_else_is_escaped():
+    source = page.html(Page("Title", [Section("s", note="`a < b` & <b>", notes=["see `go`"])]))
+    assert "<code>a &lt; b</code> &amp; &lt;b&gt;" in source and "see <code>go</code>" in source
+
+
 def test_a_rows_files_stand_beside_its_name():
     table, links = (
         frame(model=["a", "b"], n=[3, 4]),
