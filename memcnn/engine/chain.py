@@ -119,12 +119,16 @@ class Rearrangement(Link):
             self.sources = ()
 
 
-def rebuild(link: Link) -> None:
-    """Rebuild ``link`` after the links that it needs, from the chain's stored end.
+def rebuild(first: Link, action: Callable[[bool], Any] | None = None) -> Any:
+    """Rebuild ``first`` after the links that it needs, from the chain's stored end.
 
     This is a loop and no recursion, because chains can be long.
+
+    Args:
+        first: the link.
+        action: called with ``keep_graph`` in place of ``first.rebuild``. Its result is returned.
     """
-    keep_graph = keeps_graph()
+    keep_graph, link = keeps_graph(), first
     with rebuilding:
         waiting = [(link, _count_readers(link.sources, 1))]
         try:
@@ -135,11 +139,12 @@ def rebuild(link: Link) -> None:
                         waiting.append((value.link, _count_readers(value.link.sources, 1)))
                         break
                 else:
-                    link.rebuild(keep_graph)
+                    result = action(keep_graph) if action and link is first else link.rebuild(keep_graph)
                     _count_readers(waiting.pop()[1], -1)
         finally:
             for _, sources in waiting:
                 _count_readers(sources, -1)
+    return result
 
 
 def _count_readers(values: Sequence[Value], change: int) -> Sequence[Value]:
@@ -172,6 +177,16 @@ def dense(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x):
         return x
     return x.clone()
+
+
+def restrided(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return x, or a copy with the strides that the forward evaluation saw, on which kernels depend.
+
+    Strides of 0 are not restored: only an elementwise join can have read such a tensor.
+    """
+    if x.stride() == strides or 0 in strides:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
 _TAG = "memcnn.values"

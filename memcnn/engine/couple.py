@@ -99,6 +99,14 @@ def _evaluated(branch: nn.Module, b: Tensor, kwargs: Mapping[str, object]) -> An
     return h
 
 
+def misfit(out: Tensor, a: Tensor, branch: nn.Module) -> ValueError:
+    """Return the error for a changed half ``out`` that has not the shape or the dtype of a."""
+    return ValueError(
+        f"{type(branch).__name__} does not fit its coupling: the half that it changes is {a.dtype} of shape "
+        f"{tuple(a.shape)} and would become {out.dtype} of shape {tuple(out.shape)}; let the branch keep both"
+    )
+
+
 def merge(y1: Tensor, y2: Tensor, dim: int, grid: Grid | None = None) -> Tensor:
     """Return the two halves side by side along ``dim``. They lie on ``grid`` if that is given."""
     y = torch.cat((y1, y2), dim)
@@ -155,10 +163,7 @@ class Recording:
             result = step.evaluate(step.forward, a, b, how.kwargs)
         out = result[0] if isinstance(result, tuple) else result
         if out.shape != a.shape or out.dtype != a.dtype:
-            raise ValueError(
-                f"{step.name} does not fit its coupling: the half that it changes is {a.dtype} of shape "
-                f"{tuple(a.shape)} and would become {out.dtype} of shape {tuple(out.shape)}; let the branch keep both"
-            )
+            raise misfit(out, a, branch)
         step.complete((self.value(out), source))
         return result
 

@@ -9,6 +9,14 @@ def identity(x: Tensor) -> tuple[int, int]:
     return x._version, x.untyped_storage()._cdata
 
 
+def has_no_version(x: Tensor) -> bool:
+    """Return whether x was made under ``torch.inference_mode()``, or is a parameter of such a tensor."""
+    try:
+        return x._version is None
+    except RuntimeError:
+        return True
+
+
 def refuse_unless_lazy(x: Tensor, what: str) -> None:
     """Raise a RuntimeError for a tensor without a version, unless it is an uninitialised one of a lazy layer."""
     if not is_lazy(x):
@@ -16,3 +24,8 @@ def refuse_unless_lazy(x: Tensor, what: str) -> None:
             f"{what} was made under torch.inference_mode(), so that autograd cannot use it: make or "
             "load the module outside of inference_mode, or under torch.no_grad()"
         )
+
+
+def modified_input(name: str, fix: str = "make its first operation an out-of-place one") -> RuntimeError:
+    """Return the error for a module that has changed its input."""
+    return RuntimeError(f"{name} modifies its input in place, so that the block cannot be inverted: {fix}")

@@ -6,30 +6,33 @@ module tree is *quiet* if all of this holds:
 1. Every module is one of ``QUIET``, or a subclass of ``nn.Sequential`` that defines nothing but its constructor. Such
    layers draw no random numbers, and set no attribute, parameter or module in their forward function.
 2. No instance has an attribute that its class does not give it, such as another ``forward`` or a compiled call.
-3. No forward hook is registered, neither on a module nor globally, and no mode of ``torch.overrides`` or
+3. No hook is registered, neither on a module nor, for forward, globally, and no mode of ``torch.overrides`` or
    ``torch.utils._python_dispatch`` is active, since these may do anything.
 4. All parameters are ordinary ones. The only buffers are running statistics of BatchNorms in training mode: they are
    moved by the first evaluation and ignored by the second.
 
 Whoever knows that a container of his own only calls its children says so with ``quiet_container``.
 
-``Survey`` walks the tree before each evaluation, notes what it finds in a few flat lists, and stops at the first module
-that is not quiet: ``Replay`` then takes over. Nothing is cached for a tree, so that nothing can be stale. Nothing needs
-to be noted after the first evaluation. Before the second one the tree is surveyed again. If both surveys agree, as they
-nearly always do, there is nothing to check or to restore, except that the BatchNorms must not move their statistics
-again. If they differ in anything, ``QuietReplay`` hands over to a ``Replay`` of the first survey, which restores or
-refuses what has changed.
+``Survey`` walks the tree, notes what it finds in flat lists, and stops at the first module that is not quiet:
+``Replay`` then takes over. The last survey of a tree is kept. Before each evaluation, the second ones too, all that it
+found is compared with the tree as it is now, so that nothing can be stale. If all is as it was, as it nearly always is,
+the second evaluation has nothing to check or to restore, except that the BatchNorms must not move their statistics
+again. If anything differs, ``QuietReplay`` hands over to a ``Replay`` of the survey, which restores or refuses what has
+changed.
 """
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import is_, itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memcnn.engine.again import Again, restore_autocast
 from memcnn.engine.attributes import BASE_ATTRIBUTES, known_class
+from memcnn.engine.identity import has_no_version
 from memcnn.engine.replay import Replay
 from memcnn.engine.torch_private import is_observed
 
@@ -49,90 +52,139 @@ QUIET = NORMS | {
 """Layers that draw no random numbers and keep no state but running statistics."""
 
 _ORDINARY = frozenset({Tensor, nn.Parameter})
-_PARTS = itemgetter("training", "_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+PARTS = (
+    *("training", "_modules", "_parameters", "_buffers"),
+    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+)
+_PARTS = itemgetter(*PARTS)
 _PLAIN_DEFINITIONS = frozenset(vars(type("Plain", (nn.Sequential,), {}))) | {
     *("__init__", "__annotations__", "__annotate_func__", "__annotations_cache__", "__firstlineno__"),
     "__static_attributes__",
 }
 """What a subclass of ``nn.Sequential`` may define without changing what it computes."""
 
-_kinds: dict[type, tuple[int, tuple[str, ...], bool]] = {}
-"""For each class seen: number of attributes of an instance (-1: it is not quiet), names of the watched attributes,
-and whether it is a BatchNorm."""
+Names = tuple[str, ...]
+Marks = list[tuple[bool, int, int]]
+
+_kinds: dict[type, tuple[int, Names, Callable | None, bool]] = {}
+"""For each class seen: number of attributes of an instance (-1: it is not quiet), names of the watched attributes, what
+gets their values, and whether it is a BatchNorm."""
+
+_surveys: "weakref.WeakKeyDictionary[nn.Module, Survey]" = weakref.WeakKeyDictionary()
+"""The last survey of each root."""
 
 
 class Survey:
     """A quiet module tree as it is now.
 
+    The root itself is not held, so that a survey can be kept for it as long as it lives.
+
     Attributes:
         is_quiet: False if a module is not quiet. The lists then end there.
-        modules: all modules, a shared layer as often as it is used. A shared container is not quiet.
-        states: mode of each or, if it has watched attributes, their names, the mode and their values.
+        attributes: the attributes of each module, the root first. A shared layer stands there as often as it is used;
+            a shared container is not quiet.
+        modules: the modules below the root, in the same order.
         containers: registry and children of each container.
-        norms: BatchNorms with running statistics, with registry, names and tensors of these.
-        things: containers, children and buffers, in order.
+        norms: attributes of each BatchNorm with running statistics, with registry, names and tensors of these.
         owned: registry, name and tensor of each parameter in turn.
-        marks: ``requires_grad``, version and storage of each parameter in turn.
+        watched: for each module with watched attributes, its attributes, their names, and what gets their values.
+        values: those values.
     """
 
-    __slots__ = ("containers", "is_quiet", "marks", "modules", "norms", "owned", "states", "things")
+    __slots__ = (
+        *("attributes", "containers", "hooks", "is_quiet", "lengths", "modules", "norms", "owned", "parts"),
+        *("registries", "sizes", "things", "types", "values", "watched"),
+    )
 
     def __init__(self, root: nn.Module):
-        self.modules = modules = [root]
-        self.states = states = []
-        self.containers, self.norms, self.things = [], [], []
-        self.owned = owned = []
-        self.marks = marks = []
-        self.is_quiet = False
-        for module in modules:  # which grows
+        self.modules: list[nn.Module] = []
+        self.attributes: list[dict] = []
+        self.containers: list[tuple[dict, list[nn.Module]]] = []
+        self.norms: list[tuple[dict, dict, list[tuple[str, Tensor]]]] = []
+        self.owned: list[Any] = []
+        self.watched: list[tuple[dict, Names, Callable]] = []
+        self.is_quiet = self._note(root)
+        # the same in flat lists, for ``is_unchanged``
+        self.types = [type(module) for module in (root, *self.modules)]
+        self.sizes = [*map(len, self.attributes)]
+        parts = [*map(_PARTS, self.attributes)]
+        self.parts = [*chain.from_iterable(parts)]
+        self.registries = [registry for part in parts for registry in part[1:4]]
+        self.hooks = [hooks for part in parts for hooks in part[4:]]
+        self.lengths = [*map(len, self.registries)]
+        self.things = [*chain.from_iterable(map(dict.values, self.registries))]
+        self.values = [get(own) for own, _, get in self.watched]
+
+    def _note(self, root: nn.Module) -> bool:
+        """Note all modules of the tree. Return whether they are quiet; if not, stop at the first that is not."""
+        modules, known = self.modules, set()
+        for module in chain((root,), modules):  # which grows
             if module is None:
-                return
+                return False
             own = vars(module)
-            size, names, is_norm = _kinds.get(type(module)) or _kind(module)
-            training, children, parameters, buffers, hooks, pre_hooks = _PARTS(own)
-            if size != len(own) or hooks or pre_hooks:
-                return
-            states.append((names, training, *map(own.get, names)) if names else training)
+            size, names, get, is_norm = _kinds.get(type(module)) or _kind(module)
+            if size != len(own):
+                return False
+            training, children, parameters, buffers, *hooks = _PARTS(own)
+            if any(hooks):
+                return False
+            self.attributes.append(own)
+            if get is not None:
+                self.watched.append((own, names, get))
             if children:
-                if self.containers and any(children is known for known, _ in self.containers):
-                    return  # a container that is shared, or that contains itself
+                if id(children) in known:
+                    return False  # a container that is shared, or that contains itself
+                known.add(id(children))
                 content = [*children.values()]
                 self.containers.append((children, content))
-                self.things += (children, *content)
                 modules += content
             for name, parameter in parameters.items():
                 if parameter is not None:
                     if type(parameter) not in _ORDINARY:
-                        return
-                    owned += (parameters, name, parameter)
-                    try:
-                        marks += (parameter.requires_grad, parameter._version, parameter.untyped_storage()._cdata)
-                    except RuntimeError:  # made under inference_mode: ``Replay`` refuses it
-                        return
+                        return False
+                    self.owned += (parameters, name, parameter)
             if buffers:
                 if not is_norm or len(buffers) != 3 or parameters["weight"] is None:
-                    return
+                    return False
                 mean, variance, count = buffers.values()
                 if mean is not None or variance is not None or count is not None:
                     ordinary = type(mean) is Tensor and type(variance) is Tensor and type(count) is Tensor
                     if not (ordinary and training and own["track_running_stats"]):
-                        return
-                    self.things += (buffers, mean, variance, count)
-                    self.norms.append((module, buffers, [*buffers.items()]))
-        self.is_quiet = True
+                        return False
+                    self.norms.append((own, buffers, [*buffers.items()]))
+        return True
 
-    def equals(self, other: "Survey") -> bool:
-        """Return whether nothing differs between two surveys of one tree."""
-        return (
-            self.is_quiet
-            and self.states == other.states
-            and self.marks == other.marks
-            and len(self.things) == len(other.things)
-            and len(self.owned) == len(other.owned)
-            and all(
-                map(is_, chain(self.modules, self.things, self.owned), chain(other.modules, other.things, other.owned))
+    def is_unchanged(self, root: nn.Module, marks: Marks | None = None) -> bool:
+        """Return whether a new survey of ``root`` would find the same and, if ``marks`` are given, those marks."""
+        try:
+            return (
+                all(map(is_, map(type, chain((root,), self.modules)), self.types))
+                and [*map(len, self.attributes)] == self.sizes
+                and all(map(is_, chain.from_iterable(map(_PARTS, self.attributes)), self.parts))
+                and not any(self.hooks)
+                and [*map(len, self.registries)] == self.lengths
+                and all(map(is_, chain.from_iterable(map(dict.values, self.registries)), self.things))
+                and [get(own) for own, _, get in self.watched] == self.values
+                and (
+                    marks is None
+                    or [(p.requires_grad, p._version, p.untyped_storage()._cdata) for p in self.owned[2::3]] == marks
+                )
             )
-        )
+        except KeyError:  # an attribute was deleted, and another one set
+            return False
+
+
+def survey(root: nn.Module) -> Survey | None:
+    """Return the survey of a module tree as it is now, or None if it is not quiet."""
+    last = _surveys.get(root)
+    if last is not None and vars(root) is last.attributes[0] and last.is_unchanged(root):
+        return last
+    new = Survey(root)
+    if not new.is_quiet or any(map(has_no_version, new.owned[2::3])):  # which ``Replay`` refuses
+        return None
+    if root._modules:  # else a list above may hold the root itself
+        _surveys[root] = new
+    return new
 
 
 def quiet_container(kind: type[nn.Sequential]) -> type[nn.Sequential]:
@@ -140,34 +192,35 @@ def quiet_container(kind: type[nn.Sequential]) -> type[nn.Sequential]:
 
     Such a class must draw no random numbers and set no attributes in its forward function.
     """
-    _kinds[kind] = BASE_ATTRIBUTES, (), False
+    _kinds[kind] = BASE_ATTRIBUTES, (), None, False
     return kind
 
 
-def _kind(module: nn.Module) -> tuple[int, tuple[str, ...], bool]:
+def _kind(module: nn.Module) -> tuple[int, Names, Callable | None, bool]:
     """Return the entry of the module's class in ``_kinds``, made if need be."""
     kind = type(module)
-    entry = (-1, (), False)
+    entry: tuple[int, Names, Callable | None, bool] = -1, (), None, False
     if kind in QUIET:
         if (known := known_class(module)) is None:
             return entry  # this instance is not quiet, another one may be
         is_norm = kind in NORMS
-        entry = known[0], known[1] + (("track_running_stats",) if is_norm else ()), is_norm
+        names = known[1] + (("track_running_stats",) if is_norm else ())
+        entry = known[0], names, itemgetter(*names) if names else None, is_norm
     elif issubclass(kind, nn.Sequential):
         between = kind.__mro__[: kind.__mro__.index(nn.Sequential)]
         if all(vars(base).keys() <= _PLAIN_DEFINITIONS for base in between):
-            entry = BASE_ATTRIBUTES, (), False
+            entry = BASE_ATTRIBUTES, (), None, False
     _kinds[kind] = entry
     return entry
 
 
 class QuietReplay:
-    """Replays the evaluation of a quiet module tree: ``Replay``, as far as a step needs it.
+    """Replays the evaluation of quiet module trees: ``Replay``, as far as a step needs it.
 
     Args:
-        module: the root of the tree.
-        inputs: the tensors that it is evaluated on.
-        survey: the tree before the first evaluation.
+        modules: the roots of the trees.
+        inputs: the tensors that they are evaluated on.
+        surveys: the trees before the first evaluation.
     """
 
     hooks, generators = None, ()
@@ -175,12 +228,19 @@ class QuietReplay:
     """There is nothing to watch in the first evaluation, and nothing to note after it."""
     sets_parameters = is_initialised_by_it = False
 
-    def __init__(self, module: nn.Module, inputs: Sequence[Tensor], survey: Survey):
-        self.module, self.survey = module, survey
-        self.running_statistics: dict[int, nn.Module] = {}
-        for norm, _, ((_, mean), (_, variance), _) in survey.norms:
-            self.running_statistics[id(mean)] = self.running_statistics[id(variance)] = norm
-        self.untracked: dict[nn.Module, None] = {}
+    def __init__(self, modules: Sequence[nn.Module], inputs: Sequence[Tensor], surveys: Sequence[Survey]):
+        self.modules, self.surveys = modules, surveys
+        self.marks = [
+            [(p.requires_grad, p._version, p.untyped_storage()._cdata) for p in survey.owned[2::3]]
+            for survey in surveys
+        ]
+        """For each tree, whether each parameter requires a gradient, its version and its storage."""
+        self.running_statistics: dict[int, int] = {}
+        """By id, running statistics. The values do not matter here: those of ``Replay`` are modules."""
+        for survey in surveys:
+            for _, _, ((_, mean), (_, variance), _) in survey.norms:
+                self.running_statistics[id(mean)] = self.running_statistics[id(variance)] = 0
+        self.untracked: dict[int, None] = {}
         kind = inputs[0].device.type
         self.autocast = [
             (kind, torch.get_autocast_dtype(kind), True, torch.is_autocast_cache_enabled())
@@ -193,7 +253,7 @@ class QuietReplay:
 
     @property
     def name(self) -> str:
-        return type(self.module).__name__
+        return type(self.modules[0]).__name__
 
     def again(self, *, compare: bool = True) -> Again:
         """Return the context of a further evaluation, as ``Replay`` does."""
@@ -202,9 +262,14 @@ class QuietReplay:
     def check_unchanged(self, when: str, fix: str) -> None:
         """Survey the tree again. If it has changed, raise a RuntimeError or prepare to restore it."""
         self.changed = None
-        if is_observed() or not Survey(self.module).equals(self.survey):
-            self.changed = self._full_replay()
-            self.changed.check_unchanged(when, fix)
+        if not is_observed():
+            for module, survey, marks in zip(self.modules, self.surveys, self.marks, strict=True):
+                if not survey.is_unchanged(module, marks):
+                    break
+            else:
+                return
+        self.changed = self._full_replay()
+        self.changed.check_unchanged(when, fix)
 
     def restore(self, undo: list[tuple]) -> None:
         """Set everything as the first evaluation found it. ``undo`` receives the calls that undo this."""
@@ -212,27 +277,32 @@ class QuietReplay:
             self.changed.restore(undo)
             return
         restore_autocast(self.autocast, undo)
-        for norm, _, _ in self.survey.norms:
-            own = vars(norm)
-            undo.append((own.__setitem__, "track_running_stats", own["track_running_stats"]))
-            own["track_running_stats"] = False
+        for survey in self.surveys:
+            for own, _, _ in survey.norms:
+                undo.append((own.__setitem__, "track_running_stats", own["track_running_stats"]))
+                own["track_running_stats"] = False
 
     def _full_replay(self) -> Replay:
         """Return the ``Replay`` that would have been made before the first evaluation."""
-        then, replay = self.survey, Replay(nn.Identity(), (), preserve_rng_state=False)
-        replay.module, replay.name, replay.hooks, replay.autocast = self.module, self.name, None, self.autocast
+        replay = Replay(nn.Identity(), (), preserve_rng_state=False)
+        replay.name, replay.hooks, replay.autocast = self.name, None, self.autocast
         replay.modes.clear()
-        for module, state in zip(then.modules, then.states, strict=True):
-            names, training, *values = state if isinstance(state, tuple) else ((), state)
-            replay.modes.append((module, training))
-            replay.attributes.append((vars(module), names, tuple(values)))
-        replay.children = then.containers
-        owned, marks = then.owned, then.marks
-        identities = list(zip(marks[1::3], marks[2::3], strict=True))
-        replay.parameters = list(zip(owned[::3], owned[1::3], owned[2::3], marks[::3], identities, strict=True))
-        replay.unchanged = [("parameter", name, p, mark) for _, name, p, _, mark in replay.parameters]
-        replay.buffers = [(registry, name, b) for _, registry, content in then.norms for name, b in content]
-        replay.untracked = {norm: None for norm, _, _ in then.norms}
+        for root, then, marks in zip(self.modules, self.surveys, self.marks, strict=True):
+            modules = [root, *then.modules]
+            replay.modes += zip(modules, then.parts[:: len(PARTS)], strict=True)
+            replay.attributes += [
+                (own, names, values if len(names) > 1 else (values,))
+                for (own, names, _), values in zip(then.watched, then.values, strict=True)
+            ]
+            replay.children += then.containers
+            for registry, name, p, (requires_grad, *identity) in zip(
+                then.owned[::3], then.owned[1::3], then.owned[2::3], marks, strict=True
+            ):
+                replay.parameters.append((registry, name, p, requires_grad, tuple(identity)))
+                replay.unchanged.append(("parameter", name, p, tuple(identity)))
+            replay.buffers += [(registry, name, b) for _, registry, content in then.norms for name, b in content]
+            norms = {id(own) for own, _, _ in then.norms}
+            replay.untracked |= {module: None for module in modules if id(vars(module)) in norms}
         return replay
 
 
@@ -242,6 +312,6 @@ def replay_of(module: nn.Module, inputs: Sequence[Tensor], preserve_rng_state: b
         if type(x) not in _ORDINARY or not (x.is_cpu or x.is_cuda):
             break
     else:
-        if inputs and not is_observed() and (survey := Survey(module)).is_quiet:
-            return QuietReplay(module, inputs, survey)
+        if inputs and not is_observed() and (found := survey(module)) is not None:
+            return QuietReplay((module,), inputs, (found,))
     return Replay(module, inputs, preserve_rng_state)

@@ -54,9 +54,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from memcnn.engine.capture import refuse_capture
-from memcnn.engine.chain import Link, Value, rebuild, thread_state
+from memcnn.engine.chain import Link, Value, rebuild, restrided, thread_state
 from memcnn.engine.drift import SAMPLED, Drift, evaluations
 from memcnn.engine.hooks import name_of
+from memcnn.engine.identity import modified_input
 from memcnn.engine.quiet import replay_of
 from memcnn.engine.retained import Stored, end_pass, start_link
 from memcnn.engine.rounding import relative_error
@@ -145,12 +146,11 @@ class Recomputation(Link):
             self.replay.evaluated()
         if versions != [t._version for t in inputs]:
             hooks = self.replay.hooks
-            fix = (
-                f"let the forward hook {name_of(hooks.in_place[0])}, which may be the cause, return a new tensor"
-                if hooks is not None and hooks.in_place
-                else "make its first operation an out-of-place one"
-            )
-            raise RuntimeError(f"{self.name} modifies its input in place, so that the block cannot be inverted: {fix}")
+            if hooks is not None and hooks.in_place:
+                cause = name_of(hooks.in_place[0])
+                fix = f"let the forward hook {cause}, which may be the cause, return a new tensor"
+                raise modified_input(self.name, fix)
+            raise modified_input(self.name)
         self.inputs = ()
         return result
 
@@ -191,13 +191,9 @@ class Recomputation(Link):
         raise NotImplementedError
 
     def as_recorded(self, index: int, tensor: Tensor) -> Tensor:
-        """Return an input as the forward evaluation saw it, with its strides and ``requires_grad``.
-
-        Kernels depend on strides. Strides of 0 are not restored: only an elementwise join can have read such a tensor.
-        """
-        if tensor.stride() != self.strides[index] and 0 not in self.strides[index]:
-            like = torch.empty_strided(tensor.shape, self.strides[index], dtype=tensor.dtype, device=tensor.device)
-            tensor = like.copy_(tensor)
+        """Return an input as the forward evaluation saw it, with its strides and ``requires_grad``."""
+        if tensor.stride() != self.strides[index]:
+            tensor = restrided(tensor, self.strides[index])
         return tensor.detach().requires_grad_(self.requires_grad[index])
 
     def diverged(self, then: str, now: str) -> RuntimeError:

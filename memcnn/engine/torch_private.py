@@ -13,13 +13,15 @@ where they are needed, since a function call for each saved tensor would cost mo
   which the replay exchanges entries for the time of a recomputation. The public iterators copy them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode as FakeTensorMode  # tensors that have a shape and no values
 from torch.autograd import Variable, forward_ad
+from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import _engine_run_backward as run_backward
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -55,10 +57,17 @@ GLOBAL_FORWARD_HOOKS: tuple[tuple[dict, dict], ...] = (
 )
 """Forward pre-hooks and forward hooks that run with every module, and the keys of those that receive keywords."""
 
+GLOBAL_BACKWARD_HOOKS: tuple[dict, ...] = (
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+"""Backward hooks and backward pre-hooks that run with every module."""
+
 disabled_dispatch = torch._C._DisableTorchDispatch
 """A context without dispatch modes. A mode of fake tensors cannot compare the states of real generators."""
 
 _number_of_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_dispatch_mode: Callable[[int], object] = torch._C._get_dispatch_stack_at
 _number_of_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 _function_mode: Callable[[int], object] = torch._C._get_function_stack_at
 _functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -67,6 +76,41 @@ _functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_ac
 def at_end_of_backward(function: Callable[[], None]) -> None:
     """Have ``function`` run when the running backward pass ends. DDP and FSDP do the same; no public way exists."""
     Variable._execution_engine.queue_callback(function)
+
+
+def wanted_by_pass(nodes: Sequence[tuple[Node | None, int]]) -> list[bool]:
+    """Return for each of a node's ``next_functions`` whether the running backward pass asks for its gradient."""
+    wanted = []
+    for node, _ in nodes:
+        try:
+            wanted.append(node is not None and torch._C._will_engine_execute_node(node))
+        except RuntimeError:  # it does not answer for a leaf of which ``autograd.grad`` returns the gradient
+            wanted.append(True)
+    return wanted
+
+
+def gradients_of(edge: GradientEdge, gradient: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Return the gradients of ``inputs``, given that of the tensor at ``edge``: a fast ``torch.autograd.grad``.
+
+    The gradient may be of a larger shape or another dtype than that tensor, which was broadcast or cast. The pass frees
+    the graph.
+    """
+    return run_backward(
+        (edge,), (gradient,), False, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
+    )
+
+
+def backward_hooks_run(parameters: Iterable[Tensor]) -> bool:
+    """Return whether a parameter has hooks for its gradient, or all modules have backward hooks."""
+    return any(GLOBAL_BACKWARD_HOOKS) or any(p._backward_hooks for p in parameters)
+
+
+def remove_backward_hooks(modules: Iterable[nn.Module], undo: list[tuple]) -> None:
+    """Remove all backward hooks of modules, global ones too. ``undo`` receives the calls that put them back."""
+    for hooks in (*GLOBAL_BACKWARD_HOOKS, *(h for m in modules for h in (m._backward_hooks, m._backward_pre_hooks))):
+        if hooks:
+            undo.append((hooks.update, hooks.copy()))
+            hooks.clear()
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -84,11 +128,14 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_observed() -> bool:
-    """Return whether global forward hooks, or modes other than a default device, see what a module computes."""
+    """Return whether global forward hooks or modes may change what a module computes.
+
+    A default device does not, nor a dispatch mode whose class says ``only_watches = True``, such as a meter.
+    """
     return bool(
         torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
-        or _number_of_dispatch_modes()
+        or any(not getattr(_dispatch_mode(i), "only_watches", False) for i in range(_number_of_dispatch_modes()))
         or any(type(_function_mode(i)) is not DeviceContext for i in range(_number_of_function_modes()))
     )
 

@@ -37,6 +37,9 @@ class TensorMeter(TorchDispatchMode):
         peak_in_backward: True if the worst instant lay in a backward pass.
     """
 
+    only_watches = True
+    """Blocks run within a meter as they run without one."""
+
     def __init__(self, *, block_bytes: int = 1, device_type: str | None = None) -> None:
         super().__init__()
         self.current_bytes = self.peak_bytes = 0

@@ -1,13 +1,15 @@
 """The additive coupling of NICE (Dinh et al., arXiv:1410.8516) and of RevNets (Gomez et al., arXiv:1707.04585)."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from memcnn.engine.couple import couple
+from memcnn.engine.direct import Sum, run_directly
 from memcnn.engine.exact import Grid
+from memcnn.engine.sums import minus, plus
 from memcnn.migration import absent_names
 from memcnn.models.coupling import Coupling
 from memcnn.models.keywords import taken
@@ -41,43 +43,42 @@ class AdditiveCoupling(Coupling):
         self.grid = Grid.of(exact)
 
     def couple(self, x1: Tensor, x2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        y1 = self._add(x1, self.Fm, x2, kwargs)
-        y2 = self._add(x2, self.Gm, y1, kwargs)
-        return y1, y2
+        return self._changed([x1, x2], kwargs, subtract=False)
 
     def uncouple(self, y1: Tensor, y2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        x2 = self._subtract(y2, self.Gm, y1, kwargs)
-        x1 = self._subtract(y1, self.Fm, x2, kwargs)
-        return x1, x2
+        return self._changed([y1, y2], kwargs, subtract=True)
 
-    def _add(self, a: Tensor, branch: nn.Module, b: Tensor, kwargs: dict[str, object]) -> Tensor:
-        """Return ``a + branch(b, **kwargs)``."""
-        plus, minus = self._sums()
-        return couple(
-            a,
-            branch,
-            b,
-            forward=plus,
-            inverse=minus,
-            verify=self.grid is not None,
-            kwargs=taken(branch, kwargs) if kwargs else kwargs,
-        )
+    def sums(self, *, subtract: bool) -> Sequence[Sum]:
+        """Return the steps of ``couple``, or with ``subtract`` of ``uncouple``, if they are sums and nothing else.
 
-    def _subtract(self, a: Tensor, branch: nn.Module, b: Tensor, kwargs: dict[str, object]) -> Tensor:
-        """Return ``a - branch(b, **kwargs)``."""
-        plus, minus = self._sums()
-        return couple(
-            a,
-            branch,
-            b,
-            forward=minus,
-            inverse=plus,
-            verify=self.grid is not None,
-            kwargs=taken(branch, kwargs) if kwargs else kwargs,
-        )
+        In exact mode, and where a subclass defines its own ``couple``, return an empty tuple.
+        """
+        method, own = (self.uncouple, AdditiveCoupling.uncouple) if subtract else (self.couple, AdditiveCoupling.couple)
+        plain = self.grid is None and getattr(method, "__func__", None) is own
+        return self._steps(subtract) if plain else ()
 
-    def _sums(self) -> tuple[Callable, Callable]:
-        return (self.grid.add, self.grid.sub) if self.grid is not None else (_plus, _minus)
+    def _steps(self, subtract: bool) -> Sequence[Sum]:
+        steps = Sum(self.Fm, 0), Sum(self.Gm, 1)
+        return steps[::-1] if subtract else steps
+
+    def _changed(self, halves: list[Tensor], kwargs: dict[str, object], *, subtract: bool) -> tuple[Tensor, Tensor]:
+        """Return the halves after the steps of ``couple``, or with ``subtract`` of ``uncouple``."""
+        steps = self._steps(subtract)
+        if self.grid is None and not kwargs and run_directly(steps, halves, subtract=subtract):
+            return halves[0], halves[1]
+        sums = (self.grid.add, self.grid.sub) if self.grid is not None else (plus, minus)
+        join, part = reversed(sums) if subtract else sums
+        for branch, changed in steps:
+            halves[changed] = couple(
+                halves[changed],
+                branch,
+                halves[1 - changed],
+                forward=join,
+                inverse=part,
+                verify=self.grid is not None,
+                kwargs=taken(branch, kwargs) if kwargs else kwargs,
+            )
+        return halves[0], halves[1]
 
     def forward_log_det(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return y, and log|det dy/dx| of each sample, shape (N,): 0, since F and G only shift."""
@@ -105,28 +106,6 @@ class AdditiveBlock(AdditiveCoupling):
     ):
         warnings.warn("AdditiveBlock is deprecated: use AdditiveCoupling", DeprecationWarning, stacklevel=2)
         super().__init__(Fm, Gm)
-
-
-def _plus(a: Tensor, h: Tensor) -> Tensor:
-    return a + _fitting(h, a)
-
-
-def _minus(a: Tensor, h: Tensor) -> Tensor:
-    return a - _fitting(h, a)
-
-
-def _fitting(h: Tensor, a: Tensor) -> Tensor:
-    """Return h if it has the shape of a or can be broadcast to it, else raise a ValueError."""
-    if isinstance(h, Tensor) and (
-        h.shape == a.shape
-        or (
-            h.dim() <= a.dim()
-            and all(size in (1, wanted) for size, wanted in zip(reversed(h.shape), reversed(a.shape), strict=False))
-        )
-    ):
-        return h
-    got = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else f"a {type(h).__name__}"
-    raise ValueError(f"F and G of an additive coupling must keep the shape of a half, {tuple(a.shape)}: got {got}")
 
 
 __getattr__ = absent_names(__name__)

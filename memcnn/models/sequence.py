@@ -1,6 +1,6 @@
 """A chain of reversible modules that stores only its last output for backward."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from memcnn.engine.chain import storing
 from memcnn.engine.couple import keep_only, merge, recording, split
+from memcnn.engine.direct import LONGEST_RUN, Sum, run_directly
 from memcnn.engine.exact import Grid
 from memcnn.engine.torch_private import is_hooked
 from memcnn.models.additive import AdditiveCoupling
@@ -69,7 +70,7 @@ class ReversibleSequential(nn.Sequential):
                 values = [x]
                 del x
                 x = (
-                    _run_of(blocks, values, Coupling.couple, kwargs)
+                    _run_of(blocks, values, kwargs)
                     if len(blocks) > 1
                     else blocks[0](values.pop(), **taken(blocks[0], kwargs))
                 )
@@ -83,7 +84,7 @@ class ReversibleSequential(nn.Sequential):
                 values = [y]
                 del y
                 y = (
-                    _run_of(blocks, values, Coupling.uncouple, kwargs)
+                    _run_of(blocks, values, kwargs, inverse=True)
                     if len(blocks) > 1
                     else blocks[0].inverse(values.pop(), **taken(blocks[0], kwargs))
                 )
@@ -147,7 +148,7 @@ class HalvesPassedOn(nn.Sequential):
         for blocks in _runs(units, [_halves_passed_on(unit) for unit in units]):
             values = [x]
             del x
-            x = _run_of(blocks, values, Coupling.couple, {}) if len(blocks) > 1 else blocks[0](values.pop())
+            x = _run_of(blocks, values, {}) if len(blocks) > 1 else blocks[0](values.pop())
         return x
 
 
@@ -177,36 +178,59 @@ def _halves_passed_on(block: nn.Module) -> tuple | None:
 
 
 def _run_of(
-    blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable, kwargs: dict[str, object]
+    blocks: Sequence[InvertibleModuleWrapper],
+    values: list[Tensor],
+    kwargs: dict[str, object],
+    *,
+    inverse: bool = False,
 ) -> Tensor:
-    """Run the wrapped couplings one after the other, ``change`` being ``Coupling.couple`` or ``Coupling.uncouple``.
+    """Run the wrapped couplings, or their inverses, one after the other.
 
     ``values`` holds the input alone. It is taken out, so that no caller keeps the input until the last block has run.
     """
     if not any(is_recorded(block._fn, values) for block in blocks):
-        return _halves_changed(blocks, values, change, kwargs)
+        return _changed(blocks, values, kwargs, inverse)
     options = {"preserve_rng_state": blocks[0].preserve_rng_state, "check_inverse": blocks[0].check_inverse}
-    return _recorded_run(blocks, values, change, kwargs, options)
+    return _recorded_run(blocks, values, kwargs, inverse, options)
 
 
 @uncompiled
 def _recorded_run(
     blocks: Sequence[InvertibleModuleWrapper],
     values: list[Tensor],
-    change: Callable,
     kwargs: dict[str, object],
+    inverse: bool,
     options: dict,
 ) -> Tensor:
     with recording(**options):
-        return _halves_changed(blocks, values, change, kwargs)
+        return _changed(blocks, values, kwargs, inverse)
 
 
-def _halves_changed(
-    blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], change: Callable, kwargs: dict[str, object]
+def _changed(
+    blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], kwargs: dict[str, object], inverse: bool
 ) -> Tensor:
     coupling: Any = blocks[0]._fn
-    halves = split(values.pop(), coupling.split_dim, coupling.grid)
-    for block in blocks:
-        halves = getattr(block._fn, change.__name__)(*halves, **(taken(block, kwargs) if kwargs else kwargs))
+    halves = [*split(values.pop(), coupling.split_dim, coupling.grid)]
+    start = 0
+    while start < len(blocks):
+        # without a gradient of x the first block cannot go the direct way, but those after it can
+        part = blocks[start : start + (LONGEST_RUN if halves[0].requires_grad else 1)]
+        start += len(part)
+        if kwargs or not run_directly(_sums(part, inverse), halves, subtract=inverse):
+            for block in part:
+                change = block._fn.uncouple if inverse else block._fn.couple
+                halves[:] = change(*halves, **(taken(block, kwargs) if kwargs else kwargs))
+                keep_only(*halves)
         keep_only(*halves)
     return merge(*halves, coupling.split_dim, coupling.grid)
+
+
+def _sums(blocks: Sequence[InvertibleModuleWrapper], subtract: bool) -> Sequence[Sum]:
+    """Return the steps of the wrapped couplings in order, or an empty list if one of them is no sum."""
+    steps: list[Sum] = []
+    for block in blocks:
+        own = block._fn.sums(subtract=subtract) if isinstance(block._fn, AdditiveCoupling) else ()
+        if not own:
+            return []
+        steps += own
+    return steps
