@@ -7,6 +7,8 @@ Read ``recompute`` first: it opens with the rules and one worked example.
 ``second``          that second evaluation, which gives each saved tensor back
 ``chain``           the values between blocks, and the order in which they are rebuilt
 ``couple``          ``split``, ``couple`` and ``merge``, the three functions that couplings are written with
+``direct``          the short way of runs of quiet additive blocks: two graph nodes for a run, nothing saved
+``sums``            the sums of additive blocks
 ``opaque``          modules that offer nothing but ``forward`` and ``inverse``
 ``replay``          what the second evaluation must see as the first did: random numbers, autocast, modes, parameters
 ``quiet``           the short replay of branches that consist of PyTorch's own layers, as most do

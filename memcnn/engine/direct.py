@@ -57,6 +57,7 @@ from memcnn.engine.torch_private import (
     backward_hooks_run,
     current_backward_pass,
     gradients_of,
+    hooks_see_gradients,
     is_observed,
     never_compiled,
     never_compiled_within,
@@ -122,9 +123,12 @@ def _replay_of(steps: Sequence[Sum], halves: Sequence[Tensor], options: dict) ->
     for branch in branches:
         if (found := survey(branch)) is None:
             return None
-        for p in found.owned[2::3]:
-            if p.grad is not None or not p.is_leaf or p._backward_hooks or p._post_accumulate_grad_hooks:
+        parameters = found.owned[2::3]
+        for p in parameters:
+            if not p.is_leaf or p.grad is not None:
                 return None
+        if hooks_see_gradients(parameters):
+            return None
         surveys.append(found)
     for branch, number in zip(branches, numbers, strict=True):
         evaluations[branch] = number

@@ -3,7 +3,7 @@
 Rules
 
 1. The forward pass of a branch is the ordinary one. Autograd records it, so that hooks, gradient accumulators and
-   distributed wrappers see the ordinary graph.
+   distributed wrappers see the ordinary graph. Runs of blocks of PyTorch's own layers take a shorter way (``direct``).
 2. The tensors that the graph would save are dropped. ``torch.autograd.graph.saved_tensors_hooks`` saves an empty
    ``Activation`` in place of each. Leaves that are trained, such as parameters, are saved as they are, because they
    exist anyway.

@@ -100,6 +100,11 @@ def gradients_of(edge: GradientEdge, gradient: Tensor, inputs: Sequence[Tensor])
     )
 
 
+def hooks_see_gradients(parameters: Iterable[Tensor]) -> bool:
+    """Return whether a parameter has hooks for its gradient, before it is accumulated or after."""
+    return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
+
+
 def backward_hooks_run(parameters: Iterable[Tensor]) -> bool:
     """Return whether a parameter has hooks for its gradient, or all modules have backward hooks."""
     return any(GLOBAL_BACKWARD_HOOKS) or any(p._backward_hooks for p in parameters)

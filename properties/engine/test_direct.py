@@ -297,6 +297,20 @@ def test_frozen_parameters_and_what_branches_share(make, runs, requires_grad):
     assert_like_twin(module, lambda module, x: weighted_sum(module(x)).backward(), x)
 
 
+class WithUnusedParameter(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 3, 1), nn.Tanh())
+        self.unused = nn.Parameter(torch.ones(2))
+
+
+def test_a_parameter_that_no_layer_uses_has_no_gradient():
+    module = ReversibleSequential(AdditiveCoupling(WithUnusedParameter()), AdditiveCoupling(quiet_branch())).double()
+    y = module(images())
+    assert number_of_direct_runs(y) == 1
+    weighted_sum(y).backward()
+    assert {name for name, p in module.named_parameters() if p.grad is None} == {"0._fn.Fm.unused", "0._fn.Gm.unused"}
+
+
 def test_a_branch_that_returns_its_input_or_is_broadcast():
     """The gradients of such a branch are the gradients of its half themselves, or sums of them."""
     pooled = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1))
