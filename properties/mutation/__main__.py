@@ -97,9 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record = recorded(TESTS, MUTATED, WORK / "tests")
             in_a_fork(lambda: pytest.main([*OPTIONS, "--collect-only", *TESTS]))  # compiles them, as mutants do not
             find_mutants(given.files, given.sample, given.seed)
-            for file in given.files:
-                with use_db(str(session(file))) as db:
-                    test(db, record, given.seconds)
+            test(given.files, record, given.seconds, given.seed)
             os.chdir(ROOT)
     return table(given.files)
 
@@ -134,27 +132,37 @@ def session(file: Path) -> Path:
     return WORK / f"{'.'.join(file.with_suffix('').parts)}.sqlite"
 
 
-def test(db: WorkDB, record: dict, seconds: float) -> None:
-    """Test every mutant without a result, and, without a limit of seconds, those that met only some of their tests."""
-    kills = Counter()
-    for item in [*db.pending_work_items, *(unfinished(db) if math.isinf(seconds) else ())]:
-        (mutation,) = item.mutations
-        operator = get_operator(mutation.operator_name)()
-        with use_mutation(mutation.module_path, operator, mutation.occurrence) as (before, after):
-            tests = tests_of(str(mutation.module_path), before, mutation.start_pos[0], record, kills)
-            some = quickest(tests, record["seconds"], seconds)
-            killed, output = failing(some, record["seconds"])
-        if killed:
-            kills[failed_test(output)] += 1
-        db.set_result(
-            item.job_id,
-            WorkResult(
-                WorkerOutcome.NORMAL,
-                output if killed or some == tests else UNFINISHED,
-                TestOutcome.KILLED if killed else TestOutcome.SURVIVED,
-                "\n".join(_make_diff(before, after, mutation.module_path)),
-            ),
-        )
+def test(files: list[Path], record: dict, seconds: float, seed: int) -> None:
+    """Test every mutant that waits, in random order, so that the results of an interrupted run are a fair sample."""
+    waiting = []
+    for file in files:
+        with use_db(str(session(file))) as db:
+            again = unfinished(db) if math.isinf(seconds) else []
+            waiting += [(file, item) for item in (*db.pending_work_items, *again)]
+    random.Random(seed).shuffle(waiting)
+    kills: Counter[str | None] = Counter()
+    for file, item in waiting:
+        result = outcome(item, record, seconds, kills)
+        with use_db(str(session(file))) as db:
+            db.set_result(item.job_id, result)
+
+
+def outcome(item: WorkItem, record: dict, seconds: float, kills: Counter) -> WorkResult:
+    """Run the tests of one mutant until one fails, at most for ``seconds``. Count the test that fails in ``kills``."""
+    (mutation,) = item.mutations
+    operator = get_operator(mutation.operator_name)()
+    with use_mutation(mutation.module_path, operator, mutation.occurrence) as (before, after):
+        tests = tests_of(str(mutation.module_path), before, mutation.start_pos[0], record, kills)
+        some = quickest(tests, record["seconds"], seconds)
+        killed, output = failing(some, record["seconds"])
+    if killed:
+        kills[failed_test(output)] += 1
+    return WorkResult(
+        WorkerOutcome.NORMAL,
+        output if killed or some == tests else UNFINISHED,
+        TestOutcome.KILLED if killed else TestOutcome.SURVIVED,
+        "\n".join(_make_diff(before, after, mutation.module_path)),
+    )
 
 
 def unfinished(db: WorkDB) -> list[WorkItem]:
