@@ -11,11 +11,12 @@ PACKAGES = ("memcnn", "reports", "bench", "properties")
 """A package imports those before it, and none of those behind it."""
 
 ROOMS = {
-    "engine": set(),
+    "attribution": set(),
+    "engine": {"attribution"},
     "memory": set(),
     "data": {"_torchvision", "datasets"},
-    "kernels": {"autocast"},
-    "models": {"autocast", "engine", "memory", "migration"},
+    "kernels": {"attribution", "autocast"},
+    "models": {"attribution", "autocast", "engine", "memory", "migration"},
     "testing": {"cli", "engine", "memory", "models"},
     "training": {"_torchvision", "cli", "data", "datasets", "kernels", "memory", "models"},
     "weights": {"datasets", "models", "training"},
