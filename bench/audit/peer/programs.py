@@ -5,6 +5,7 @@ A program receives a chain and a leaf input. It returns the tensors to compare w
 
 import copy
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ class Masked(nn.Module):
     that the contender has set.
     """
 
-    drawn: list[Tensor] = []
-    given: list[Tensor] = []
+    drawn: ClassVar[list[Tensor]] = []
+    given: ClassVar[list[Tensor]] = []
 
     def __init__(self, channels: int):
         super().__init__()
