@@ -3,6 +3,7 @@
 import sys
 import warnings
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -20,7 +21,8 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
         message: what happened, and what to do.
         category: the class of the warning.
     """
-    frame, level = sys._getframe(1), 2
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
     while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level if frame is not None else 2)
