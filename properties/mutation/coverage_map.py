@@ -62,4 +62,6 @@ def recorded(test_files: list[str], folders: Sequence[str], kept_in: Path) -> di
         for path, lines in found["tests"].items():
             for line, names in lines.items():
                 tests[path][int(line)] += names
+    if not any(names for lines in tests.values() for names in lines.values()):
+        raise SystemExit(f"no test executes a line of {', '.join(folders)}: the tests import another copy of it")
     return {"seconds": seconds, "tests": tests}
