@@ -181,13 +181,13 @@ class _FakeStep:
     def __init__(self, chain: nn.Sequential, direction: str, x: Tensor, kwargs: Mapping[str, Any]):
         self.chain: Any = _without_values(chain)
         self.direction = direction
+        results: tuple[Tensor, ...]
         self.x = _like(x).requires_grad_(x.requires_grad)
         self.kwargs = tree_map_only(Tensor, lambda t: _like(t).requires_grad_(t.requires_grad), dict(kwargs))
         for parameter in self.chain.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         self.prices: list[_Price] = []
-        value = self.x
-        results: tuple[Tensor, ...] = ()
+        value, results = self.x, ()
         for block in reversed(self.chain) if direction.startswith("inverse") else self.chain:
             price, results = _price(getattr(block, direction), value, taken(block, self.kwargs))
             self.prices.append(price)
