@@ -25,12 +25,12 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the packages are in the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import pandas as pd  # noqa: E402
+import pandas as pd
 
-from bench.cases import SUBJECTS, Chain  # noqa: E402
-from bench.networks import Network  # noqa: E402
-from bench.result import load, ratios  # noqa: E402
-from memcnn import cli  # noqa: E402
+from bench.cases import SUBJECTS, Chain
+from bench.networks import Network
+from bench.result import load, ratios
+from memcnn import cli
 
 EXACT = ("peak_bytes", "activation_bytes", "evaluations", "branches")
 TIME = ("median", "ratio")

@@ -19,6 +19,7 @@ packages, the second loses the standard error of a process that crashes.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -81,7 +82,8 @@ class Worker:
         self.name, self.limit_seconds = name, limit_seconds
         root, keep_root = str(interpreter.root), str(int(interpreter.keep_root))
         python = [interpreter.python, "-W", "ignore", *interpreter.options]
-        self._errors = tempfile.TemporaryFile()  # a pipe that nobody reads would fill up and block the worker
+        # a pipe that nobody reads would fill up and block the worker
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the worker
         self.process = subprocess.Popen(
             [*python, __file__, root, keep_root, target, *arguments],
             cwd=root,
@@ -109,10 +111,8 @@ class Worker:
                 case the process is killed.
         """
         limit_seconds = self.limit_seconds if limit_seconds is None else limit_seconds
-        try:
+        with contextlib.suppress(BrokenPipeError, ValueError):  # the process has ended or was killed
             print(json.dumps({"question": question, "arguments": arguments}), file=self.process.stdin, flush=True)
-        except (BrokenPipeError, ValueError):  # the process has ended or was killed
-            pass
         try:
             line = self._lines.get(timeout=limit_seconds)
         except queue.Empty:
@@ -128,10 +128,8 @@ class Worker:
 
     def end(self) -> None:
         """Ask the process to end, and kill it if it does not."""
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()  # the worker ends when its input ends
-        except BrokenPipeError:
-            pass
         try:
             self.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
@@ -169,10 +167,8 @@ class Worker:
 def kill_group(process: subprocess.Popen) -> None:
     """Kill a process that leads its own session, and its child processes; wait for its end."""
     if hasattr(os, "killpg"):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     else:
         process.kill()
     process.wait()

@@ -50,7 +50,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, allow_abbrev=False, **how)
         self.add_argument("--version", action=_PrintVersion, nargs=0, help="print the versions of memcnn and torch")
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(  # type: ignore[override]  # argparse declares an overload for each kind of namespace
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         """Parse all arguments; an argument that the command does not know ends it."""
         given, unknown = self.parse_known_args(args, namespace)
         if unknown:

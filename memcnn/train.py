@@ -191,18 +191,12 @@ def run(arguments: Sequence[str] | None) -> int:
     except ValueError as error:
         parser.error(str(error))
     cli.use_threads(given.threads)
-    if given.config or given.dry_run:
-        try:
-            print(config(given, recipe) if given.config else dry_run(given, recipe))
-        except BadArgument as error:
-            parser.error(str(error))
-        return cli.DONE
-    budget = None if given.budget is None else given.budget - (time.monotonic() - STARTED)
-    command = sys.orig_argv if arguments is None else [sys.executable, "-m", "memcnn.train", *arguments]
-    again = shlex.join(word for word in command if word != "--fresh")
-    if launched():
-        again = "the same torchrun command"
+    again = "the same torchrun command" if launched() else _command_again(arguments)
     try:
+        if given.config or given.dry_run:
+            print(config(given, recipe) if given.config else dry_run(given, recipe))
+            return cli.DONE
+        budget = None if given.budget is None else given.budget - (time.monotonic() - STARTED)
         record = train(job_of(given, recipe), execution, place_of(given), budget_seconds=budget)
     except (BadArgument, BadCheckpoint, MixedExecution) as error:
         parser.error(str(error))
@@ -213,11 +207,22 @@ def run(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print(f"Interrupted before training began. Start it with: {again}", file=sys.stderr)
         return cli.STOPPED
-    print(summary(record, Path(given.runs) / record.name), end="" if record.reason else "\n")
+    _print_end(record, Path(given.runs) / record.name, again)
+    return {"complete": cli.DONE, "failed": cli.FAILED, "partial": cli.STOPPED}[record.status]
+
+
+def _command_again(arguments: Sequence[str] | None) -> str:
+    """Return the command that resumes the run: this one, without ``--fresh``."""
+    command = sys.orig_argv if arguments is None else [sys.executable, "-m", "memcnn.train", *arguments]
+    return shlex.join(word for word in command if word != "--fresh")
+
+
+def _print_end(record: RunRecord, folder: Path, again: str) -> None:
+    """Print how a run ended and, if it is not complete, why and with which command it is resumed."""
+    print(summary(record, folder), end="" if record.reason else "\n")
     if record.reason:
         verb = "try again from the last good checkpoint" if record.status == "failed" else "go on"
         print(f" ({record.reason}); {verb} with: {again}")
-    return {"complete": cli.DONE, "failed": cli.FAILED, "partial": cli.STOPPED}[record.status]
 
 
 __getattr__ = absent_names(__name__)

@@ -26,7 +26,7 @@ def read(folder: Path) -> pd.DataFrame:
     path = folder / ROWS
     if not path.is_file():
         return pd.DataFrame(columns=list(COLUMNS))
-    table = pd.read_csv(path, dtype={name: "string" for name in ("torch", "cuda", "cudnn", "python", "commit")})
+    table = pd.read_csv(path, dtype=dict.fromkeys(("torch", "cuda", "cudnn", "python", "commit"), "string"))
     if missing := set(COLUMNS) - set(table):
         raise ValueError(f"{path}: missing columns {', '.join(sorted(missing))}; move the file away and measure again")
     return table

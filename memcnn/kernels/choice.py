@@ -13,7 +13,6 @@ The rules:
 
 import statistics
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from memcnn.attribution import warn_user
 
 if TYPE_CHECKING:
     from memcnn.kernels.weight_gradient import Plan
@@ -120,7 +121,7 @@ class Choices:
             by_name[str(plan)] = plan
             runs[str(plan)] = partial(planned_weight_gradient, gradient, x, plan)
         if rejected:
-            warnings.warn(_rejected(key, rejected), RuntimeWarning, stacklevel=2)
+            warn_user(_rejected(key, rejected), RuntimeWarning)
         with torch.cuda.device(key.device) if key.device.type == "cuda" else nullcontext():
             microseconds = self.timer(runs) if by_name else {}
         chosen = fastest(microseconds)
@@ -143,7 +144,7 @@ def plans(out_channels: int, in_channels: int) -> "tuple[Plan, ...]":
     try:
         from memcnn.kernels import weight_gradient
     except ImportError as error:
-        warnings.warn(f"Triton cannot be imported ({error}): weight gradients are the library's", stacklevel=2)
+        warn_user(f"Triton cannot be imported ({error}): weight gradients are the library's")
         return ()
     return weight_gradient.plans(out_channels, in_channels)
 

@@ -60,7 +60,7 @@ class Budget:
         self.plans: dict[tuple, Plan] = {}
 
     @uncompiled
-    def stored(self, chain: nn.Module, direction: str, x: Tensor, kwargs: Mapping[str, Any]) -> frozenset[int]:
+    def stored(self, chain: nn.Sequential, direction: str, x: Tensor, kwargs: Mapping[str, Any]) -> frozenset[int]:
         """Return the positions of the blocks that store their activations.
 
         There are none where nothing is recorded, and nothing to choose where every block is disabled.
@@ -90,7 +90,7 @@ class Budget:
                 self.plans[key] = thread.submit(self._plan, chain, direction, x, kwargs, autocast).result()
         return self.plans[key].stored
 
-    def _plan(self, chain: nn.Module, direction: str, x: Tensor, kwargs: Mapping, autocast: tuple) -> Plan:
+    def _plan(self, chain: nn.Sequential, direction: str, x: Tensor, kwargs: Mapping, autocast: tuple) -> Plan:
         try:
             with (
                 torch.random.fork_rng(devices=[]),
@@ -178,8 +178,10 @@ class _Operations(TorchDispatchMode):
 class _FakeStep:
     """A copy of the chain and its inputs without values, on which steps are tried. Needs a ``FakeTensorMode``."""
 
-    def __init__(self, chain: nn.Module, direction: str, x: Tensor, kwargs: Mapping[str, Any]):
-        self.chain, self.direction = _without_values(chain), direction
+    def __init__(self, chain: nn.Sequential, direction: str, x: Tensor, kwargs: Mapping[str, Any]):
+        self.chain: Any = _without_values(chain)
+        self.direction = direction
+        results: tuple[Tensor, ...]
         self.x = _like(x).requires_grad_(x.requires_grad)
         self.kwargs = tree_map_only(Tensor, lambda t: _like(t).requires_grad_(t.requires_grad), dict(kwargs))
         for parameter in self.chain.parameters():
@@ -205,7 +207,7 @@ class _FakeStep:
         results = _as_tuple(getattr(self.chain, self.direction)(self.x, **self.kwargs))
         trained = [(y, g) for y, g in zip(results, self.gradients, strict=True) if y.requires_grad]
         del results
-        torch.autograd.backward(*zip(*trained, strict=True))
+        torch.autograd.backward([y for y, _ in trained], [g for _, g in trained])
 
 
 def _price(run: Callable, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[_Price, tuple[Tensor, ...]]:
@@ -239,7 +241,7 @@ def _like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
-def _without_values(chain: nn.Module) -> nn.Module:
+def _without_values(chain: nn.Sequential) -> nn.Sequential:
     """Return a copy of the chain whose tensors have no values."""
     memo: dict[int, Any] = {}
     for name, tensor in [*chain.named_parameters(), *chain.named_buffers()]:
@@ -251,7 +253,7 @@ def _without_values(chain: nn.Module) -> nn.Module:
     return copy.deepcopy(chain, memo)
 
 
-def _key(chain: nn.Module, direction: str, x: Tensor, kwargs: Mapping[str, Any]) -> tuple:
+def _key(chain: nn.Sequential, direction: str, x: Tensor, kwargs: Mapping[str, Any]) -> tuple:
     """Return what the bytes of a step depend on."""
     device = x.device.type
     inputs = [

@@ -8,6 +8,7 @@ whose mean and deviation a convolution predicts from the other half.
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,7 @@ class _Latent(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.predict = nn.Conv2d(channels, 2 * channels, 3, padding=1)
-        nn.init.zeros_(self.predict.weight)
-        nn.init.zeros_(self.predict.bias)
+        _set_to_zero(self.predict)
 
     def forward_log_det(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_deviation = self.predict(x).chunk(2, 1)
@@ -71,7 +71,9 @@ class Glow(nn.Module):
             raise ValueError(f"2**{scales} must divide height and width of the images: got {shape}; use fewer scales")
         self.shape = tuple(shape)
         channels, *sizes = shape
-        self.scales, self.latents = nn.ModuleList(), nn.ModuleList()
+        # Lists of flows: the type nn.Module declares no forward_log_det.
+        self.scales: Any = nn.ModuleList()
+        self.latents: Any = nn.ModuleList()
         self.parts: list[tuple[int, ...]] = []  # the shapes of the latent values that leave, in order
         for scale in range(scales):
             channels, sizes = 4 * channels, [size // 2 for size in sizes]
@@ -170,16 +172,20 @@ def glow_cifar(*, depth: int = 8, hidden: int = 64, disable: bool = False) -> Gl
 
 def _step(channels: int, hidden: int, bound: float) -> tuple[nn.Module, ...]:
     """Return one step of the flow (figure 2a)."""
-    branches = (_branch(channels // 2, hidden) for _ in range(2))
-    coupling = AffineCoupling(*branches, adapter=partial(AffineAdapterExp, bound=bound))
+    F, G = (_branch(channels // 2, hidden) for _ in range(2))
+    coupling = AffineCoupling(F, G, adapter=partial(AffineAdapterExp, bound=bound))
     return ActNorm(channels), InvertibleConv1x1(channels), coupling
+
+
+def _set_to_zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def _branch(channels: int, hidden: int) -> nn.Module:
     """Return conv3x3, ReLU, conv1x1, ReLU, conv3x3 to twice the channels, which is zero at the start."""
     last = nn.Conv2d(hidden, 2 * channels, 3, padding=1)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    _set_to_zero(last)
     return nn.Sequential(
         nn.Conv2d(channels, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, hidden, 1), nn.ReLU(), last
     )

@@ -15,6 +15,7 @@ Gradients are those of the discrete solution: backward rebuilds the same steps, 
 equation that is solved by itself.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,27 +49,28 @@ class _Kick(Coupling):
         super().__init__(field, nn.Identity(), split_dim=dim)
         self.reflect, self.drift = reflect, drift
 
-    def couple(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    def couple(self, x1: Tensor, x2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         y1 = couple(x1, self.Fm, x2, forward=torch.add, inverse=torch.sub)
         if self.reflect:
             return y1, couple(x2, self.Gm, y1, forward=_reflect, inverse=_reflect)
         if self.drift is not None:
-            return y1, couple(x2, self.Gm, y1, forward=self._drift, inverse=self._drift_back)
+            drift, back = _drifts(self.drift)
+            return y1, couple(x2, self.Gm, y1, forward=drift, inverse=back)
         return y1, x2
 
-    def uncouple(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
+    def uncouple(self, y1: Tensor, y2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         x2 = y2
         if self.reflect:
             x2 = couple(y2, self.Gm, y1, forward=_reflect, inverse=_reflect)
         elif self.drift is not None:
-            x2 = couple(y2, self.Gm, y1, forward=self._drift_back, inverse=self._drift)
+            drift, back = _drifts(self.drift)
+            x2 = couple(y2, self.Gm, y1, forward=back, inverse=drift)
         return couple(y1, self.Fm, x2, forward=torch.sub, inverse=torch.add), x2
 
-    def _drift(self, x: Tensor, v: Tensor) -> Tensor:
-        return x + self.drift * v
 
-    def _drift_back(self, x: Tensor, v: Tensor) -> Tensor:
-        return x - self.drift * v
+def _drifts(h: float) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """Return x + h v and its inverse in x, as functions of x and v."""
+    return lambda x, v: x + h * v, lambda x, v: x - h * v
 
 
 def _reflect(a: Tensor, b: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class RecordedFunction(nn.Module):
 
     def keywords_taken(self, names: Iterable[str]) -> set[str]:
         """Return those of the names that the part uses."""
-        return self.keywords & set(names)
+        return set(names) & self.keywords
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_functions": None}  # a generated function cannot be pickled
@@ -269,9 +269,8 @@ def _terms(node: fx.Node) -> list[fx.Node] | None:
     is_sum = (node.op == "call_function" and node.target in _SUMS) or (
         node.op == "call_method" and node.target in ("add", "add_")
     )
-    if not is_sum or node.kwargs or len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
-        return None
-    return list(node.args)
+    terms = [term for term in node.args if isinstance(term, fx.Node)]
+    return terms if is_sum and not node.kwargs and len(terms) == len(node.args) == 2 else None
 
 
 def _only_through(node: fx.Node, stream: fx.Node, x: fx.Node) -> bool:

@@ -281,7 +281,7 @@ def _is_stack(module: object) -> bool:
 
 def _flat(prefix: str, stack: Any) -> Iterator[tuple[str, nn.Module]]:
     named = stack._modules.items() if isinstance(stack, nn.Module) else enumerate(stack)  # repeated blocks included
-    for name, block in named:
+    for name, block in ((name, block) for name, block in named if block is not None):
         if _is_stack(block):
             yield from _flat(f"{prefix}{name}.", block)
         else:
@@ -445,7 +445,11 @@ def _changes(stack: ReversibleStack) -> Iterator[str]:
 
 
 def _functions(part: TwoStreams) -> int:
-    return sum(not isinstance(f, Nothing) for coupling in part.chain for f in (coupling._fn.Fm, coupling._fn.Gm))
+    couplings = [wrapper._fn for wrapper in part.chain]
+    functions = [
+        f for coupling in couplings if isinstance(coupling, AdditiveCoupling) for f in (coupling.Fm, coupling.Gm)
+    ]
+    return sum(not isinstance(f, Nothing) for f in functions)
 
 
 def _count(found: Residual) -> str:

@@ -101,7 +101,7 @@ class InvertibleUNet(nn.Module):
         super().__init__()
         _check(dims, [channels])
         self.left = _stage(channels, blocks, dims, disable)
-        self.inner: nn.Module | None = None
+        self.inner: InvertibleUNet | None = None
         if scales > 1:
             below = channels // 2 * 2**dims
             self.inner = InvertibleUNet(below, scales - 1, blocks, dims=dims, disable=disable)

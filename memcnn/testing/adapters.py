@@ -1,8 +1,26 @@
 """Modules that let the checks look at a block's other directions: its inverse, and its log-determinant."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
+
+
+def method_of(module: nn.Module, name: str) -> Callable[..., Any]:
+    """Return a method that the type ``nn.Module`` does not declare, such as ``inverse``.
+
+    Raises:
+        TypeError: the attribute is no method.
+    """
+    method = getattr(module, name)
+    if not callable(method):
+        raise TypeError(f"{type(module).__name__}.{name} must be a method: got {type(method).__name__}")
+    return method
+
+
+def inverse_of(module: nn.Module) -> Callable[..., Any]:
+    """Return the method ``inverse`` of ``module``."""
+    return method_of(module, "inverse")
 
 
 class Inverted(nn.Module):
@@ -13,7 +31,7 @@ class Inverted(nn.Module):
         self.module = module
 
     def forward(self, *outputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return self.module.inverse(*outputs)
+        return inverse_of(self.module)(*outputs)
 
     def inverse(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         return self.module(*inputs)
@@ -35,7 +53,7 @@ class Conditioned(nn.Module):
         return self._with_conditions(self.module, inputs)
 
     def inverse(self, *outputs: Tensor) -> tuple[Tensor, ...]:
-        return self._with_conditions(self.module.inverse, outputs)
+        return self._with_conditions(inverse_of(self.module), outputs)
 
     def _with_conditions(self, function: Callable, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         results = function(*values)
@@ -55,9 +73,9 @@ class WithLogDet(nn.Module):
         self.flow = flow
 
     def forward(self, x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-        y, log_det = self.flow.forward_log_det(x)
+        y, log_det = method_of(self.flow, "forward_log_det")(x)
         return y, total.to(log_det) + log_det
 
     def inverse(self, y: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-        x, log_det = self.flow.inverse_log_det(y)
+        x, log_det = method_of(self.flow, "inverse_log_det")(y)
         return x, total.to(log_det) + log_det

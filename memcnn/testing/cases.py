@@ -18,6 +18,7 @@ from memcnn.models.affine import AffineAdapterExp, AffineAdapterNaive, AffineAda
 from memcnn.models.flows import ActNorm, InvertibleConv1x1
 from memcnn.models.rearrange import ChannelPermutation, DepthToSpace, SpaceToDepth
 from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
+from memcnn.testing.adapters import inverse_of
 
 Shape = tuple[int, ...]
 
@@ -100,7 +101,7 @@ class OnlyInvertible(nn.Module):
         return self.coupling(x)
 
     def inverse(self, y: Tensor) -> Tensor:
-        return self.coupling.inverse(y)
+        return inverse_of(self.coupling)(y)
 
 
 class ByHand(nn.Sequential):
@@ -108,7 +109,7 @@ class ByHand(nn.Sequential):
 
     def inverse(self, y: Tensor) -> Tensor:
         for block in reversed(self):
-            y = block.inverse(y)
+            y = inverse_of(block)(y)
         return y
 
 
@@ -229,6 +230,8 @@ class Block:
 
     def build(self) -> nn.Module:
         if self.kind in COUPLINGS:
+            if self.F is None or self.G is None:
+                raise ValueError(f"a block of kind {self.kind!r} needs the branches F and G: got {self}")
             F, G = self.F.build(), self.G.build()
             if self.kind == "additive":
                 return AdditiveCoupling(F, G, split_dim=self.split_dim)

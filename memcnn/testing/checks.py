@@ -1,14 +1,15 @@
 """All checks of a module at once."""
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
-from memcnn.testing.adapters import Conditioned
+from memcnn.testing.adapters import Conditioned, inverse_of
 from memcnn.testing.laws.gradients import check_gradients
 from memcnn.testing.laws.guard import failure
 from memcnn.testing.laws.inverse import check_inverse
@@ -19,7 +20,7 @@ from memcnn.testing.laws.state import check_state
 from memcnn.testing.laws.subject import NotRunnable, as_tuple
 from memcnn.testing.laws.twin import duplicate
 
-LAWS = {
+LAWS: dict[str, Callable[..., Report]] = {
     "inverse": check_inverse,
     "gradients": check_gradients,
     "state": check_state,
@@ -44,7 +45,7 @@ def check_all(
     seed: int = 0,
     wrap: bool | None = None,
     laws: Collection[str] | None = None,
-    **options,
+    **options: Any,
 ) -> Report:
     """Check every law that applies: inverse, gradients, state, memory, and log_det where the module has one.
 
@@ -86,7 +87,7 @@ def _with_conditions(module: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module
         return module
     unwrapped = module._fn if isinstance(module, InvertibleModuleWrapper) else module
     try:
-        parameters = inspect.signature(unwrapped.inverse).parameters.values()
+        parameters = inspect.signature(inverse_of(unwrapped)).parameters.values()
         taken = [p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
         wanted = [p for p in taken if p.default is p.empty]
         copy = duplicate(module)
@@ -95,7 +96,7 @@ def _with_conditions(module: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module
             given = len(outputs)
             if not len(wanted) <= len(inputs) <= len(taken) or len(inputs) <= given:
                 return module
-            if len(wanted) <= given and len(as_tuple(copy.inverse(*outputs))) == len(inputs):
+            if len(wanted) <= given and len(as_tuple(inverse_of(copy)(*outputs))) == len(inputs):
                 return module  # further arguments are options: the outputs alone give all inputs back
     except Exception:  # the checks report it
         return module

@@ -1,8 +1,10 @@
 """A pytest plugin: ``pytest -p memcnn.testing.plugin`` gives every test the fixture ``assert_reversible``."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+from torch import Tensor, nn
 
 from memcnn.testing.checks import check_all
 from memcnn.testing.laws.result import Report
@@ -16,7 +18,7 @@ def assert_reversible() -> Callable[..., Report]:
     ``check_all`` and look at ``passed``.
     """
 
-    def check(module, *inputs, **options) -> Report:
+    def check(module: nn.Module, *inputs: Tensor, **options: Any) -> Report:
         __tracebackhide__ = True
         report = check_all(module, *inputs, **options)
         if not report.passed:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -84,7 +85,8 @@ def search(
         return report.passed
 
     shallow = {"deepest": 0} if law == "inverse" else {}
-    refused, failed_since = [], []
+    refused: list[NotRunnable] = []
+    failed_since: list[float] = []
     for training in modes:
         try:
             check(replace(base, training=training))  # the growth of errors with depth is measured here alone
@@ -95,7 +97,7 @@ def search(
             found.failing = replace(base, training=training), Report((failure,))
     if len(refused) == len(modes):
         raise refused[0]
-    if refused:
+    if refused and found.failing is not None:
         found.add(found.failing[1])
     edges = list(_edges(base, modes, vary)) if max_examples > 1 and not found.failing else []
     for example in edges:
@@ -126,10 +128,8 @@ def search(
             failed_since.append(time.monotonic())
             raise _Broken
 
-    try:
+    with suppress(_Broken, Flaky):  # after ``LONGEST_SHRINKING`` examples that failed pass
         every_example_passes()
-    except (_Broken, Flaky):  # after ``LONGEST_SHRINKING`` examples that failed pass
-        pass
     return found
 
 

@@ -15,6 +15,7 @@ its like, with which the log-determinant of a single sample is not defined; bloc
 """
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -49,7 +50,7 @@ SEEDS = st.integers(0, 2**16)
 
 
 @st.composite
-def shapes(draw, *, max_size: int = 4, max_spatial: int = 3, double_batch: bool = True) -> Shape:
+def shapes(draw: st.DrawFn, *, max_size: int = 4, max_spatial: int = 3, double_batch: bool = True) -> Shape:
     """(N, C, ...) with up to ``max_spatial`` further dimensions, and one size that is even (N only if so wanted)."""
     shape = [
         draw(st.integers(1, 3)),
@@ -61,7 +62,7 @@ def shapes(draw, *, max_size: int = 4, max_spatial: int = 3, double_batch: bool 
 
 @st.composite
 def tensors(
-    draw,
+    draw: st.DrawFn,
     shape: Shape | None = None,
     *,
     dtypes: Sequence[torch.dtype] = DTYPES,
@@ -80,7 +81,12 @@ def tensors(
 
 @st.composite
 def branches(
-    draw, shape: Shape, *, layers: Collection[str] = LAYERS, doubled: int | None = None, mix_samples: bool = True
+    draw: st.DrawFn,
+    shape: Shape,
+    *,
+    layers: Collection[str] = LAYERS,
+    doubled: int | None = None,
+    mix_samples: bool = True,
 ) -> Branch:
     """[norm], convolution, linear or attention layer, [activation], [nested reversible blocks], [dropout].
 
@@ -89,7 +95,7 @@ def branches(
     """
     fitting = fitting_layers(shape, layers)
     norms = [name for name in NORMS if name in fitting and (mix_samples or name not in ("batch norm", "act norm"))]
-    drawn = [
+    drawn: list[str | Chain | None] = [
         draw(st.sampled_from([None, *norms])),
         draw(st.sampled_from([name for name in MIXERS if name in fitting])),
         draw(st.sampled_from([None, *(name for name in ACTIVATIONS if name in fitting)])),
@@ -110,7 +116,7 @@ def branches(
 
 @st.composite
 def blocks(
-    draw,
+    draw: st.DrawFn,
     shape: Shape,
     *,
     kinds: Collection[str] = KINDS,
@@ -127,21 +133,15 @@ def blocks(
         return Block(kind, shape)
     split_dim = draw(st.sampled_from(_splits(shape, split_batch)))
     half = tuple(size // 2 if i == split_dim else size for i, size in enumerate(shape))
-    options = {"layers": layers, "mix_samples": mix_samples}
-    if kind in ADAPTERS and kind != "affine naive":
-        options["doubled"] = draw(st.integers(0 if mix_samples else 1, len(shape) - 1))
-    return Block(
-        kind,
-        shape,
-        draw(branches(half, **options)),
-        draw(branches(half, **options)),
-        split_dim - draw(st.sampled_from([0, len(shape)])),
-    )
+    doubles = kind in ADAPTERS and kind != "affine naive"
+    doubled = draw(st.integers(0 if mix_samples else 1, len(shape) - 1)) if doubles else None
+    branch = branches(half, layers=layers, doubled=doubled, mix_samples=mix_samples)
+    return Block(kind, shape, draw(branch), draw(branch), split_dim - draw(st.sampled_from([0, len(shape)])))
 
 
 @st.composite
 def chains(
-    draw,
+    draw: st.DrawFn,
     shape: Shape,
     *,
     max_depth: int = 4,
@@ -149,7 +149,7 @@ def chains(
     kinds: Collection[str] = KINDS,
     layers: Collection[str] = LAYERS,
     split_batch: bool = True,
-    **options,
+    **options: Any,
 ) -> Chain:
     """1 to ``max_depth`` blocks, the first for inputs of ``shape``; further options are those of ``blocks``."""
     composition = draw(st.sampled_from(compositions))
@@ -166,7 +166,7 @@ def chains(
 
 @st.composite
 def networks(
-    draw,
+    draw: st.DrawFn,
     *,
     dtypes: Sequence[torch.dtype] = DTYPES,
     layouts: Sequence[str] = LAYOUTS,
@@ -178,7 +178,7 @@ def networks(
     layers: Collection[str] = LAYERS,
     max_size: int = 4,
     split_batch: bool = True,
-    **options,
+    **options: Any,
 ) -> Network:
     """Chains with an input, a mode and a precision; further options are those of ``chains``.
 
@@ -218,7 +218,7 @@ def _splits(shape: Shape, split_batch: bool) -> list[int]:
 
 
 def _fits(kind: str, shape: Shape, split_batch: bool) -> bool:
-    n, channels, *sizes = shape
+    _, channels, *sizes = shape
     if kind in COUPLINGS:
         return bool(_splits(shape, split_batch))
     return {

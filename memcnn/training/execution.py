@@ -11,6 +11,7 @@ other ones each time and may add in any order.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -84,38 +85,52 @@ class Execution:
         Raises:
             ValueError: when an option that cannot be had here would change what is computed.
         """
-        effective, without_effect = self, []
-        if device.type == "cuda" and self.deterministic and self.narrow_convolutions:
+        self._refuse_on(device, processes)
+        here, is_gpu = f"on {device.type}", device.type == "cuda"
+        changes: dict[str, Any] = {}
+        sentences = []
+        for applies, name, change, reason in (
+            (not is_gpu and self.graph, "graph", {"graph": False}, f"{here}: there are no CUDA graphs there"),
+            (not is_gpu and self.precision == "tf32", "tf32", {"precision": "float32"}, f"{here}: float32 is used"),
+            (
+                not is_gpu and self.deterministic,
+                "deterministic",
+                {"deterministic": False},
+                f"{here}: its kernels are deterministic anyway",
+            ),
+            (
+                self.narrow_convolutions and not (is_gpu and has_triton()),
+                "narrow-convolutions",
+                {"narrow_convolutions": False},
+                "without Triton: pip install triton" if is_gpu else f"{here}: its kernel needs a GPU",
+            ),
+            (
+                self.sync_batch_norm and processes == 1,
+                "sync-batch-norm",
+                {"sync_batch_norm": False},
+                "with one process: it has the whole batch",
+            ),
+        ):
+            if applies:
+                changes |= change
+                sentences.append(f"{name} has no effect {reason}")
+        return replace(self, **changes), sentences
+
+    def _refuse_on(self, device: torch.device, processes: int) -> None:
+        """Raise ValueError for an option that cannot be had, and without which something else would be computed."""
+        is_gpu = device.type == "cuda"
+        if is_gpu and self.deterministic and self.narrow_convolutions:
             raise ValueError(
                 "got deterministic and narrow-convolutions: the choice between kernels depends on measured times; "
                 "leave out the one or the other"
             )
-        if device.type != "cuda" and self.graph:
-            effective = replace(effective, graph=False)
-            without_effect.append(f"graph has no effect on {device.type}: there are no CUDA graphs there")
-        if device.type != "cuda" and self.precision == "tf32":
-            effective = replace(effective, precision="float32")
-            without_effect.append(f"tf32 has no effect on {device.type}: float32 is used")
-        if device.type != "cuda" and self.deterministic:
-            effective = replace(effective, deterministic=False)
-            without_effect.append(f"deterministic has no effect on {device.type}: its kernels are deterministic anyway")
-        if device.type != "cuda" and self.narrow_convolutions:
-            effective = replace(effective, narrow_convolutions=False)
-            without_effect.append(f"narrow-convolutions has no effect on {device.type}: its kernel needs a GPU")
-        elif self.narrow_convolutions and not has_triton():
-            effective = replace(effective, narrow_convolutions=False)
-            without_effect.append("narrow-convolutions has no effect without Triton: pip install triton")
-        if processes == 1 and self.sync_batch_norm:
-            effective = replace(effective, sync_batch_norm=False)
-            without_effect.append("sync-batch-norm has no effect with one process: it has the whole batch")
-        if effective.sync_batch_norm and device.type != "cuda":
+        if self.sync_batch_norm and processes > 1 and not is_gpu:
             raise ValueError(
                 f"sync-batch-norm: PyTorch synchronises BatchNorm on GPUs only, not on {device.type}; leave it out, "
                 "and each process normalises by its own share of the batch"
             )
-        if effective.graph and processes > 1:
+        if self.graph and processes > 1 and is_gpu:
             raise ValueError("graph: a step is captured for one process only; leave it out under torchrun")
-        return effective, without_effect
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
         """Return the context in which a forward pass runs at this precision."""

@@ -50,7 +50,8 @@ def branch_seconds(batch_size: int, threads: int) -> float:
     weight = torch.ones(16, 16, 3, 3, requires_grad=True)
     torch.set_num_threads(threads)
     try:
-        found, begun = [], time.perf_counter()
+        found: list[float] = []
+        begun = time.perf_counter()
         while len(found) <= REPEATS and (not found or time.perf_counter() - begun < LIMIT_SECONDS):
             started = time.perf_counter()
             y = F.conv2d(x, weight, padding=1)

@@ -1,14 +1,13 @@
-"""Mutation testing of ``memcnn/engine`` and ``memcnn/models`` with Cosmic Ray: each change that no test notices is
-explained or a hole.
+"""Change one place of the package at a time with Cosmic Ray, and list the changes that no test notices.
 
-    python -m properties.mutation [FILE ...]      all files of both, or some; goes on where it was stopped
-    python -m properties.mutation --sample 300    so many mutants of all of them, drawn at random with a fixed seed
-    python -m properties.mutation --table         what is known so far, as Markdown
+    python -m properties.mutation [FILE ...]              all files of engine, models and testing, or the files named
+    python -m properties.mutation --sample 300 --seed 0   test 300 mutants of these files, drawn at random
+    python -m properties.mutation --table                 print the results so far as Markdown
 
-It works in a copy of the repository. ``build/mutation`` keeps the map of tests and a session for each file; remove it
-after a change of the code or of the tests. Several processes can take different files. With ``--seconds`` a mutant
-meets the quickest of its tests alone; a later run without it lets all tests meet those that survive and are not
-explained. The exit status is 1 where a mutant survives that ``explained.csv`` does not explain.
+The command works in a copy of the repository and continues where it was stopped. ``build/mutation`` keeps the map of
+tests and a session for each file: remove it when the code or the tests have changed. With ``--seconds`` each mutant
+meets only the quickest of its tests. A later run without ``--seconds`` runs the remaining tests on the survivors that
+``explained.csv`` does not explain. The exit status is 1 if such a survivor is left.
 """
 
 import csv
@@ -46,9 +45,10 @@ from properties.mutation.selection import OPTIONS, failed_test, failing, in_a_fo
 
 ROOT = Path.cwd()
 WORK = ROOT / "build" / "mutation"
+MUTATED = ("memcnn/engine", "memcnn/models", "memcnn/testing")
 TESTS = [
     str(path)
-    for folder in ("engine", "laws", "models", "")
+    for folder in ("engine", "laws", "models", "meta", "")
     for path in sorted(Path("properties", folder).glob("test_*.py"))
 ]
 NOT_COPIED = {"build", "data", "results"}
@@ -66,14 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "files",
         nargs="*",
         type=Path,
-        default=[path for folder in ("engine", "models") for path in sorted(Path("memcnn", folder).glob("*.py"))],
+        default=[path for folder in MUTATED for path in sorted(Path(folder).rglob("*.py"))],
     )
     parser.add_argument(
         "--sample",
         type=cli.count,
         metavar="N",
-        help="test N mutants of FILE ..., drawn with a fixed seed, and skip the others (default: test all)",
+        help="test N mutants of FILE ..., drawn at random, and skip the others (default: test all)",
     )
+    parser.add_argument("--seed", type=cli.whole_number, default=0, help="seed of the sample (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="print what is known so far and run nothing")
     parser.add_argument(
         "--seconds",
@@ -93,18 +94,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             copy_to(Path(folder))
             os.chdir(folder)
-            record = recorded(TESTS, WORK / "tests")
+            record = recorded(TESTS, MUTATED, WORK / "tests")
             in_a_fork(lambda: pytest.main([*OPTIONS, "--collect-only", *TESTS]))  # compiles them, as mutants do not
-            find_mutants(given.files, given.sample)
-            for file in given.files:
-                with use_db(str(session(file))) as db:
-                    test(db, record, given.seconds)
+            find_mutants(given.files, given.sample, given.seed)
+            test(given.files, record, given.seconds, given.seed)
             os.chdir(ROOT)
     return table(given.files)
 
 
-def find_mutants(files: list[Path], sample: int | None) -> None:
-    """Start a session for each file that has none; all of their mutants but ``sample`` count as skipped."""
+def find_mutants(files: list[Path], sample: int | None, seed: int) -> None:
+    """Start a session for each file that has none. Mark all of their mutants but ``sample`` as skipped."""
     new = [file for file in files if not session(file).exists()]
     found: list[tuple[Path, str]] = []
     for file in new:
@@ -112,7 +111,7 @@ def find_mutants(files: list[Path], sample: int | None) -> None:
             init([file], db, {})
             mutants = sorted(db.pending_work_items, key=lambda item: str(item.mutations))
             found += [(file, item.job_id) for item in mutants]
-    drawn = set(found if sample is None else random.Random(0).sample(found, min(sample, len(found))))
+    drawn = set(found if sample is None else random.Random(seed).sample(found, min(sample, len(found))))
     for file in new:
         with use_db(str(session(file))) as db:
             for mutant in found:
@@ -130,30 +129,40 @@ def copy_to(folder: Path) -> None:
 
 
 def session(file: Path) -> Path:
-    return WORK / f"{file.stem}.sqlite"
+    return WORK / f"{'.'.join(file.with_suffix('').parts)}.sqlite"
 
 
-def test(db: WorkDB, record: dict, seconds: float) -> None:
-    """Test every mutant without a result, and, without a limit of seconds, those that met only some of their tests."""
-    kills = Counter()
-    for item in [*db.pending_work_items, *(unfinished(db) if math.isinf(seconds) else ())]:
-        (mutation,) = item.mutations
-        operator = get_operator(mutation.operator_name)()
-        with use_mutation(mutation.module_path, operator, mutation.occurrence) as (before, after):
-            tests = tests_of(str(mutation.module_path), before, mutation.start_pos[0], record, kills)
-            some = quickest(tests, record["seconds"], seconds)
-            killed, output = failing(some, record["seconds"])
-        if killed:
-            kills[failed_test(output)] += 1
-        db.set_result(
-            item.job_id,
-            WorkResult(
-                WorkerOutcome.NORMAL,
-                output if killed or some == tests else UNFINISHED,
-                TestOutcome.KILLED if killed else TestOutcome.SURVIVED,
-                "\n".join(_make_diff(before, after, mutation.module_path)),
-            ),
-        )
+def test(files: list[Path], record: dict, seconds: float, seed: int) -> None:
+    """Test every mutant that waits, in random order, so that the results of an interrupted run are a fair sample."""
+    waiting = []
+    for file in files:
+        with use_db(str(session(file))) as db:
+            again = unfinished(db) if math.isinf(seconds) else []
+            waiting += [(file, item) for item in (*db.pending_work_items, *again)]
+    random.Random(seed).shuffle(waiting)
+    kills: Counter[str | None] = Counter()
+    for file, item in waiting:
+        result = outcome(item, record, seconds, kills)
+        with use_db(str(session(file))) as db:
+            db.set_result(item.job_id, result)
+
+
+def outcome(item: WorkItem, record: dict, seconds: float, kills: Counter) -> WorkResult:
+    """Run the tests of one mutant until one fails, at most for ``seconds``. Count the test that fails in ``kills``."""
+    (mutation,) = item.mutations
+    operator = get_operator(mutation.operator_name)()
+    with use_mutation(mutation.module_path, operator, mutation.occurrence) as (before, after):
+        tests = tests_of(str(mutation.module_path), before, mutation.start_pos[0], record, kills)
+        some = quickest(tests, record["seconds"], seconds)
+        killed, output = failing(some, record["seconds"])
+    if killed:
+        kills[failed_test(output)] += 1
+    return WorkResult(
+        WorkerOutcome.NORMAL,
+        output if killed or some == tests else UNFINISHED,
+        TestOutcome.KILLED if killed else TestOutcome.SURVIVED,
+        "\n".join(_make_diff(before, after, mutation.module_path)),
+    )
 
 
 def unfinished(db: WorkDB) -> list[WorkItem]:
@@ -167,46 +176,54 @@ def unfinished(db: WorkDB) -> list[WorkItem]:
 
 
 def table(files: list[Path]) -> int:
-    """Print the table and the survivors. Return the exit status."""
+    """Print a table with a row for each folder, then the survivors. Return the exit status."""
     known = explained()
-    print("| file | mutants | killed | survived | of these explained |\n| --- | ---: | ---: | ---: | ---: |")
-    survivors, status = [], 0
-    for file in files:
-        if not session(file).exists():
-            continue
-        with use_db(str(session(file))) as db:
-            done = [
-                (item, result)
-                for item, result in db.completed_work_items
-                if result.worker_outcome != WorkerOutcome.SKIPPED
-            ]
-            pending = len(db.pending_work_items)
+    print("| folder | files | mutants | killed | survived | of these explained |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    survivors, pending = [], 0
+    for folder in sorted({file.parent for file in files}):
+        done, waiting = results([file for file in files if file.parent == folder and session(file).exists()])
         alive = sorted(change(item, result) for item, result in done if not result.is_killed)
+        touched = {item.mutations[0].module_path for item, _ in done}
         survivors += alive
-        words = [known.get(WITHOUT_LINE(found)) for found in alive]
-        status |= None in words or pending > 0
+        pending += waiting
         print(
-            f"| {file.name} | {len(done)}{f' of {len(done) + pending}' if pending else ''} | "
-            f"{len(done) - len(alive)} | {len(alive)} | {len(alive) - words.count(None)} |"
+            f"| {folder} | {len(touched)} | {len(done)}{f' of {len(done) + waiting}' if waiting else ''} | "
+            f"{len(done) - len(alive)} | {len(alive)} | {sum(WITHOUT_LINE(found) in known for found in alive)} |"
         )
     for found in survivors:
         name, line, before, after = found
         print(
             f"\n* {name}:{line}  \n  `{before}`  \n  `{after}`  \n  {known.get(WITHOUT_LINE(found), 'NOT EXPLAINED')}"
         )
-    return status
+    return int(pending > 0 or any(WITHOUT_LINE(found) not in known for found in survivors))
+
+
+def results(files: list[Path]) -> tuple[list[tuple[WorkItem, WorkResult]], int]:
+    """Return the tested mutants of ``files`` with their results, and the number of mutants that wait."""
+    done, waiting = [], 0
+    for file in files:
+        with use_db(str(session(file))) as db:
+            done += [
+                (item, result)
+                for item, result in db.completed_work_items
+                if result.worker_outcome != WorkerOutcome.SKIPPED
+            ]
+            waiting += len(db.pending_work_items)
+    return done, waiting
 
 
 def explained() -> dict[tuple[str, str, str], str]:
-    """Return the explanations by change: file name, old text and new text."""
+    """Return the explanations by change: file below memcnn, old text and new text."""
     with EXPLAINED.open(newline="") as lines:
         return {(row["file"], row["before"], row["after"]): row["explanation"] for row in csv.DictReader(lines)}
 
 
 def change(item: WorkItem, result: WorkResult) -> tuple[str, int, str, str]:
-    """Return the change as file name, line number, old text and new text."""
+    """Return the change as file below memcnn, line number, old text and new text."""
     (mutation,) = item.mutations
-    return mutation.module_path.name, mutation.start_pos[0], *(" ".join(_changed(result.diff, sign)) for sign in "-+")
+    file = mutation.module_path.relative_to("memcnn").as_posix()
+    return file, mutation.start_pos[0], *(" ".join(_changed(result.diff, sign)) for sign in "-+")
 
 
 def _changed(diff: str, sign: str) -> Iterator[str]:

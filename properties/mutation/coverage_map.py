@@ -1,8 +1,9 @@
-"""A map from each line of ``memcnn/engine`` and ``memcnn/models`` to its tests, and the seconds of each test."""
+"""A map from each line of the mutated folders to the tests that execute it, and the processor seconds of each test."""
 
 import json
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import coverage
@@ -12,7 +13,7 @@ from properties.mutation.selection import OPTIONS, in_a_fork
 
 
 class Recorder:
-    """A pytest plugin that names each test to ``recording`` and adds up its processor seconds."""
+    """A pytest plugin that labels what each test executes with its name, and measures its processor seconds."""
 
     def __init__(self, recording: coverage.Coverage):
         self.recording = recording
@@ -27,9 +28,9 @@ class Recorder:
         return done
 
 
-def record(test_file: str, target: Path) -> None:
-    """Write the seconds of each test and the tests of each line as JSON; the tests must pass."""
-    recording = coverage.Coverage(data_file=None, source=["memcnn/engine", "memcnn/models"])
+def record(test_file: str, folders: Sequence[str], target: Path) -> None:
+    """Write the seconds of each test, and the tests of each line of ``folders``, as JSON. The tests must pass."""
+    recording = coverage.Coverage(data_file=None, source=list(folders))
     recorder = Recorder(recording)
     recording.start()
     status = pytest.main([*OPTIONS, test_file], plugins=[recorder])
@@ -46,14 +47,14 @@ def record(test_file: str, target: Path) -> None:
     target.write_text(json.dumps({"seconds": recorder.seconds, "tests": lines}))
 
 
-def recorded(test_files: list[str], folder: Path) -> dict:
-    """Return the records of all files. They are kept in ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
+def recorded(test_files: list[str], folders: Sequence[str], kept_in: Path) -> dict:
+    """Return the records of all test files, and keep them in the folder ``kept_in``."""
+    kept_in.mkdir(parents=True, exist_ok=True)
     seconds, tests = {}, defaultdict(lambda: defaultdict(list))
     for file in test_files:
-        target = folder / f"{Path(file).stem}.json"
+        target = kept_in / f"{'.'.join(Path(file).with_suffix('').parts)}.json"
         if not target.exists():
-            status, output = in_a_fork(lambda file=file, target=target: record(file, target))
+            status, output = in_a_fork(lambda file=file, target=target: record(file, folders, target))
             if status:
                 raise SystemExit(output)
         found = json.loads(target.read_text())
@@ -61,4 +62,6 @@ def recorded(test_files: list[str], folder: Path) -> dict:
         for path, lines in found["tests"].items():
             for line, names in lines.items():
                 tests[path][int(line)] += names
+    if not any(names for lines in tests.values() for names in lines.values()):
+        raise SystemExit(f"no test executes a line of {', '.join(folders)}: the tests import another copy of it")
     return {"seconds": seconds, "tests": tests}

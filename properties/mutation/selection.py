@@ -10,10 +10,15 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from itertools import accumulate
+from pathlib import Path
 
 import hypothesis.extra.pytestplugin  # noqa: F401  what a forked process need not import again: no part of memcnn
 import pytest
 import torch._dynamo  # noqa: F401
+
+PROJECT = {"memcnn", "reports", "bench", "properties"}
+START = Path.cwd()
+"""The folder in which the command was started: it holds the code without mutations."""
 
 FIRST_BATCH = 25
 """Number of tests that are collected and run before all others are collected."""
@@ -55,13 +60,18 @@ def _lines(node: ast.stmt) -> range:
 
 
 def in_a_fork(function: Callable[[], int | None]) -> tuple[int, str]:
-    """Call ``function`` in a forked process. Return its exit status (0 for None) and the end of its output."""
+    """Call ``function`` in a forked process, which has not imported this project.
+
+    Returns:
+        The exit status (0 for None) and the end of the output.
+    """
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         if (process := os.fork()) == 0:
             status = 70
             try:
                 for stream in (1, 2):
                     os.dup2(output.fileno(), stream)
+                forget_project()
                 status = int(function() or 0)
             except BaseException as error:
                 print(error)
@@ -71,6 +81,13 @@ def in_a_fork(function: Callable[[], int | None]) -> tuple[int, str]:
         _, status = os.waitpid(process, 0)
         output.seek(0)
         return status, output.read()[-2000:]
+
+
+def forget_project() -> None:
+    """Forget the modules of this project, so that tests import them, mutated, from the current folder."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in PROJECT]:
+        del sys.modules[name]
+    sys.path[:] = [str(Path.cwd()), *(path for path in sys.path if path not in ("", str(START)))]
 
 
 def failing(tests: list[str], seconds: dict[str, float]) -> tuple[bool, str]:

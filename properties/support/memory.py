@@ -1,4 +1,6 @@
-"""The bytes that a training step of a chain needs at its peak."""
+"""Training steps whose memory is known, and the bytes that a step of a chain needs at its peak."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -29,3 +31,17 @@ def assert_flat(make: memory.MakeChain, *, least_maps: int, depths: tuple[int, i
     stored = memory.bytes_per_block(lambda depth: plain_twin(make(depth)), maps(), depths=(2, 6), passes=passes)
     assert stored > least_maps * maps().nbytes, f"the twin must store at least {least_maps} maps a block"
     assert memory.bytes_per_block(make, maps(), depths=depths, passes=passes) < stored / 100
+
+
+def linear(
+    dtype: torch.dtype = torch.float32, *, rows: int = 5
+) -> tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tensor]]]:
+    """Return a maker of a linear layer from 64 to 32 values, and one of a batch for it, labels included."""
+
+    def make():
+        return nn.Linear(64, 32, dtype=dtype)
+
+    def batch():
+        return torch.ones(rows, 64, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+
+    return make, batch

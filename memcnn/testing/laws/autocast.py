@@ -2,8 +2,9 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,9 @@ class _Products(TorchDispatchMode):
         super().__init__()
         self.dtypes: set[torch.dtype] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func in PRODUCTS:
             self.dtypes |= {x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point()}
         return func(*args, **(kwargs or {}))
@@ -57,7 +60,7 @@ def products_keep_their_dtype(subject: Subject, claim: str) -> Result:
                 skipped="under autocast the output is of lower precision than the input, "
                 "which no inverse rebuilds from it; keep the stream in float32",
             )
-        calls = Counter()
+        calls: Counter[str] = Counter()
         for part in module.modules():
             part.register_forward_pre_hook(lambda *_: calls.update(["in backward"]))
         loss = subject.loss([y.float() for y in outputs])

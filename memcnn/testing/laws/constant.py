@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memcnn.models.revop import InvertibleModuleWrapper
+from memcnn.testing.adapters import inverse_of
 from memcnn.testing.laws.subject import Subject
 from memcnn.testing.laws.twin import is_finite, is_wrapped, relative_errors, worst
 
@@ -81,7 +82,7 @@ def _error_of_chain(module: nn.Module, inputs: Sequence[Tensor]) -> float:
     blocks = [subject.fresh() for _ in range(DEPTH)]
     wrapped = [block if is_wrapped(block) else InvertibleModuleWrapper(block) for block in blocks]
     chain = replace(subject, module=_Chain(wrapped), wrap=False)
-    got, wanted = chain.run(chain.fresh()), chain.run(chain.plain())
+    got, wanted = chain.run(chain.fresh()), chain.run(chain.twin())
     if not is_finite(wanted.gradients.values()):
         return float("nan")
     return worst(relative_errors(got.gradients, wanted.gradients))[1]
@@ -102,6 +103,6 @@ class _Chain(nn.Module):
 
     def inverse(self, *values: Tensor) -> tuple[Tensor, ...]:
         for block in reversed(self.blocks):
-            out = block.inverse(*values)
+            out = inverse_of(block)(*values)
             values = (out,) if isinstance(out, Tensor) else tuple(out)
         return values

@@ -75,8 +75,8 @@ def _compare(subject: Subject, claim: str, duplicate: Callable[[nn.Module], nn.M
         if [p.requires_grad for p in twin.parameters()] != [p.requires_grad for p in module.parameters()]:
             return Result("copies", claim, math.inf, 0.0, "", "other parameters are frozen than in the original")
         got = subject.run(twin, train_on)
-    except Exception as error:
-        return Result("copies", claim, math.inf, 0.0, explanation=f"raised {type(error).__name__}: {error}")
+    except Exception as exception:
+        return Result("copies", claim, math.inf, 0.0, explanation=f"raised {type(exception).__name__}: {exception}")
     wanted = subject.run(module, train_on)
     if not wanted.is_finite:
         return Result("copies", claim, skipped="values are not finite here")

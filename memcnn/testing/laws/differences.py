@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from memcnn.testing.adapters import Inverted
+from memcnn.testing.adapters import Inverted, inverse_of
 from memcnn.testing.laws.guard import described, is_ours
 from memcnn.testing.laws.hints import but_right_without
 from memcnn.testing.laws.limits import Limit
@@ -157,10 +157,10 @@ def like_finite_differences_when_moved(
     after = settled(beside(moved(subject)))
     try:
         outcome = after.run(after.trained())
-    except Exception as error:
-        if is_ours(error):
+    except Exception as exception:
+        if is_ours(exception):
             raise
-        explanation = f"{when}a training step raised {described(error)}"
+        explanation = f"{when}a training step raised {described(exception)}"
         return Result("gradients", claim, math.inf, 0.0, explanation=explanation)
     if not outcome.is_finite or any(y.dtype == torch.float32 for y in outcome.results):
         return Result("gradients", claim, skipped="there are no finite results in float64 here")
@@ -184,7 +184,7 @@ def through_inverse(subject: Subject, claim: str) -> Result:
     with torch.no_grad():
         y = subject.evaluated(module, subject.inputs)
         try:
-            x = subject.evaluated(module.inverse, y)
+            x = subject.evaluated(inverse_of(module), y)
         except Exception as error:
             return Result("gradients", claim, skipped=f"inverse raised {described(error)}")
     if [v.dtype for v in (*x, *y) if v.is_floating_point() and v.dtype != torch.float64] or not is_finite((*x, *y)):

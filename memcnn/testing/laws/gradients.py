@@ -113,14 +113,14 @@ def _like_plain(subject: Subject, where: str = "", *, explain: bool = True) -> l
         wanted = subject.run(twin)
         which = "the training step"
         got = subject.ordinary
-    except Exception as error:
+    except Exception as exception:
         return [
             Result(
                 "gradients",
                 claims["gradients of inputs"],
                 math.inf,
                 0.0,
-                explanation=f"{which} raised {described(error)}",
+                explanation=f"{which} raised {described(exception)}",
             )
         ]
     if not wanted.is_finite:
@@ -165,7 +165,7 @@ def _of_training(subject: Subject) -> NamedTensors:
 
 
 def _of_plain_training(subject: Subject) -> NamedTensors:
-    return named(subject.run(subject.plain()))
+    return named(subject.run(subject.twin()))
 
 
 def _numbered(outcome: Outcome) -> NamedTensors:
@@ -193,12 +193,15 @@ def _added(subject: Subject) -> list[Result]:
     except Exception:  # another claim reports a step that does not run
         return []
     leaves = {f"input {i}" for i, x in enumerate(subject.inputs) if is_dense(x)}
-    names = [
-        name
+    ones_more = {
+        name: gradient + 1
         for name, gradient in wanted.items()
         if gradient is not None and gradient.isfinite().all() and (name in leaves or not name.startswith("input "))
-    ]
-    errors = {name: distance([got[name]], [wanted[name] + 1]) for name in names}
+    }
+    errors = {
+        name: math.inf if (found := got[name]) is None else distance([found], [gradient])
+        for name, gradient in ones_more.items()
+    }
     name, error = worst(errors)
     shown = subject.input_names[int(name.split()[1])] if name.startswith("input ") else name
     limit = Limit(

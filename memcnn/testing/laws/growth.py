@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from memcnn.testing.adapters import inverse_of
 from memcnn.testing.laws.result import BADLY_CONDITIONED
 from memcnn.testing.laws.subject import Subject, without_dropout
 from memcnn.testing.tolerances import distance
@@ -57,7 +58,7 @@ def _error_after(subject: Subject, depth: int) -> float | None:
         without_dropout(block)
     values = subject.inputs
     try:
-        for functions in (blocks, [block.inverse for block in reversed(blocks)]):
+        for functions in (blocks, [inverse_of(block) for block in reversed(blocks)]):
             for function in functions:
                 values = subject.evaluated(function, values)
                 if [v.shape for v in values] != [x.shape for x in subject.inputs]:

@@ -5,8 +5,12 @@ import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from memcnn.testing.laws.result import Report, Result
+
+Checked = TypeVar("Checked", Report, Result, list[Result], Result | None)
+"""What a check returns."""
 
 TESTING = Path(__file__).parents[1]
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
@@ -35,7 +39,7 @@ def _is_of_library(path: Path) -> bool:
     return own or "site-packages" in path.parts or not path.is_file()
 
 
-def guarded(law: str, claim: str, check: Callable[..., Report | Result | list[Result] | None], *arguments: object):
+def guarded(law: str, claim: str, check: Callable[..., Checked], *arguments: object) -> Checked | Result:
     """Return ``check(*arguments)``; a failure of ``claim`` where the block raises an exception.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,10 +31,12 @@ def forward_hooks_are_called_once(subject: Subject, claim: str) -> Result:
 
 def _hooks_left_out(subject: Subject) -> list[str]:
     """Name the parts whose hooks a plain forward pass leaves out, as one does that calls ``part.forward(x)``."""
-    module, evaluated, called = subject.fresh(), Counter(), Counter()
+    module = subject.fresh()
+    evaluated: Counter[str] = Counter()
+    called: Counter[str] = Counter()
     for name, part in module.named_modules():
 
-        def counted(*args, name: str = name, forward: Callable = part.forward, **kwargs):
+        def counted(*args: Any, name: str = name, forward: Callable = part.forward, **kwargs: Any) -> Any:
             evaluated.update([name])
             return forward(*args, **kwargs)
 

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from memcnn.testing.adapters import inverse_of
 from memcnn.testing.laws.constant import RANDOM_CHANNELS, without_constants
 from memcnn.testing.laws.growth import DEEPEST, growth
 from memcnn.testing.laws.guard import described, guarded
@@ -41,7 +42,7 @@ NO_INVERSE = "values between outputs have no inverse here"
 def check_inverse(
     module: nn.Module, *inputs: Tensor, seed: int = 0, deepest: int = DEEPEST, autocast: torch.dtype | None = None
 ) -> Report:
-    """Check that ``module.inverse`` undoes ``module`` and the other way round, in the inputs' dtype and in float64.
+    """Check that ``inverse_of(module)`` undoes ``module`` and the other way round, in the inputs' dtype and in float64.
 
     Runs on copies, in the module's mode, with dropout off (a mask drawn anew is another function). Errors are relative
     to the largest entry of what should come back; their limit is that of `memcnn.testing.laws.limits.Limit`. The
@@ -100,7 +101,7 @@ def _new_parameters_are_used(subject: Subject, after: Subject) -> Result:
         return Result("inverse", NEW_PARAMETERS, skipped="the module's state cannot be put into one that never ran")
     y = subject.evaluated(afresh, subject.inputs)
     pairs = {"forward": (subject.evaluated(module, subject.inputs), y)}
-    pairs["inverse"] = (subject.evaluated(module.inverse, y), subject.evaluated(afresh.inverse, y))
+    pairs["inverse"] = (subject.evaluated(inverse_of(module), y), subject.evaluated(inverse_of(afresh), y))
     if not all(is_finite(values) for pair in pairs.values() for values in pair):
         return Result("inverse", NEW_PARAMETERS, skipped="values are not finite here")
     errors = {name: distance(*pair) for name, pair in pairs.items() if _kinds(pair[0]) == _kinds(pair[1])}
@@ -123,7 +124,7 @@ def _any_strides(subject: Subject) -> Result:
     if not is_finite(y) or not _deterministic(subject):
         return Result("inverse", STRIDES, skipped="forward gives no values that could be compared")
     try:
-        x = subject.evaluated(module.inverse, y)
+        x = subject.evaluated(inverse_of(module), y)
     except Exception:  # another claim reports it
         return Result("inverse", STRIDES, skipped="inverse raises an exception")
     largest, explanation = 0.0, ""
@@ -133,10 +134,10 @@ def _any_strides(subject: Subject) -> Result:
             without_dropout(module)
             if direction == "inverse":
                 subject.evaluated(module, subject.inputs)
-            function = module if direction == "forward" else module.inverse
+            function = module if direction == "forward" else inverse_of(module)
             try:
                 got = subject.evaluated(function, [lay_out(value) for value in values])
-            except Exception as error:
+            except Exception as exception:
                 if direction == "forward":
                     continue  # it refuses such inputs
                 return Result(
@@ -144,7 +145,7 @@ def _any_strides(subject: Subject) -> Result:
                     STRIDES,
                     math.inf,
                     0.0,
-                    explanation=f"inverse raised {described(error)} for {name} values",
+                    explanation=f"inverse raised {described(exception)} for {name} values",
                 )
             error = distance(got, wanted) if _kinds(got) == _kinds(wanted) else math.inf
             if not error <= largest:
@@ -161,7 +162,7 @@ def _both_directions(subject: Subject) -> NamedTensors:
     module = subject.fresh()
     without_dropout(module)
     y = subject.evaluated(module, subject.inputs)
-    return {f"{i}": value for i, value in enumerate((*y, *subject.evaluated(module.inverse, y)))}
+    return {f"{i}": value for i, value in enumerate((*y, *subject.evaluated(inverse_of(module), y)))}
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -187,7 +188,7 @@ def _inverse_undoes_forward(subject: Subject, where: str = "") -> Result:
     if not is_finite(y):
         return Result("inverse", claim, skipped="forward gives values that are not finite here")
     try:
-        back = subject.evaluated(module.inverse, y)
+        back = subject.evaluated(inverse_of(module), y)
     except Exception as error:
         return Result("inverse", claim, math.inf, 0.0, explanation=f"inverse raised {described(error)}")
     result = _compared(subject, claim, back, x, inverse_first=False)
@@ -212,7 +213,7 @@ def _forward_undoes_inverse(subject: Subject) -> Result:
             subject.on_grid((1 - SHARE) * value + SHARE * reordered(value)) if value.is_floating_point() else value
             for value in subject.evaluated(module, subject.inputs)
         ]
-        x = subject.evaluated(module.inverse, y)
+        x = subject.evaluated(inverse_of(module), y)
     except Exception as error:
         return Result("inverse", BACK, math.inf, 0.0, explanation=f"raised {described(error)}")
     if not is_finite(x):
@@ -250,7 +251,7 @@ def _there_and_back(subject: Subject, *, start: Sequence[Tensor], inverse_first:
     module = subject.fresh()
     without_dropout(module)
     start = [x.to(subject.dtype) if x.is_floating_point() else x for x in start]
-    there, back = (module.inverse, module) if inverse_first else (module, module.inverse)
+    there, back = (inverse_of(module), module) if inverse_first else (module, inverse_of(module))
     middle = subject.evaluated(there, start)
     end = subject.evaluated(back, [1 * y if y.is_floating_point() else y for y in middle])
     return {"end": torch.cat([x.flatten() for x in end if x.is_floating_point()])}
@@ -308,7 +309,7 @@ def _but_right_elsewhere(subject: Subject, x: Sequence[Tensor], error: float) ->
     def right(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
         without_dropout(module)
         try:
-            back = subject.evaluated(module.inverse, subject.evaluated(module, inputs))
+            back = subject.evaluated(inverse_of(module), subject.evaluated(module, inputs))
             limit = 10 * tolerance(subject.dtype, depth=subject.depth)
             return distance(back, inputs) <= min(limit, error / 10)
         except Exception:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from itertools import tee
 
 import torch
@@ -45,17 +46,17 @@ class Limit:
             error: relative to the largest expected entry.
             explanation: what is wrong, if the error is beyond its limit.
         """
-        precision = {"dtype": self.dtype, "autocast": self.autocast}
-        limit, source = tolerance(**precision, depth=self.depth), describe(**precision, depth=self.depth)
+        limit_of = partial(tolerance, self.dtype, depth=self.depth, autocast=self.autocast)
+        source_of = partial(describe, self.dtype, depth=self.depth, autocast=self.autocast)
+        limit, source = limit_of(), source_of()
         for changes, condition in enumerate(() if error <= limit else copy(self.conditions), 1):
-            limit = tolerance(**precision, depth=self.depth, condition=condition)
-            source = describe(**precision, depth=self.depth, condition=condition)
+            limit, source = limit_of(condition=condition), source_of(condition=condition)
             if limit >= 1:
                 return Result(
                     law, claim, error, limit, source, skipped=f"{HOPELESS}the condition number is {condition:.2g}"
                 )
             if error <= limit or error > FAR_BEYOND.get(changes, math.inf) * limit or changes == max(FAR_BEYOND):
                 break
-        if not error <= limit and callable(explanation):
-            explanation = explanation()
-        return Result(law, claim, error, limit, source, "" if error <= limit else explanation)
+        if error <= limit:
+            return Result(law, claim, error, limit, source)
+        return Result(law, claim, error, limit, source, explanation() if callable(explanation) else explanation)

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from memcnn.testing.adapters import inverse_of
 from memcnn.testing.laws.differences import as_of_the_block, like_finite_differences_when_moved
 from memcnn.testing.laws.guard import guarded
 from memcnn.testing.laws.limits import Limit
@@ -15,7 +16,7 @@ from memcnn.testing.laws.moved import WHEN_MOVED, moved
 from memcnn.testing.laws.result import Report, Result
 from memcnn.testing.laws.rounding import condition_numbers
 from memcnn.testing.laws.subject import Subject, sample_by_sample, without_dropout
-from memcnn.testing.laws.twin import NamedTensors, is_finite, relative_errors, worst
+from memcnn.testing.laws.twin import is_finite, relative_errors, worst
 from memcnn.testing.tolerances import distance, tolerance
 
 FAR_OFF = 1e-2
@@ -169,7 +170,7 @@ def _consistent(claim: str, subject: Subject, methods: list[str]) -> Result:
     entries = subject.inputs[0][0].numel()
     mixed = _mixes_samples(subject, "forward_log_det", subject.inputs[0], without_dropout)
 
-    def compute(subject: Subject) -> NamedTensors:
+    def compute(subject: Subject) -> dict[str, Tensor]:
         run = partial(_with_log_det, subject)
         y, log_det = run("forward_log_det", *subject.inputs)
         if "inverse_log_det" not in methods:
@@ -185,7 +186,7 @@ def _consistent(claim: str, subject: Subject, methods: list[str]) -> Result:
     got, wanted = compute(subject), {}
     (wanted["y"],) = subject.evaluated(_prepared(subject, without_dropout), subject.inputs)
     if "x" in got:
-        (wanted["x"],) = subject.evaluated(_prepared(subject, without_dropout).inverse, [got["y"]])
+        (wanted["x"],) = subject.evaluated(inverse_of(_prepared(subject, without_dropout)), [got["y"]])
         if distance([wanted["x"]], subject.inputs) > FAR_OFF:
             del wanted["x"]
     if "sum" in got:
@@ -207,7 +208,8 @@ def _consistent(claim: str, subject: Subject, methods: list[str]) -> Result:
 
 @torch.no_grad()
 def _with_log_det(subject: Subject, method: str, values: Tensor) -> tuple[Tensor, Tensor]:
-    return subject.evaluated(getattr(_prepared(subject, without_dropout), method), [values])
+    y, log_det = subject.evaluated(getattr(_prepared(subject, without_dropout), method), [values])
+    return y, log_det
 
 
 def _prepared(subject: Subject, prepare: Callable[[nn.Module], object], *, plain: bool = False) -> nn.Module:

@@ -150,7 +150,7 @@ def _stored_bytes(subject: Subject, output: Tensor, passes: int) -> float:
     if subject.plain() is None:
         return ENGINE_MAPS * output.numel() * output.element_size()
     return bytes_per_block(
-        lambda depth: nn.Sequential(*(subject.plain() for _ in range(depth))),
+        lambda depth: nn.Sequential(*(subject.twin() for _ in range(depth))),
         subject.inputs[0],
         depths=(1, 3),
         seed=subject.seed,

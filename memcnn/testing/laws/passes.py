@@ -22,14 +22,14 @@ def two_steps_do_not_mix(subject: Subject, claim: str) -> Result:
     wanted = gradients_of_two_steps(subject, subject.trained())
     if not is_finite(wanted.values()):
         return Result("state", claim, skipped=NOT_FINITE)
-    errors = {}
+    errors: dict[str, float] = {}
     for order in (0, 1), (1, 0):
         got = gradients_of_two_steps(subject, subject.trained(), order)
         errors |= {f"{name} {order}": error for name, error in relative_errors(got, wanted).items()}
     limit = _limit(
         subject,
         lambda s: gradients_of_two_steps(s, s.trained(), (0, 1)),
-        lambda s: gradients_of_two_steps(s, s.plain(), (0, 1)),
+        lambda s: gradients_of_two_steps(s, s.twin(), (0, 1)),
     )
     return limit.judge(
         "state",
@@ -58,12 +58,12 @@ def second_step_is_plain(subject: Subject) -> list[Result]:
         wanted = second(subject, twin)
         which = "a second training step"
         got = second(subject, subject.trained())
-    except Exception as error:
-        return [Result("gradients", claim, math.inf, 0.0, explanation=f"{which} raised {described(error)}")]
+    except Exception as exception:
+        return [Result("gradients", claim, math.inf, 0.0, explanation=f"{which} raised {described(exception)}")]
     if not is_finite(wanted.values()):
         return [Result("gradients", claim, skipped=NOT_FINITE)]
     name, error = worst(relative_errors(got, wanted))
-    limit = _limit(subject, lambda s: second(s, s.trained()), lambda s: second(s, s.plain()))
+    limit = _limit(subject, lambda s: second(s, s.trained()), lambda s: second(s, s.twin()))
     return [
         limit.judge(
             "gradients",
@@ -82,7 +82,9 @@ def gradients_of_two_steps(subject: Subject, module: nn.Module, order: Sequence[
         module: a copy of the subject's.
         order: in which the backward passes follow both forward passes; () for each right after its forward pass.
     """
-    losses, leaves, gradients = [], [], {}
+    losses: list[Tensor] = []
+    leaves: list[dict[str, Tensor]] = []
+    gradients: dict[str, Tensor] = {}
     names = [name for name, _ in subject.module.named_parameters()]
     parameters = {name: p for name, p in zip(names, module.parameters(), strict=True) if p.requires_grad}
 
@@ -116,15 +118,15 @@ def graphs_can_be_retained(subject: Subject, claim: str) -> Result:
         plain = subject.plain()
         if plain is not None:
             _gradients_of_two_passes(subject, plain)
-    except Exception as error:
-        return Result("state", claim, skipped=f"plain backpropagation raised {described(error)}")
+    except Exception as exception:
+        return Result("state", claim, skipped=f"plain backpropagation raised {described(exception)}")
     first, second = _gradients_of_two_passes(subject, subject.trained())
     if not is_finite(first.values()):
         return Result("state", claim, skipped=NOT_FINITE)
     limit = _limit(
         subject,
         lambda s: _gradients_of_two_passes(s, s.trained())[1],
-        lambda s: _gradients_of_two_passes(s, s.plain())[1],
+        lambda s: _gradients_of_two_passes(s, s.twin())[1],
     )
     name, error = worst(relative_errors(second, first))
     return limit.judge(

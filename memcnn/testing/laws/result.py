@@ -78,8 +78,8 @@ class Report:
             hopeless = [result for result in self.results if result.skipped.startswith(HOPELESS)]
             if hopeless:
                 notes.append(f"undecided: {_some([r.claim for r in hopeless], ', ')}: {hopeless[-1].skipped}")
-            held = "everything that could be checked holds" if hopeless else "all laws hold"
-            return "; ".join([f"{held}: {laws}", *notes]) if laws else "nothing could be checked"
+            holds = "everything that could be checked holds" if hopeless else "all laws hold"
+            return "; ".join([f"{holds}: {laws}", *notes]) if laws else "nothing could be checked"
         held = {result.law for result in self.results if not result.skipped} - self.failed_laws
         right = [law for law in ("inverse", "gradients") if law in held]
         beginning = f"the {right[0]} {'is' if right[0] == 'inverse' else 'are'} right, but " if right else ""

@@ -10,6 +10,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
+from memcnn.testing.adapters import inverse_of
 from memcnn.testing.laws.guard import described
 from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.moved import with_buffers_of
@@ -35,7 +36,7 @@ def another_size_leaves_no_trace(subject: Subject, computed: Computation) -> Res
     for words, inputs in _other_sizes(start):
         module = _prepared(start)
         try:
-            start.evaluated(module.inverse, start.evaluated(module, inputs))
+            start.evaluated(inverse_of(module), start.evaluated(module, inputs))
         except Exception:  # it refuses this size
             continue
         accepted = True
@@ -80,15 +81,15 @@ def _trace(subject: Subject, module: nn.Module) -> tuple[float, str]:
     if not with_buffers_of(afresh, module):
         return 0.0, ""
     y = subject.evaluated(afresh, subject.inputs)
-    x = subject.evaluated(afresh.inverse, y)
+    x = subject.evaluated(inverse_of(afresh), y)
     if not is_finite((*y, *x)):
         return 0.0, ""
     largest, words = 0.0, ""
-    for name, function, values, wanted in ("forward", module, subject.inputs, y), ("inverse", module.inverse, y, x):
+    for name, function, values, wanted in ("forward", module, subject.inputs, y), ("inverse", inverse_of(module), y, x):
         try:
             got = subject.evaluated(function, values)
-        except Exception as error:
-            return float("inf"), f"{name} raises {described(error)}"
+        except Exception as exception:
+            return float("inf"), f"{name} raises {described(exception)}"
         error = distance(got, wanted) if _shapes(got) == _shapes(wanted) else float("inf")
         if not error <= largest:
             largest, words = error, f"{name} gives other values than in a module that never ran"
@@ -107,5 +108,5 @@ def _depends_on_its_past(subject: Subject) -> bool:
     module = _prepared(subject)
     others = [0.5 * reordered(x) if x.is_floating_point() else x for x in subject.inputs]
     with suppress(Exception):
-        subject.evaluated(module.inverse, subject.evaluated(module, others))
+        subject.evaluated(inverse_of(module), subject.evaluated(module, others))
     return not _trace(subject, module)[0] <= tolerance(subject.dtype, depth=subject.depth)

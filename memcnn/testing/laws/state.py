@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from memcnn.testing.adapters import inverse_of
 from memcnn.testing.laws.autocast import products_keep_their_dtype
 from memcnn.testing.laws.guard import described, guarded
 from memcnn.testing.laws.hooks import forward_hooks_are_called_once
@@ -86,8 +87,8 @@ def _changed_output(subject: Subject, claim: str) -> Result:
 
     try:
         wanted = subject.run(subject.trained(), stepping(lambda y: y * FACTOR))
-    except Exception as error:
-        return Result("state", claim, skipped=f"a training step raised {described(error)}")
+    except Exception as exception:
+        return Result("state", claim, skipped=f"a training step raised {described(exception)}")
     if not wanted.is_finite:
         return Result("state", claim, skipped="values are not finite here")
     try:
@@ -117,7 +118,7 @@ def _changed_without_gradients(subject: Subject) -> list[str]:
     arguments = [(y.clone(), "the argument of inverse") for y in outputs]
     before = [_seen(y) for y, _ in arguments]
     with torch.no_grad(), subject.seeded():
-        subject.call(module.inverse, *(y for y, _ in arguments))
+        subject.call(inverse_of(module), *(y for y, _ in arguments))
     return [*faults, *_changes(arguments, before, "by inverse")]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,9 @@ class Precisions(TorchDispatchMode):
         super().__init__()
         self.found: dict[torch.dtype, int] = {}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         results = function(*args, **(kwargs or {}))
         for x in results if isinstance(results, (tuple, list)) else (results,):
             if isinstance(x, Tensor) and x.dtype in LOWER and x.numel() > 1:
@@ -141,6 +144,16 @@ class Subject:
         """Return the plain twin; None where the module has an engine of its own."""
         return None if self.wrap is False and not is_wrapped(self.module) else plain_twin(self.module)
 
+    def twin(self) -> nn.Module:
+        """Return the plain twin of a module that has one.
+
+        Raises:
+            ValueError: the module has an engine of its own.
+        """
+        if (twin := self.plain()) is None:
+            raise ValueError(f"{type(self.module).__name__} has an engine of its own, and so no plain twin")
+        return twin
+
     def trained(self) -> nn.Module:
         """Return a copy that runs as in training: wrapped, or as it is."""
         wrap = not is_wrapped(self.module) if self.wrap is None else self.wrap
@@ -170,7 +183,7 @@ class Subject:
             except SystemExit as error:
                 raise RuntimeError(f"the block called sys.exit({error.code!r})") from error
             except Exception as error:
-                error.raised_by_block = True
+                vars(error)["raised_by_block"] = True
                 raise
 
     def evaluated(self, function: Callable, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -178,7 +191,7 @@ class Subject:
         with self.seeded():
             return self.call(function, *(leaf_like(x.detach())[1] for x in inputs))
 
-    def run(self, module: nn.Module, program: Callable[..., object] | None = None) -> Outcome:
+    def run(self, module: nn.Module, program: Callable[..., Tensor | Sequence[Tensor] | None] | None = None) -> Outcome:
         """Run ``program``, by default one training step, on ``module``, a copy of this one, and copies of the inputs.
 
         Gradients and buffers of the outcome have the names that they have in ``self.module``.
@@ -208,7 +221,7 @@ class Subject:
         self.differentiate(outputs)
         return outputs
 
-    def differentiate(self, outputs: Sequence[Tensor], **options) -> None:
+    def differentiate(self, outputs: Sequence[Tensor], **options: Any) -> None:
         """Run the backward pass of the loss; nothing where nothing requires a gradient."""
         loss = self.loss(outputs)
         if loss.requires_grad:
@@ -234,7 +247,7 @@ def without_dropout(module: nn.Module) -> bool:
     active = [
         part
         for part in module.modules()
-        if isinstance(part, DROPOUTS) and part.training and getattr(part, "dropout", 1.0)
+        if isinstance(part, DROPOUTS) and part.training and getattr(part, "dropout", 1.0) > 0
     ]
     for part in active:
         part.eval()

@@ -80,8 +80,8 @@ def second_derivatives(subject: Subject, claim: str) -> Result | None:
         return None
     try:
         wanted = _of_penalty(subject, twin)
-    except Exception as error:
-        return Result("gradients", claim, skipped=f"plain backpropagation raised {described(error)}")
+    except Exception as exception:
+        return Result("gradients", claim, skipped=f"plain backpropagation raised {described(exception)}")
     if not wanted or not is_finite(wanted.values()):
         return Result("gradients", claim, skipped="plain backpropagation gives no finite second derivatives here")
     got = _of_penalty(subject, subject.trained())
@@ -89,7 +89,7 @@ def second_derivatives(subject: Subject, claim: str) -> Result | None:
         subject.dtype,
         4 * subject.depth,
         conditions=condition_numbers(
-            subject, lambda s: _of_penalty(s, s.trained()), lambda s: _of_penalty(s, s.plain())
+            subject, lambda s: _of_penalty(s, s.trained()), lambda s: _of_penalty(s, s.twin())
         ),
     )
     name, error = worst(relative_errors(got, wanted))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from memcnn.testing.adapters import inverse_of
 from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.result import Report, Result
 from memcnn.testing.laws.rounding import condition_numbers, named
@@ -52,7 +53,8 @@ def check_training(
 
     def train(module: nn.Module, *inputs: Tensor) -> list[Tensor]:
         trained = [x for x in (*module.parameters(), *inputs) if x.requires_grad and x.is_leaf]
-        optimizer, results = optimiser(trained) if trained else None, []  # without one, buffers still move
+        optimizer = optimiser(trained) if trained else None  # without one, buffers still move
+        results: list[Tensor] = []
         for step in range(steps):
             torch.manual_seed(seed + step)
             if optimizer is not None:
@@ -70,15 +72,15 @@ def check_training(
             module.eval()
             with torch.no_grad():
                 outputs = subject.call(module, *inputs)
-                results += [*outputs, *subject.call(module.inverse, *outputs)]
+                results += [*outputs, *subject.call(inverse_of(module), *outputs)]
         return [*results, *(x.detach().clone() for x in trained)]
 
     try:
-        wanted = subject.run(subject.plain(), train)
+        wanted = subject.run(subject.twin(), train)
         got = subject.run(subject.trained(), train)
-    except Exception as error:
+    except Exception as exception:
         return Report(
-            (Result("training", claim, math.inf, 0.0, explanation=f"raised {type(error).__name__}: {error}"),)
+            (Result("training", claim, math.inf, 0.0, explanation=f"raised {type(exception).__name__}: {exception}"),)
         )
     if not wanted.is_finite:
         return Report((Result("training", claim, skipped="plain training gives values that are not finite here"),))
@@ -87,7 +89,7 @@ def check_training(
         subject.dtype,
         2 * steps * subject.depth,
         conditions=condition_numbers(
-            subject, lambda s: named(s.run(s.trained(), train)), lambda s: named(s.run(s.plain(), train))
+            subject, lambda s: named(s.run(s.trained(), train)), lambda s: named(s.run(s.twin(), train))
         ),
     )
     return Report((limit.judge("training", claim, error, f"{name} differs from that of plain training"),))

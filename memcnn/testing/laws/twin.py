@@ -109,7 +109,7 @@ class Outcome:
 
 def run(
     module: nn.Module,
-    program: Callable[..., object],
+    program: Callable[..., Tensor | Sequence[Tensor] | None],
     inputs: Sequence[Tensor],
     seed: int = 0,
     *,
