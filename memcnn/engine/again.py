@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from memcnn.engine.generators import check_drawn
 
 if TYPE_CHECKING:
+    from memcnn.engine.quiet import QuietReplay
     from memcnn.engine.replay import Replay
 
 
@@ -20,7 +21,7 @@ class Again:
         compare: raise a RuntimeError if the generators do not end in the state where the first evaluation left them.
     """
 
-    def __init__(self, replay: "Replay", compare: bool):
+    def __init__(self, replay: "Replay | QuietReplay", compare: bool):
         self.replay, self.compare = replay, compare
         self.undo: list[tuple] = []
 

@@ -128,7 +128,7 @@ def rebuild(first: Link, action: Callable[[bool], Any] | None = None) -> Any:
         first: the link.
         action: called with ``keep_graph`` in place of ``first.rebuild``. Its result is returned.
     """
-    keep_graph, link = keeps_graph(), first
+    keep_graph, link, result = keeps_graph(), first, None
     with rebuilding:
         waiting = [(link, _count_readers(link.sources, 1))]
         try:
@@ -139,7 +139,10 @@ def rebuild(first: Link, action: Callable[[bool], Any] | None = None) -> Any:
                         waiting.append((value.link, _count_readers(value.link.sources, 1)))
                         break
                 else:
-                    result = action(keep_graph) if action and link is first else link.rebuild(keep_graph)
+                    if action is not None and link is first:
+                        result = action(keep_graph)
+                    else:
+                        link.rebuild(keep_graph)
                     _count_readers(waiting.pop()[1], -1)
         finally:
             for _, sources in waiting:

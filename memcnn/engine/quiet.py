@@ -235,12 +235,12 @@ class QuietReplay:
             for survey in surveys
         ]
         """For each tree, whether each parameter requires a gradient, its version and its storage."""
-        self.running_statistics: dict[int, int] = {}
+        self.running_statistics: dict[int, Any] = {}
         """By id, running statistics. The values do not matter here: those of ``Replay`` are modules."""
         for survey in surveys:
             for _, _, ((_, mean), (_, variance), _) in survey.norms:
                 self.running_statistics[id(mean)] = self.running_statistics[id(variance)] = 0
-        self.untracked: dict[int, None] = {}
+        self.untracked: dict[Any, None] = {}
         kind = inputs[0].device.type
         self.autocast = [
             (kind, torch.get_autocast_dtype(kind), True, torch.is_autocast_cache_enabled())
@@ -258,6 +258,9 @@ class QuietReplay:
     def again(self, *, compare: bool = True) -> Again:
         """Return the context of a further evaluation, as ``Replay`` does."""
         return Again(self, compare)
+
+    def evaluated(self) -> None:
+        """Note nothing: a quiet module changes nothing that a further evaluation has to know."""
 
     def check_unchanged(self, when: str, fix: str) -> None:
         """Survey the tree again. If it has changed, raise a RuntimeError or prepare to restore it."""

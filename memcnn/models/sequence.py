@@ -222,7 +222,8 @@ def _changed(
                 halves[:] = change(*halves, **(taken(block, kwargs) if kwargs else kwargs))
                 keep_only(*halves)
         keep_only(*halves)
-    return merge(*halves, coupling.split_dim, coupling.grid)
+    y1, y2 = halves
+    return merge(y1, y2, coupling.split_dim, coupling.grid)
 
 
 def _sums(blocks: Sequence[InvertibleModuleWrapper], subtract: bool) -> Sequence[Sum]:
