@@ -142,6 +142,7 @@ def write(results: pd.DataFrame, folder: Path, command: str, *, beside: Path | N
     Returns:
         The paths of all files.
     """
+    origin(results)  # refuses a baseline of the gate before anything is written
     figures = _figures(results)
     folder.mkdir(parents=True, exist_ok=True)
     past = history.read(folder) if beside is None else history.extend(folder, beside)
