@@ -255,6 +255,8 @@ def folder_or_nothing(text: str) -> Path:
     path = _path(text)
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"got {text!r}, which is a file; wanted a folder")
+    if path.exists() and not os.access(path, os.R_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"got {text!r}, which cannot be read; wanted a folder that can")
     return path
 
 

@@ -295,6 +295,8 @@ def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(Exception, match="cannot be written to; wanted a folder that can"):
         cli.output_folder(str(tmp_path / "below"))
+    with pytest.raises(Exception, match="cannot be read; wanted a folder that can"):
+        cli.input_folder(str(tmp_path))
 
 
 def test_what_the_system_refuses_is_explained(capsys):
