@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from bench import folders
+from memcnn import cli
 from reports.cells import DASH
 
 MIB = 2**20
@@ -52,6 +53,7 @@ def load(path: str | Path) -> pd.DataFrame:
             f"{path} holds no measurements of python -m bench ({type(error).__name__}); wanted its FILE.json, or the "
             "folder of a report"
         ) from None
+    results["median_s"] = pd.to_numeric(results["median_s"])  # a baseline has no times: null in all rows
     return results.reindex(columns=list(dict.fromkeys([*results, *OPTIONAL])))
 
 
@@ -139,6 +141,10 @@ def size(rows: pd.DataFrame) -> str:
 
 def origin(results: pd.DataFrame) -> str:
     """Describe where and with what the results were measured: device, threads, load, versions, commit."""
+    if "clean" not in results:
+        raise cli.Misuse(
+            "got a baseline of bench.gate, which holds bytes and evaluations alone; wanted a result of python -m bench"
+        )
     first = results.iloc[0]
     device, software = first.device, first.software
     changes = "" if first.clean in (True, None) else " with uncommitted changes"

@@ -19,8 +19,8 @@ from memcnn.training.trainer import pick_device
 
 MODELS = ("resnet32", "revnet38", "resnet110", "revnet110", "resnet164", "revnet164")
 """The networks in the order of training: quick ones first, and a RevNet after the ResNet of similar size."""
-
-
+RUNS = Path("runs")
+"""Folder of the training output, which a fresh clone does not have yet."""
 MOST_SEED = 10_000
 
 
@@ -66,7 +66,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     out = Path(reports.__file__).with_name("out")
     folder, names = {"metavar": "FOLDER"}, {"metavar": "A,B,..."}
     add = parser.add_argument
-    add("--runs", type=cli.output_folder, default="runs", **folder, help="training output (default: ./%(default)s)")
+    add("--runs", type=cli.folder_or_nothing, default=RUNS, **folder, help="training output (default: ./%(default)s)")
     add(
         "--records",
         type=cli.input_folder,
@@ -125,6 +125,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
 def check_places(given: argparse.Namespace) -> None:
     """Raise ValueError if the places exclude each other, do not exist, or are named twice."""
+    if given.train:
+        _check_writable(given.runs)
+    elif given.runs != RUNS and not given.runs.is_dir():
+        raise ValueError(f"--runs: got '{given.runs}', which does not exist; wanted a folder of runs: check the path")
     places = [name for name in ("device", "devices", "cluster") if getattr(given, name)]
     if len(places) > 1:
         raise ValueError(f"got --{' and --'.join(places)}: wanted one of them")
@@ -141,6 +145,14 @@ def check_places(given: argparse.Namespace) -> None:
         raise ValueError(
             f"--devices: {', '.join(twice)} is named twice; --jobs-per-device N trains several cells on one device"
         )
+
+
+def _check_writable(runs: Path) -> None:
+    """Raise ValueError if training cannot write to the folder of runs."""
+    try:
+        cli.output_folder(str(runs))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--runs: {error}") from None
 
 
 def _indexed(device: torch.device) -> torch.device:

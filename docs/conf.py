@@ -20,6 +20,7 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"MemCNN {release}"
 html_show_sphinx = False
+html_static_path, html_css_files = ["_static"], ["memcnn.css"]
 html_theme_options = {"navigation_with_keys": True}
 
 myst_enable_extensions = ["colon_fence", "deflist"]
@@ -54,6 +55,8 @@ PAGES = {
     "reports/bench/README.md": "results/devices.md",
     "reports/bench/cpu/speed.md": "results/speed.md",
     "reports/bench/cpu/summary.md": "results/cpu.md",
+    "reports/bench/nvidia-h200/speed.md": "results/h200-speed.md",
+    "reports/bench/nvidia-h200/summary.md": "results/h200.md",
     "reports/faults.md": "results/faults.md",
     "reports/findings.md": "results/findings.md",
     "reports/mutation.md": "results/mutation.md",

@@ -245,16 +245,26 @@ def names(choices: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def input_folder(text: str) -> Path:
+    """Return the path of a folder to read."""
+    path = folder_or_nothing(text)
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"got {text!r}, which does not exist; wanted a folder: check the path")
+    return path
+
+
+def folder_or_nothing(text: str) -> Path:
     """Return the path of a folder to read, which may be missing."""
-    path = Path(text)
+    path = _path(text)
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"got {text!r}, which is a file; wanted a folder")
+    if path.exists() and not os.access(path, os.R_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"got {text!r}, which cannot be read; wanted a folder that can")
     return path
 
 
 def output_folder(text: str) -> Path:
     """Return the path of a folder that exists and is writable, or that can be created."""
-    path = Path(text)
+    path = _path(text)
     _check_writable(path, "a folder")
     return path
 
@@ -270,6 +280,13 @@ def output_file(text: str) -> Path:
     if path.exists() and not os.access(path, os.W_OK):
         raise argparse.ArgumentTypeError(f"got {text!r}, which cannot be written; choose another file")
     return path
+
+
+def _path(text: str) -> Path:
+    """Return the path in ``text``. An empty one is most often an unset variable of the shell."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a path; a dot stands for this folder")
+    return Path(text)
 
 
 def _check_writable(folder: Path, what: str) -> None:

@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _folder_name(text: str) -> str:
     """Return the name of a folder that exists or can be made; refuse that of a file."""
-    cli.input_folder(text)
+    cli.folder_or_nothing(text)
     return text
 
 
@@ -181,6 +181,8 @@ def run(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     given = parser.parse_args(arguments)
     if given.list:
+        if given.runs != parser.get_default("runs") and not Path(given.runs).is_dir():
+            parser.error(f"--runs: got {given.runs!r}, which does not exist; wanted a folder of runs: check the path")
         print(list_runs(Path(given.runs)))
         return cli.DONE
     if given.dataset is None:

@@ -38,6 +38,8 @@ COMMANDS = {
         ([*TRAIN, "--threads", "9" * 30], "argument --threads: got '999"),
         ([*TRAIN, "--budget", "soon"], "argument --budget: got 'soon', wanted a time"),
         ([*SMOKE, "--device", "tpu"], "device: got 'tpu'"),
+        (["--list", "--runs", "{missing}"], "which does not exist; wanted a folder of runs"),
+        (["--list", "--runs", ""], "got '', wanted a path"),
         ([*SMOKE, "--precision", "int8"], "argument --precision"),
         ([*SMOKE, "--fast", "--precision", "bf16"], "got --fast and --precision"),
     ],
@@ -114,6 +116,7 @@ COMMANDS = {
         (["{junk}", "--out", "{folder}"], "holds no measurements"),
         (["{folder}"], "holds no measurements"),
         (["{baseline}"], "wanted FILE.json with --out FOLDER"),
+        (["{baseline}", "--out", "{new}"], "got a baseline of bench.gate"),
         (["{missing}"], "which is no folder, without --out"),
         (["{baseline}", "--out", "{file}"], "is a file; wanted a folder"),
     ],
@@ -121,6 +124,7 @@ COMMANDS = {
         ([], "FILE.json"),
         (["{missing}"], "there is no such file"),
         (["{junk}"], "holds no measurements"),
+        (["{baseline}"], "got a baseline of bench.gate"),
     ],
     "bench.figures": [([], "FILE.json"), (["{junk}"], "holds no measurements"), (["{junk}", "{file}"], "is a file")],
     "bench.side_by_side": [(["--folder", "{missing}"], "no measurements in"), (["--folders", "x"], "mean --folder?")],
@@ -201,6 +205,11 @@ COMMANDS = {
         (["--train", "--jobs-per-device", "0"], "argument --jobs-per-device"),
         (["--plan", "--train"], "got --plan and --train"),
         (["--records", "{file}"], "argument --records"),
+        (["--records", "{missing}"], "which does not exist; wanted a folder"),
+        (["--runs", "{missing}"], "which does not exist; wanted a folder of runs"),
+        (["--runs", ""], "got '', wanted a path"),
+        (["--out", " "], "got ' ', wanted a path"),
+        (["--train", "--runs", "{file}/below"], "is a file; wanted a folder"),
     ],
     "reports.readme": [(["now"], "got 'now'")],
     "properties.zoo": [(["--out", "{missing}/x.md"], "wanted a file in a folder that exists")],
@@ -286,6 +295,8 @@ def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(Exception, match="cannot be written to; wanted a folder that can"):
         cli.output_folder(str(tmp_path / "below"))
+    with pytest.raises(Exception, match="cannot be read; wanted a folder that can"):
+        cli.input_folder(str(tmp_path))
 
 
 def test_what_the_system_refuses_is_explained(capsys):

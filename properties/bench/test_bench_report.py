@@ -241,3 +241,13 @@ def test_a_file_of_something_else_is_refused_by_name(content, tmp_path):
     (path := tmp_path / "other.json").write_text(content)
     with pytest.raises(ValueError, match="other.json holds no measurements"):
         result.load(path)
+
+
+@pytest.mark.parametrize(
+    ("bytes_now", "words"), [(6_420_990, "0 better"), (6_420_900, "1 better"), (6_421_100, "1 became worse")]
+)
+def test_rounded_bytes_of_committed_measurements_are_no_change_against_the_baseline(bytes_now, words):
+    base = result.load(report.BASELINES / "cpu.json")
+    now = base.copy()
+    now.loc[now.case == "gate-revnet38-batch2-plain", "activation_bytes"] = bytes_now
+    assert words in report.against_baseline(now).note

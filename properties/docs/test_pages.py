@@ -128,6 +128,13 @@ def test_every_python_block_runs_in_order(page, tmp_path, monkeypatch):
             sys.modules.pop(module, None)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_line_of_a_block_is_wider_than_its_page(page):
+    """The documentation shows 90 columns of code, and a comment beyond them is not seen."""
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 90] == []
+
+
 def run_shown_tests(folder: Path, block: str, *options: str) -> subprocess.CompletedProcess:
     """Run the tests that the page on verification shows, as a user would, on a version of its block."""
     shown = dict(python_blocks(VERIFY))

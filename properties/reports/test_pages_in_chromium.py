@@ -36,6 +36,7 @@ const look = (view) => {
     width: view.contentWindow.innerWidth,
     overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
     cut: [...shown.keys()].filter((i) => shown[i].parentNode.scrollWidth > shown[i].parentNode.clientWidth + 1),
+    hidden: [...page.querySelectorAll("figure")].filter((figure) => figure.scrollWidth > figure.clientWidth + 1).length,
     scrolls: shown.every((table) => view.contentWindow.getComputedStyle(table.parentNode).overflowX === "auto"),
     paper: luminance(style.backgroundColor), ink: luminance(style.color),
     tables: shown.map(text),
@@ -68,6 +69,9 @@ def pages(full, put, tmp_path_factory) -> dict[str, str]:
     for seed, accuracy in enumerate((92.8, 92.9, 93.0)):
         put(root, full(seed=seed, test_accuracy=accuracy), curve)
     put(root, full(model="revnet38", train_seconds=300.0), curve)
+    generated = {"official": False, "checksums": {"generated": "00"}}
+    for dataset in ("cifar10", "cifar100"):  # "other runs": a second and a third figure
+        put(root, full(dataset=dataset, seed=7, data=generated), curve)
     reports.write(reports.build(root, root / "none"), root / "out")
     rows = []
     for subject in SUBJECTS:
@@ -136,6 +140,11 @@ def test_the_text_of_figures_can_be_read_at_every_width(looks):
     smallest_points = 8.5
     for name, look in looks[1].items():
         assert smallest_points * look["scale"] >= 9, name
+
+
+def test_figures_are_seen_whole_except_on_a_phone(looks):
+    for name, look in looks[1].items():
+        assert not look["hidden"] or name.endswith("phone"), name
 
 
 def test_the_main_table_reads_back_as_it_was_computed(looks, full):

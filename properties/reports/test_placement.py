@@ -89,6 +89,7 @@ def test_a_cell_that_fails_is_reported_with_the_reason(tmp_path):
 
 
 def test_the_command_trains_on_the_devices_it_is_given(tmp_path, capsys):
+    (tmp_path / "records").mkdir()
     words = [
         "--train",
         "--recipe=smoke",

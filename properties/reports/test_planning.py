@@ -185,6 +185,7 @@ def test_a_budget_begins_what_can_finish_and_says_what_it_leaves_out(tmp_path, m
     monkeypatch.setattr(cells, "train", train)
     costs = {"resnet32": Cost(10.0, 1.0, 2.0, "timed"), "revnet38": Cost(900.0, 5.0, 2.0, "timed")}
     monkeypatch.setattr(planning, "timed", lambda job, *rest, at_once: (costs[job.model], costs[job.model]))
+    (tmp_path / "records").mkdir()
     folders = [f"--{name}={tmp_path / name}" for name in ("runs", "records", "out")]
     assert main(["--train", "--budget=60s", *WORDS, *folders]) == 3
     said = capsys.readouterr().out

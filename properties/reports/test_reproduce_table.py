@@ -43,6 +43,9 @@ def run(tmp_path, capsys, monkeypatch):
     """Return a function that runs the command in a temporary folder and returns its exit status and printed lines."""
     monkeypatch.setenv("COLUMNS", "120")
 
+    for name in ("runs", "records"):
+        (tmp_path / name).mkdir()
+
     def command(*words):
         folders = [f"--{name}={tmp_path / name}" for name in ("runs", "records", "out")]
         status = main([*words, *folders])
@@ -190,6 +193,7 @@ def test_ctrl_c_during_a_run_stops_cleanly_and_still_renders(tmp_path):
         "--train --data generated --models resnet32 --datasets cifar10 --device cpu --threads 1 --records records "
         "--out out"
     )
+    (tmp_path / "records").mkdir()
     how = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "stderr": subprocess.PIPE}
     command = [sys.executable, "-m", "bench.reproduce_table", *words.split()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, **how) as process:
