@@ -83,6 +83,28 @@ def test_the_page_is_what_the_measurements_say():
     assert set(networks_page.NETWORKS) == set(MAKERS)
 
 
+def test_readme_names_every_network_with_its_measured_bytes_and_paper():
+    rows, readme = networks_page.measured("memory.csv"), networks_page.README.read_text()
+    table = networks_page.in_readme(rows)
+    assert networks_page.with_table(readme, "networks", table) == readme, "run python -m bench.networks_page"
+    at_32 = rows[rows["depth"] == 32].set_index("network")
+    for network, (title, file, _, number) in networks_page.NETWORKS.items():
+        if not network.endswith("-exact"):
+            (shown,) = (row for row in table.to_dict("records") if row["network"].startswith(f"[{title}]"))
+            assert file in shown["network"] and number in shown["paper"]
+            assert shown["parameters"] == f"{at_32['parameters'][network]:,}"
+            assert float(shown["peak, MiB"]) == pytest.approx(at_32["reversible"][network] / 2**20, rel=0.005)
+            assert float(shown["stored, MiB"]) == pytest.approx(at_32["plain"][network] / 2**20, rel=0.005)
+
+
+def test_every_network_is_measured_at_three_depths_beside_plain_and_checkpoint():
+    rows = networks_page.measured("memory.csv")
+    assert set(zip(rows["network"], rows["depth"], strict=True)) == {(n, d) for n in MAKERS for d in (8, 32, 128)}
+    for _, one in rows.groupby("network"):
+        assert one["plain"].is_monotonic_increasing and one["checkpoint"].is_monotonic_increasing
+        assert one["reversible"].max() - one["reversible"].min() <= 16 * (128 - 8), "16 bytes a block in exact mode"
+
+
 def test_a_table_needs_its_marks():
     table = pd.DataFrame({"a": ["x"]})
     page = networks_page.with_table("before\n<!-- a -->\nold\n<!-- end -->\nafter", "a", table)
@@ -98,10 +120,12 @@ def test_a_table_that_was_not_measured_stays_and_is_named(monkeypatch, tmp_path,
         {"network": "ode", "depth": d, "parameters": 5, "plain": d, "checkpoint": 2, "reversible": 1} for d in (8, 32)
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "memory.csv", index=False)
-    for name, path in (("DATA", tmp_path), ("PAGE", tmp_path / "page.md"), ("FIGURE", tmp_path / "figure.svg")):
-        monkeypatch.setattr(networks_page, name, path)
+    (tmp_path / "readme.md").write_text("<!-- networks -->\nold\n<!-- end -->")
+    for name, file in (("DATA", ""), ("PAGE", "page.md"), ("FIGURE", "figure.svg"), ("README", "readme.md")):
+        monkeypatch.setattr(networks_page, name, tmp_path / file)
     assert networks_page.main() == 1
     page = (tmp_path / "page.md").read_text()
     assert "ODE block" in page and "<!-- volumes -->\nold" in page
     assert "the table volumes stays as it is" in capsys.readouterr().err
+    assert "ODE block" in (tmp_path / "readme.md").read_text()
     assert "ODE block" in (tmp_path / "figure.svg").read_text() or (tmp_path / "figure.svg").stat().st_size > 5000
