@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import budget, networks_page, reference_peers, volumes
+from bench import budget, grids, networks_page, reference_peers, volumes
 from bench.cases import THREE
 from bench.reference import MAKERS
 from memcnn import AdditiveCoupling, ReversibleSequential
@@ -66,6 +66,18 @@ def test_the_largest_volume_is_the_last_that_fits(monkeypatch):
         assert each * row["largest side"] ** 3 <= 8 * GIB < each * (row["largest side"] + 4) ** 3
         assert row["peak bytes of the next side"] > 8 * GIB >= row["peak bytes"]
     assert volumes.table(rows)["voxels / plain"].iloc[0] == "1.0"
+
+
+def test_a_grid_costs_no_inversion_and_the_error_of_a_kink_shrinks_more_slowly(monkeypatch):
+    monkeypatch.setattr(grids, "DEPTH", 4)
+    x = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    rows = grids.compare(x, (6, 10, 14))
+    on_grid, without = rows[:3], rows[3:]
+    assert list(on_grid["inversion"]) == [0, 0, 0] and list(on_grid["largest value"]) == [2**18, 2**14, 2**10]
+    smooth = list(on_grid["norm, GELU"])
+    assert smooth[0] > 8 * smooth[1] > 64 * smooth[2] and on_grid["norm"].iloc[-1] > smooth[-1]
+    assert without["norm"].iloc[0] < 1e-5 < without["norm"].iloc[1]
+    assert list(grids.table(rows)["error of inversion"]) == ["0"] * 3 + [""] * 2
 
 
 def test_an_equal_network_takes_the_bytes_of_the_predicted_one():
