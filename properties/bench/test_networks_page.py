@@ -28,6 +28,23 @@ def test_a_contender_that_fails_leaves_the_measurements_of_the_others():
     assert table["tensors, bytes"].nunique() == 1 and (table["tensors, bytes"] > 0).all()
 
 
+def test_a_plan_takes_a_wide_convolution_for_more_expensive_than_elementwise_functions():
+    rows = budget.prices(torch.randn(1, 32, 8, 8), rounds=3).set_index("branches")
+    assert set(rows.index) == set(budget.BRANCHES) and (rows["measured ns / byte"] > 0).all()
+    cost = rows["estimated cost / byte"]
+    assert cost["convolution 7"] == cost.max() and cost["four times tanh"] < cost["tanh"]
+    assert len(budget.prices_table(rows.reset_index())) == len(budget.BRANCHES)
+
+
+def test_blocks_of_unequal_cost_are_planned_by_their_price():
+    x = torch.randn(1, 32, 8, 8)
+    makers = dict(budget.eager(6, x, budget.unequal, (0.3,)))
+    chain = makers[next(name for name in makers if name.startswith("budget_bytes="))]()
+    chain(x.requires_grad_()).sum().backward()
+    (plan,) = chain.budget.plans.values()
+    assert {0, 3} <= plan.stored < set(range(6)), "the convolutions of width 7 come first"
+
+
 def test_a_peer_that_fails_leaves_the_rows_of_the_others(monkeypatch):
     def linear(depth: int) -> nn.Module:
         return nn.Sequential(*(nn.Linear(2, 2) for _ in range(depth)))

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from memcnn.models.momentum import MomentumNet, momentum_resnet
+from memcnn.models.resnet import basic_branch
+from memcnn.testing import check_all
 from memcnn.testing.laws.twin import plain_twin, run
 from memcnn.testing.tolerances import relative_error, tolerance
 from properties.support.reference import assert_flat_in_depth, assert_laws
@@ -97,6 +99,15 @@ def test_inversion_is_exact_on_every_grid_and_a_finer_grid_is_nearer_to_the_unro
         errors.append(max(_norm_of_error(got[name], g) for name, g in unrounded.items()))
     for coarse, fine in pairwise(errors):
         assert 8 < coarse / fine < 32, errors
+
+
+def test_other_strides_move_values_by_steps_of_the_grid_which_is_not_called_wrong():
+    """Another kernel rounds otherwise, and a value between two multiples may then be rounded to the other one."""
+    torch.manual_seed(2)
+    net = MomentumNet(*(basic_branch(8, 8) for _ in range(8)), gamma=0.5)
+    report = check_all(net.blocks, torch.randn(2, 16, 8, 8), laws=["inverse"], wrap=False, deepest=0)
+    (strides,) = (result for result in report if "strides" in result.claim)
+    assert report.passed and strides.error > tolerance(torch.float32, depth=8), str(report)
 
 
 def _norm_of_error(actual, expected) -> float:
