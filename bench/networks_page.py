@@ -8,6 +8,7 @@ reports/networks holds what these commands wrote:
     python -m bench.volumes --csv reports/networks/volumes.csv             the largest volume for a card
     python -m bench.budget --peers FOLDER --csv reports/networks/budget.csv
     python -m bench.budget --unequal --csv reports/networks/unequal.csv    blocks of unequal cost
+    python -m bench.budget --prices --csv reports/networks/prices.csv      their estimated and measured time
     python -m bench.network_laws --csv reports/networks/laws.csv           the laws at the size of real use
     python -m bench.grids --csv reports/networks/grids.csv                 exact mode: error against the grid
     python -m bench.reference_peers FOLDER --csv reports/networks/peers.csv
@@ -24,7 +25,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from bench import reference_peers, volumes
+from bench import grids, network_laws, reference_peers, volumes
+from bench.budget import prices_table
 from bench.cases import THREE
 from bench.figures import STYLES, save
 from memcnn.training.files import write_by_rename
@@ -112,6 +114,10 @@ TABLES = {
     "depths": ("memory.csv", depths),
     "volumes": ("volumes.csv", volumes.table),
     "budget": ("budget.csv", budget),
+    "unequal": ("unequal.csv", budget),
+    "prices": ("prices.csv", prices_table),
+    "laws": ("laws.csv", network_laws.table),
+    "grids": ("grids.csv", grids.table),
     "peers": ("peers.csv", reference_peers.table),
 }
 """For each table of the page: the file of its measurements, and what makes it from them."""
