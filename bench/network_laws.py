@@ -105,11 +105,11 @@ targets = SimpleNamespace(
     glow=Target("Glow", "3 scales of 8 steps", "4,3,32,32", lambda n: glow_cifar(depth=n), 8, LAWS[:3]),
     glow_log_det=Target("Glow", "2 scales of 4 steps", "2,3,16,16", lambda n: Glow((3, 16, 16), 2, n, 32), 4, LAWS[4:]),
     glow_scale=Target("Glow", "a scale of 8 steps", "4,12,16,16", _scale, 8),
-    lm=Target("language model", "6 blocks of width 256", "1,256,512", lambda n: ReversibleLM(256, n, 256, 8).blocks, 6),
+    lm=Target("language model", "6 blocks of width 256", "1,128,512", lambda n: ReversibleLM(256, n, 256, 8).blocks, 6),
     unet_3d=Target(
         "3-D U-Net",
         "a stage of 8, 16 channels",
-        "1,16,32,32,32",
+        "1,16,16,16,16",
         lambda n: ReversibleUNet(4, 3, (16, 32), n, dims=3).encoder[0],
         8,
     ),

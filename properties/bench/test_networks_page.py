@@ -1,11 +1,14 @@
 """The benches of budgets, volumes and peers of the reference networks, and the page that is made from them."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from bench import budget, grids, networks_page, reference_peers, volumes
+from bench import budget, grids, network_laws, networks_page, reference_peers, volumes
 from bench.cases import THREE
 from bench.reference import MAKERS
 from memcnn import AdditiveCoupling, ReversibleSequential
@@ -158,3 +161,34 @@ def test_a_table_that_was_not_measured_stays_and_is_named(monkeypatch, tmp_path,
     assert "the table volumes stays as it is" in capsys.readouterr().err
     assert "ODE block" in (tmp_path / "readme.md").read_text()
     assert "ODE block" in (tmp_path / "figure.svg").read_text() or (tmp_path / "figure.svg").stat().st_size > 5000
+
+
+def test_every_network_meets_its_laws_at_the_size_of_real_use():
+    rows = networks_page.measured("laws.csv")
+    assert set(rows["target"]) == set(vars(network_laws.targets)), "run python -m bench.network_laws"
+    assert not (rows["verdict"] == "FAIL").any() and (rows["error"] <= rows["limit"]).all()
+    for name, target in vars(network_laws.targets).items():
+        of_target = rows[rows["target"] == name]
+        assert list(of_target["law"]) == list(target.laws) and set(of_target["input"]) == {target.shape}
+
+
+def test_the_worst_result_is_the_one_nearest_to_its_limit_and_a_failure_before_all():
+    def result(claim, error, limit, verdict="PASS"):
+        return {"claim": claim, "error": error, "limit": limit, "verdict": verdict, "skipped": "why"}
+
+    passed = [result("a", 1e-6, 1e-3), result("b", 1e-12, 1e-10), result("c", 0.0, 0.0)]
+    assert network_laws.worst(passed)["claim"] == "b"
+    assert network_laws.worst([*passed, result("d", 2.0, 1.9, "FAIL")])["claim"] == "d"
+    assert network_laws.worst([*passed, result("e", 0, 0, "SKIP")])["skipped"] == 1
+    assert network_laws.worst([result("e", 0, 0, "SKIP")])["claim"] == "why"
+
+
+def test_a_target_is_verified_by_the_command_and_its_table_has_each_law(monkeypatch):
+    small = replace(network_laws.targets.ode, blocks=1, shape="2,4", laws=("state",))
+    monkeypatch.setattr(network_laws, "targets", SimpleNamespace(ode=small))
+    words = network_laws.command("ode", "out.json")
+    assert words[0] == "bench.network_laws:targets.ode.module" and "state" in words and "--chain" not in words
+    (row,) = network_laws.verified("ode")
+    assert row["verdict"] == "PASS" and row["claims"] > 3
+    (line,) = network_laws.table(pd.DataFrame([row])).to_dict("records")
+    assert line["state"] == "0" and line["memory"] == "" and "2 x 4" in line["part"]
