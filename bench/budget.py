@@ -3,12 +3,16 @@
     python -m bench.budget                     8 blocks on 4 x 32 x 16 x 16: several minutes
     python -m bench.budget --quick             4 blocks, nothing compiled
     python -m bench.budget --peers FOLDER      also ckptplan, from a folder that pip installed it into with --target
+    python -m bench.budget --unequal           12 blocks of three kinds, whose costs differ widely
+    python -m bench.budget --prices            ten kinds of branches: what a plan takes for their time, and their time
 
 All contenders hold the same blocks with the same weights. Every second block is cheap: its convolutions have width 1
-instead of 3. Times are CPU seconds of steps that take turns, relative to plain autograd in the same round. Bytes are
-those that a step adds to parameters, gradients and batch at its worst instant: of tensors, which compiled code does not
-show, and of the allocator, which includes the scratch memory of kernels. A contender that fails is named with its
-reason, and the others stay. Prints Markdown.
+instead of 3. With ``--unequal`` a block is in turn a convolution of width 7, four times tanh, or two convolutions of
+width 1 around one of each channel: the first takes the most time for the bytes that it stores, the last the least.
+Times are CPU seconds of steps that take turns, relative to plain autograd in the same round. Bytes are those that a
+step adds to parameters, gradients and batch at its worst instant: of tensors, which compiled code does not show, and of
+the allocator, which includes the scratch memory of kernels. A contender that fails is named with its reason, and the
+others stay. Prints Markdown.
 """
 
 import copy
@@ -18,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -28,9 +33,12 @@ from bench.small_tensors import spread
 from memcnn import AdditiveCoupling, ReversibleSequential, cli
 from memcnn.memory import allocator_peak_bytes, measure_step_memory, tensor_peak_bytes
 from memcnn.memory.tensors import storages_of
+from memcnn.models.budget import price_of
 
 SHARES = (0.0, 0.25, 0.5, 0.75)
 """Budgets, between the least that a chain needs and what plain autograd takes."""
+
+UNEQUAL_SHARES = (0.0, 0.1, 0.25, 0.5)
 
 
 def couplings(depth: int, channels: int = 32) -> list[AdditiveCoupling]:
@@ -50,7 +58,82 @@ def branch(channels: int, *, cheap: bool) -> nn.Module:
     return made
 
 
-def eager(depth: int, x: Tensor) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+def _conv(width: int) -> nn.Module:
+    return nn.Conv2d(16, 16, width, padding=width // 2, bias=False)
+
+
+def _depthwise() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(16, 64, 1), nn.SiLU(), nn.Conv2d(64, 64, 3, padding=1, groups=64), nn.SiLU(), nn.Conv2d(64, 16, 1)
+    )
+
+
+BRANCHES: dict[str, Callable[[], nn.Module]] = {
+    "convolution 7": lambda: _conv(7),
+    "convolution 3": lambda: _conv(3),
+    "convolution 1": lambda: _conv(1),
+    "twice convolution 3, GroupNorm": lambda: branch(16, cheap=False),
+    "twice convolution 1, GroupNorm": lambda: branch(16, cheap=True),
+    "tanh": nn.Tanh,
+    "four times tanh": lambda: nn.Sequential(*(nn.Tanh() for _ in range(4))),
+    "twice GELU": lambda: nn.Sequential(nn.GELU(), nn.GELU()),
+    "GroupNorm, SiLU, depthwise": lambda: nn.Sequential(
+        nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 16, 3, padding=1, groups=16)
+    ),
+    "inverted bottleneck": _depthwise,
+}
+"""Branches of 16 channels."""
+
+UNEQUAL = ("convolution 7", "four times tanh", "inverted bottleneck")
+
+
+def unequal(depth: int) -> list[AdditiveCoupling]:
+    """Return blocks whose branches are in turn those of ``UNEQUAL``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kinds = [BRANCHES[UNEQUAL[i % len(UNEQUAL)]] for i in range(depth)]
+        return [AdditiveCoupling(kind(), kind()) for kind in kinds]
+
+
+def prices(x: Tensor, rounds: int = 60) -> pd.DataFrame:
+    """Return a row for each of ``BRANCHES``: its estimated and its measured time for a stored byte, the largest first.
+
+    The measured time is that of the fastest tenth of evaluations that take turns, without gradients.
+    """
+    blocks = {name: AdditiveCoupling(kind(), kind()) for name, kind in BRANCHES.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in blocks}
+    with torch.no_grad():
+        for _ in range(rounds):
+            for name, block in blocks.items():
+                begun = time.process_time()
+                block(x)
+                seconds[name].append(time.process_time() - begun)
+    rows = []
+    for name, block in blocks.items():
+        price, fast = price_of(block, x.detach().requires_grad_(), {})[0], pd.Series(seconds[name]).quantile(0.1)
+        rows.append(
+            {
+                "branches": name,
+                "stored bytes": price.stored_bytes,
+                "estimated cost / byte": price.cost_per_byte,
+                "measured ns / byte": 1e9 * fast / price.stored_bytes,
+            }
+        )
+    return pd.DataFrame(rows).sort_values("measured ns / byte", ascending=False)
+
+
+def prices_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows as text for readers."""
+    shown = rows.copy()
+    shown["stored bytes"] = [f"{size:,}" for size in rows["stored bytes"]]
+    for column, form in (("estimated cost / byte", ".0f"), ("measured ns / byte", ".2f")):
+        shown[column] = [format(value, form) for value in rows[column]]
+    return shown
+
+
+def eager(
+    depth: int, x: Tensor, couplings: Callable[[int], list] = couplings, shares: Sequence[float] = SHARES
+) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Yield name and maker of each chain that runs eagerly."""
     blocks = partial(couplings, depth)
     yield "plain autograd", lambda: nn.Sequential(*blocks())
@@ -59,7 +142,7 @@ def eager(depth: int, x: Tensor) -> Iterator[tuple[str, Callable[[], nn.Module]]
         yield f"keep_every={k}", lambda k=k: ReversibleSequential(*blocks(), keep_every=k)
     least, most = (step_bytes(make(), x, tensor_peak_bytes) for make in (
         lambda: ReversibleSequential(*blocks()), lambda: ReversibleSequential(*blocks(), keep_every=1)))  # fmt: skip
-    for share in SHARES:
+    for share in shares:
         budget = least + int(share * (most - least))
         yield f"budget_bytes={budget:,}", lambda b=budget: ReversibleSequential(*blocks(), budget_bytes=b)
 
@@ -170,23 +253,36 @@ def measure(makers: Sequence[tuple[str, Callable[[], nn.Module]]], x: Tensor, ro
     return pd.DataFrame(rows), failures
 
 
+def _print_prices(rows: pd.DataFrame, csv: Path | None) -> int:
+    if csv is not None:
+        rows.to_csv(csv, index=False)
+    print(prices_table(rows).to_markdown(index=False, disable_numparse=True))
+    agreement = rows["estimated cost / byte"].corr(rows["measured ns / byte"], method="spearman")
+    print(f"\nRank correlation of estimated and measured: {agreement:.2f}")
+    return 0
+
+
 @cli.command("bench.budget")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; return 0, or 1 if a contender failed."""
     parser = cli.parser_from("bench.budget", __doc__, whole=True)
     parser.add_argument("--quick", action="store_true", help="4 blocks, 3 rounds, nothing compiled")
+    parser.add_argument("--unequal", action="store_true", help="12 blocks of three kinds, nothing compiled")
+    parser.add_argument("--prices", action="store_true", help="compare estimated with measured times, and nothing else")
     parser.add_argument("--peers", type=cli.input_folder, metavar="FOLDER", help="where pip installed ckptplan")
     parser.add_argument("--csv", type=cli.output_file, metavar="FILE", help="write the table there, too")
     args = parser.parse_args(arguments)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop
     torch.set_num_threads(1)
-    depth, rounds = (4, 3) if args.quick else (8, 11)
     x = torch.randn(4, 32, 16, 16, generator=torch.Generator().manual_seed(1))
-    makers = list(eager(depth, x))
+    if args.prices:
+        return _print_prices(prices(x), args.csv)
+    depth, rounds = (4, 3) if args.quick else (12, 11) if args.unequal else (8, 11)
+    makers = list(eager(depth, x, unequal, UNEQUAL_SHARES) if args.unequal else eager(depth, x))
     if args.peers is not None:
         sys.path.append(str(args.peers))
         makers += planned(depth, x)
-    if not args.quick:
+    if not args.quick and not args.unequal:
         makers += compiled(depth)
     table, failures = measure(makers, x, rounds)
     if args.csv is not None:

@@ -1,4 +1,4 @@
-"""Write the tables and the figure of docs/networks.md from the measurements in reports/networks.
+"""Write the tables and the figure of docs/networks.md, and README's table of networks, from reports/networks.
 
     python -m bench.networks_page
 
@@ -7,6 +7,10 @@ reports/networks holds what these commands wrote:
     python -m bench.reference --csv reports/networks/memory.csv            bytes against depth
     python -m bench.volumes --csv reports/networks/volumes.csv             the largest volume for a card
     python -m bench.budget --peers FOLDER --csv reports/networks/budget.csv
+    python -m bench.budget --unequal --csv reports/networks/unequal.csv    blocks of unequal cost
+    python -m bench.budget --prices --csv reports/networks/prices.csv      their estimated and measured time
+    python -m bench.network_laws --csv reports/networks/laws.csv           the laws at the size of real use
+    python -m bench.grids --csv reports/networks/grids.csv                 exact mode: error against the grid
     python -m bench.reference_peers FOLDER --csv reports/networks/peers.csv
 
 A table stands between ``<!-- NAME -->`` and ``<!-- end -->``; text outside stays. What was not measured is named.
@@ -21,13 +25,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from bench import reference_peers, volumes
+from bench import grids, network_laws, reference_peers, volumes
+from bench.budget import prices_table
 from bench.cases import THREE
 from bench.figures import STYLES, save
 from memcnn.training.files import write_by_rename
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA, PAGE, FIGURE = ROOT / "reports/networks", ROOT / "docs/networks.md", ROOT / "docs/pictures/networks.svg"
+README = ROOT / "README.md"
 MIB = 2**20
 SHOWN_DEPTH = 32
 
@@ -69,6 +75,21 @@ def networks(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def in_readme(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return what README says of each network: the same numbers, a row for each network in its usual mode."""
+    rows = rows[(rows["depth"] == SHOWN_DEPTH) & ~rows["network"].str.endswith("-exact")]
+    named = [NETWORKS[network] for network in rows["network"]]
+    return pd.DataFrame(
+        {
+            "network": [f"[{title}](memcnn/models/{file}.py)" for title, file, *_ in named],
+            "parameters": [f"{count:,}" for count in rows["parameters"]],
+            "peak, MiB": [mib(size) for size in rows["reversible"]],
+            "stored, MiB": [mib(size) for size in rows["plain"]],
+            "paper": [f"[{number}](https://arxiv.org/abs/{number})" for *_, number in named],
+        }
+    )
+
+
 def depths(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the bytes of all depths."""
     return pd.DataFrame(
@@ -93,6 +114,10 @@ TABLES = {
     "depths": ("memory.csv", depths),
     "volumes": ("volumes.csv", volumes.table),
     "budget": ("budget.csv", budget),
+    "unequal": ("unequal.csv", budget),
+    "prices": ("prices.csv", prices_table),
+    "laws": ("laws.csv", network_laws.table),
+    "grids": ("grids.csv", grids.table),
     "peers": ("peers.csv", reference_peers.table),
 }
 """For each table of the page: the file of its measurements, and what makes it from them."""
@@ -127,9 +152,8 @@ def figure(rows: pd.DataFrame) -> Figure:
 
 
 def measured(name: str) -> pd.DataFrame:
-    """Return the rows of a file of measurements, and of those that continue it, such as memory-unet.csv."""
-    files = sorted(DATA.glob(f"{Path(name).stem}*.csv"))
-    rows = pd.concat([pd.read_csv(file) for file in files], ignore_index=True) if files else pd.DataFrame()
+    """Return the rows of a file of measurements; none if there is no such file."""
+    rows = pd.read_csv(DATA / name) if (DATA / name).exists() else pd.DataFrame()
     if "network" in rows and set(rows["network"]) <= set(NETWORKS):
         order = [*NETWORKS].index
         rows = rows.sort_values(["network", "depth"], key=lambda c: c.map(order) if c.name == "network" else c)
@@ -145,13 +169,13 @@ def with_table(page: str, name: str, table: pd.DataFrame) -> str:
     text = f"<!-- {name} -->\n\n{table.to_markdown(index=False, disable_numparse=True)}\n\n<!-- end -->"
     page, count = re.subn(rf"<!-- {name} -->.*?<!-- end -->", lambda _: text, page, flags=re.DOTALL)
     if count != 1:
-        raise ValueError(f"{PAGE.name} has the marks of the table {name!r} {count} times; wanted once: "
+        raise ValueError(f"the page has the marks of the table {name!r} {count} times; wanted once: "
                          f"<!-- {name} --> and <!-- end -->")  # fmt: skip
     return page
 
 
 def main(_: Sequence[str] | None = None) -> int:
-    """Write page and figure; return 0, or 1 if a table was not measured."""
+    """Write page, figure and README's table; return 0, or 1 if a table was not measured."""
     page, status = PAGE.read_text(), 0
     for name, (file, make) in TABLES.items():
         rows = measured(file)
@@ -164,6 +188,7 @@ def main(_: Sequence[str] | None = None) -> int:
     rows = measured("memory.csv")
     if not rows.empty:
         save(figure(rows), FIGURE)
+        write_by_rename(README, with_table(README.read_text(), "networks", in_readme(rows)).encode())
     return status
 
 

@@ -6,12 +6,13 @@ input, the gradient of its output, its parameters and their gradients, which mus
 its outputs. The scratch memory of kernels is not part of it.
 
 How a plan is made: the step runs on fake tensors, which have sizes but no data, so that its peak is known to the byte
-without computing anything. Blocks are stored in the order of the operations that this saves for each byte, the last
-block first among equals, as many as fit. The plan is made when the chain first meets inputs of a size, and kept.
+without computing anything. Blocks are stored in the order of the time that this saves for each byte, the last block
+first among equals, as many as fit. Time is estimated from the operations, see ``ELEMENT``. The plan is made when the
+chain first meets inputs of a size, and kept.
 """
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -28,7 +29,12 @@ from memcnn.memory import TensorMeter
 from memcnn.models.keywords import taken
 from memcnn.models.wrapper import is_recorded, uncompiled
 
-__all__ = ["Budget", "Plan"]
+__all__ = ["ELEMENT", "Budget", "Plan", "Price", "price_of"]
+
+ELEMENT = 32
+"""What an element of a result counts beside a multiplication or addition within it, as it has to be written and read
+again. With this ratio, ``python -m bench.budget --prices`` ranks ten kinds of branches much as their times on a CPU do.
+"""
 
 
 class Plan(NamedTuple):
@@ -118,7 +124,7 @@ class Budget:
             )
         chosen: list[int] = []
         bound, too_large = least, set()
-        for i in sorted(range(len(step.prices)), key=lambda i: (-step.prices[i].operations_per_byte, -i)):
+        for i in sorted(range(len(step.prices)), key=lambda i: (-step.prices[i].cost_per_byte, -i)):
             price = step.prices[i]
             most = bound + price.stored_bytes + 2 * step.x.nbytes  # its activations, and the ends of two more chains
             if price in too_large:  # as an equal block was, which runs later and whose bytes are freed earlier
@@ -151,27 +157,33 @@ class _Fixed(NamedTuple):
         return self.positions
 
 
-class _Price(NamedTuple):
-    """What a block's second evaluation costs, and the bytes that make it unnecessary."""
+class Price(NamedTuple):
+    """What a block's second evaluation costs, and the bytes that make it unnecessary.
 
-    operations: int
+    Attributes:
+        cost: multiplications, additions, and ``ELEMENT`` for each element of a result.
+        stored_bytes: what plain autograd saves in the block, without its input.
+    """
+
+    cost: int
     stored_bytes: int
 
     @property
-    def operations_per_byte(self) -> float:
-        return self.operations / max(1, self.stored_bytes)
+    def cost_per_byte(self) -> float:
+        return self.cost / max(1, self.stored_bytes)
 
 
-class _Operations(TorchDispatchMode):
-    """Counts the elements of all results, each as one operation."""
+class _Elements(TorchDispatchMode):
+    """Counts the elements of all results but views."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.total += sum(t.numel() for t in tree_leaves(result) if isinstance(t, Tensor))
+        if not any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns):
+            self.elements += sum(t.numel() for t in tree_leaves(result) if isinstance(t, Tensor))
         return result
 
 
@@ -186,10 +198,10 @@ class _FakeStep:
         self.kwargs = tree_map_only(Tensor, lambda t: _like(t).requires_grad_(t.requires_grad), dict(kwargs))
         for parameter in self.chain.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        self.prices: list[_Price] = []
+        self.prices: list[Price] = []
         value, results = self.x, ()
         for block in reversed(self.chain) if direction.startswith("inverse") else self.chain:
-            price, results = _price(getattr(block, direction), value, taken(block, self.kwargs))
+            price, results = price_of(block, value, taken(block, self.kwargs), direction)
             self.prices.append(price)
             value = results[0].detach().requires_grad_(results[0].requires_grad)
         self.gradients = [torch.zeros_like(result) for result in results]
@@ -210,26 +222,28 @@ class _FakeStep:
         torch.autograd.backward([y for y, _ in trained], [g for _, g in trained])
 
 
-def _price(run: Callable, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[_Price, tuple[Tensor, ...]]:
-    """Return the price of a block and its results."""
+def price_of(
+    block: nn.Module, x: Tensor, kwargs: Mapping[str, Any], direction: str = "forward"
+) -> tuple[Price, tuple[Tensor, ...]]:
+    """Return the price of a block, whose method ``direction`` runs on x, and its results."""
     saved: dict[int, torch.UntypedStorage] = {}
+    not_activations = [tensor.untyped_storage() for tensor in (x, *block.parameters())]  # views of weights included
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            saved[id(tensor.untyped_storage())] = tensor.untyped_storage()
+        saved[id(tensor.untyped_storage())] = tensor.untyped_storage()
         return tensor
 
     with (
         storing(),
         saved_tensors_hooks(pack, lambda tensor: tensor),
         FlopCounterMode(display=False) as flops,
-        _Operations() as operations,
+        _Elements() as written,
     ):
-        results = _as_tuple(run(x, **kwargs))
-    saved.pop(id(x.untyped_storage()), None)
-    return _Price(
-        flops.get_total_flops() + operations.total, sum(storage.nbytes() for storage in saved.values())
-    ), results
+        results = _as_tuple(getattr(block, direction)(x, **kwargs))
+    for storage in not_activations:
+        saved.pop(id(storage), None)
+    cost = flops.get_total_flops() + ELEMENT * written.elements
+    return Price(cost, sum(storage.nbytes() for storage in saved.values())), results
 
 
 def _as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -143,7 +143,12 @@ class Glow(nn.Module):
             count: number of images.
             temperature: at least 0; less than 1 gives likelier images (section 4 of the paper uses 0.7).
             generator: of the CPU, which draws the latent values.
+
+        Raises:
+            ValueError: ``temperature`` is negative.
         """
+        if temperature < 0:
+            raise ValueError(f"temperature must be at least 0, the deviation of the latent values: got {temperature}")
         parameter = next(self.parameters())
         z = torch.randn(count, math.prod(self.shape), generator=generator, dtype=parameter.dtype)
         return self.inverse(temperature * z.to(parameter.device))
@@ -158,7 +163,17 @@ def bits_per_dimension(flow: Glow, images: Tensor, levels: int = 256) -> Tensor:
         flow: the model.
         images: uint8 of shape (N, C, H, W).
         levels: 256, or 32 for 5 bits: the further bits of a pixel are dropped.
+
+    Raises:
+        TypeError: the images are not uint8.
+        ValueError: ``levels`` does not divide 256.
     """
+    if images.dtype != torch.uint8:
+        raise TypeError(
+            f"images must be uint8, pixel values from 0 to 255: got {images.dtype}; for others use -flow.log_prob(x)"
+        )
+    if levels < 1 or 256 % levels:
+        raise ValueError(f"levels must be a power of two, at most 256: got {levels}")
     x = torch.div(images, 256 // levels, rounding_mode="floor").to(next(flow.parameters()).dtype)
     x = (x + torch.rand_like(x)) / levels - 0.5
     dimensions = math.prod(images.shape[1:])

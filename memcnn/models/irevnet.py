@@ -17,6 +17,7 @@ from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.rearrange import SpaceToDepth
 from memcnn.models.resnet import BranchMaker, basic_branch
 from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
+from memcnn.models.streams import check_shape
 
 __all__ = ["ChannelPadding", "IRevNet", "irevnet_bijective", "irevnet_injective"]
 
@@ -94,6 +95,7 @@ class IRevNet(nn.Module):
         disable: bool = False,
     ):
         super().__init__()
+        self.image_channels = image_channels
         given = image_channels * initial**2
         width = given if width is None else width
         if width % 2:
@@ -122,7 +124,11 @@ class IRevNet(nn.Module):
         """Return the code, (N, C, h, w), of images x (N, image_channels, H, W).
 
         h = H / (initial * 2**(stages - 1)), likewise w, and C = width * 4**(stages - 1). The sizes must be divisible.
+
+        Raises:
+            ValueError: x has another shape.
         """
+        check_shape(x, ("N", self.image_channels, "H", "W"))
         return self.encoder(x)
 
     def decode(self, code: Tensor) -> Tensor:

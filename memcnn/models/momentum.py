@@ -24,6 +24,7 @@ from memcnn.engine.exact import Grid
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.resnet import basic_branch
 from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
+from memcnn.models.streams import in_full_precision
 
 __all__ = ["MomentumNet", "MomentumResNet", "Scaled", "momentum_resnet"]
 
@@ -96,7 +97,8 @@ class MomentumNet(nn.Module):
 
     def with_velocity(self, x: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the last state and velocity for the first state x and velocity v (None: 0), all of one shape."""
-        streams = torch.cat((torch.zeros_like(x) if v is None else v, x), self.dim)
+        x = in_full_precision(x)
+        streams = torch.cat((torch.zeros_like(x) if v is None else in_full_precision(v), x), self.dim)
         w, x = self.blocks(streams).chunk(2, self.dim)
         return x, self.gamma ** len(self.blocks) * w
 

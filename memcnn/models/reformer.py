@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from memcnn.engine.exact import Grid
 from memcnn.models.attention import KeyValueCache, transformer_block
 from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
+from memcnn.models.streams import check_shape
 
 __all__ = ["ReversibleLM", "reformer_small"]
 
@@ -67,8 +68,9 @@ class ReversibleLM(nn.Module):
             cache: keys and values of earlier tokens, extended by this call. Only under ``torch.no_grad()``.
 
         Raises:
-            ValueError: more than ``context`` positions.
+            ValueError: more than ``context`` positions, or tokens of another shape.
         """
+        check_shape(tokens, ("N", "T"))
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         if end > self.context:
@@ -94,8 +96,12 @@ class ReversibleLM(nn.Module):
             generator: of the draws.
 
         Raises:
-            ValueError: T + count is larger than ``context``, or ``temperature`` is negative.
+            ValueError: T is 0, T + count is larger than ``context``, or ``temperature`` is negative.
         """
+        if tokens.dim() != 2 or not tokens.shape[1]:
+            raise ValueError(
+                f"tokens must be (N, T) with T of at least 1, a text to go on with: got {tuple(tokens.shape)}"
+            )
         if temperature < 0:
             raise ValueError(f"temperature must be at least 0: got {temperature}")
         training = self.training

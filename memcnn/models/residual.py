@@ -197,6 +197,7 @@ def _recorded(block: nn.Module, keywords: Sequence[str], training: bool) -> _Gra
             raise NotResidual("its forward decides by random numbers what to compute")
     if any(node.op == "get_attr" and not str(node.target).startswith("block.") for node in graph.nodes):
         raise NotResidual("its forward makes a tensor from numbers, which stays on one device: register it as a buffer")
+    _skip_identities(block, graph)
     x = next(node for node in graph.nodes if node.op == "placeholder")
     return _parted(block, graph, x)
 
@@ -226,6 +227,16 @@ def _call_of(block: nn.Module, keywords: Sequence[str]) -> nn.Module:
     call = type("Call", (nn.Module,), {"forward": names["forward"]})()
     call.block = block
     return call
+
+
+def _skip_identities(block: nn.Module, graph: fx.Graph) -> None:
+    """Take every ``nn.Identity`` out of the graph: blocks of timm have one in place of a shortcut's layer."""
+    for node in list(graph.nodes):
+        if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+            child = block.get_submodule(str(node.target).removeprefix("block."))
+            if type(child) is nn.Identity and not any(getattr(child, name) for name in HOOKS):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
 
 
 def _parted(block: nn.Module, graph: fx.Graph, x: fx.Node) -> _Graphs:

@@ -219,10 +219,11 @@ def to_reversible(
 
     Args:
         module: the blocks, as ``nn.Sequential``, ``nn.ModuleList``, list or tuple, such as ``resnet.layer1``,
-            ``vit.blocks`` or ``vit.encoder.layers``; or an ``nn.TransformerEncoder``.
+            ``vit.blocks`` or ``vit.encoder.layers``; or an ``nn.TransformerEncoder`` or ``nn.TransformerDecoder``.
         sample: an input of the first block, for which blocks and residual functions are compared.
-        kwargs: keyword arguments of the blocks, such as masks. The result takes arguments of these names, and needs
-            them where the block's ``forward`` used them. Masks of ``nn.TransformerEncoder`` remain optional.
+        kwargs: keyword arguments of the blocks, such as masks, or the ``memory`` of an ``nn.TransformerDecoder``. The
+            result takes arguments of these names, and needs them where the block's ``forward`` used them. Masks of
+            ``nn.TransformerEncoder`` remain optional.
         keep_others: leave blocks that are not residual as they are, instead of refusing the stack.
         move_relu: also convert blocks that apply a ReLU to their sum, as a torchvision ResNet's do. The ReLU moves to
             the input of the next block's function, and the shortcut passes it by. The last one follows the stack.
@@ -244,27 +245,37 @@ def to_reversible(
     x = sample.detach()
     for block in blocks:
         block.find(move_relu, x)
-        try:
-            x = _outcome(block, block, x, training=False)[0]
-        except Exception as error:  # whatever the block raises
-            raise ValueError(f"block {block.title} fails on the sample: {type(error).__name__}: {error}") from error
+        x = _output_of(block, x)
+        if block is not blocks[-1] and not isinstance(x, Tensor):
+            raise ValueError(
+                f"block {block.title} returns a {type(x).__name__}, but a stack hands one tensor from block to block: "
+                "let its forward return that tensor alone, and compute what else it returns outside of the stack"
+            )
     _refuse(blocks, keep_others)
     stack = ReversibleStack(*_parts(blocks), *after)
     before = ReversibleStack(*blocks, *after)
     return stack, _report(before, stack, sample, kwargs, measure)
 
 
+def _output_of(block: _Block, x: Tensor) -> Any:
+    """Return the output of a block for the sample, in evaluation mode."""
+    try:
+        return _outcome(block, block, x, training=False)[0]
+    except Exception as error:  # whatever the block raises
+        raise ValueError(f"block {block.title} fails on the sample: {type(error).__name__}: {error}") from error
+
+
 def _blocks_of(module: nn.Module | Sequence[nn.Module], kwargs: Mapping[str, Any]) -> tuple[list[_Block], list]:
     """Return the blocks of a stack, those of nested ``nn.Sequential`` included, and what follows them."""
     after: list[nn.Module] = []
-    if isinstance(module, nn.TransformerEncoder):
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
         after = [module.norm] if module.norm is not None else []
         module = module.layers
     if not _is_stack(module):
         raise TypeError(
             f"to_reversible got a {type(module).__name__}; wanted the blocks themselves: an nn.Sequential, "
             "nn.ModuleList, list or tuple of modules, such as resnet.layer1, vit.blocks or vit.encoder.layers, or an "
-            "nn.TransformerEncoder"
+            "nn.TransformerEncoder or nn.TransformerDecoder"
         )
     blocks = [_Block(name, block, kwargs) for name, block in _flat("", module)]
     if not blocks:
@@ -429,15 +440,15 @@ def _run(stack: ReversibleStack, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[
 
 
 def _changes(stack: ReversibleStack) -> Iterator[str]:
-    lengths = [_functions(part) for part in stack.parts if isinstance(part, TwoStreams)]
-    if longer := [n for n in lengths if n > 2]:
+    parts = [part for part in stack.parts if isinstance(part, TwoStreams)]
+    if longer := [n for part in parts if (n := _functions(part)) > 2]:
         yield (
             f"{' + '.join(map(str, longer))} residual functions work on two streams in turn: each sees the input and "
             "what the functions of the other stream have added, not all that came before it"
         )
-    if any(n <= 2 for n in lengths):
+    if any(_functions(part) <= 2 and not _moves_relu(part) for part in parts):
         yield "where no more than two residual functions follow each other, the same sums as before, up to rounding"
-    if any(isinstance(f, _AfterReLU) for f in stack.modules()):
+    if any(map(_moves_relu, parts)):
         yield (
             "the ReLU after a sum is now at the input of the next block's function: the shortcut from block to block "
             "keeps negative values; the last ReLU follows the stack"
@@ -450,6 +461,10 @@ def _functions(part: TwoStreams) -> int:
         f for coupling in couplings if isinstance(coupling, AdditiveCoupling) for f in (coupling.Fm, coupling.Gm)
     ]
     return sum(not isinstance(f, Nothing) for f in functions)
+
+
+def _moves_relu(part: TwoStreams) -> bool:
+    return any(isinstance(f, _AfterReLU) for f in part.modules())
 
 
 def _count(found: Residual) -> str:

@@ -20,6 +20,7 @@ from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.flows import InvertibleConv1x1
 from memcnn.models.rearrange import DepthToSpace, SpaceToDepth
 from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
+from memcnn.models.streams import check_shape, in_full_precision
 
 __all__ = ["InvertibleUNet", "ReversibleUNet"]
 
@@ -68,18 +69,19 @@ class ReversibleUNet(nn.Module):
         """Return (N, out_channels, D1, ...) for x (N, in_channels, D1, ...).
 
         Raises:
-            ValueError: a size is no multiple of ``2**(len(widths) - 1)``.
+            ValueError: x has other channels or dimensions, or a size is no multiple of ``2**(len(widths) - 1)``.
         """
+        check_shape(x, ("N", self.stem.in_channels, *("D1", "D2", "D3")[: len(self.stem.kernel_size)]))
         if any(size % self.factor for size in x.shape[2:]):
             raise ValueError(f"every size must be a multiple of {self.factor}: got {tuple(x.shape)}; pad or crop it")
         x, skips = self.stem(x), []
         for i, stage in enumerate(self.encoder):
-            x = stage(x)
+            x = stage(in_full_precision(x))
             if i < len(self.down):
                 skips.append(x)
                 x = self.down[i](x)
         for up, stage in zip(reversed(self.up), reversed(self.decoder), strict=True):
-            x = stage(up(x) + skips.pop())
+            x = stage(in_full_precision(up(x)) + skips.pop())
         return self.head(x)
 
 
@@ -100,6 +102,7 @@ class InvertibleUNet(nn.Module):
     def __init__(self, channels: int, scales: int = 3, blocks: int = 2, *, dims: int = 2, disable: bool = False):
         super().__init__()
         _check(dims, [channels])
+        self.channels, self.dims = channels, dims
         self.left = _stage(channels, blocks, dims, disable)
         self.inner: InvertibleUNet | None = None
         if scales > 1:
@@ -110,7 +113,12 @@ class InvertibleUNet(nn.Module):
             self.right = _stage(channels, blocks, dims, disable)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y, of the shape of x (N, channels, D1, ...); ``2**(scales - 1)`` must divide D1, ..."""
+        """Return y, of the shape of x (N, channels, D1, ...); ``2**(scales - 1)`` must divide D1, ...
+
+        Raises:
+            ValueError: x has other channels or dimensions, or sizes that do not divide.
+        """
+        check_shape(x, ("N", self.channels, *("D1", "D2", "D3")[: self.dims]))
         x = self.left(x)
         if self.inner is None:
             return x

@@ -1,11 +1,14 @@
 """The benches of budgets, volumes and peers of the reference networks, and the page that is made from them."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from bench import budget, networks_page, reference_peers, volumes
+from bench import budget, grids, network_laws, networks_page, reference_peers, volumes
 from bench.cases import THREE
 from bench.reference import MAKERS
 from memcnn import AdditiveCoupling, ReversibleSequential
@@ -26,6 +29,23 @@ def test_a_contender_that_fails_leaves_the_measurements_of_the_others():
     assert list(table["chain"]) == ["plain autograd", "other"]
     assert failures == [("broken", "RuntimeError: cannot be had")]
     assert table["tensors, bytes"].nunique() == 1 and (table["tensors, bytes"] > 0).all()
+
+
+def test_a_plan_takes_a_wide_convolution_for_more_expensive_than_elementwise_functions():
+    rows = budget.prices(torch.randn(1, 32, 8, 8), rounds=3).set_index("branches")
+    assert set(rows.index) == set(budget.BRANCHES) and (rows["measured ns / byte"] > 0).all()
+    cost = rows["estimated cost / byte"]
+    assert cost["convolution 7"] == cost.max() and cost["four times tanh"] < cost["tanh"]
+    assert len(budget.prices_table(rows.reset_index())) == len(budget.BRANCHES)
+
+
+def test_blocks_of_unequal_cost_are_planned_by_their_price():
+    x = torch.randn(1, 32, 8, 8)
+    makers = dict(budget.eager(6, x, budget.unequal, (0.3,)))
+    chain = makers[next(name for name in makers if name.startswith("budget_bytes="))]()
+    chain(x.requires_grad_()).sum().backward()
+    (plan,) = chain.budget.plans.values()
+    assert {0, 3} <= plan.stored < set(range(6)), "the convolutions of width 7 come first"
 
 
 def test_a_peer_that_fails_leaves_the_rows_of_the_others(monkeypatch):
@@ -68,6 +88,18 @@ def test_the_largest_volume_is_the_last_that_fits(monkeypatch):
     assert volumes.table(rows)["voxels / plain"].iloc[0] == "1.0"
 
 
+def test_a_grid_costs_no_inversion_and_the_error_of_a_kink_shrinks_more_slowly(monkeypatch):
+    monkeypatch.setattr(grids, "DEPTH", 4)
+    x = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    rows = grids.compare(x, (6, 10, 14))
+    on_grid, without = rows[:3], rows[3:]
+    assert list(on_grid["inversion"]) == [0, 0, 0] and list(on_grid["largest value"]) == [2**18, 2**14, 2**10]
+    smooth = list(on_grid["norm, GELU"])
+    assert smooth[0] > 8 * smooth[1] > 64 * smooth[2] and on_grid["norm"].iloc[-1] > smooth[-1]
+    assert without["norm"].iloc[0] < 1e-5 < without["norm"].iloc[1]
+    assert list(grids.table(rows)["error of inversion"]) == ["0"] * 3 + [""] * 2
+
+
 def test_an_equal_network_takes_the_bytes_of_the_predicted_one():
     sizes = [volumes.peak_bytes(subject, 1, 32) for subject in THREE]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
@@ -81,6 +113,28 @@ def test_the_page_is_what_the_measurements_say():
                 f"run python -m bench.networks_page: {name}"
             )
     assert set(networks_page.NETWORKS) == set(MAKERS)
+
+
+def test_readme_names_every_network_with_its_measured_bytes_and_paper():
+    rows, readme = networks_page.measured("memory.csv"), networks_page.README.read_text()
+    table = networks_page.in_readme(rows)
+    assert networks_page.with_table(readme, "networks", table) == readme, "run python -m bench.networks_page"
+    at_32 = rows[rows["depth"] == 32].set_index("network")
+    for network, (title, file, _, number) in networks_page.NETWORKS.items():
+        if not network.endswith("-exact"):
+            (shown,) = (row for row in table.to_dict("records") if row["network"].startswith(f"[{title}]"))
+            assert file in shown["network"] and number in shown["paper"]
+            assert shown["parameters"] == f"{at_32['parameters'][network]:,}"
+            assert float(shown["peak, MiB"]) == pytest.approx(at_32["reversible"][network] / 2**20, rel=0.005)
+            assert float(shown["stored, MiB"]) == pytest.approx(at_32["plain"][network] / 2**20, rel=0.005)
+
+
+def test_every_network_is_measured_at_three_depths_beside_plain_and_checkpoint():
+    rows = networks_page.measured("memory.csv")
+    assert set(zip(rows["network"], rows["depth"], strict=True)) == {(n, d) for n in MAKERS for d in (8, 32, 128)}
+    for _, one in rows.groupby("network"):
+        assert one["plain"].is_monotonic_increasing and one["checkpoint"].is_monotonic_increasing
+        assert one["reversible"].max() - one["reversible"].min() <= 16 * (128 - 8), "16 bytes a block in exact mode"
 
 
 def test_a_table_needs_its_marks():
@@ -98,10 +152,44 @@ def test_a_table_that_was_not_measured_stays_and_is_named(monkeypatch, tmp_path,
         {"network": "ode", "depth": d, "parameters": 5, "plain": d, "checkpoint": 2, "reversible": 1} for d in (8, 32)
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "memory.csv", index=False)
-    for name, path in (("DATA", tmp_path), ("PAGE", tmp_path / "page.md"), ("FIGURE", tmp_path / "figure.svg")):
-        monkeypatch.setattr(networks_page, name, path)
+    (tmp_path / "readme.md").write_text("<!-- networks -->\nold\n<!-- end -->")
+    for name, file in (("DATA", ""), ("PAGE", "page.md"), ("FIGURE", "figure.svg"), ("README", "readme.md")):
+        monkeypatch.setattr(networks_page, name, tmp_path / file)
     assert networks_page.main() == 1
     page = (tmp_path / "page.md").read_text()
     assert "ODE block" in page and "<!-- volumes -->\nold" in page
     assert "the table volumes stays as it is" in capsys.readouterr().err
+    assert "ODE block" in (tmp_path / "readme.md").read_text()
     assert "ODE block" in (tmp_path / "figure.svg").read_text() or (tmp_path / "figure.svg").stat().st_size > 5000
+
+
+def test_every_network_meets_its_laws_at_the_size_of_real_use():
+    rows = networks_page.measured("laws.csv")
+    assert set(rows["target"]) <= set(vars(network_laws.targets)) and len(set(rows["target"])) >= 11
+    assert not (rows["verdict"] == "FAIL").any() and (rows["error"] <= rows["limit"]).all()
+    for name in set(rows["target"]):
+        target = getattr(network_laws.targets, name)
+        of_target = rows[rows["target"] == name]
+        assert list(of_target["law"]) == list(target.laws) and set(of_target["input"]) == {target.shape}
+
+
+def test_the_worst_result_is_the_one_nearest_to_its_limit_and_a_failure_before_all():
+    def result(claim, error, limit, verdict="PASS"):
+        return {"claim": claim, "error": error, "limit": limit, "verdict": verdict, "skipped": "why"}
+
+    passed = [result("a", 1e-6, 1e-3), result("b", 1e-12, 1e-10), result("c", 0.0, 0.0)]
+    assert network_laws.worst(passed)["claim"] == "b"
+    assert network_laws.worst([*passed, result("d", 2.0, 1.9, "FAIL")])["claim"] == "d"
+    assert network_laws.worst([*passed, result("e", 0, 0, "SKIP")])["skipped"] == 1
+    assert network_laws.worst([result("e", 0, 0, "SKIP")])["claim"] == "why"
+
+
+def test_a_target_is_verified_by_the_command_and_its_table_has_each_law(monkeypatch):
+    small = replace(network_laws.targets.ode, blocks=1, shape="2,4", laws=("state",))
+    monkeypatch.setattr(network_laws, "targets", SimpleNamespace(ode=small))
+    words = network_laws.command("ode", "out.json")
+    assert words[0] == "bench.network_laws:targets.ode.module" and "state" in words and "--chain" not in words
+    (row,) = network_laws.verified("ode")
+    assert row["verdict"] == "PASS" and row["claims"] > 3
+    (line,) = network_laws.table(pd.DataFrame([row])).to_dict("records")
+    assert line["state"] == "0" and line["memory"] == "" and "2 x 4" in line["part"]

@@ -10,6 +10,7 @@ from torch import nn
 
 from memcnn import AdditiveCoupling, AffineAdapterNaive, AffineCoupling, ReversibleSequential
 from memcnn.memory import TensorMeter, measure_step_memory, predict_step_memory
+from memcnn.models.budget import ELEMENT, Price, price_of
 from properties.support.twin import assert_like_twin, backward, data
 
 WIDTH, DEPTH = 4, 3
@@ -112,6 +113,19 @@ def test_the_most_expensive_blocks_are_stored_first_and_run_once():
         part._fn.Fm[0].forward = lambda x, forward=forward, i=i: (calls.update([i]), forward(x))[1]
     step_of(module, x)()
     assert calls == {0: 1, 1: 2, 2: 1, 3: 2}
+
+
+def test_a_price_counts_products_and_written_elements_but_no_views():
+    x = torch.randn(3, 2 * WIDTH, requires_grad=True)
+    half = x.numel() // 2
+    elementwise, _ = price_of(AdditiveCoupling(nn.Tanh(), nn.Tanh()), x, {})
+    written = 5 * half + x.numel()  # a copy of the second half, twice tanh and sum; the concatenation
+    assert elementwise == Price(ELEMENT * written, 2 * half * 4)
+    linear = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2)]
+    products, results = price_of(AdditiveCoupling(*linear), x, {})
+    assert products.cost == elementwise.cost + 2 * 2 * half * WIDTH and results[0].shape == x.shape
+    assert products.stored_bytes <= 2 * half * 4, "weights are no activations, nor are views of them"
+    assert products.cost_per_byte == products.cost / products.stored_bytes
 
 
 def test_below_the_minimum_is_an_error_that_names_it():

@@ -1,5 +1,7 @@
 """The momentum network: it computes the paper's recursion, and only exact mode inverts it at any depth."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from memcnn.models.momentum import MomentumNet, momentum_resnet
+from memcnn.models.resnet import basic_branch
+from memcnn.testing import check_all
 from memcnn.testing.laws.twin import plain_twin, run
 from memcnn.testing.tolerances import relative_error, tolerance
 from properties.support.reference import assert_flat_in_depth, assert_laws
@@ -77,6 +81,37 @@ def test_exact_gradients_are_those_of_stored_activations_and_others_are_not():
         errors[exact] = max(relative_error(got[name], wanted[name]) for name in wanted)
     assert errors[True] == 0
     assert errors[False] > 1e-4
+
+
+def test_inversion_is_exact_on_every_grid_and_a_finer_grid_is_nearer_to_the_unrounded_network():
+    """With smooth functions the error is that of the grid: a grid 16 times as fine has a sixteenth of it."""
+
+    x = data(64, 4)
+
+    def gradients(exact, kind=lambda net: net, dtype=torch.float32):
+        torch.manual_seed(0)
+        return run(kind(small(8, exact=exact)).to(dtype), backward, [x.to(dtype)]).parameter_gradients
+
+    unrounded, errors = gradients(False, plain_twin, torch.float64), []
+    for step in (2.0**-8, 2.0**-12, 2.0**-16):
+        got, stored = gradients(step), gradients(step, plain_twin)
+        assert all(torch.equal(got[name], stored[name]) for name in stored), step
+        errors.append(max(_norm_of_error(got[name], g) for name, g in unrounded.items()))
+    for coarse, fine in pairwise(errors):
+        assert 8 < coarse / fine < 32, errors
+
+
+def test_other_strides_move_values_by_steps_of_the_grid_which_is_not_called_wrong():
+    """Another kernel rounds otherwise, and a value between two multiples may then be rounded to the other one."""
+    torch.manual_seed(2)
+    net = MomentumNet(*(basic_branch(8, 8) for _ in range(8)), gamma=0.5)
+    report = check_all(net.blocks, torch.randn(2, 16, 8, 8), laws=["inverse"], wrap=False, deepest=0)
+    (strides,) = (result for result in report if "strides" in result.claim)
+    assert report.passed and strides.error > tolerance(torch.float32, depth=8), str(report)
+
+
+def _norm_of_error(actual, expected) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
 
 
 def test_the_whole_network_trains_as_its_twin():

@@ -16,7 +16,7 @@ from memcnn.memory import measure_step_memory
 from memcnn.models.reversible_stack import ReversibleStack, TwoStreams
 from memcnn.testing.tolerances import relative_error, tolerance
 from properties.support.reference import assert_flat_in_depth, assert_laws
-from properties.support.twin import assert_like_twin, backward, data
+from properties.support.twin import assert_like_twin, backward, data, plain_twin
 
 
 class Residual(nn.Module):
@@ -215,6 +215,80 @@ def test_blocks_of_torchvision_with_stochastic_depth(make):
     x = torch.randn(4, 4, 4, 8) if len(list(block.children())) > 2 else torch.randn(4, 8, 4, 4)
     stack, _ = memcnn.to_reversible([block], x, measure=False)
     assert relative_error(seeded(stack, x), seeded(block, x)) <= tolerance(x.dtype, depth=2)
+
+
+class WithIdentity(Residual):
+    """A residual block of timm's form: the shortcut goes through a layer that does nothing."""
+
+    def __init__(self):
+        super().__init__(p=0.0)
+        self.shortcut = nn.Identity()
+
+    def forward(self, x):
+        return self.function(x) + self.shortcut(x)
+
+
+def test_an_identity_on_the_shortcut_is_passed_over_unless_a_hook_is_on_it():
+    block, x = WithIdentity(), torch.randn(4, 6)
+    assert relative_error(convert(block)(x), block(x)) <= tolerance(x.dtype, depth=2)
+    block.shortcut.register_forward_hook(lambda module, args, y: 2 * y)
+    with pytest.raises(ValueError, match="no term of its sum add is passed on unchanged"):
+        convert(block)
+
+
+def test_a_decoder_takes_the_memory_as_a_keyword_argument():
+    layer = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, norm_first=True, batch_first=True)
+    x, memory = torch.randn(3, 5, 8), torch.randn(3, 4, 8, requires_grad=True)
+    decoder = nn.TransformerDecoder(layer, 2, nn.LayerNorm(8))
+    stack, report = memcnn.to_reversible(decoder, x, {"memory": memory}, measure=False)
+    self_attention, cross_attention, feed_forward = stack.parts[0].chain[0]._fn.Fm, *_second_and_third(stack)
+    first = decoder.layers[0]
+    h = x + self_attention(x)
+    h = h + cross_attention(h, memory=memory)
+    h = h + feed_forward(h)
+    assert relative_error(h, first(x, memory)) <= tolerance(x.dtype, depth=3)
+    assert report.converted[0] == "0: TransformerDecoderLayer, 3 residual functions"
+    wanted, got = (torch.autograd.grad(run(x, memory=memory).square().sum(), memory)[0] for run in
+                   (plain_twin(stack), stack))  # fmt: skip
+    assert got.abs().max() > 0 and relative_error(got, wanted) <= tolerance(x.dtype, depth=6)
+    with pytest.raises(ValueError, match="fails on the sample: TypeError: .*missing 1 required .*'memory'"):
+        memcnn.to_reversible(decoder, x)
+    post_norm = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), 1)
+    with pytest.raises(ValueError, match="its last operation is norm3, not a sum"):
+        memcnn.to_reversible(post_norm, x, {"memory": memory})
+
+
+def _second_and_third(stack: ReversibleStack) -> tuple[nn.Module, nn.Module]:
+    return stack.parts[0].chain[0]._fn.Gm, stack.parts[0].chain[1]._fn.Fm
+
+
+def test_blocks_that_share_a_layer_train_as_their_twin():
+    blocks = [Residual(p=0.0) for _ in range(3)]
+    for block in blocks:
+        block.linear = blocks[0].linear
+    stack = convert(*blocks).double()
+    assert len(list(stack.parameters())) == sum(len(list(block.parameters())) for block in blocks) - 2
+    assert_like_twin(stack, backward, data(4, 6), depth=6)
+
+
+def test_a_block_that_returns_a_tuple_is_refused_before_the_next_block_gets_it():
+    class InTuple(Residual):
+        def forward(self, x):
+            return (super().forward(x),)
+
+    with pytest.raises(ValueError, match=r"block 0: InTuple returns a tuple, but a stack hands one tensor.*let its"):
+        convert(InTuple(), Residual())
+
+
+def test_a_block_before_and_one_after_its_normalisation_stand_in_one_stack():
+    before, after, x = Residual(p=0.0), changed(forward=lambda self, x: F.relu(x + self.function(x))), torch.randn(4, 6)
+    after.p = 0.0
+    stack, report = memcnn.to_reversible([before, after], x, move_relu=True, measure=False)
+    assert relative_error(stack(x), after(before(x))) <= tolerance(x.dtype, depth=2)
+    assert any("the same sums as before" in line for line in report.changes)
+    _, report = memcnn.to_reversible([after, before], x, move_relu=True, measure=False)
+    assert report.output_difference > 1e-3 and "keeps negative values" in str(report)
+    assert not any("the same sums as before" in line for line in report.changes)
 
 
 class Inside(nn.Module):

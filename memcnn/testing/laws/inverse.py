@@ -117,7 +117,8 @@ def _new_parameters_are_used(subject: Subject, after: Subject) -> Result:
 
 def _any_strides(subject: Subject) -> Result:
     """Compare both directions with those for inputs that lie otherwise in memory."""
-    limit = Limit(subject.dtype, subject.depth, subject.autocast, condition_numbers(subject, _both_directions))
+    conditions = condition_numbers(subject, _both_directions, proportional=not subject.is_exact)
+    limit = Limit(subject.dtype, subject.depth, subject.autocast, conditions)
     module = subject.fresh()
     without_dropout(module)
     y = subject.evaluated(module, subject.inputs)

@@ -94,7 +94,9 @@ def _may_round(function: torch._ops.OpOverload) -> bool:
     return not is_view and not draws and name.removesuffix("_") not in EXACT
 
 
-def condition_numbers(subject: Subject, compute: Computation, twin: Computation | None = None) -> Iterator[float]:
+def condition_numbers(
+    subject: Subject, compute: Computation, twin: Computation | None = None, *, proportional: bool = True
+) -> Iterator[float]:
     """Yield by how much ``compute`` amplifies rounding, at least 1, as measured with one random change, two, three, ...
 
     It is measured with the very weights and masks of ``subject``, in float64 if the module runs in it. Few changes give
@@ -104,6 +106,8 @@ def condition_numbers(subject: Subject, compute: Computation, twin: Computation 
         subject: whose dtype decides the size of a rounding.
         compute: runs the law's computation.
         twin: runs the same under ordinary autograd, if there is such a twin.
+        proportional: whether the effect of many roundings is about as many times that of one. It is not where values
+            are rounded to a grid: a single rounding may move a value by a whole step, and many move it no further.
 
     Yields:
         The largest relative effect of a change so far, divided by its size. Infinite where nothing can be said: a value
@@ -129,11 +133,13 @@ def condition_numbers(subject: Subject, compute: Computation, twin: Computation 
     else:
         found = 1.0
         for seed in count():
-            found = max(found, _amplification(exact, compute, base, max(eps, least), seed))
+            found = max(found, _amplification(exact, compute, base, max(eps, least), seed, proportional))
             yield found
 
 
-def _amplification(subject: Subject, compute: Computation, base: NamedTensors, step: float, seed: int) -> float:
+def _amplification(
+    subject: Subject, compute: Computation, base: NamedTensors, step: float, seed: int, proportional: bool
+) -> float:
     """Return the effect of one change, divided by its size; 1 where the computation refuses it.
 
     The smaller of two values counts: that of a single rounding, and that of so many that the effect stays in
@@ -147,7 +153,7 @@ def _amplification(subject: Subject, compute: Computation, base: NamedTensors, s
         return worst(relative_errors(changed, base))[1] if is_finite(changed.values()) else math.inf
 
     found = []
-    for size in (step, math.sqrt(step), LEAST_STEP):
+    for size in (step, math.sqrt(step), LEAST_STEP) if proportional else (step,):
         try:
             error = effect(size)
         except Exception:  # the engine compares what it rebuilds with what it saved
