@@ -46,7 +46,7 @@ class Factory:
                 module = self._make() if self.is_called else copy.deepcopy(self._make)
         except (Exception, SystemExit) as error:
             raise Misuse(
-                f"target: making the module of {self.target} raised {_described(error)}; wanted a function that needs "
+                f"target: {self.target}: making the module raised {_described(error)}; wanted a function that needs "
                 "no arguments and returns a module: correct it, or name another one"
             ) from error
         if not isinstance(module, nn.Module):
