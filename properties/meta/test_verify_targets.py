@@ -38,6 +38,13 @@ def prints():
     print("weights are loaded")
     return Block()
 
+class Exiting(Block):
+    def forward(self, x):
+        return x + x.tanh()
+
+    def inverse(self, y):
+        sys.exit("no inverse")
+
 made = []
 def once():
     if made:
@@ -75,7 +82,7 @@ def run(capsys, target: str) -> tuple[int, str, str]:
         ("factories.py:Unfinished", ["AttributeError", "factories.py, line 16", "needs no arguments"]),
         ("factories.py:exits", ["SystemExit('usage: factories.py')", "factories.py, line 19"]),
         ("factories.py:nothing", ["got NoneType", "wanted an nn.Module", "let the function return it"]),
-        ("factories.py:once", ["RuntimeError: the file is used up", "factories.py, line 31"]),
+        ("factories.py:once", ["RuntimeError: the file is used up", "factories.py, line 38"]),
         ("json.py:Block", ["another module of the name json", "rename the file"]),
     ],
 )
@@ -91,3 +98,11 @@ def test_what_a_function_prints_is_shown_once_and_not_in_the_report(folder, caps
     status, out, err = run(capsys, "factories.py:prints")
     assert status == 0
     assert "weights are loaded" not in out and err.count("weights are loaded") == 1
+
+
+def test_an_inverse_that_exits_fails_the_laws(folder, capsys):
+    arguments = ["--shape", "2,4", "--examples", "2", "--mode", "eval"]
+    assert verify.main(["factories.py:Exiting", *arguments]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL  inverse" in out and "FAIL  gradients" in out
+    assert "the block called sys.exit('no inverse')" in out
