@@ -13,15 +13,14 @@ A block can be checked on a batch of your own, which torch.save wrote as a tenso
 
 import argparse
 import json
+import math
 import re
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from memcnn import __version__, cli
 from memcnn.testing.checks import LAWS, has_log_det
@@ -29,7 +28,7 @@ from memcnn.testing.laws.constant import remark_on_constants
 from memcnn.testing.laws.guard import is_ours
 from memcnn.testing.laws.result import Report
 from memcnn.testing.laws.subject import NotRunnable
-from memcnn.testing.targets import load, load_tensors
+from memcnn.testing.targets import Factory, load, load_tensors
 
 if TYPE_CHECKING:
     from memcnn.testing.example import Example
@@ -38,6 +37,9 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 INTEGERS = {"int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8, "bool": torch.bool}
 BROKEN = 3
 """Exit status: the verifier raised an exception that is not the block's."""
+EXAMPLES = 20
+LONGEST = 60
+"""Seconds after which a law draws no further example, unless the number of examples is given."""
 MODES = {"both": (True, False), "train": (True,), "eval": (False,)}
 
 
@@ -92,7 +94,12 @@ def _parser() -> cli.Parser:
         metavar="LAW,LAW",
         help=f"only these of {', '.join(LAWS)} (default: all that apply)",
     )
-    add("--examples", type=cli.count, default=20, metavar="N", help="variants for each law (%(default)s)")
+    add(
+        "--examples",
+        type=cli.count,
+        metavar="N",
+        help=f"variants for each law (default: {EXAMPLES}, or what {LONGEST} seconds allow, and at least 4)",
+    )
     add("--seed", type=_seed, default=0, help="of the first example (%(default)s)")
     add(
         "--as-is",
@@ -119,7 +126,7 @@ def _verify(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise cli.Misuse(f"needs {error.name}, which draws the examples: pip install {error.name}") from error
     torch.set_num_threads(1)  # examples are small, and several threads may slow them down a hundredfold
-    make = load(args.target)
+    make = Factory(args.target)
     options = _options(args)
     _check_arguments(args)
     base = _first_example(args)
@@ -132,7 +139,8 @@ def _verify(args: argparse.Namespace) -> int:
 
     report, findings = Report(()), []
     try:
-        laws = args.laws or [law for law in LAWS if law != "log_det" or has_log_det(_made(make, base))]
+        module = base.module(make)
+        laws = args.laws or [law for law in LAWS if law != "log_det" or has_log_det(module)]
         for law in laws:
             _progress(f"{law} ...")
             found = search(
@@ -142,8 +150,9 @@ def _verify(args: argparse.Namespace) -> int:
                 modes=MODES[args.mode],
                 vary=args.vary,
                 first_seed=args.seed,
-                max_examples=1 if law == "memory" else args.examples,
+                max_examples=1 if law == "memory" else args.examples or EXAMPLES,
                 options=options.get(law, {}),
+                longest=math.inf if args.examples else LONGEST,
             )
             findings.append(found)
             report += found.report
@@ -156,12 +165,15 @@ def _verify(args: argparse.Namespace) -> int:
     finally:
         cli.progress("")
 
-    remark = remark_on_constants(_made(make, base), base.inputs()) if base.values else ""
+    remark = remark_on_constants(base.module(make), base.inputs()) if base.values else ""
     print(report)
     if remark:
         print(f"\nNOTE: {remark}")
     counts = ", ".join(f"{found.law} {found.examples}" for found in findings)
     print(f"\nexamples: {counts}")
+    if any(found.out_of_time for found in findings):
+        number = args.examples or EXAMPLES
+        print(f"a law stops drawing examples after {LONGEST} s: --examples {number} checks {number} of each")
     for reason in dict.fromkeys(found.not_runnable for found in findings if found.not_runnable):
         print(f"some drawn examples were left out: {reason}")
     print(f"\n{'PASS' if report.passed else 'FAIL'}: {report.summary()}")
@@ -169,9 +181,7 @@ def _verify(args: argparse.Namespace) -> int:
     for found in findings:
         if found.failing:
             example, _ = found.failing
-            codes[found.law] = example.code(
-                found.law, args.target, not isinstance(make, nn.Module), _shown(options.get(found.law, {}))
-            )
+            codes[found.law] = example.code(found.law, args.target, make.is_called, _shown(options.get(found.law, {})))
             print(f"\nthe smallest example found that breaks the law of {found.law}:\n")
             print("\n".join(f"    {line}".rstrip() for line in codes[found.law].splitlines()))
     if args.json:
@@ -204,16 +214,6 @@ def _progress(text: str) -> None:
 def _is_refusal(error: TypeError) -> bool:
     """Return whether a check refuses the module or its inputs in words, as against a mistake in its own code."""
     return any(words in str(error) for words in REFUSALS)
-
-
-def _made(make: Callable[[], nn.Module] | nn.Module, base: "Example") -> nn.Module:
-    try:
-        return base.module(make)
-    except Exception as error:
-        raise cli.Misuse(
-            f"making the module raised {type(error).__name__}: {error}; wanted a function that needs no arguments: "
-            "correct it, or name another one"
-        ) from error
 
 
 def _options(args: argparse.Namespace) -> dict[str, dict]:

@@ -20,6 +20,8 @@ SIZES = 3, 5, 1, 2
 """Sizes that every varied dimension takes at least once; of a batch of two, a roll is its own inverse."""
 LONGEST_SHRINKING = 30
 """Seconds after the first drawn failure in which smaller ones are looked for."""
+LEAST_EXAMPLES = 4
+"""Examples of a law that are checked however long they take."""
 SCALES = (1.0, 0.1, 0.01, 10.0)
 """Standard deviations of inputs; a block may be right for small values alone."""
 
@@ -33,6 +35,7 @@ class Findings:
     worst: dict[str, Result] = field(default_factory=dict)  # by claim: the result closest to its limit or beyond it
     failing: tuple[Example, Report] | None = None  # the smallest found
     not_runnable: str = ""  # why examples were left out
+    out_of_time: bool = False  # fewer examples were drawn than were wanted
 
     def add(self, report: Report) -> None:
         self.examples += 1
@@ -57,6 +60,7 @@ def search(
     max_examples: int,
     first_seed: int,
     options: dict,
+    longest: float = math.inf,
 ) -> Findings:
     """Check ``base`` in every mode and drawn variants of it, and reduce a failing one to the smallest that fails.
 
@@ -70,11 +74,12 @@ def search(
         max_examples: the number of variants. At least half of them are drawn at random.
         first_seed: of the search.
         options: of the law's check.
+        longest: seconds after which no further example is drawn, once there are ``LEAST_EXAMPLES``.
 
     Raises:
         NotRunnable: if ``base`` runs in no mode.
     """
-    found = Findings(law)
+    found, started = Findings(law), time.monotonic()
 
     def check(example: Example, **more: object) -> bool:
         module, inputs = example.module(make), example.inputs()
@@ -118,6 +123,9 @@ def search(
     @given(_examples(base, modes, vary))
     def every_example_passes(example: Example) -> None:
         if failed_since and time.monotonic() - failed_since[0] > LONGEST_SHRINKING:
+            return
+        if not failed_since and found.examples >= LEAST_EXAMPLES and time.monotonic() - started > longest:
+            found.out_of_time = True
             return
         try:
             passed = check(example, **shallow)

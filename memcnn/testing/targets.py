@@ -1,25 +1,70 @@
 """What the user names on a command line: a module or a function that makes one, and a file of tensors."""
 
+import contextlib
+import copy
 import importlib
 import importlib.util
+import io
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memcnn.cli import Misuse
+from memcnn.testing.laws.guard import is_of_library
 
 WANTED = "wanted package.module:factory or path/to/file.py:factory"
+
+
+class Factory:
+    """Makes the user's module anew at each call. What the user's function prints is shown once.
+
+    Attributes:
+        target: ``package.module:name`` or ``path.py:name``.
+        is_called: whether the target is a function or a class, not a module.
+    """
+
+    def __init__(self, target: str):
+        self.target = target
+        self._make = load(target)
+        self.is_called = not isinstance(self._make, nn.Module)
+        self._has_printed = False
+
+    def __call__(self) -> nn.Module:
+        """Return a new module.
+
+        Raises:
+            Misuse: if the user's function raises an exception, exits, or returns anything else.
+        """
+        output = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(output):
+                module = self._make() if self.is_called else copy.deepcopy(self._make)
+        except (Exception, SystemExit) as error:
+            raise Misuse(
+                f"target: {self.target}: making the module raised {_described(error)}; wanted a function that needs "
+                "no arguments and returns a module: correct it, or name another one"
+            ) from error
+        if not isinstance(module, nn.Module):
+            raise Misuse(
+                f"target: got {type(module).__name__} from {self.target}, wanted an nn.Module with forward and "
+                "inverse: let the function return it"
+            )
+        if output.getvalue().strip() and not self._has_printed:
+            self._has_printed = True
+            print(f"{self.target} printed:\n{output.getvalue().rstrip()}\n", file=sys.stderr)
+        return module
 
 
 def load(target: str) -> Any:
     """Import and return the object that ``package.module:name`` or ``path.py:name`` names.
 
     Raises:
-        Misuse: if there is none, or it is not callable.
+        Misuse: if there is none, its file cannot be imported, or it is not callable.
     """
     place, colon, name = target.partition(":")
     if not (place and colon and name):
@@ -27,8 +72,19 @@ def load(target: str) -> Any:
     sys.path.insert(0, str(Path.cwd()))
     try:
         found = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except Misuse:
+        raise
     except ModuleNotFoundError as error:
-        raise Misuse(f"{target}: cannot import {error.name}: is it installed, or are you in another folder?") from error
+        where = _where(error)
+        raise Misuse(
+            f"{target}: cannot import {error.name}{where and f', as {where[2:-1]} asks'}: is it installed, or are you "
+            "in another folder?"
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise Misuse(
+            f"target: importing {place} raised {_described(error)}; wanted a file that can be imported: correct that "
+            f"line, and try python -c 'import {Path(place).stem}'"
+        ) from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise Misuse(
@@ -42,6 +98,20 @@ def load(target: str) -> Any:
             "name such a function"
         )
     return found
+
+
+def _described(error: BaseException) -> str:
+    """Return the exception with the file and line of the user's code."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+    words = f"SystemExit({error.code!r})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+    return words + _where(error)
+
+
+def _where(error: BaseException) -> str:
+    """Return " (file, line n)" of the last line of the user's code that ran; "" if there is none."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_of_library(Path(f.filename))]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
 
 
 def import_lines(target: str) -> list[str]:
@@ -87,4 +157,11 @@ def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise Misuse(f"target: there is no file {path}; {WANTED}: check the path")
     sys.path.insert(0, str(path.absolute().parent))
-    return importlib.import_module(path.stem)
+    module = importlib.import_module(path.stem)
+    found = getattr(module, "__file__", None)
+    if found is None or not Path(found).samefile(path):
+        raise Misuse(
+            f"target: got {path}, but Python knows another module of the name {path.stem} ({found or 'built in'}); "
+            "wanted a name of its own: rename the file"
+        )
+    return module

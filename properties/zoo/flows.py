@@ -137,6 +137,88 @@ class ScalingOfSquares(Scaling):
         return x.shape[2] ** 2
 
 
+class ScalingBySize(Scaling):
+    """Returns the absolute value of the log-determinant."""
+
+    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, value = super().forward_log_det(x)
+        return y, value.abs()
+
+
+class ScalingInTraining(Scaling):
+    """Forgets the log-determinant in eval mode."""
+
+    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, value = super().forward_log_det(x)
+        return y, value if self.training else torch.zeros_like(value)
+
+
+class Causal(nn.Module):
+    """Adds to each row a function of the row above, which is zero at the start."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 4))
+
+    def of_row_above(self, x: Tensor) -> Tensor:
+        above = nn.functional.pad(x, (0, 0, 1, 0))[:, :, :-1]
+        return torch.einsum("ij,njhw->nihw", self.weight, above).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.of_row_above(x)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        x = y
+        for _ in range(y.shape[2] - 1):  # each time one more row is right
+            x = y - self.of_row_above(x)
+        return x
+
+
+class CausalFromOutputs(Causal):
+    def inverse(self, y: Tensor) -> Tensor:
+        return y - self.of_row_above(y)
+
+
+class Cayley(nn.Module):
+    """Rotates channels by the Cayley transform of an antisymmetric matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(0.4 * torch.randn(4, 4))
+
+    def rotation(self) -> Tensor:
+        antisymmetric, one = self.weight - self.weight.T, torch.eye(4, dtype=self.weight.dtype)
+        return torch.linalg.solve(one + antisymmetric, one - antisymmetric)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("ij,njhw->nihw", self.rotation(), x)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return torch.einsum("ji,njhw->nihw", self.rotation(), y)
+
+    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self(x), x.new_zeros(len(x))
+
+
+class HalvedGradient(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient / 2
+
+
+class HalvedOnTheWay(Own):
+    """Halves the gradient on its way into F."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x1, x2 = halves(x)
+        y1 = x1 + self.F(HalvedGradient.apply(x2))
+        return whole(y1, x2 + self.G(y1))
+
+
 class _BiasOfFirstSample(Function):
     @staticmethod
     def forward(ctx, x, bias):
@@ -198,6 +280,12 @@ def normed_by_hooks() -> nn.Sequential:
     return layers
 
 
+def negative(module: Scaling) -> Scaling:
+    """Return the module with log-scales below zero."""
+    nn.init.constant_(module.log_scale, -0.3)
+    return module
+
+
 FAULTS = [
     fault(
         "mask of another size",
@@ -236,6 +324,39 @@ FAULTS = [
         "the Jacobian",
     ),
     fault(
+        "log-determinant without its sign",
+        "its absolute value",
+        lambda: negative(ScalingBySize()),
+        "log_det",
+        "forward_log_det is",
+        "the Jacobian",
+    ),
+    fault(
+        "log-determinant of training alone",
+        "zero in eval mode",
+        lambda: ScalingInTraining().eval(),
+        "log_det",
+        "forward_log_det is",
+        "the Jacobian",
+    ),
+    fault(
+        "recursion from outputs, at zero",
+        "y_t - f(y_(t-1))",
+        lambda: keeping(CausalFromOutputs()),
+        "inverse",
+        FORTH + " after an optimiser step",
+        "right with the parameters as they start",
+        stores=True,
+    ),
+    fault(
+        "gradient halved on its way into F",
+        "in a function of its own",
+        HalvedOnTheWay,
+        "gradients",
+        DIFFERENCES,
+        "the gradient of the input is wrong",
+    ),
+    fault(
         "bias of the first sample",
         "in a function of its own",
         lambda: Own(Biased),
@@ -246,6 +367,8 @@ FAULTS = [
 ]
 HEALTHY = [
     Specimen("mask stored for the largest size", StripedMask),
+    Specimen("recursion from row to row", Causal),
+    Specimen("Cayley transform", Cayley),
     Specimen("momentum", Momentum),
     Specimen("spectrum", Spectrum, shape=(3, 4, 3, 5)),
     Specimen("rotation by the norm", Rotation),

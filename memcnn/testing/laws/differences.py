@@ -23,8 +23,12 @@ DIFFERENCES = "gradients = finite differences in float64"
 LIMIT = 1e-6
 AT_ONCE = LIMIT * FLOOR
 """Limit of the error along a direction of all tensors. A tensor that is right to it is right to ``LIMIT`` by itself."""
-STEPS = 1e-5, 1e-6, 1e-7
-"""Steps of central differences, relative to the largest entry; they are extrapolated from a step and its half."""
+STEPS = 1e-5, 1e-6, 1e-7, 1e-8
+"""Steps of central differences, relative to the largest entry; they are extrapolated from a step and its half.
+
+The shortest serves long chains, where all but the shortest steps carry one of many thousands of values over a kink."""
+MOST_WRONG = 16
+"""After so many tensors whose gradients differ from finite differences, the other ones are not compared."""
 ROUGH = 1e-3
 """Finite differences that disagree with themselves by more than this decide nothing."""
 ON_A_GRID = "values of an exact coupling are rounded to a grid, which has no derivative"
@@ -34,6 +38,10 @@ UNSTEADY = 1e-6
 """A loss that differs by more, relative to its size, between two evaluations of the same values has no derivative."""
 KINK = 1e-2
 """Slopes ahead and behind that differ by more are those of a kink: a curve's differ by about the step."""
+
+
+Differentiated = tuple[str, Tensor, Tensor | None]
+"""Name, value and gradient of a tensor that the loss depends on."""
 
 
 @dataclass(frozen=True)
@@ -220,9 +228,7 @@ def _at_a_kink(subject: Subject, found: Sequence[Comparison]) -> bool:
     return bool(differ) and (special or any(c.kink > KINK or c.kink >= c.error for c in differ))
 
 
-def _differentiated(
-    subject: Subject, outcome: Outcome
-) -> tuple[Callable[[], float], list[tuple[str, Tensor, Tensor | None]]]:
+def _differentiated(subject: Subject, outcome: Outcome) -> tuple[Callable[[], float], list[Differentiated]]:
     """Return the loss, and name, value and gradient of each tensor that it depends on."""
     module = subject.trained()
     buffers = [(b, b.clone()) for b in module.buffers()]
@@ -266,11 +272,15 @@ def _all_at_once(subject: Subject, outcome: Outcome) -> Result | None:
 
 
 def _along_random_steps(
-    loss: Callable[[], float], compared: Sequence[tuple[str, Tensor, Tensor | None]], generator: torch.Generator
+    loss: Callable[[], float],
+    compared: Sequence[Differentiated],
+    generator: torch.Generator,
+    least: float = 0.0,
 ) -> tuple[float, float]:
     """Return the error along random steps of all tensors, and the doubt about it, relative to the gradient's norm.
 
-    Steps are from 1 to 2 long, up or down. If all were equally long, the errors of two swapped entries could cancel.
+    Steps are from 1 to 2 long, up or down. If all were equally long, the errors of two swapped entries could cancel. A
+    norm below ``least`` counts as ``least``.
     """
 
     def drawn(x: Tensor) -> Tensor:
@@ -280,34 +290,70 @@ def _along_random_steps(
     steps = [drawn(x) for _, x, _ in compared]
     slope, doubt, _ = _slope(loss, [x for _, x, _ in compared], steps)
     predicted = sum((g * d).sum().item() for (_, _, g), d in zip(compared, steps, strict=True) if g is not None)
-    size = math.sqrt(sum(g.square().sum().item() for _, _, g in compared if g is not None)) or abs(slope) or 1.0
+    size = max(math.hypot(*map(_norm, compared)), least) or abs(slope) or 1.0
     return abs(predicted - slope) / size, doubt / size
 
 
+def _norm(of: Differentiated) -> float:
+    return 0.0 if of[2] is None else of[2].norm().item()
+
+
 def _compared(subject: Subject, outcome: Outcome) -> list[Comparison]:
+    """Compare tensors with finite differences: in groups, which are halved until they agree, and then one by one.
+
+    Of a group that agrees to what ``LIMIT`` is for its smallest gradient, every tensor agrees to ``LIMIT``. Groups that
+    agree are left out; if all do, one tensor is compared, so that the list is never empty.
+    """
     loss, compared = _differentiated(subject, outcome)
-    least = FLOOR * max((g.norm().item() for _, _, g in compared if g is not None), default=0.0)
+    least = FLOOR * max(map(_norm, compared), default=0.0)
     generator = torch.Generator().manual_seed(subject.seed)
-    found = []
-    for name, tensor, gradient in compared:
-        predicting = torch.zeros_like(tensor) if gradient is None else gradient
-        signs = torch.randint(2, tensor.shape, generator=generator, device="cpu").to(tensor) * 2 - 1
-        along = [predicting / predicting.abs().max()] if predicting.any() else []
-        slopes, errors, doubts, kinks = [], [0.0], [0.0], [0.0]
-        for direction in [signs, *along]:
-            slope, doubt, kink = _slope(loss, [tensor], [direction])
-            predicted = (predicting * direction).sum().item()
-            # along itself a gradient g has the slope |g|^2 / max|g|, far more than |g|
-            size = (
-                max(predicting.norm().item(), least, abs(slope) / max(1.0, direction.norm().item()), abs(predicted))
-                or 1.0
-            )
-            slopes.append((predicted, slope))
-            errors.append(abs(predicted - slope) / size)
-            doubts.append(doubt / size)
-            kinks.append(kink / size)
-        found.append(Comparison(name, gradient, slopes, max(errors), max(doubts), max(kinks)))
-    return found
+    found: list[Comparison] = []
+    waiting = [compared]
+    while waiting and sum(c.error > max(LIMIT, 2 * c.doubt) for c in found) < MOST_WRONG:
+        group = waiting.pop()
+        if len(group) == 1:
+            found.append(_compared_alone(loss, *group[0], least, generator))
+        elif len(group) == len(compared) or not _agree(loss, group, least, generator):
+            half = len(group) // 2
+            waiting += [group[half:], group[:half]]
+    return found or [_compared_alone(loss, *compared[0], least, generator)]
+
+
+def _agree(
+    loss: Callable[[], float], group: Sequence[Differentiated], least: float, generator: torch.Generator
+) -> bool:
+    """Return whether finite differences confirm a group of tensors along two random directions."""
+    norms = [_norm(one) for one in group]
+    limit = LIMIT * max(min(norms), least) / (max(math.hypot(*norms), least) or 1.0)
+    pairs = (_along_random_steps(loss, group, generator, least) for _ in range(2))
+    return all(error <= limit and doubt <= LIMIT for error, doubt in pairs)
+
+
+def _compared_alone(
+    loss: Callable[[], float],
+    name: str,
+    tensor: Tensor,
+    gradient: Tensor | None,
+    least: float,
+    generator: torch.Generator,
+) -> Comparison:
+    """Compare one gradient with finite differences along random signs, and along itself."""
+    predicting = torch.zeros_like(tensor) if gradient is None else gradient
+    signs = torch.randint(2, tensor.shape, generator=generator, device="cpu").to(tensor) * 2 - 1
+    along = [predicting / predicting.abs().max()] if predicting.any() else []
+    slopes, errors, doubts, kinks = [], [0.0], [0.0], [0.0]
+    for direction in [signs, *along]:
+        slope, doubt, kink = _slope(loss, [tensor], [direction])
+        predicted = (predicting * direction).sum().item()
+        # along itself a gradient g has the slope |g|^2 / max|g|, far more than |g|
+        size = (
+            max(predicting.norm().item(), least, abs(slope) / max(1.0, direction.norm().item()), abs(predicted)) or 1.0
+        )
+        slopes.append((predicted, slope))
+        errors.append(abs(predicted - slope) / size)
+        doubts.append(doubt / size)
+        kinks.append(kink / size)
+    return Comparison(name, gradient, slopes, max(errors), max(doubts), max(kinks))
 
 
 def _slope(

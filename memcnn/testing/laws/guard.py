@@ -28,12 +28,12 @@ def is_ours(error: BaseException) -> bool:
 
 def described(error: BaseException) -> str:
     """Return the exception in words, for "... raised X", with the last line of the block's own code that ran."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_of_library(Path(f.filename))]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_of_library(Path(f.filename))]
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{where}"
 
 
-def _is_of_library(path: Path) -> bool:
+def is_of_library(path: Path) -> bool:
     """Return whether the file is one of memcnn, torch or Python, as against the user's."""
     own = path.is_relative_to(TESTING.parent) or path.is_relative_to(STANDARD_LIBRARY)
     return own or "site-packages" in path.parts or not path.is_file()

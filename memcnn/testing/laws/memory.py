@@ -21,6 +21,11 @@ STATE_BYTES = 8192
 ENGINE_MAPS = 10
 """The number of outputs that plain backpropagation is taken to store for a block with an engine of its own."""
 
+DEPTHS = 4, 12
+DEPTHS_OF_CHAINS = 1, 3
+"""Numbers of copies of the module that are compared. A module that is a chain of many blocks is deep by itself."""
+MANY_BLOCKS = 16
+
 MakeChain = Callable[[int], nn.Module]
 """Makes a chain of a number of blocks."""
 
@@ -30,7 +35,7 @@ def check_memory(
     *inputs: Tensor,
     seed: int = 0,
     wrap: bool | None = None,
-    depths: tuple[int, int] = (4, 12),
+    depths: tuple[int, int] | None = None,
     chain: MakeChain | None = None,
     passes: int = 1,
     allowance: int | None = None,
@@ -46,13 +51,15 @@ def check_memory(
         inputs: one tensor.
         seed: of torch's generators.
         wrap: as for `check_gradients`.
-        depths: the two numbers of blocks that are compared.
+        depths: the two numbers of blocks that are compared. None for 4 and 12, or for 1 and 3 where the module itself
+            has 16 blocks or more.
         chain: makes a chain of a number of blocks, for an engine with a container of its own; by default copies of the
             module in a `ReversibleSequential`, or with ``wrap=False`` in an ``nn.Sequential``.
         passes: the number of backward passes; the graph is retained until the last.
         allowance: bytes that a further block may hold besides; None for those of its buffers and of generator states.
     """
     subject = Subject(module, inputs, seed, wrap)
+    depths = depths or (DEPTHS if subject.depth < MANY_BLOCKS or chain else DEPTHS_OF_CHAINS)
     claim = f"peak bytes at {depths[0]} and {depths[1]} blocks are the same"
     if len(inputs) != 1:
         return Report((Result("memory", claim, skipped="wants a module of one input to chain"),))

@@ -181,7 +181,7 @@ class Subject:
             try:
                 return as_tuple(function(*inputs))
             except SystemExit as error:
-                raise RuntimeError(f"the block called sys.exit({error.code!r})") from error
+                raise exited(error) from error
             except Exception as error:
                 vars(error)["raised_by_block"] = True
                 raise
@@ -224,8 +224,11 @@ class Subject:
     def differentiate(self, outputs: Sequence[Tensor], **options: Any) -> None:
         """Run the backward pass of the loss; nothing where nothing requires a gradient."""
         loss = self.loss(outputs)
-        if loss.requires_grad:
-            loss.backward(**options)
+        try:
+            if loss.requires_grad:
+                loss.backward(**options)
+        except SystemExit as error:  # of an inverse, which the engine calls
+            raise exited(error) from error
 
     def loss(self, outputs: Sequence[Tensor]) -> Tensor:
         """Return a scalar whose gradient differs from entry to entry of every output."""
@@ -240,6 +243,13 @@ class Subject:
 def reordered(x: Tensor) -> Tensor:
     """Return other values of the same range: the samples in reverse order, or the entries of a single sample."""
     return x.flip(0 if len(x) > 1 else tuple(range(x.dim()))) if x.dim() else x
+
+
+def exited(error: SystemExit) -> RuntimeError:
+    """Return an exit of the block as an exception that is marked as the block's."""
+    found = RuntimeError(f"the block called sys.exit({error.code!r})")
+    found.raised_by_block = True
+    return found
 
 
 def without_dropout(module: nn.Module) -> bool:

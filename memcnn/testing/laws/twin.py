@@ -8,6 +8,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,9 @@ FLOOR = 1e-3
 """A gradient that cancels to zero is compared at this fraction of the largest gradient."""
 STEP = 40503
 """Distance of the weights of neighbouring entries in the loss, in 65536ths: the golden ratio, so that they vary."""
+
+UNCHANGED = type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device
+"""Types whose values a copy of a module shares with it."""
 
 NamedTensors = Mapping[str, Tensor | None]
 
@@ -33,18 +38,52 @@ def plain_twin(module: nn.Module) -> nn.Module:
 
 
 def duplicate(module: nn.Module) -> nn.Module:
-    """Return ``copy.deepcopy(module)`` in about half the time.
+    """Return ``copy.deepcopy(module)`` in a fraction of the time.
 
-    Much of that time goes to the empty collections of hooks that every module has. The memo is given new ones.
-    It is also given copies of tensors that a pass has computed and left on the module, which torch does not copy.
+    Ordinary modules and their dictionaries are copied here, everything else by ``copy.deepcopy``. Tensors that a pass
+    has computed and left on the module, which torch does not copy, are copied without their graph.
     """
-    values = [value for part in module.modules() for value in vars(part).values()]
-    memo = {id(x): type(x)() for x in values if type(x) in (OrderedDict, dict, set) and not x}
-    for value in values:
-        for x in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(x, Tensor) and not x.is_leaf:
-                memo[id(x)] = x.detach().clone()
-    return copy.deepcopy(module, memo)
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for value in vars(part).values():
+            if type(value) in (Tensor, list, tuple, dict):
+                for x in value.values() if isinstance(value, dict) else [value] if type(value) is Tensor else value:
+                    if isinstance(x, Tensor) and not x.is_leaf:
+                        memo[id(x)] = x.detach().clone()
+    return _duplicate(module, memo)
+
+
+def _duplicate(x: Any, memo: dict[int, Any]) -> Any:
+    kind = type(x)
+    if kind in UNCHANGED:
+        return x
+    if id(x) in memo:
+        return memo[id(x)]
+    if isinstance(x, nn.Module) and _is_ordinary(kind):
+        memo[id(x)] = module = kind.__new__(kind)
+        vars(module).update({name: _duplicate(value, memo) for name, value in vars(x).items()})
+        return module
+    if kind in (dict, OrderedDict) and all(type(key) in UNCHANGED for key in x):
+        memo[id(x)] = values = kind()
+        for key, value in x.items():
+            values[key] = _duplicate(value, memo)
+        return values
+    if kind in (tuple, list, set) and all(type(value) in UNCHANGED for value in x):
+        memo[id(x)] = kind(x)
+        return memo[id(x)]
+    return copy.deepcopy(x, memo)
+
+
+@cache
+def _is_ordinary(kind: type) -> bool:
+    """Return whether modules of this class are copied attribute by attribute, as ``nn.Module`` is.
+
+    A ``__setstate__`` of this package or of torch's layers only reads what earlier versions wrote, except in RNNs.
+    """
+    names = ["__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__slots__"]
+    if issubclass(kind, nn.RNNBase) or not kind.__setstate__.__module__.startswith(("memcnn.", "torch.nn.modules.")):
+        names.append("__setstate__")
+    return all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in names)
 
 
 def is_wrapped(module: nn.Module) -> bool:
