@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from memcnn.engine.again import exchange
 from memcnn.engine.chain import Link, Value, dense, rebuild, rebuilding, restrided, thread_state
@@ -284,7 +284,7 @@ class DirectRun(Link):
         halves[changed] = self.part(halves[changed], h.detach()) if restores else None
         if not (reached or leaves):
             return []
-        edge = get_gradient_edge(h)
+        edge = GradientEdge(h.grad_fn, h.output_nr) if h.grad_fn is not None else get_gradient_edge(h)
         del h
         inputs = [b, *leaves] if reached else leaves
         del b

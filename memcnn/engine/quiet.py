@@ -24,7 +24,7 @@ changed.
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
-from operator import is_, itemgetter
+from operator import call, is_, itemgetter
 from typing import Any
 
 import torch
@@ -56,7 +56,6 @@ PARTS = (
     *("training", "_modules", "_parameters", "_buffers"),
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
 )
-_PARTS = itemgetter(*PARTS)
 _PLAIN_DEFINITIONS = frozenset(vars(type("Plain", (nn.Sequential,), {}))) | {
     *("__init__", "__annotations__", "__annotate_func__", "__annotations_cache__", "__firstlineno__"),
     "__static_attributes__",
@@ -66,9 +65,9 @@ _PLAIN_DEFINITIONS = frozenset(vars(type("Plain", (nn.Sequential,), {}))) | {
 Names = tuple[str, ...]
 Marks = list[tuple[bool, int, int]]
 
-_kinds: dict[type, tuple[int, Names, Callable | None, bool]] = {}
+_kinds: dict[type, tuple[int, Names, Callable, bool]] = {}
 """For each class seen: number of attributes of an instance (-1: it is not quiet), names of the watched attributes, what
-gets their values, and whether it is a BatchNorm."""
+gets ``PARTS`` and their values, and whether it is a BatchNorm."""
 
 _surveys: "weakref.WeakKeyDictionary[nn.Module, Survey]" = weakref.WeakKeyDictionary()
 """The last survey of each root."""
@@ -87,13 +86,12 @@ class Survey:
         containers: registry and children of each container.
         norms: attributes of each BatchNorm with running statistics, with registry, names and tensors of these.
         owned: registry, name and tensor of each parameter in turn.
-        watched: for each module with watched attributes, its attributes, their names, and what gets their values.
-        values: those values.
+        parts: for each module, the names of its watched attributes, and its ``PARTS`` and their values.
     """
 
     __slots__ = (
-        *("attributes", "containers", "hooks", "is_quiet", "lengths", "modules", "norms", "owned", "parts"),
-        *("registries", "sizes", "things", "types", "values", "watched"),
+        *("attributes", "containers", "empty", "filled", "getters", "is_quiet", "modules", "norms", "owned", "parts"),
+        *("sizes", "things", "types", "values"),
     )
 
     def __init__(self, root: nn.Module):
@@ -102,18 +100,17 @@ class Survey:
         self.containers: list[tuple[dict, list[nn.Module]]] = []
         self.norms: list[tuple[dict, dict, list[tuple[str, Tensor]]]] = []
         self.owned: list[Any] = []
-        self.watched: list[tuple[dict, Names, Callable]] = []
+        self.getters: list[Callable] = []
+        self.parts: list[tuple[Names, tuple]] = []
         self.is_quiet = self._note(root)
         # the same in flat lists, for ``is_unchanged``
         self.types = [type(module) for module in (root, *self.modules)]
         self.sizes = [*map(len, self.attributes)]
-        parts = [*map(_PARTS, self.attributes)]
-        self.parts = [*chain.from_iterable(parts)]
-        self.registries = [registry for part in parts for registry in part[1:4]]
-        self.hooks = [hooks for part in parts for hooks in part[4:]]
-        self.lengths = [*map(len, self.registries)]
-        self.things = [*chain.from_iterable(map(dict.values, self.registries))]
-        self.values = [get(own) for own, _, get in self.watched]
+        self.values = [value for _, values in self.parts for value in values]
+        registries = [registry for _, values in self.parts for registry in values[1 : len(PARTS)]]
+        self.empty = [registry for registry in registries if not registry]
+        self.filled = [registry for registry in registries if registry]
+        self.things = [*chain.from_iterable(map(dict.values, self.filled))]
 
     def _note(self, root: nn.Module) -> bool:
         """Note all modules of the tree. Return whether they are quiet; if not, stop at the first that is not."""
@@ -125,12 +122,13 @@ class Survey:
             size, names, get, is_norm = _kinds.get(type(module)) or _kind(module)
             if size != len(own):
                 return False
-            training, children, parameters, buffers, *hooks = _PARTS(own)
+            values = get(own)
+            training, children, parameters, buffers, *hooks = values[: len(PARTS)]
             if any(hooks):
                 return False
             self.attributes.append(own)
-            if get is not None:
-                self.watched.append((own, names, get))
+            self.getters.append(get)
+            self.parts.append((names, values))
             if children:
                 if id(children) in known:
                     return False  # a container that is shared, or that contains itself
@@ -160,11 +158,10 @@ class Survey:
             return (
                 all(map(is_, map(type, chain((root,), self.modules)), self.types))
                 and [*map(len, self.attributes)] == self.sizes
-                and all(map(is_, chain.from_iterable(map(_PARTS, self.attributes)), self.parts))
-                and not any(self.hooks)
-                and [*map(len, self.registries)] == self.lengths
-                and all(map(is_, chain.from_iterable(map(dict.values, self.registries)), self.things))
-                and [get(own) for own, _, get in self.watched] == self.values
+                and all(map(is_, chain.from_iterable(map(call, self.getters, self.attributes)), self.values))
+                and not any(self.empty)
+                and len(things := [*chain.from_iterable(map(dict.values, self.filled))]) == len(self.things)
+                and all(map(is_, things, self.things))
                 and (
                     marks is None
                     or [(p.requires_grad, p._version, p.untyped_storage()._cdata) for p in self.owned[2::3]] == marks
@@ -192,24 +189,24 @@ def quiet_container(kind: type[nn.Sequential]) -> type[nn.Sequential]:
 
     Such a class must draw no random numbers and set no attributes in its forward function.
     """
-    _kinds[kind] = BASE_ATTRIBUTES, (), None, False
+    _kinds[kind] = BASE_ATTRIBUTES, (), itemgetter(*PARTS), False
     return kind
 
 
 def _kind(module: nn.Module) -> tuple[int, Names, Callable | None, bool]:
     """Return the entry of the module's class in ``_kinds``, made if need be."""
     kind = type(module)
-    entry: tuple[int, Names, Callable | None, bool] = -1, (), None, False
+    entry: tuple[int, Names, Callable, bool] = -1, (), itemgetter(*PARTS), False
     if kind in QUIET:
         if (known := known_class(module)) is None:
             return entry  # this instance is not quiet, another one may be
         is_norm = kind in NORMS
         names = known[1] + (("track_running_stats",) if is_norm else ())
-        entry = known[0], names, itemgetter(*names) if names else None, is_norm
+        entry = known[0], names, itemgetter(*PARTS, *names), is_norm
     elif issubclass(kind, nn.Sequential):
         between = kind.__mro__[: kind.__mro__.index(nn.Sequential)]
         if all(vars(base).keys() <= _PLAIN_DEFINITIONS for base in between):
-            entry = BASE_ATTRIBUTES, (), None, False
+            entry = BASE_ATTRIBUTES, (), itemgetter(*PARTS), False
     _kinds[kind] = entry
     return entry
 
@@ -292,10 +289,11 @@ class QuietReplay:
         replay.modes.clear()
         for root, then, marks in zip(self.modules, self.surveys, self.marks, strict=True):
             modules = [root, *then.modules]
-            replay.modes += zip(modules, then.parts[:: len(PARTS)], strict=True)
+            replay.modes += [(module, values[0]) for module, (_, values) in zip(modules, then.parts, strict=True)]
             replay.attributes += [
-                (own, names, values if len(names) > 1 else (values,))
-                for (own, names, _), values in zip(then.watched, then.values, strict=True)
+                (own, names, values[len(PARTS) :])
+                for own, (names, values) in zip(then.attributes, then.parts, strict=True)
+                if names
             ]
             replay.children += then.containers
             for registry, name, p, (requires_grad, *identity) in zip(
