@@ -24,7 +24,7 @@ changed.
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
-from operator import call, is_, itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -155,10 +155,11 @@ class Survey:
     def is_unchanged(self, root: nn.Module, marks: Marks | None = None) -> bool:
         """Return whether a new survey of ``root`` would find the same and, if ``marks`` are given, those marks."""
         try:
+            values = [v for get, own in zip(self.getters, self.attributes, strict=True) for v in get(own)]
             return (
                 all(map(is_, map(type, chain((root,), self.modules)), self.types))
                 and [*map(len, self.attributes)] == self.sizes
-                and all(map(is_, chain.from_iterable(map(call, self.getters, self.attributes)), self.values))
+                and all(map(is_, values, self.values))
                 and not any(self.empty)
                 and len(things := [*chain.from_iterable(map(dict.values, self.filled))]) == len(self.things)
                 and all(map(is_, things, self.things))

@@ -248,7 +248,7 @@ def reordered(x: Tensor) -> Tensor:
 def exited(error: SystemExit) -> RuntimeError:
     """Return an exit of the block as an exception that is marked as the block's."""
     found = RuntimeError(f"the block called sys.exit({error.code!r})")
-    found.raised_by_block = True
+    vars(found)["raised_by_block"] = True
     return found
 
 

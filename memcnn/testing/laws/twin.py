@@ -54,7 +54,7 @@ def duplicate(module: nn.Module) -> nn.Module:
 
 
 def _duplicate(x: Any, memo: dict[int, Any]) -> Any:
-    kind = type(x)
+    kind: Any = type(x)
     if kind in UNCHANGED:
         return x
     if id(x) in memo:
@@ -75,7 +75,7 @@ def _duplicate(x: Any, memo: dict[int, Any]) -> Any:
 
 
 @cache
-def _is_ordinary(kind: type) -> bool:
+def _is_ordinary(kind: Any) -> bool:
     """Return whether modules of this class are copied attribute by attribute, as ``nn.Module`` is.
 
     A ``__setstate__`` of this package or of torch's layers only reads what earlier versions wrote, except in RNNs.
