@@ -182,7 +182,7 @@ class _Elements(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns):
+        if not func.is_view:
             self.elements += sum(t.numel() for t in tree_leaves(result) if isinstance(t, Tensor))
         return result
 
