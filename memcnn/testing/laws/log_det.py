@@ -1,6 +1,7 @@
 """The law of the log-determinant: a flow reports that of its Jacobian, and its two directions cancel."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,8 @@ point."""
 METHODS = "forward_log_det", "inverse_log_det"
 LARGEST_SAMPLE = 1024
 """Entries of a sample, or of a batch whose samples mix, beyond which no Jacobian is computed."""
+ROWS_AT_ONCE = 128
+"""Number of rows of a Jacobian that one backward pass computes."""
 
 
 def check_log_det(module: nn.Module, *inputs: Tensor, seed: int = 0, finite_differences: bool = True) -> Report:
@@ -139,8 +142,8 @@ def _of_batch(claim: str, subject: Subject, method: str, values: Tensor, prepare
     module, x = _prepared(subject, prepare, plain=True), values.detach().clone().requires_grad_()
     with subject.seeded():
         y = getattr(module, method)(x)[0].flatten()
-    rows = [torch.autograd.grad(entry, x, retain_graph=True)[0].flatten() for entry in y.unbind()]
-    return _compared(claim, subject, method, reported, torch.stack(rows)[None])
+    rows = gradients_of_each(y, x, batched=subject.plain() is not None).flatten(1)
+    return _compared(claim, subject, method, reported, rows[None])
 
 
 def _compared(claim: str, subject: Subject, method: str, reported: Tensor, jacobians: Tensor) -> Result:
@@ -250,8 +253,31 @@ def _jacobians_of_samples(subject: Subject, method: str, values: Tensor, prepare
         y = getattr(module, method)(x)[0].flatten(1)
     if y.shape != x.flatten(1).shape:
         raise ValueError(f"an output of {y.shape[1]} entries a sample for an input of {x[0].numel()}")
-    rows = [torch.autograd.grad(entry.sum(), x, retain_graph=True)[0].flatten(1) for entry in y.unbind(1)]
-    return torch.stack(rows, 1)
+    return gradients_of_each(y.sum(0), x, batched=subject.plain() is not None).flatten(2).movedim(0, 1)
+
+
+def gradients_of_each(entries: Tensor, x: Tensor, *, batched: bool) -> Tensor:
+    """Return the gradient with respect to x of each entry of a vector, shape (number of entries, *x.shape).
+
+    Args:
+        entries: the vector.
+        x: what it was computed from.
+        batched: compute ``ROWS_AT_ONCE`` gradients in one backward pass, where all operators allow that. Not for a
+            graph of somebody else's backward functions, which may count their calls.
+    """
+    if batched:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about operators that are computed one by one
+                return torch.cat(
+                    [
+                        torch.autograd.grad(entries, x, basis, retain_graph=True, is_grads_batched=True)[0]
+                        for basis in torch.eye(len(entries), dtype=x.dtype, device=x.device).split(ROWS_AT_ONCE)
+                    ]
+                )
+        except RuntimeError:
+            pass  # an operator cannot be computed for several gradients at once
+    return torch.stack([torch.autograd.grad(entry, x, retain_graph=True)[0] for entry in entries.unbind()])
 
 
 def _numbers(values: Tensor) -> str:
