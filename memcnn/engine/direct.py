@@ -163,7 +163,7 @@ class DirectRun(Link):
         self.strides: list[tuple[int, ...]] = []
         """For each step, the strides of the tensor that its branch was evaluated on."""
         self.gradients: dict[int, list[Tensor]] = {}
-        """Of y1 and y2, by the number of the backward pass that has reached the run."""
+        """The gradients of y1 and y2. The key is the number of the backward pass that computed them."""
         self.packed = 0
         """How many tensors ``RunStart`` has saved."""
         self.unpacked: Sequence[Tensor] = ()
@@ -212,7 +212,7 @@ class DirectRun(Link):
     def differentiate_twice(self, wanted: Sequence[bool], starts: Sequence[Tensor]) -> list[Tensor | None]:
         """Do the same with a graph. ``starts`` are the rebuilt x1 and x2, with their places in the outer graph."""
         again = self.replay.again()
-        with again:
+        with rebuilding, again:
             leaves = [x.view_as(x) for x in (*starts, *self.parameters)]
             self._exchange(leaves[2:], again.undo)
             halves = leaves[:2]
@@ -330,7 +330,7 @@ class DirectRun(Link):
 
     @never_compiled_within
     def _unpack(self, number: int) -> Tensor:
-        """Return the rebuilt x1 or x2, to which autograd gives its place in the outer graph."""
+        """Return the rebuilt x1 or x2. Autograd connects it to the node that computed it in the forward pass."""
         return (self.unpacked or self.starts())[number]
 
     def starts(self) -> Sequence[Tensor]:

@@ -1,4 +1,4 @@
-"""The two sums that additive steps consist of. They are functions, so that a step can be recognised by them."""
+"""The sum and the difference of which additive couplings consist."""
 
 from torch import Tensor
 

@@ -91,7 +91,7 @@ _is_wanted: Callable[[Node], bool] = torch._C._will_engine_execute_node
 def _is_asked_for(node: Node) -> bool:
     try:
         return _is_wanted(node)
-    except RuntimeError:  # it does not answer for a leaf of which ``autograd.grad`` returns the gradient
+    except RuntimeError:  # PyTorch raises this for a leaf whose gradient ``autograd.grad`` returns
         return True
 
 
@@ -99,8 +99,8 @@ def gradients_of(edge: GradientEdge, gradient: Tensor, inputs: Sequence[Tensor])
     """Return the gradients of ``inputs``, given that of the tensor at ``edge``: a fast ``torch.autograd.grad``.
 
     The gradient may be of a larger shape or another dtype than that tensor, which was broadcast or cast. The pass frees
-    the graph. PyTorch's own function also hands settings of the compiler to other threads, and logs: a tenth of the
-    time of a small layer.
+    the graph. PyTorch's own function also logs and hands the compiler's settings to other threads, which these graphs
+    do not need.
     """
     return Variable._execution_engine.run_backward(
         (edge,), (gradient,), False, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False

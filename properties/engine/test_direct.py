@@ -78,8 +78,8 @@ def exact() -> nn.Module:
     return InvertibleModuleWrapper(AdditiveCoupling(quiet_branch(), exact=True)).double()
 
 
-def with_another_reader() -> nn.Module:
-    """A coupling whose own ``couple`` uses a half between the steps."""
+def with_their_own_couple() -> nn.Module:
+    """Couplings that define ``couple`` themselves, so that their steps are not joined with those of others."""
 
     class Scaled(AdditiveCoupling):
         def couple(self, x1: Tensor, x2: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def with_another_reader() -> nn.Module:
         (chain, 2),
         (lambda: ReversibleSequential(*chain()), 1),
         (lambda: ReversibleSequential(*chain(LONGEST_RUN + 1)), 2),
-        (with_another_reader, 2),
+        (with_their_own_couple, 2),
         (with_dropout, 0),
         (with_gradients, 0),
         (with_backward_hooks, 0),
