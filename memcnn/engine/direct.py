@@ -149,7 +149,7 @@ class DirectRun(Link):
         super().__init__(targets)
         self.steps, self.replay = steps, replay
         self.join, self.part = (minus, plus) if subtract else (plus, minus)
-        # a cast weight without a graph must not be found by a later evaluation with a graph
+        # without a cache, since autocast would keep the cast weights of the whole run
         replay.autocast = [(kind, dtype, enabled, False) for kind, dtype, enabled, _ in replay.autocast]
         trained = [
             [p for p, (requires_grad, _, _) in zip(found.owned[2::3], marks, strict=True) if requires_grad]
@@ -178,6 +178,7 @@ class DirectRun(Link):
 
     def evaluate(self, halves: list[Tensor]) -> None:
         """Replace x1 and x2 in ``halves`` by y1 and y2."""
+        # autocast would keep the cast weights of all branches until its context ends
         caches = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:

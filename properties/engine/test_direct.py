@@ -167,6 +167,15 @@ def test_the_direct_way_needs_no_more_bytes(make, autocast):
     assert direct <= ordinary
 
 
+def test_a_forward_pass_under_autocast_keeps_no_cast_weights():
+    module, x = ReversibleSequential(*chain(3)).float(), images(dtype=torch.float32)
+    with TensorMeter() as meter, torch.autocast(x.device.type, torch.bfloat16):
+        y = module(x)
+        left = meter.current_bytes
+    assert number_of_direct_runs(y) == 1
+    assert left == meter.current_bytes, "the cache held weights until its context ended"
+
+
 def register_before(module: nn.Module, register: Callable) -> Callable:
     register(module)
     return lambda: None
