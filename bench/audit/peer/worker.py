@@ -56,8 +56,9 @@ class Contender:
         return {}
 
     def step(self, repeat: int = 1) -> dict:
-        """Return the seconds of each of ``repeat`` training steps."""
-        return {"seconds": [self._timed() for _ in range(repeat)]}
+        """Return the seconds of each of ``repeat`` training steps, and those that the processor spent on them."""
+        seconds, cpu_seconds = zip(*(self._timed() for _ in range(repeat)), strict=True)
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds}
 
     def memory(self) -> dict:
         """Return the peak bytes of a step, without parameters, input and output gradient, with all other gradients."""
@@ -70,11 +71,11 @@ class Contender:
             self._fresh_step()()
         return {"flops": work.flops}
 
-    def _timed(self) -> float:
+    def _timed(self) -> tuple[float, float]:
         run = self._fresh_step()
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         run()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - cpu_start
 
     def _fresh_step(self):
         """Return a function that runs forward and backward on a new leaf, without earlier gradients."""
