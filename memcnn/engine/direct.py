@@ -49,7 +49,7 @@ from memcnn.engine.chain import Link, Value, dense, rebuild, rebuilding, restrid
 from memcnn.engine.couple import misfit
 from memcnn.engine.drift import SAMPLED, Evaluations, evaluations
 from memcnn.engine.identity import modified_input
-from memcnn.engine.quiet import Marks, QuietReplay, Snapshot, last_snapshot, snapshot
+from memcnn.engine.quiet import Marks, QuietReplay, Snapshot, snapshot
 from memcnn.engine.retained import start_link
 from memcnn.engine.sums import minus, plus
 from memcnn.engine.torch_private import (
@@ -116,8 +116,8 @@ def _replay_of(steps: Sequence[Sum], halves: Sequence[Tensor], options: dict) ->
     ):
         return None
     branches = [branch for branch, _ in steps]
-    last = last_snapshot(branches)  # sooner found than a new one
-    if last is not None and any(p.grad is not None for p in last.parameters):
+    first = next(branches[0].parameters(), None)
+    if first is not None and first.grad is not None:  # as a rule all others have one too
         return None
     if len({*branches}) < len(branches) or (found := snapshot(branches)) is None:
         return None

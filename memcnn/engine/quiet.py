@@ -202,12 +202,6 @@ class Snapshot:
             return False
 
 
-def last_snapshot(roots: Sequence[nn.Module]) -> Snapshot | None:
-    """Return the snapshot that was kept for the first of the trees. It may be out of date."""
-    last = _snapshots.get(roots[0], {}).get(len(roots) > 1)
-    return last if isinstance(last, Snapshot) else None
-
-
 def snapshot(roots: Sequence[nn.Module]) -> Snapshot | None:
     """Return the snapshot of module trees as they are now, or None if one of them is not quiet."""
     if (kept := _snapshots.get(roots[0])) is None:
