@@ -49,7 +49,7 @@ from memcnn.engine.chain import Link, Value, dense, rebuild, rebuilding, restrid
 from memcnn.engine.couple import misfit
 from memcnn.engine.drift import SAMPLED, Evaluations, evaluations
 from memcnn.engine.identity import modified_input
-from memcnn.engine.quiet import Marks, QuietReplay, Snapshot, snapshot
+from memcnn.engine.quiet import Marks, QuietReplay, Snapshot, bare_layers, snapshot
 from memcnn.engine.retained import start_link
 from memcnn.engine.sums import minus, plus
 from memcnn.engine.torch_private import (
@@ -141,6 +141,10 @@ class Plan:
 
     def __init__(self, branches: Sequence[nn.Module]):
         self.evaluations = [evaluations.setdefault(branch, Evaluations()) for branch in branches]
+        self.first = [bare_layers(branch, tracking=True) for branch in branches]
+        """For each step, the layers of its branch as the first evaluation needs them."""
+        self.again = [bare_layers(branch, tracking=False) for branch in branches]
+        """For each step, the layers of its branch as the second evaluation needs them."""
         self.required: list[bool] | None = None
         self.parameters: list[Tensor] = []
         """The trained parameters of all branches."""
@@ -178,7 +182,7 @@ class DirectRun(Link):
         replay.autocast = [(kind, dtype, enabled, False) for kind, dtype, enabled, _ in replay.autocast]
         plan: Plan = replay.found.plan
         plan.choose(replay.found, replay.marks)
-        self.parameters, self.trained = plan.parameters, plan.trained
+        self.plan, self.parameters, self.trained = plan, plan.parameters, plan.trained
         self.strides: list[tuple[int, ...]] = []
         """For each step, the strides of the tensor that its branch was evaluated on."""
         self.gradients: dict[int, list[Tensor]] = {}
@@ -201,10 +205,14 @@ class DirectRun(Link):
         caches = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:
-            for branch, changed in self.steps:
+            for (branch, changed), layers in zip(self.steps, self.plan.first, strict=True):
                 a, b = halves[changed], dense(halves[1 - changed])
                 version = b._version
-                out = self.join(a, branch(b))
+                h = b
+                for layer in layers:
+                    h = layer.forward(h)
+                out = self.join(a, h)
+                del h
                 if b._version != version:
                     raise modified_input(type(branch).__name__)
                 if out.shape != a.shape or out.dtype != a.dtype:
@@ -269,7 +277,7 @@ class DirectRun(Link):
         found: list[Tensor | None] = [None] * len(self.parameters)
         again = self.replay.again()
         with again, torch.set_grad_enabled(any(wanted)):
-            leaves = self._leaves(again.undo)
+            leaves, branches = self._leaves(again.undo)
             halves: list[Tensor | None] = [value.read() for value in self.sources]
             if frees:
                 for value in self.sources:  # whoever waits for the run holds them
@@ -277,7 +285,7 @@ class DirectRun(Link):
                 self.sources = ()
             for i, (reached, own) in reversed([*enumerate(self._asked(wanted))]):
                 restores = i > 0 or not any(wanted) or self.targets[self.steps[i].changed]() is not None
-                new = self._take_back(i, halves, gradients, reached, [leaves[n] for n in own], restores)
+                new = self._take_back(i, branches[i], halves, gradients, [leaves[n] for n in own], reached, restores)
                 for n in reversed(own):
                     if (gradient := new.pop()) is not None:  # else a branch does not use this parameter
                         found[n] = gradient if found[n] is None else found[n] + gradient
@@ -287,20 +295,23 @@ class DirectRun(Link):
     def _take_back(
         self,
         i: int,
+        layers: Sequence[nn.Module],
         halves: list[Tensor | None],
         gradients: list[Tensor],
-        reached: bool,
         leaves: list[Tensor],
+        reached: bool,
         restores: bool,
     ) -> list[Tensor]:
         """Take step ``i`` back, and return the gradients of ``leaves``. ``halves`` and ``gradients`` are changed.
 
         Nothing is held longer than it is needed, which decides how many bytes a backward pass needs.
         """
-        branch, changed = self.steps[i]
+        changed = self.steps[i].changed
         halves[1 - changed] = restrided(halves[1 - changed], self.strides[i])
         b = halves[1 - changed].detach().requires_grad_(reached)
-        h = branch(b)
+        h = b
+        for layer in layers:
+            h = layer.forward(h)
         halves[changed] = self.part(halves[changed], h.detach()) if restores else None
         if not (reached or leaves):
             return []
@@ -325,13 +336,13 @@ class DirectRun(Link):
             reached[changed] = reached[changed] or reached[1 - changed] or bool(own)
         return asked
 
-    def _leaves(self, undo: list[tuple]) -> Sequence[Tensor]:
-        """Return the tensors that stand for the parameters in the second evaluation: as a rule they themselves."""
+    def _leaves(self, undo: list[tuple]) -> tuple[Sequence[Tensor], Sequence[Sequence[nn.Module]]]:
+        """Return the parameters of the second evaluation, as a rule those of the first, and the layers of each step."""
         if self.replay.changed is None and not backward_hooks_run(self.parameters):
-            return self.parameters
+            return self.parameters, self.plan.again
         leaves = [p.detach().requires_grad_() for p in self.parameters]
         self._exchange(leaves, undo)
-        return leaves
+        return leaves, [[branch] for branch, _ in self.steps]
 
     def _exchange(self, stand_ins: Sequence[Tensor], undo: list[tuple]) -> None:
         """Register stand-ins in place of the parameters. ``undo`` receives the calls that put them back."""
