@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from bench.cases import Branch, Checkpointed, step_on
 from bench.small_tensors import spread
+from bench.tables import add_csv_option, markdown, publish
 from memcnn import AdditiveCoupling, ReversibleSequential, cli
 from memcnn.memory import allocator_peak_bytes, measure_step_memory, tensor_peak_bytes
 from memcnn.memory.tensors import storages_of
@@ -254,9 +255,7 @@ def measure(makers: Sequence[tuple[str, Callable[[], nn.Module]]], x: Tensor, ro
 
 
 def _print_prices(rows: pd.DataFrame, csv: Path | None) -> int:
-    if csv is not None:
-        rows.to_csv(csv, index=False)
-    print(prices_table(rows).to_markdown(index=False, disable_numparse=True))
+    publish(rows, prices_table(rows), csv)
     agreement = rows["estimated cost / byte"].corr(rows["measured ns / byte"], method="spearman")
     print(f"\nRank correlation of estimated and measured: {agreement:.2f}")
     return 0
@@ -270,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--unequal", action="store_true", help="12 blocks of three kinds, nothing compiled")
     parser.add_argument("--prices", action="store_true", help="compare estimated with measured times, and nothing else")
     parser.add_argument("--peers", type=cli.input_folder, metavar="FOLDER", help="where pip installed ckptplan")
-    parser.add_argument("--csv", type=cli.output_file, metavar="FILE", help="write the table there, too")
+    add_csv_option(parser)
     args = parser.parse_args(arguments)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop
     torch.set_num_threads(1)
@@ -290,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for column in ("tensors, bytes", "allocator, bytes"):
         table[column] = ["" if pd.isna(size) else f"{int(size):,}" for size in table[column]]
     print(f"{depth} blocks on {tuple(x.shape)}, median [quartiles] of {rounds} interleaved rounds.\n")
-    print(table.to_markdown(index=False, disable_numparse=True))
+    print(markdown(table))
     for name, reason in failures:
         print(f"\nleft out: {name}: {reason}")
     return 1 if failures else 0

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.reference import residual_function
+from bench.tables import add_csv_option, publish
 from memcnn import cli
 from memcnn.engine.exact import Grid
 from memcnn.models.momentum import MomentumNet
@@ -101,13 +102,11 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; return 0."""
     parser = cli.parser_from("bench.grids", __doc__, whole=True)
-    parser.add_argument("--csv", type=cli.output_file, metavar="FILE", help="write the rows there, too")
+    add_csv_option(parser)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = compare(torch.randn(8, WIDTH, 16, 16, generator=torch.Generator().manual_seed(1)))
-    if args.csv is not None:
-        rows.to_csv(args.csv, index=False)
-    print(table(rows).to_markdown(index=False, disable_numparse=True))
+    publish(rows, table(rows), args.csv)
     return 0
 
 

@@ -23,6 +23,7 @@ import pandas as pd
 from torch import nn
 
 from bench.reference import Field
+from bench.tables import add_csv_option, publish
 from memcnn import ReversibleSequential, cli
 from memcnn.models.glow import Glow, glow_cifar
 from memcnn.models.irevnet import IRevNet, irevnet_bijective, irevnet_injective
@@ -190,12 +191,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Verify and print; return 0, or 1 if a law does not hold."""
     parser = cli.parser_from("bench.network_laws", __doc__, whole=True)
     parser.add_argument("--only", nargs="+", choices=vars(targets), default=list(vars(targets)), help="default: all")
-    parser.add_argument("--csv", type=cli.output_file, metavar="FILE", help="write the rows there, too")
+    add_csv_option(parser)
     args = parser.parse_args(arguments)
     rows = pd.DataFrame([row for name in args.only for row in verified(name)])
-    if args.csv is not None:
-        rows.to_csv(args.csv, index=False)
-    print(table(rows).to_markdown(index=False, disable_numparse=True))
+    publish(rows, table(rows), args.csv)
     return cli.FAILED if (rows["verdict"] == "FAIL").any() else cli.DONE
 
 

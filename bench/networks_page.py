@@ -29,6 +29,7 @@ from bench import grids, network_laws, reference_peers, volumes
 from bench.budget import prices_table
 from bench.cases import THREE
 from bench.figures import STYLES, save
+from bench.tables import markdown
 from memcnn.training.files import write_by_rename
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,7 +167,7 @@ def with_table(page: str, name: str, table: pd.DataFrame) -> str:
     Raises:
         ValueError: the page does not have the marks exactly once.
     """
-    text = f"<!-- {name} -->\n\n{table.to_markdown(index=False, disable_numparse=True)}\n\n<!-- end -->"
+    text = f"<!-- {name} -->\n\n{markdown(table)}\n\n<!-- end -->"
     page, count = re.subn(rf"<!-- {name} -->.*?<!-- end -->", lambda _: text, page, flags=re.DOTALL)
     if count != 1:
         raise ValueError(f"the page has the marks of the table {name!r} {count} times; wanted once: "

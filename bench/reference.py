@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bench.cases import THREE, Case, Step
+from bench.tables import add_csv_option
 from memcnn import ReversibleSequential, cli
 from memcnn.memory import measure_step_memory
 from memcnn.models.glow import Glow
@@ -207,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = cli.parser_from("bench.reference", __doc__, whole=True)
     parser.add_argument("--networks", nargs="+", choices=MAKERS, default=list(MAKERS), help="default: all")
     parser.add_argument("--depths", nargs="+", type=cli.count, default=[8, 32, 128], help="blocks (8 32 128)")
-    parser.add_argument("--csv", type=cli.output_file, metavar="FILE", help="write the bytes there, too")
+    add_csv_option(parser)
     parser.add_argument("--time", action="store_true", help="also measure time, relative to plain")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)

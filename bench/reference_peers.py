@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bench.reference_pairs import INPUTS, PAIRS, Contender
 from bench.small_tensors import spread
+from bench.tables import add_csv_option, publish
 from memcnn import cli
 from memcnn.memory import measure_step_memory, tensor_peak_bytes
 from memcnn.testing.tolerances import relative_error
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=cli.input_folder, help="where pip installed the peers")
     parser.add_argument("--only", nargs="+", choices=PAIRS, default=list(PAIRS), help="default: all")
     parser.add_argument("--rounds", type=cli.count, default=9, help="rounds of steps that take turns (%(default)s)")
-    parser.add_argument("--csv", type=cli.output_file, metavar="FILE", help="write the rows there, too")
+    add_csv_option(parser)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     sys.path.append(str(args.folder))
@@ -128,10 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failures += failed
         print(f"{pair}: done", file=sys.stderr, flush=True)
     frame = pd.DataFrame(rows)
-    if args.csv is not None:
-        frame.to_csv(args.csv, index=False)
     if rows:
-        print(table(frame).to_markdown(index=False, disable_numparse=True))
+        publish(frame, table(frame), args.csv)
     for name, reason in failures:
         print(f"\nleft out: {name}: {reason}")
     return 1 if failures else 0

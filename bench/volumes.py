@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bench.cases import THREE
 from bench.reference import as_subject
+from bench.tables import add_csv_option, publish
 from memcnn import cli
 from memcnn.memory import largest_that_fits, predict_step_memory
 from memcnn.models.reversible_unet import ReversibleUNet
@@ -92,14 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gib", type=cli.number, default=24.0, help="memory of the card (%(default)s)")
     parser.add_argument("--reserve", type=cli.number, default=2.0, help="left for context and kernels (%(default)s)")
     parser.add_argument("--blocks", type=cli.count, nargs="+", default=[2, 8], help="blocks a stage (2 8)")
-    parser.add_argument("--csv", type=cli.output_file, metavar="FILE", help="write the rows there, too")
+    add_csv_option(parser)
     args = parser.parse_args(arguments)
     if not 0 <= args.reserve < args.gib:
         parser.error(f"--reserve: got {args.reserve:g} GiB of {args.gib:g}, wanted at least 0 and less than --gib")
     rows = largest(args.gib, args.reserve, args.blocks)
-    if args.csv is not None:
-        rows.to_csv(args.csv, index=False)
-    print(table(rows).to_markdown(index=False, disable_numparse=True))
+    publish(rows, table(rows), args.csv)
     return 0
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from bench.tables import markdown
 from memcnn.models.resnet import MODELS
 from memcnn.training.files import write_by_rename
 
@@ -132,8 +133,3 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
 def interval(middle: float, low: float, high: float, digits: int) -> str:
     """Return median and quartiles as text, such as "829 (817 to 863)"."""
     return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """Return a table of text as Markdown."""
-    return table.to_markdown(index=False, disable_numparse=True)
