@@ -119,7 +119,7 @@ def _pytest_options(args: argparse.Namespace, result: Path) -> list[str]:
 
 
 def _show(args: argparse.Namespace, result: Path, device: torch.device) -> None:
-    """Print the tables of a result, and write its report where one is due."""
+    """Print the tables of a result, and write its report if the command line asks for one."""
     results = load(result)
     print(summary.render(results))
     if warning := report.busy(results):
@@ -139,7 +139,7 @@ def _default_report(args: argparse.Namespace, result: Path, device: torch.device
 
 
 def _shown(folder: Path) -> str:
-    """Return the folder as seen from the repository, whose place on this machine concerns nobody."""
+    """Return the folder relative to the repository if it lies there, so that the report names no path of a machine."""
     root = HERE.parent
     return str(folder.resolve().relative_to(root) if folder.resolve().is_relative_to(root) else folder)
 

@@ -1,8 +1,8 @@
 """Your own block in the benchmark: ``python -m bench --block package.module:factory --shape 8,64,32,32``.
 
-The factory is called once for each block of a chain. A chain of blocks runs as the blocks are wrapped, beside its plain
-twin, a checkpoint for each block and a ``ReversibleSequential``. The cases belong to the series "depth", so tables,
-figures and the page are those of the project's own chains.
+The factory is called once for each block of a chain. Four chains of the blocks are compared: wrapped one by one, under
+plain autograd, with a checkpoint for each block, and as a ``ReversibleSequential``. The cases belong to the series
+"depth", so tables, figures and the page are those of the project's own chains.
 """
 
 import importlib
@@ -26,32 +26,13 @@ DEPTHS = (1, 4, 8, 16)
 WANTED = "package.module:factory or path/to/file.py:factory"
 
 
-def plain(blocks: Sequence[nn.Module]) -> nn.Module:
-    """Return the chain of the blocks' plain twins, under ordinary autograd."""
-    return nn.Sequential(*map(plain_twin, blocks))
-
-
-def checkpointed(blocks: Sequence[nn.Module]) -> nn.Module:
-    """Return the chain of the blocks' plain twins with a checkpoint for each block."""
-    return Checkpointed(*map(plain_twin, blocks))
-
-
-def wrapped(blocks: Sequence[nn.Module]) -> nn.Module:
-    """Return the chain of the blocks as they are wrapped."""
-    return nn.Sequential(*blocks)
-
-
-def reversible(blocks: Sequence[nn.Module]) -> nn.Module:
-    """Return the chain as a ``ReversibleSequential``."""
-    return ReversibleSequential(*blocks)
-
-
 SUBJECTS: dict[str, Callable[[Sequence[nn.Module]], nn.Module]] = {
-    "plain": plain,
-    "checkpoint": checkpointed,
-    "wrapped": wrapped,
-    "reversible": reversible,
+    "plain": lambda blocks: nn.Sequential(*map(plain_twin, blocks)),
+    "checkpoint": lambda blocks: Checkpointed(*map(plain_twin, blocks)),
+    "wrapped": lambda blocks: nn.Sequential(*blocks),
+    "reversible": lambda blocks: ReversibleSequential(*blocks),
 }
+"""Functions that build a chain from a user's wrapped blocks."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +85,10 @@ class Block(Case):
 
 
 def cases(target: str, shape: tuple[int, ...], depths: Sequence[int]) -> list[Block]:
-    """Return the cases of a block: every subject that can run it, at every depth."""
+    """Return the cases of a block: every subject that is possible with it, at every depth."""
     subjects = dict(SUBJECTS)
     try:
-        reversible([made(target)])
+        ReversibleSequential(made(target))
     except TypeError:  # it contains wrapped modules, but has no inverse of its own
         del subjects["reversible"]
     return [Block("depth", subject, depth, target, shape) for depth in sorted(set(depths)) for subject in subjects]
@@ -152,7 +133,7 @@ def made(target: str) -> nn.Module:
     """Return a new block, wrapped in ``InvertibleModuleWrapper`` unless it contains one.
 
     Raises:
-        Misuse: the target makes no invertible module.
+        Misuse: the target does not make an invertible module.
     """
     try:
         block = factory(target)()

@@ -4,9 +4,9 @@
     python -m bench.volumes --gib 80 --blocks 4
 
 The network is ``ReversibleUNet(4, 3, (32, 64, 128), blocks, dims=3)`` in float32: four modalities, three classes. The
-step has a batch of one, cross-entropy and SGD with momentum, as ``memcnn.memory.predict_step_memory`` predicts it: all
-tensors, in the blocks of CUDA's allocator. The reserve is for what it does not see: the CUDA context and the scratch
-memory of kernels. Sides are multiples of 4. Prints Markdown.
+step has a batch of one, cross-entropy and SGD with momentum. ``memcnn.memory.predict_step_memory`` predicts the bytes
+of all its tensors, in the blocks of CUDA's allocator. The reserve is for the CUDA context and the scratch memory of
+kernels, which are not predicted. Sides are multiples of 4. Prints Markdown.
 """
 
 import sys
@@ -41,7 +41,7 @@ def peak_bytes(subject: str, blocks: int, side: int) -> int:
 
 
 def largest(gib: float, reserve: float, blocks: Iterable[int]) -> pd.DataFrame:
-    """Return a row for each way to train and number of blocks: the largest side, its peak, and that of the next."""
+    """Return a row for each subject and number of blocks: the largest side, its peak, and the peak of the next side."""
     rows = []
     for count in blocks:
         for subject in THREE:

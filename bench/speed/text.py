@@ -7,6 +7,7 @@ import pandas as pd
 from bench.tables import markdown
 from memcnn.models.resnet import MODELS
 from memcnn.training.files import write_by_rename
+from reports.cells import DASH
 
 ROWS, TRIES, PAGE = "speed.csv", "tries.csv", "speed.md"
 KEYS = ["network", "execution", "group", "batch"]
@@ -15,7 +16,6 @@ COLUMNS = (
     "floor_ms", "gflop_per_second", "gb_per_second", "device_type", "device", "threads", "clock", "torch", "cuda",
     "cudnn", "python", "commit", "clean", "date",
 )  # fmt: skip
-DASH = "\N{EM DASH}"
 
 
 def read(folder: Path) -> pd.DataFrame:
