@@ -1,4 +1,4 @@
-"""The reversible language model: it looks at no later token, ties its embeddings, and generates with a cache."""
+"""The reversible language model is causal, ties its embeddings, and generates with a key-value cache."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def small(depth: int = 2, **options) -> ReversibleLM:
 
 
 class OfEmbeddings(nn.Module):
-    """The network from the embedded tokens on, whose input is of floating point."""
+    """The network behind the embedding, which takes floating-point inputs."""
 
     def __init__(self, model: ReversibleLM):
         super().__init__()
