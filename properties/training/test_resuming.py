@@ -163,7 +163,7 @@ def killed_after(runs, questions: int) -> int:
 
 
 def test_a_kill_loses_no_more_than_the_time_between_two_checkpoints(tmp_path, monkeypatch):
-    """Steps take 50 ms, checkpoints are 0.3 s apart: one after at most six steps, or seven if one was about to begin."""
+    """Steps take 50 ms, checkpoints are 0.3 s apart: after at most six steps, or seven if one was about to begin."""
     monkeypatch.setitem(MODELS, "resnet32", lambda num_classes, *, disable: Slow())
     monkeypatch.setattr(saving, "CHECKPOINT_SECONDS", 0.3)
     monkeypatch.setattr(saving, "CHECKPOINT_SHARE", 1.0)
