@@ -5,14 +5,10 @@ plain autograd, with a checkpoint for each block, and as a ``ReversibleSequentia
 "depth", so tables, figures and the page are those of the project's own chains.
 """
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +17,7 @@ from bench.cases import Case, Checkpointed, Step, step_on
 from memcnn import InvertibleModuleWrapper, ReversibleSequential
 from memcnn.cli import Misuse
 from memcnn.testing.laws.twin import plain_twin
+from memcnn.testing.targets import load
 
 DEPTHS = (1, 4, 8, 16)
 WANTED = "package.module:factory or path/to/file.py:factory"
@@ -63,7 +60,7 @@ class Block(Case):
     cycle = group
 
     def info(self) -> dict:
-        """Return what identifies the case in a file of results."""
+        """Return the fields that identify the case in a file of results."""
         return {**super().info(), "batch": self.shape[0], "shape": " x ".join(map(str, self.shape))}
 
     def smallest(self) -> "Block":
@@ -160,38 +157,13 @@ def factory(target: str) -> Callable[[], nn.Module]:
     Raises:
         Misuse: there is no such function.
     """
-    place, colon, name = target.partition(":")
-    if not (place and colon and name):
-        raise Misuse(f"--block: got {target!r}, wanted {WANTED}")
     try:
-        found = _module(place)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except Misuse:
-        raise
-    except Exception as error:  # a user's file may raise anything
-        raise Misuse(
-            f"--block {target}: {_first_line(error)}; wanted {WANTED}, run from the folder where import finds it"
-        ) from error
-    if not callable(found) or isinstance(found, nn.Module):
+        found = load(target)
+    except Misuse as error:
+        raise Misuse(f"--block: {str(error).removeprefix('target: ')}") from error
+    if isinstance(found, nn.Module):
         raise Misuse(f"--block {target}: got a {type(found).__name__}, wanted a function or class that makes a block")
     return found
-
-
-def _module(place: str):
-    """Return the module with this name, or in this file."""
-    if not place.endswith(".py"):
-        sys.path[:] = [str(Path.cwd()), *(entry for entry in sys.path if entry != str(Path.cwd()))]
-        return importlib.import_module(place)
-    path = Path(place).absolute()
-    if not path.is_file():
-        raise Misuse(f"--block: there is no file {path}; wanted {WANTED}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # so that its classes can be copied
-    sys.path.insert(0, str(path.parent))
-    spec.loader.exec_module(module)
-    return module
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,9 @@
 """The cases of the benchmark: chains of coupling blocks, as subjects and at several sizes.
 
-A subject is what stores or recomputes the activations of a chain: plain autograd, checkpoints, or a reversible chain. A
-block is an additive coupling. Its branches F and G are convolution, BatchNorm, ReLU, convolution, BatchNorm on half of
-the channels. All subjects hold the same blocks with the same weights. ``bench.networks`` has the training steps of
-whole networks, ``bench.modes`` precision, memory format, compiler and CUDA graphs.
+A subject is a chain with one treatment of activations: plain autograd stores them, checkpoints and reversible chains
+recompute them. A block is an additive coupling. Its branches F and G are convolution, BatchNorm, ReLU, convolution,
+BatchNorm on half of the channels. All subjects hold the same blocks with the same weights. ``bench.networks`` has the
+training steps of whole networks, ``bench.modes`` precision, memory format, compiler and CUDA graphs.
 """
 
 from collections.abc import Callable, Sequence
@@ -104,7 +104,7 @@ class Case:
 
     Attributes:
         group: name of the case's comparison.
-        subject: what differs between the cases of one comparison.
+        subject: name of the subject; it differs between the cases of one comparison.
     """
 
     group: str
@@ -114,7 +114,7 @@ class Case:
         return f"{self.group}-{self.subject}"
 
     def info(self) -> dict:
-        """Return what identifies the case in a file of results."""
+        """Return the fields that identify the case in a file of results."""
         return {"case": str(self), "comparison": self.group, **asdict(self)}
 
     def smallest(self) -> "Case":

@@ -59,7 +59,7 @@ def add_place_options(parser: argparse.ArgumentParser, files: str, *, device: st
 
     Args:
         parser: the command line.
-        files: what the folder of --out holds, for the help text.
+        files: the content of the folder of --out, for the help text.
         device: the default of --device; by default the first GPU, or the CPU without one.
     """
     default = device or "cuda where there is one, else cpu"

@@ -2,7 +2,7 @@
 
     python -m bench.networks_page
 
-reports/networks holds what these commands wrote:
+reports/networks holds the results of these commands:
 
     python -m bench.reference --csv reports/networks/memory.csv            bytes against depth
     python -m bench.volumes --csv reports/networks/volumes.csv             the largest volume for a card

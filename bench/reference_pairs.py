@@ -1,6 +1,6 @@
 """The pairs of ``bench.reference_peers``: a reference network of this project, and the same network of other packages.
 
-The two share their residual functions or, for flows, the form of their subnetworks. What differs is the engine.
+The two share their residual functions or, for flows, the form of their subnetworks. They differ in the engine.
 """
 
 import warnings

@@ -3,7 +3,7 @@
     python -m bench.reference_peers FOLDER               all pairs; pip installed the peers into FOLDER with --target
     python -m bench.reference_peers FOLDER --only glow   some of them
 
-A pair shares its residual functions, or, for flows, the form of their subnetworks. What differs is the engine. Each row
+A pair shares its residual functions, or, for flows, the form of their subnetworks, and differs in the engine. Each row
 has the CPU time of a step relative to plain autograd on this project's network (median and quartiles of rounds in which
 all contenders of a pair take turns), the bytes of tensors that a step adds to parameters and gradients at 4 and at 16
 blocks, and the worst error in float32: of gradients against plain autograd in float64, or of inverse(forward(x)) for

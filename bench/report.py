@@ -1,7 +1,7 @@
 """Tables and figures of a benchmark result, for reading and for committing.
 
     python -m bench.report results/bench/FILE.json --out reports/bench/cpu   write the report of a run
-    python -m bench.report reports/bench/cpu                                 only its page, from what is committed
+    python -m bench.report reports/bench/cpu                                 only its page, from committed data
 
 Data, to be committed: summary.md with its figures as SVG; measurements.csv, a row for each measurement; and
 environment.json with device, versions and commit. Rendered, not committed: page.html, which needs no other file, and

@@ -136,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @cli.command("bench.speed")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what the command line asks for, write speed.csv and speed.md, print the page; return 0."""
+    """Measure the executions, write speed.csv and speed.md, print the page; return 0."""
     parser = build_parser()
     given = parser.parse_args(arguments)
     device, folder = folders.place_of(parser, given)

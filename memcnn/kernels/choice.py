@@ -189,7 +189,7 @@ def _microseconds(run: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     cycles = SLEEP_CYCLES
     while True:
-        torch.cuda._sleep(cycles)  # private, but what PyTorch's own tests use; a public kernel takes no time to order
+        torch.cuda._sleep(cycles)  # private, but PyTorch's own tests use it; no public kernel takes a given time
         start.record()
         for _ in range(CALLS):
             run()

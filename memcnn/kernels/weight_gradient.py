@@ -18,7 +18,7 @@ A tile has a power of two of rows and columns. A plan therefore chooses between 
 four (``taps=4``: each value is read three times, and a quarter of the rows or columns is zero), and one tap a program
 (``taps=1``: nothing is padded, but three times as many programs read the same values).
 
-This file needs Triton. It uses only what Triton 3.6 (PyTorch 2.11) and 3.9 have in common.
+This file needs Triton. It uses only functions that both Triton 3.6 (PyTorch 2.11) and 3.9 have.
 
 Estimate for one H100 (132 multiprocessors, 3.3 TB/s), batch 100, 32 x 32, 16 channels, bfloat16. This is arithmetic,
 not a measurement; ``python -m bench.narrow_conv`` measures.

@@ -51,7 +51,7 @@ def allocator_total_bytes(
 ) -> int:
     """Return ``allocator_peak_bytes`` of ``fn`` plus the bytes of tensors that existed before it.
 
-    On the CPU ``fn`` runs twice, because the profiler does not see the release of what was allocated before it started.
+    On the CPU ``fn`` runs twice, because the profiler does not see the release of memory allocated before its start.
 
     Args:
         fn: the code to measure.
@@ -69,7 +69,7 @@ def allocator_total_bytes(
 def _cuda_rise_bytes(fn: Callable[[], object], device: torch.device) -> int:
     """Return the rise of CUDA's high-water mark during ``fn`` above the bytes allocated at entry."""
     stream = torch.cuda.current_stream(device)  # wait for this stream alone: others may train other models
-    gc.collect()  # garbage in reference cycles, freed inside, would make room for what ``fn`` allocates
+    gc.collect()  # garbage in reference cycles, freed inside ``fn``, would lower the rise
     stream.synchronize()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -111,7 +111,7 @@ def _cpu_allocations(fn: Callable[[], object]) -> list[tuple[int, int]]:
 
 
 def _peak_of(allocations: Iterable[tuple[int, int]]) -> tuple[int, dict[int, int]]:
-    """Return the peak in bytes, and what was not released, as address to bytes. Ignore releases of older memory."""
+    """Return the peak in bytes, and the bytes of allocations that remain, by address. Ignore releases of older memory."""
     alive: dict[int, int] = {}
     current_bytes = peak_bytes = 0
     for address, size in allocations:

@@ -3,7 +3,7 @@
 The step runs on fake tensors, which have shapes, dtypes and lifetimes but no data, so that a model may be larger than
 any device. The bytes are those of ``TensorMeter``: of all tensors, exact, without the scratch memory of kernels.
 
-The step does what one of ``memcnn.training`` does, in the same order: forward pass and loss, freeing the gradients of
+The step has the parts of one of ``memcnn.training``, in the same order: forward pass and loss, freeing the gradients of
 the previous step, backward pass, update.
 """
 

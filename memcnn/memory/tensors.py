@@ -38,7 +38,7 @@ class TensorMeter(TorchDispatchMode):
     """
 
     only_watches = True
-    """This mode changes no result, so the engine computes under it what it computes without it."""
+    """This mode changes no result, so the engine can ignore it."""
 
     def __init__(self, *, block_bytes: int = 1, device_type: str | None = None) -> None:
         super().__init__()

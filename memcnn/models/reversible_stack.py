@@ -87,7 +87,7 @@ def to_reversible(
         measure: predict the memory of a training step, and measure it on copies of the stack.
 
     Returns:
-        The reversible stack, and a report of what changed.
+        The reversible stack, and a report of the changes.
 
     Raises:
         TypeError: ``module`` is not a stack of modules, ``sample`` is not a floating-point tensor, or no block takes

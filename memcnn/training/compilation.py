@@ -18,7 +18,7 @@ from memcnn.models.resnet import CifarResNet, ResidualUnit
 from memcnn.models.revop import InvertibleModuleWrapper
 
 THIRD_PARTY_WARNINGS = (
-    # PyTorch's compiler, when it is imported, itself uses what PyTorch has deprecated.
+    # Importing PyTorch's compiler uses functions that PyTorch has deprecated.
     ("`torch.jit.script_method` is deprecated", DeprecationWarning),
     # The compiler reads the gradient of every tensor that it gets, also of tensors that cannot have one.
     ("The .grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning),

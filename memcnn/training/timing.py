@@ -159,7 +159,7 @@ def _join(barrier: Barrier, threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _timed_beside_others(what: tuple[Job, Execution, Place, torch.device]) -> Cost:
+def _timed_beside_others(arguments: tuple[Job, Execution, Place, torch.device]) -> Cost:
     assert _barrier is not None, "each process of the pool was given the barrier when it started"
     _barrier.wait()  # until each process has one of the tasks, so that all compute at the same time
-    return timed(*what)[0]
+    return timed(*arguments)[0]

@@ -2,7 +2,7 @@
 
 On a GPU each run has a stream of its own, so that the kernels of one run fill the gaps that another one leaves.
 Processes cannot do that: they get the GPU one after the other. On a CPU the runs only take turns; each ends with the
-bits that it has alone. See ``memcnn.training.turns`` for what a turn is.
+bits that it has alone. ``memcnn.training.turns`` defines a turn.
 """
 
 import traceback

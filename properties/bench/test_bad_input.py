@@ -85,12 +85,12 @@ COMMANDS = {
         (["--block", BLOCK + ":make", "--shape", "2,5,4,4"], "on an input of shape (2, 5, 4, 4)"),
         (["--block", BLOCK + ":make", "--shape", "2,4,4,4", "--modes"], "leave --modes out"),
         (["--block", BLOCK + ":absent", "--shape", "2,4,4,4"], "has no attribute 'absent'"),
-        (["--block", BLOCK + ":NUMBER", "--shape", "2,4,4,4"], "got a int, wanted a function or class"),
+        (["--block", BLOCK + ":NUMBER", "--shape", "2,4,4,4"], "which is a int; wanted a module or a function"),
         (["--block", BLOCK + ":linear", "--shape", "2,4,4,4"], "returned a Linear without inverse"),
         (["--block", BLOCK + ":text", "--shape", "2,4,4,4"], "returned a str; wanted an nn.Module"),
         (["--block", BLOCK + ":fails", "--shape", "2,4,4,4"], "fails() raised RuntimeError: no luck"),
         (["--block", BLOCK + ":smaller", "--shape", "2,4,4,4"], "wanted an output of the input's shape"),
-        (["--block", "no.such.module:f", "--shape", "2,4,4,4"], "No module named 'no'"),
+        (["--block", "no.such.module:f", "--shape", "2,4,4,4"], "--block: no.such.module:f: cannot import no"),
         (["--block", "{missing}.py:f", "--shape", "2,4,4,4"], "there is no file"),
         (["--block", "nonsense", "--shape", "2,4,4,4"], "wanted package.module:factory"),
     ],
@@ -174,7 +174,7 @@ COMMANDS = {
     "bench.memory": [
         ([], "MODEL: missing, wanted one of resnet32"),
         (["alexnet"], "argument MODEL: got 'alexnet', wanted one of resnet32"),
-        (["no.such:f", "--shape", "1,3,8,8"], "No module named 'no'"),
+        (["no.such:f", "--shape", "1,3,8,8"], "argument MODEL: no.such:f: cannot import no"),
         (["torch.nn:ReLUs", "--shape", "1,2"], "no attribute 'ReLUs'"),
         (["builtins:int", "--shape", "1,2"], "returned int, wanted an nn.Module"),
         (["torch.nn:ReLU"], "--shape: missing, wanted the input's shape"),
@@ -261,7 +261,10 @@ def places(tmp_path_factory) -> dict[str, Path]:
     """Return the paths that the words in braces stand for."""
     root = tmp_path_factory.mktemp("bad input")
     found = {name: root / name for name in ("missing", "new", "folder", "file", "junk", "list", "junk_run")}
-    found |= {"blocks": root / "blocks.py", "baseline": Path(__file__).parents[2] / "bench" / "baselines" / "cpu.json"}
+    found |= {
+        "blocks": root / "blocks_for_bad_input.py",
+        "baseline": Path(__file__).parents[2] / "bench" / "baselines" / "cpu.json",
+    }
     for name in ("folder", "junk_run"):
         found[name].mkdir()
     found["file"].write_text("text")

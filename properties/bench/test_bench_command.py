@@ -1,4 +1,4 @@
-"""Tests of the command ``python -m bench``: what it measures, keeps, reports and refuses."""
+"""Tests of the command ``python -m bench``: its measurements, report, budget and interruption."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""The page of all devices has a group of columns for each, and a dash for what was not measured there."""
+"""The page of all devices has a group of columns for each, and a dash for each missing measurement."""
 
 import json
 import shutil

@@ -57,7 +57,7 @@ def test_memory_is_flat_in_depth():
 
 
 def test_a_block_with_stochastic_depth_holds_the_state_of_a_generator_and_no_activation():
-    """More samples or longer texts do not change what a further block holds."""
+    """The bytes of a further block do not depend on the number of samples."""
     held = [step_bytes(OfEmbeddings(small(depth, drop=0.5)), torch.randn(n, 6, 8)) for n in (2, 8) for depth in (2, 6)]
     assert held[1] - held[0] == held[3] - held[2] <= 4 * 8192
 
