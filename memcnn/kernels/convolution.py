@@ -131,7 +131,7 @@ conv3x3_weight_gradient.register_autograd(_second_derivative, setup_context=_sav
 
 
 class _NarrowConv(torch.autograd.Function):
-    """The convolution. It saves the tensors that PyTorch's saves, in the same order: a reversible block can forget them."""
+    """The convolution. It saves the same tensors as PyTorch's, in that order: a reversible block can forget them."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def _cpu_allocations(fn: Callable[[], object]) -> list[tuple[int, int]]:
 
 
 def _peak_of(allocations: Iterable[tuple[int, int]]) -> tuple[int, dict[int, int]]:
-    """Return the peak in bytes, and the bytes of allocations that remain, by address. Ignore releases of older memory."""
+    """Return the peak in bytes, and the remaining allocations, address to bytes. Ignore releases of older memory."""
     alive: dict[int, int] = {}
     current_bytes = peak_bytes = 0
     for address, size in allocations:
