@@ -1,4 +1,4 @@
-"""Benchmarks: what reversible blocks cost in time and memory, and the published table rebuilt from runs."""
+"""Benchmarks: the time and memory of reversible blocks, and the published table rebuilt from runs."""
 
 import sys
 

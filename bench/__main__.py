@@ -3,9 +3,9 @@
     python -m bench --quick                     about two minutes on two cores
     python -m bench                             less than ten; renews the report in reports/bench/<device>
     python -m bench -k "depth8 and reversible"  only the cases that the expression selects
-    python -m bench --block mypkg.blocks:make --shape 8,64,32,32   your own block as it is wrapped, against depth
+    python -m bench --block mypkg.blocks:make --shape 8,64,32,32   chains of your own block, against depth
     python -m bench.report FILE.json            tables and figures of the measurements, as Markdown and HTML
-    python -m bench.gate BASE.json NOW.json     what became worse
+    python -m bench.gate BASE.json NOW.json     the metrics that became worse
     python -m bench.compare COMMIT_A COMMIT_B   two commits side by side
 
 Writes the measurements of pytest-benchmark as JSON into results/bench/<device>, and prints a summary. The report of
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _pytest_options(args: argparse.Namespace, result: Path) -> list[str]:
-    """Return the options of pytest that measure what the command line asks for."""
+    """Return the options of pytest for the measurements that the command line asks for."""
     options = [f"--benchmark-json={result}", "--benchmark-quiet", "--verbose", "-p", "no:cacheprovider"]
     options += ["-W", "default"]  # in a test a warning is an error; it does not end a measurement
     options += [f"--{name}" for name in ("quick", "modes") if getattr(args, name)]
@@ -119,7 +119,7 @@ def _pytest_options(args: argparse.Namespace, result: Path) -> list[str]:
 
 
 def _show(args: argparse.Namespace, result: Path, device: torch.device) -> None:
-    """Print the tables of a result, and write its report where one is due."""
+    """Print the tables of a result, and write its report if the command line asks for one."""
     results = load(result)
     print(summary.render(results))
     if warning := report.busy(results):
@@ -139,7 +139,7 @@ def _default_report(args: argparse.Namespace, result: Path, device: torch.device
 
 
 def _shown(folder: Path) -> str:
-    """Return the folder as seen from the repository, whose place on this machine concerns nobody."""
+    """Return the folder relative to the repository if it lies there, so that the report names no path of a machine."""
     root = HERE.parent
     return str(folder.resolve().relative_to(root) if folder.resolve().is_relative_to(root) else folder)
 

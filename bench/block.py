@@ -1,18 +1,14 @@
 """Your own block in the benchmark: ``python -m bench --block package.module:factory --shape 8,64,32,32``.
 
-The factory is called once for each block of a chain. A chain of blocks runs as the blocks are wrapped, beside its plain
-twin, a checkpoint for each block and a ``ReversibleSequential``. The cases belong to the series "depth", so tables,
-figures and the page are those of the project's own chains.
+The factory is called once for each block of a chain. Four chains of the blocks are compared: wrapped one by one, under
+plain autograd, with a checkpoint for each block, and as a ``ReversibleSequential``. The cases belong to the series
+"depth", so tables, figures and the page are those of the project's own chains.
 """
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,37 +17,19 @@ from bench.cases import Case, Checkpointed, Step, step_on
 from memcnn import InvertibleModuleWrapper, ReversibleSequential
 from memcnn.cli import Misuse
 from memcnn.testing.laws.twin import plain_twin
+from memcnn.testing.targets import load
 
 DEPTHS = (1, 4, 8, 16)
 WANTED = "package.module:factory or path/to/file.py:factory"
 
 
-def plain(blocks: Sequence[nn.Module]) -> nn.Module:
-    """Return the chain of the blocks' plain twins, under ordinary autograd."""
-    return nn.Sequential(*map(plain_twin, blocks))
-
-
-def checkpointed(blocks: Sequence[nn.Module]) -> nn.Module:
-    """Return the chain of the blocks' plain twins with a checkpoint for each block."""
-    return Checkpointed(*map(plain_twin, blocks))
-
-
-def wrapped(blocks: Sequence[nn.Module]) -> nn.Module:
-    """Return the chain of the blocks as they are wrapped."""
-    return nn.Sequential(*blocks)
-
-
-def reversible(blocks: Sequence[nn.Module]) -> nn.Module:
-    """Return the chain as a ``ReversibleSequential``."""
-    return ReversibleSequential(*blocks)
-
-
 SUBJECTS: dict[str, Callable[[Sequence[nn.Module]], nn.Module]] = {
-    "plain": plain,
-    "checkpoint": checkpointed,
-    "wrapped": wrapped,
-    "reversible": reversible,
+    "plain": lambda blocks: nn.Sequential(*map(plain_twin, blocks)),
+    "checkpoint": lambda blocks: Checkpointed(*map(plain_twin, blocks)),
+    "wrapped": lambda blocks: nn.Sequential(*blocks),
+    "reversible": lambda blocks: ReversibleSequential(*blocks),
 }
+"""Functions that build a chain from a user's wrapped blocks."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +60,7 @@ class Block(Case):
     cycle = group
 
     def info(self) -> dict:
-        """Return what identifies the case in a file of results."""
+        """Return the fields that identify the case in a file of results."""
         return {**super().info(), "batch": self.shape[0], "shape": " x ".join(map(str, self.shape))}
 
     def smallest(self) -> "Block":
@@ -104,10 +82,10 @@ class Block(Case):
 
 
 def cases(target: str, shape: tuple[int, ...], depths: Sequence[int]) -> list[Block]:
-    """Return the cases of a block: every subject that can run it, at every depth."""
+    """Return the cases of a block: every subject that is possible with it, at every depth."""
     subjects = dict(SUBJECTS)
     try:
-        reversible([made(target)])
+        ReversibleSequential(made(target))
     except TypeError:  # it contains wrapped modules, but has no inverse of its own
         del subjects["reversible"]
     return [Block("depth", subject, depth, target, shape) for depth in sorted(set(depths)) for subject in subjects]
@@ -152,7 +130,7 @@ def made(target: str) -> nn.Module:
     """Return a new block, wrapped in ``InvertibleModuleWrapper`` unless it contains one.
 
     Raises:
-        Misuse: the target makes no invertible module.
+        Misuse: the target does not make an invertible module.
     """
     try:
         block = factory(target)()
@@ -179,38 +157,13 @@ def factory(target: str) -> Callable[[], nn.Module]:
     Raises:
         Misuse: there is no such function.
     """
-    place, colon, name = target.partition(":")
-    if not (place and colon and name):
-        raise Misuse(f"--block: got {target!r}, wanted {WANTED}")
     try:
-        found = _module(place)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except Misuse:
-        raise
-    except Exception as error:  # a user's file may raise anything
-        raise Misuse(
-            f"--block {target}: {_first_line(error)}; wanted {WANTED}, run from the folder where import finds it"
-        ) from error
-    if not callable(found) or isinstance(found, nn.Module):
+        found = load(target)
+    except Misuse as error:
+        raise Misuse(f"--block: {str(error).removeprefix('target: ')}") from error
+    if isinstance(found, nn.Module):
         raise Misuse(f"--block {target}: got a {type(found).__name__}, wanted a function or class that makes a block")
     return found
-
-
-def _module(place: str):
-    """Return the module with this name, or in this file."""
-    if not place.endswith(".py"):
-        sys.path[:] = [str(Path.cwd()), *(entry for entry in sys.path if entry != str(Path.cwd()))]
-        return importlib.import_module(place)
-    path = Path(place).absolute()
-    if not path.is_file():
-        raise Misuse(f"--block: there is no file {path}; wanted {WANTED}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # so that its classes can be copied
-    sys.path.insert(0, str(path.parent))
-    spec.loader.exec_module(module)
-    return module
 
 
 def _first_line(error: Exception) -> str:

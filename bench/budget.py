@@ -4,15 +4,15 @@
     python -m bench.budget --quick             4 blocks, nothing compiled
     python -m bench.budget --peers FOLDER      also ckptplan, from a folder that pip installed it into with --target
     python -m bench.budget --unequal           12 blocks of three kinds, whose costs differ widely
-    python -m bench.budget --prices            ten kinds of branches: what a plan takes for their time, and their time
+    python -m bench.budget --prices            ten kinds of branches: the time that a plan estimates, and their time
 
 All contenders hold the same blocks with the same weights. Every second block is cheap: its convolutions have width 1
 instead of 3. With ``--unequal`` a block is in turn a convolution of width 7, four times tanh, or two convolutions of
-width 1 around one of each channel: the first takes the most time for the bytes that it stores, the last the least.
-Times are CPU seconds of steps that take turns, relative to plain autograd in the same round. Bytes are those that a
-step adds to parameters, gradients and batch at its worst instant: of tensors, which compiled code does not show, and of
-the allocator, which includes the scratch memory of kernels. A contender that fails is named with its reason, and the
-others stay. Prints Markdown.
+width 1 around a depthwise one: the first takes the most time for the bytes that it stores, the last the least. Times
+are CPU seconds of steps that take turns, relative to plain autograd in the same round. Bytes are those that a step adds
+to parameters, gradients and batch at its worst instant. Two meters count them: one counts tensors, and sees none within
+compiled code; the other asks the allocator, and includes the scratch memory of kernels. A contender that fails is named
+with its reason; the others are measured. Prints Markdown.
 """
 
 import copy
@@ -29,14 +29,16 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import Branch, Checkpointed, step_on
+from bench.measure import cpu_seconds_in_turn
 from bench.small_tensors import spread
+from bench.tables import add_csv_option, publish
 from memcnn import AdditiveCoupling, ReversibleSequential, cli
 from memcnn.memory import allocator_peak_bytes, measure_step_memory, tensor_peak_bytes
 from memcnn.memory.tensors import storages_of
 from memcnn.models.budget import price_of
 
 SHARES = (0.0, 0.25, 0.5, 0.75)
-"""Budgets, between the least that a chain needs and what plain autograd takes."""
+"""Budgets: 0 stands for the least bytes that a chain needs, 1 for the bytes of plain autograd."""
 
 UNEQUAL_SHARES = (0.0, 0.1, 0.25, 0.5)
 
@@ -49,7 +51,7 @@ def couplings(depth: int, channels: int = 32) -> list[AdditiveCoupling]:
 
 
 def branch(channels: int, *, cheap: bool) -> nn.Module:
-    """Return F or G: that of the other benches with GroupNorm for BatchNorm, which ckptplan refuses to checkpoint."""
+    """Return F or G of ``bench.cases``, with GroupNorm for BatchNorm, which ckptplan refuses to checkpoint."""
     made = Branch(channels)
     for i in (1, 4):
         made[i] = nn.GroupNorm(4, channels)
@@ -96,21 +98,16 @@ def unequal(depth: int) -> list[AdditiveCoupling]:
 
 
 def prices(x: Tensor, rounds: int = 60) -> pd.DataFrame:
-    """Return a row for each of ``BRANCHES``: its estimated and its measured time for a stored byte, the largest first.
+    """Return estimated and measured time for each stored byte of ``BRANCHES``, one row each, the largest first.
 
-    The measured time is that of the fastest tenth of evaluations that take turns, without gradients.
+    The measured time is the 10 % quantile of evaluations that take turns, without gradients.
     """
     blocks = {name: AdditiveCoupling(kind(), kind()) for name, kind in BRANCHES.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in blocks}
     with torch.no_grad():
-        for _ in range(rounds):
-            for name, block in blocks.items():
-                begun = time.process_time()
-                block(x)
-                seconds[name].append(time.process_time() - begun)
+        seconds = cpu_seconds_in_turn({name: partial(block, x) for name, block in blocks.items()}, rounds)
     rows = []
     for name, block in blocks.items():
-        price, fast = price_of(block, x.detach().requires_grad_(), {})[0], pd.Series(seconds[name]).quantile(0.1)
+        price, fast = price_of(block, x.detach().requires_grad_(), {})[0], seconds[name].quantile(0.1)
         rows.append(
             {
                 "branches": name,
@@ -176,7 +173,7 @@ class Compiled(nn.Module):
 
 
 def planned(depth: int, x: Tensor) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    """Yield name and maker of ckptplan's chains. It measures bytes on CUDA only, so that it is given ours on a CPU."""
+    """Yield name and maker of ckptplan's chains. It measures bytes only on CUDA; on a CPU it gets the ones we count."""
 
     def make(share: float) -> nn.Module:
         import ckptplan
@@ -218,7 +215,7 @@ def saved_bytes(block: nn.Module, x: Tensor) -> int:
 
 
 def step_bytes(model: nn.Module, x: Tensor, meter: Callable[[Callable[[], object]], int]) -> int:
-    """Return what a step adds to parameters, gradients and batch at its worst instant."""
+    """Return the bytes that a step adds to parameters, gradients and batch at its worst instant."""
     step = step_on(x.detach().clone(), torch.ones_like(x), model, torch.enable_grad)
     step.run()
     return measure_step_memory(model, step.run, meter=meter).activation_bytes
@@ -239,24 +236,23 @@ def measure(makers: Sequence[tuple[str, Callable[[], nn.Module]]], x: Tensor, ro
             print(f"{name}: ready after {time.process_time() - begun:.0f} s", file=sys.stderr, flush=True)
         except Exception as error:  # a peer may raise anything
             failures.append((name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
-    seconds = {name: [] for name in steps}
-    for number in range(rounds):
-        names = list(steps)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            begun = time.process_time()
-            steps[name]()
-            seconds[name].append(time.process_time() - begun)
-    times = pd.DataFrame(seconds)
+    times = cpu_seconds_in_turn(steps, rounds)
     for row in rows:
         row["time / plain"] = spread(times[row["chain"]] / times["plain autograd"])
         row["ms a step"] = f"{1e3 * times[row['chain']].median():.1f}"
     return pd.DataFrame(rows), failures
 
 
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows as text for readers."""
+    shown = rows.copy()
+    for column in ("tensors, bytes", "allocator, bytes"):
+        shown[column] = ["" if pd.isna(size) else f"{int(size):,}" for size in rows[column]]
+    return shown
+
+
 def _print_prices(rows: pd.DataFrame, csv: Path | None) -> int:
-    if csv is not None:
-        rows.to_csv(csv, index=False)
-    print(prices_table(rows).to_markdown(index=False, disable_numparse=True))
+    publish(rows, prices_table(rows), csv)
     agreement = rows["estimated cost / byte"].corr(rows["measured ns / byte"], method="spearman")
     print(f"\nRank correlation of estimated and measured: {agreement:.2f}")
     return 0
@@ -270,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--unequal", action="store_true", help="12 blocks of three kinds, nothing compiled")
     parser.add_argument("--prices", action="store_true", help="compare estimated with measured times, and nothing else")
     parser.add_argument("--peers", type=cli.input_folder, metavar="FOLDER", help="where pip installed ckptplan")
-    parser.add_argument("--csv", type=cli.output_file, metavar="FILE", help="write the table there, too")
+    add_csv_option(parser)
     args = parser.parse_args(arguments)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop
     torch.set_num_threads(1)
@@ -284,13 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         makers += planned(depth, x)
     if not args.quick and not args.unequal:
         makers += compiled(depth)
-    table, failures = measure(makers, x, rounds)
-    if args.csv is not None:
-        table.to_csv(args.csv, index=False)
-    for column in ("tensors, bytes", "allocator, bytes"):
-        table[column] = ["" if pd.isna(size) else f"{int(size):,}" for size in table[column]]
+    rows, failures = measure(makers, x, rounds)
     print(f"{depth} blocks on {tuple(x.shape)}, median [quartiles] of {rounds} interleaved rounds.\n")
-    print(table.to_markdown(index=False, disable_numparse=True))
+    publish(rows, table(rows), args.csv)
     for name, reason in failures:
         print(f"\nleft out: {name}: {reason}")
     return 1 if failures else 0

@@ -1,8 +1,9 @@
-"""The cases of the benchmark: one chain of coupling blocks, run in several ways and at several sizes.
+"""The cases of the benchmark: chains of coupling blocks, as subjects and at several sizes.
 
-A block is an additive coupling. Its branches F and G are convolution, BatchNorm, ReLU, convolution, BatchNorm on half
-of the channels. All subjects (the ways to run a chain) hold the same blocks with the same weights. ``bench.networks``
-has the training steps of whole networks, ``bench.modes`` precision, memory format, compiler and CUDA graphs.
+A subject is a chain with one treatment of activations: plain autograd stores them, checkpoints and reversible chains
+recompute them. A block is an additive coupling. Its branches F and G are convolution, BatchNorm, ReLU, convolution,
+BatchNorm on half of the channels. All subjects hold the same blocks with the same weights. ``bench.networks`` has the
+training steps of whole networks, ``bench.modes`` precision, memory format, compiler and CUDA graphs.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,7 +49,7 @@ def plain(blocks: Blocks, replay: bool) -> nn.Module:
 
 
 def checkpointed(blocks: Blocks, replay: bool, kind: type[nn.Sequential] = Checkpointed) -> nn.Module:
-    """Return the chain with a checkpoint for each block, or as ``kind`` has it."""
+    """Return the chain as a ``kind``, by default with a checkpoint for each block."""
     model = kind(*blocks)
     model.replay = replay
     return model
@@ -73,7 +74,7 @@ SUBJECTS: dict[str, Callable[[Blocks, bool], nn.Module]] = {
     "plain": plain,
     "checkpoint": checkpointed,
     "checkpoint-sqrt": checkpointed_segments,
-    "keep-every-2": lambda blocks, replay: reversible(blocks, replay, 2),  # the dial between plain and reversible
+    "keep-every-2": lambda blocks, replay: reversible(blocks, replay, 2),  # between plain and reversible
     "keep-every-4": lambda blocks, replay: reversible(blocks, replay, 4),
     "wrapped": wrapped,
     "reversible": reversible,
@@ -103,7 +104,7 @@ class Case:
 
     Attributes:
         group: name of the case's comparison.
-        subject: what differs between the cases of one comparison.
+        subject: name of the subject; it differs between the cases of one comparison.
     """
 
     group: str
@@ -113,7 +114,7 @@ class Case:
         return f"{self.group}-{self.subject}"
 
     def info(self) -> dict:
-        """Return what identifies the case in a file of results."""
+        """Return the fields that identify the case in a file of results."""
         return {"case": str(self), "comparison": self.group, **asdict(self)}
 
     def smallest(self) -> "Case":
@@ -157,7 +158,9 @@ class Chain(Case):
             torch.manual_seed(0)
             branches = [Branch(self.channels // 2) for _ in range(2 * self.depth)]
         blocks = [AdditiveCoupling(F, G) for F, G in zip(branches[::2], branches[1::2], strict=True)]
-        return SUBJECTS[self.subject](blocks, self.mode != "graph").to(device)  # a capture knows no generator state
+        return SUBJECTS[self.subject](blocks, self.mode != "graph").to(
+            device
+        )  # a captured step cannot restore the generator
 
     def step(self, model: nn.Module, device: str | torch.device, autocast: Callable = nullcontext) -> Step:
         """Return a forward and backward pass with a fixed input and output gradient; the input gets a gradient, too."""
@@ -198,7 +201,7 @@ class Branch(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)  # a frame of our own: Module.compile passes over those of torch.nn
+        return super().forward(x)  # Module.compile skips methods of torch.nn itself
 
 
 def branches(model: nn.Module) -> list[nn.Module]:

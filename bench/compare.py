@@ -23,6 +23,7 @@ import torch
 from bench import folders
 from bench.result import spread
 from bench.side import cases
+from bench.tables import markdown
 from bench.worker import Failed, Interpreter, Worker
 from memcnn import cli
 
@@ -139,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"A is {names[0]}, B is {names[1]}; {options.device}, torch {torch.__version__}, load average "
         f"{os.getloadavg()[0]:.1f}. Time: median [quartiles] of the ratio within a round.\n"
     )
-    print(pd.DataFrame(rows).fillna("").to_markdown(index=False, disable_numparse=True))
+    print(markdown(pd.DataFrame(rows).fillna("")))
     return int(any("failed" in row["time B / A"] for row in rows))
 
 

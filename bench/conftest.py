@@ -18,7 +18,7 @@ from memcnn import cli
 from memcnn.training.execution import Execution
 from memcnn.training.options import duration
 
-UNSEEN = ("compile-branches", "compile-model", "graph")  # modes whose tensors are not made by operators, one by one
+UNSEEN = ("compile-branches", "compile-model", "graph")  # modes in which meters do not see the tensors of each operator
 REPEATS = {"quick": 3, "full": 5}
 DEADLINE = pytest.StashKey[float | None]()
 

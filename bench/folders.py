@@ -30,7 +30,7 @@ def folder_of(device: torch.device, root: Path = MEASUREMENTS) -> Path:
 
 
 def page_folder(folder: Path) -> Path:
-    """Return where the page of a report goes: beside its data, unless the data is to be committed."""
+    """Return the folder of a report's page: that of its data, but one that git ignores if the data is committed."""
     folder = folder.resolve()
     return PAGES / folder.relative_to(MEASUREMENTS) if folder.is_relative_to(MEASUREMENTS) else folder
 
@@ -59,7 +59,7 @@ def add_place_options(parser: argparse.ArgumentParser, files: str, *, device: st
 
     Args:
         parser: the command line.
-        files: what the folder of --out holds, for the help text.
+        files: the content of the folder of --out, for the help text.
         device: the default of --device; by default the first GPU, or the CPU without one.
     """
     default = device or "cuda where there is one, else cpu"
@@ -79,7 +79,7 @@ def place_of(parser: argparse.ArgumentParser, given: argparse.Namespace) -> tupl
 
 
 def environment(device: torch.device, clock: str) -> dict:
-    """Return what identifies a measurement: device, versions, commit and clock."""
+    """Return device, versions, commit and clock of a measurement, as the files of results name them."""
     software = software_versions()
     if device.type == "cuda":
         software["cudnn"] = str(torch.backends.cudnn.version())
@@ -88,10 +88,10 @@ def environment(device: torch.device, clock: str) -> dict:
 
 
 def read_environment(folder: Path) -> dict | None:
-    """Return what ``environment.json`` in the folder holds; None without the file.
+    """Return the content of ``environment.json`` in the folder; None without the file.
 
     Raises:
-        ValueError: when the file is not what ``python -m bench.report`` writes.
+        ValueError: ``python -m bench.report`` did not write the file.
     """
     path = folder / ENVIRONMENT
     if not path.is_file():

@@ -1,14 +1,14 @@
-"""Report what became worse between two results of ``python -m bench``, and fail if it is too much.
+"""Report the metrics that became worse between two results of ``python -m bench``, and fail beyond a limit.
 
     python bench/gate.py BASE NOW --fail peak_bytes:1% --fail median:10%
     python -m bench.gate bench/baselines/cpu.json NOW          bytes and evaluations, exactly
     python -m bench.gate bench/baselines/cpu.json NOW --save   let NOW be the base from now on
     python -m bench.gate BASE NOW --allow-missing 'speed-*'    NOW measured fewer cases
 
-A metric is a number of the memory measurements (peak_bytes, activation_bytes, evaluations, ...) or of the time: `ratio`
-to plain autograd within one run, or `median` seconds. Seconds are compared only if both ran on the same kind of
-machine; otherwise their ratios to plain autograd are. A time fails only if it is beyond its limit and the quartiles of
-the two do not overlap. A case that has a value in BASE and none in NOW fails, unless --allow-missing names it.
+A metric is a number of the memory measurements (peak_bytes, activation_bytes, evaluations, ...) or of the time: "ratio"
+to plain autograd within one run, or "median" seconds. Seconds are compared only if both results come from the same kind
+of machine; otherwise their ratios to plain autograd are compared. A time fails only if it is beyond its limit and the
+quartiles of the two do not overlap. A case with a value in BASE and none in NOW fails, unless --allow-missing names it.
 
 Exit status: 0 nothing became worse, 1 something did or is missing, 2 misuse.
 """
@@ -139,7 +139,7 @@ def _of_time(base: pd.DataFrame, now: pd.DataFrame, metric: str) -> list[dict[st
 
 
 def _kind(results: pd.DataFrame) -> tuple:
-    """Return what identifies the kind of machine; absolute times of equal kinds may be compared."""
+    """Return a key of the kind of machine: seconds from machines of one kind may be compared."""
     device = results.device.iloc[0]
     return device["type"], device["name"], device["threads"], device.get("clock"), results.software.iloc[0]["torch"]
 
@@ -147,7 +147,7 @@ def _kind(results: pd.DataFrame) -> tuple:
 def report(
     base: pd.DataFrame, now: pd.DataFrame, limits: dict[str, float], allowed: Sequence[str] = ()
 ) -> tuple[str, bool]:
-    """Return what became worse, what is missing and what is new, as text, and True if the gate fails.
+    """Return a text on worse metrics, missing and new cases, and True if the gate fails.
 
     Args:
         base: the earlier result.
@@ -226,7 +226,7 @@ def limit(text: str) -> tuple[str, float]:
 
 @cli.command("bench.gate")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what became worse; return the exit status."""
+    """Print the metrics that became worse; return the exit status."""
     parser = cli.parser_from("bench.gate", __doc__, whole=True)
     parser.add_argument("base", metavar="BASE", type=Path)
     parser.add_argument("now", metavar="NOW", type=Path)

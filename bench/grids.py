@@ -1,12 +1,12 @@
-"""Exact mode of the momentum network: what a grid costs in the accuracy of gradients, and what range it leaves.
+"""Exact mode of the momentum network: the errors of gradients on each grid, and the largest value that it allows.
 
     python -m bench.grids                                    a table, in a minute
-    python -m bench.grids --csv reports/networks/grids.csv   what docs/networks.md is made from
+    python -m bench.grids --csv reports/networks/grids.csv   the data of a table in docs/networks.md
 
-Exact mode rounds the streams to multiples of a step (``memcnn.engine.exact``). Two errors are kept apart. One is that
-of inversion: gradients are compared with those of the same network with stored activations, which rounds to the same
-grid. The other is that of the grid: gradients are compared with those in float64 without a grid, for ReLU and for GELU,
-which has no kink. Two rows without a grid give the scale: plain float32, and plain bfloat16 autocast. Prints Markdown.
+Exact mode rounds the streams to multiples of a step (``memcnn.engine.exact``). Two errors are measured. The error of
+inversion compares gradients with those of the same network with stored activations, which rounds to the same grid. The
+error of the grid compares gradients with those in float64 without a grid, for ReLU and for GELU, which has no kink. Two
+rows without a grid are for comparison: plain float32, and plain bfloat16 autocast. Prints Markdown.
 """
 
 import sys
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.reference import residual_function
+from bench.tables import add_csv_option, publish
 from memcnn import cli
 from memcnn.engine.exact import Grid
 from memcnn.models.momentum import MomentumNet
@@ -75,6 +76,7 @@ def compare(x: Tensor, exponents: Sequence[int] = EXPONENTS) -> pd.DataFrame:
 
 
 def _against(found: dict, unrounded: dict) -> dict[str, float]:
+    """Return the errors of gradients against those without a grid, as columns."""
     both = {kind: errors(found[kind], unrounded[kind]) for kind in unrounded}
     return {"entry": both[nn.ReLU][0], "norm": both[nn.ReLU][1], "norm, GELU": both[nn.GELU][1]}
 
@@ -101,13 +103,11 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; return 0."""
     parser = cli.parser_from("bench.grids", __doc__, whole=True)
-    parser.add_argument("--csv", type=cli.output_file, metavar="FILE", help="write the rows there, too")
+    add_csv_option(parser)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = compare(torch.randn(8, WIDTH, 16, 16, generator=torch.Generator().manual_seed(1)))
-    if args.csv is not None:
-        rows.to_csv(args.csv, index=False)
-    print(table(rows).to_markdown(index=False, disable_numparse=True))
+    publish(rows, table(rows), args.csv)
     return 0
 
 

@@ -24,7 +24,7 @@ def row(path: Path) -> dict | None:
         path: a result of ``python -m bench`` as JSON.
 
     Raises:
-        ValueError: it is no such result.
+        ValueError: the file is not such a result.
     """
     results = load(path)
     own = results[results.target.isna() & (results.depth == DEPTH) & (results.subject == "reversible")]
@@ -53,7 +53,7 @@ def read(folder: Path) -> pd.DataFrame:
 
 
 def extend(folder: Path, results: Path) -> pd.DataFrame:
-    """Add the results in a folder to a report's history, and return it. Other files there are passed over.
+    """Add the results in a folder to a report's history, and return the history. Other files there are ignored.
 
     Args:
         folder: the folder of the report.

@@ -3,9 +3,10 @@
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
+import pandas as pd
 import torch
 
 from bench.cases import branches
@@ -40,7 +41,7 @@ def warmed_up(case, device: torch.device) -> tuple[Callable[[], None], int, int]
 
 
 def warm_up(run: Callable[[], object], *, least: int) -> float:
-    """Call ``run`` at least so often, and for ``WARM_SECONDS``; return the seconds of the last call."""
+    """Call ``run`` at least ``least`` times, and for ``WARM_SECONDS``; return the seconds of the last call."""
     started, count = clock(), 0
     while count < least or clock() - started < WARM_SECONDS:
         begun = clock()
@@ -63,14 +64,30 @@ def repetitions(seconds: float, device: torch.device) -> tuple[int, int]:
     return min(MOST_ROUNDS, max(1, round(ROUND_SECONDS / (seconds * steps)))), steps
 
 
+def cpu_seconds_in_turn(steps: Mapping[str, Callable[[], object]], rounds: int) -> pd.DataFrame:
+    """Time functions in rounds, each of which starts with another one, so that drift affects all of them equally.
+
+    Returns:
+        CPU seconds of this process for each call, with a column for each function and a row for each round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds):
+        names = list(steps)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            begun = time.process_time()
+            steps[name]()
+            seconds[name].append(time.process_time() - begun)
+    return pd.DataFrame(seconds)
+
+
 def memory(case, device: torch.device) -> dict:
-    """Return the bytes at the worst instant of a step: those of each kind of tensor, and all that the allocator gave.
+    """Return the bytes at the worst instant of a step: of each kind of tensor, and of the allocator.
 
     The allocator is left out for series that are about tensors alone, because its meter is slow on a thousand blocks.
     """
     model, step = prepared(case, device)
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what earlier cases had reserved
+        torch.cuda.empty_cache()  # release the memory reserved for earlier cases
     return asdict(
         measure_peak_split(
             model,

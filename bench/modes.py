@@ -1,4 +1,4 @@
-"""Modes in which a case's step can run besides eager float32: precision, memory format, compiler, CUDA graphs."""
+"""The modes of a case's step besides eager float32: precision, memory format, compiler, CUDA graphs."""
 
 import shutil
 from contextlib import nullcontext
@@ -28,7 +28,7 @@ def modes(*, quick: bool, cuda: bool) -> list[Chain]:
 
 
 def why_not(case, *, cuda: bool, everywhere: bool) -> str | None:
-    """Explain why the case does not run here, and how it would; None if it does."""
+    """Return why the case cannot run here and what it needs; None if it can."""
     if case.mode == "graph" and not cuda:
         return "CUDA graphs need a GPU: run on a machine that has one"
     if case.series == "mode" and not cuda and not everywhere:
@@ -56,20 +56,20 @@ def prepared(case, device: torch.device) -> tuple[nn.Module, Step]:
 
 
 def captured(model: nn.Module, step: Step) -> Step:
-    """Return the replay of the step, which makes the gradients anew each time, in the graph's own memory."""
+    """Capture the step in a CUDA graph, and return its replay, which writes new gradients into the graph's memory."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # as torch.cuda.graph asks: warmed up on a stream that is not the default
+    with torch.cuda.stream(stream):  # torch.cuda.graph requires a warm-up on a stream that is not the default
         for _ in range(3):
             step.run()
     torch.cuda.current_stream().wait_stream(stream)
     model.zero_grad()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):  # the one on which autograd's leaves now are
+    with torch.cuda.graph(graph, stream=stream):  # the warm-up's stream, to which autograd has bound the leaves
         step.run()
 
     def replay() -> None:
         graph.replay()
 
-    replay.keeps_alive = step.run  # and with it the tensors whose memory the graph works in
+    replay.keeps_alive = step.run  # keeps the tensors alive that the graph reads and writes
     return replace(step, run=replay)

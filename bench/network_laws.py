@@ -2,11 +2,11 @@
 
     python -m bench.network_laws                                    all networks: about a quarter of an hour
     python -m bench.network_laws --only glow momentum               some of them
-    python -m bench.network_laws --csv reports/networks/laws.csv    what docs/networks.md is made from
+    python -m bench.network_laws --csv reports/networks/laws.csv    the data of a table in docs/networks.md
 
-A network is checked as it is trained, with the engine that it has, or the part of it that is invertible: the encoder of
-i-RevNet, the blocks of a transformer, a stage of a U-Net. Finite differences are left to the tests, which draw small
-networks. Prints Markdown; ends with status 1 if a law does not hold.
+The invertible part of each network is checked in training mode with its own engine: the encoder of i-RevNet, the blocks
+of a transformer, a stage of a U-Net. Finite differences are left to the tests, which draw small networks. Prints
+Markdown; ends with status 1 if a law does not hold.
 """
 
 import json
@@ -23,6 +23,7 @@ import pandas as pd
 from torch import nn
 
 from bench.reference import Field
+from bench.tables import add_csv_option, publish
 from memcnn import ReversibleSequential, cli
 from memcnn.models.glow import Glow, glow_cifar
 from memcnn.models.irevnet import IRevNet, irevnet_bijective, irevnet_injective
@@ -38,15 +39,15 @@ LAWS = ("inverse", "gradients", "state", "memory", "log_det")
 
 @dataclass(frozen=True)
 class Target:
-    """What is verified of a network.
+    """The part of a network to verify.
 
     Attributes:
-        network: its name.
-        what: the part and its size.
-        shape: of the input.
-        chain: makes the part for a number of blocks, of a stage if it has stages.
-        blocks: that number.
-        laws: those that apply to the part.
+        network: the name of the network.
+        what: the part and its size, as text.
+        shape: shape of the part's input, as for ``memcnn.verify --shape``.
+        chain: makes the part with a number of blocks (of each stage, if it has stages).
+        blocks: the number of blocks.
+        laws: the laws that apply to the part.
     """
 
     network: str
@@ -119,7 +120,7 @@ targets = SimpleNamespace(
     ode=Target("ODE block", "Heun, 50 steps", "64,4", lambda n: ReversibleHeun(Field(2), n).blocks, 50),
     leapfrog=Target("ODE block", "leapfrog, 50 steps", "64,4", lambda n: Leapfrog(Field(2), n).blocks, 50),
 )
-"""What is verified, by a name that ``memcnn.verify`` can load."""
+"""The parts to verify, by a name that ``memcnn.verify`` can load."""
 
 
 def command(name: str, file: str) -> list[str]:
@@ -154,7 +155,7 @@ def verified(name: str) -> list[dict]:
 
 
 def worst(results: Sequence[dict]) -> dict:
-    """Return claim, error and limit of the result closest to its limit, or of the first beyond it; a count of all."""
+    """Return claim, error, limit and verdict of the result closest to or farthest beyond its limit, and the counts."""
     measured = [result for result in results if result["verdict"] != "SKIP"]
     if not measured:
         return {"claim": results[0]["skipped"], "error": float("nan"), "limit": float("nan"), "verdict": "SKIP"}
@@ -190,12 +191,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Verify and print; return 0, or 1 if a law does not hold."""
     parser = cli.parser_from("bench.network_laws", __doc__, whole=True)
     parser.add_argument("--only", nargs="+", choices=vars(targets), default=list(vars(targets)), help="default: all")
-    parser.add_argument("--csv", type=cli.output_file, metavar="FILE", help="write the rows there, too")
+    add_csv_option(parser)
     args = parser.parse_args(arguments)
     rows = pd.DataFrame([row for name in args.only for row in verified(name)])
-    if args.csv is not None:
-        rows.to_csv(args.csv, index=False)
-    print(table(rows).to_markdown(index=False, disable_numparse=True))
+    publish(rows, table(rows), args.csv)
     return cli.FAILED if (rows["verdict"] == "FAIL").any() else cli.DONE
 
 

@@ -2,7 +2,7 @@
 
     python -m bench.networks_page
 
-reports/networks holds what these commands wrote:
+reports/networks holds the results of these commands:
 
     python -m bench.reference --csv reports/networks/memory.csv            bytes against depth
     python -m bench.volumes --csv reports/networks/volumes.csv             the largest volume for a card
@@ -13,7 +13,7 @@ reports/networks holds what these commands wrote:
     python -m bench.grids --csv reports/networks/grids.csv                 exact mode: error against the grid
     python -m bench.reference_peers FOLDER --csv reports/networks/peers.csv
 
-A table stands between ``<!-- NAME -->`` and ``<!-- end -->``; text outside stays. What was not measured is named.
+A table stands between ``<!-- NAME -->`` and ``<!-- end -->``; the text outside is kept. Missing measurements are named.
 """
 
 import re
@@ -25,16 +25,17 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from bench import grids, network_laws, reference_peers, volumes
-from bench.budget import prices_table
+from bench import budget, grids, network_laws, reference_peers, volumes
 from bench.cases import THREE
 from bench.figures import STYLES, save
+from bench.result import MIB
+from bench.tables import markdown
 from memcnn.training.files import write_by_rename
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA, PAGE, FIGURE = ROOT / "reports/networks", ROOT / "docs/networks.md", ROOT / "docs/pictures/networks.svg"
 README = ROOT / "README.md"
-MIB = 2**20
+
 SHOWN_DEPTH = 32
 
 NETWORKS = {
@@ -76,7 +77,7 @@ def networks(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def in_readme(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return what README says of each network: the same numbers, a row for each network in its usual mode."""
+    """Return README's table: the same numbers, a row for each network in its usual mode."""
     rows = rows[(rows["depth"] == SHOWN_DEPTH) & ~rows["network"].str.endswith("-exact")]
     named = [NETWORKS[network] for network in rows["network"]]
     return pd.DataFrame(
@@ -101,26 +102,18 @@ def depths(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def budget(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return time against bytes of a chain."""
-    shown = rows.copy()
-    for column in ("tensors, bytes", "allocator, bytes"):
-        shown[column] = ["" if pd.isna(size) else f"{int(size):,}" for size in rows[column]]
-    return shown
-
-
 TABLES = {
     "networks": ("memory.csv", networks),
     "depths": ("memory.csv", depths),
     "volumes": ("volumes.csv", volumes.table),
-    "budget": ("budget.csv", budget),
-    "unequal": ("unequal.csv", budget),
-    "prices": ("prices.csv", prices_table),
+    "budget": ("budget.csv", budget.table),
+    "unequal": ("unequal.csv", budget.table),
+    "prices": ("prices.csv", budget.prices_table),
     "laws": ("laws.csv", network_laws.table),
     "grids": ("grids.csv", grids.table),
     "peers": ("peers.csv", reference_peers.table),
 }
-"""For each table of the page: the file of its measurements, and what makes it from them."""
+"""For each table of the page: the file of its measurements, and the function that makes it from them."""
 
 
 def figure(rows: pd.DataFrame) -> Figure:
@@ -152,7 +145,7 @@ def figure(rows: pd.DataFrame) -> Figure:
 
 
 def measured(name: str) -> pd.DataFrame:
-    """Return the rows of a file of measurements; none if there is no such file."""
+    """Return the rows of a file of measurements in the order of ``NETWORKS``; none if there is no such file."""
     rows = pd.read_csv(DATA / name) if (DATA / name).exists() else pd.DataFrame()
     if "network" in rows and set(rows["network"]) <= set(NETWORKS):
         order = [*NETWORKS].index
@@ -166,7 +159,7 @@ def with_table(page: str, name: str, table: pd.DataFrame) -> str:
     Raises:
         ValueError: the page does not have the marks exactly once.
     """
-    text = f"<!-- {name} -->\n\n{table.to_markdown(index=False, disable_numparse=True)}\n\n<!-- end -->"
+    text = f"<!-- {name} -->\n\n{markdown(table)}\n\n<!-- end -->"
     page, count = re.subn(rf"<!-- {name} -->.*?<!-- end -->", lambda _: text, page, flags=re.DOTALL)
     if count != 1:
         raise ValueError(f"the page has the marks of the table {name!r} {count} times; wanted once: "

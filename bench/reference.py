@@ -3,15 +3,13 @@
     python -m bench.reference                                     bytes of all networks at depths 8, 32 and 128
     python -m bench.reference --networks irevnet vit --depths 8   some of them
     python -m bench.reference --time --depths 8                   also seconds of a step, in turn, as ratios to plain
-    python -m bench.reference --csv reports/networks/memory.csv   what the page docs/networks.md is made from
+    python -m bench.reference --csv reports/networks/memory.csv   the data of the page docs/networks.md
 
 The depth is the number of blocks: of the first stage, of the first scale, or of a stage of a U-Net. Prints Markdown.
 The cases of depth 8 are part of a full run of ``python -m bench``.
 """
 
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bench.cases import THREE, Case, Step
+from bench.measure import cpu_seconds_in_turn
+from bench.tables import add_csv_option
 from memcnn import ReversibleSequential, cli
 from memcnn.memory import measure_step_memory
 from memcnn.models.glow import Glow
@@ -36,7 +36,7 @@ VOCABULARY = 256
 
 
 class NegativeLogLikelihood(nn.Module):
-    """The loss of a flow as a module of its own."""
+    """The loss of a flow as a module: -log p(x) for each sample."""
 
     def __init__(self, flow: Glow):
         super().__init__()
@@ -89,7 +89,7 @@ MAKERS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
 
 
 class CheckpointedBlock(nn.Module):
-    """A block whose input is stored, and which runs again in the backward pass."""
+    """A block of which only the input is stored, and which runs again in the backward pass."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -103,7 +103,7 @@ class CheckpointedBlock(nn.Module):
 
 
 def as_subject(model: nn.Module, subject: str) -> nn.Module:
-    """Let the model store its activations ("plain"), checkpoint every block, or leave it "reversible"."""
+    """Change the model in place to store its activations ("plain") or to checkpoint every block; return the model."""
     for chain in [part for part in model.modules() if isinstance(part, ReversibleSequential)]:
         for i, wrapped in enumerate(chain):
             if subject == "plain":
@@ -167,10 +167,10 @@ def references(*, depths: Sequence[int] = (8,), networks: Sequence[str] = tuple(
 
 
 def activation_bytes(case: Reference) -> int:
-    """Return what a training step adds to parameters and gradients at its worst instant, in bytes of tensors."""
+    """Return the bytes of tensors that a training step adds to parameters and gradients at its worst instant."""
     model = case.model("cpu")
     step = case.step(model, "cpu")
-    step.run()  # layers that initialise themselves have done so
+    step.run()  # initialises layers such as ActNorm
     return measure_step_memory(model, step.run).activation_bytes
 
 
@@ -183,22 +183,14 @@ def memory_row(network: str, depth: int) -> dict:
 
 
 def relative_times(network: str, depth: int, rounds: int = 7) -> dict[str, float]:
-    """Return the median ratio of CPU time to plain's, over rounds in which the subjects take turns."""
+    """Return the CPU time of each subject relative to plain: the median of rounds in which the subjects take turns."""
     steps = {}
     for subject in THREE:
         case = Reference(network, subject, depth)
         steps[subject] = case.step(case.model("cpu"), "cpu").run
         steps[subject]()
-    seconds: dict[str, list[float]] = {subject: [] for subject in THREE}
-    for _ in range(rounds):
-        for subject, run in steps.items():
-            begun = time.process_time()
-            run()
-            seconds[subject].append(time.process_time() - begun)
-    return {
-        subject: statistics.median(a / b for a, b in zip(seconds[subject], seconds["plain"], strict=True))
-        for subject in THREE
-    }
+    seconds = cpu_seconds_in_turn(steps, rounds)
+    return seconds.div(seconds["plain"], axis=0).median().to_dict()
 
 
 @cli.command("bench.reference")
@@ -207,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = cli.parser_from("bench.reference", __doc__, whole=True)
     parser.add_argument("--networks", nargs="+", choices=MAKERS, default=list(MAKERS), help="default: all")
     parser.add_argument("--depths", nargs="+", type=cli.count, default=[8, 32, 128], help="blocks (8 32 128)")
-    parser.add_argument("--csv", type=cli.output_file, metavar="FILE", help="write the bytes there, too")
+    add_csv_option(parser)
     parser.add_argument("--time", action="store_true", help="also measure time, relative to plain")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)

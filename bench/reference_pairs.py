@@ -1,6 +1,6 @@
 """The pairs of ``bench.reference_peers``: a reference network of this project, and the same network of other packages.
 
-The two share their residual functions or, for flows, the form of their subnetworks. What differs is the engine.
+The two share their residual functions or, for flows, the form of their subnetworks. They differ in the engine.
 """
 
 import warnings
@@ -22,12 +22,12 @@ GAMMA = 0.97
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to run a network.
+    """A network of this project or of a peer, with a loss.
 
     Attributes:
-        make: makes the network of a depth; two contenders with the same ``weights`` hold the same values.
+        make: makes the network of a depth.
         loss: returns the scalar to differentiate.
-        inverse: returns the input for the network and the result of its forward pass; None: gradients are compared.
+        inverse: returns inverse(forward(x)) for the network and x; None to compare gradients instead.
     """
 
     make: Callable[[int], nn.Module]
@@ -207,4 +207,4 @@ PAIRS = {"momentum": momentum, "attention": attention, "unet": unet, "glow": glo
 INPUTS: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {
     ("glow", name): nn.PixelUnshuffle(2) for name in ("normflows 1.7.3", "FrEIA 0.2")
 }
-"""What a peer is given instead of the input, if its network begins later."""
+"""For a peer without the first layers of the network: the function that computes its input."""

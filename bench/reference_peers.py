@@ -1,13 +1,13 @@
-"""The reference networks beside packages that have the same network: same work, time, memory, correctness.
+"""Compare the reference networks with packages that have the same network: time, memory, errors.
 
     python -m bench.reference_peers FOLDER               all pairs; pip installed the peers into FOLDER with --target
     python -m bench.reference_peers FOLDER --only glow   some of them
 
-A pair shares its residual functions, or, for flows, the form of their subnetworks. What differs is the engine. Each row
+A pair shares its residual functions, or, for flows, the form of their subnetworks, and differs in the engine. Each row
 has the CPU time of a step relative to plain autograd on this project's network (median and quartiles of rounds in which
 all contenders of a pair take turns), the bytes of tensors that a step adds to parameters and gradients at 4 and at 16
-blocks, and the worst error in float32: of gradients against plain autograd in float64, or of an input that comes back
-through the inverse. A contender that fails is named with its reason, and the others stay. Prints Markdown.
+blocks, and the worst error in float32: of gradients against plain autograd in float64, or of inverse(forward(x)) for
+flows and U-Nets. A contender that fails is named with its reason; the others are measured. Prints Markdown.
 
     pip install --target FOLDER --no-deps momentumnet reformer-pytorch local-attention einops \\
         axial-positional-embedding product-key-memory colt5-attention hyper-connections iunets normflows FrEIA
@@ -15,15 +15,16 @@ through the inverse. A contender that fails is named with its reason, and the ot
 
 import copy
 import sys
-import time
 from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from bench.measure import cpu_seconds_in_turn
 from bench.reference_pairs import INPUTS, PAIRS, Contender
 from bench.small_tensors import spread
+from bench.tables import add_csv_option, publish
 from memcnn import cli
 from memcnn.memory import measure_step_memory, tensor_peak_bytes
 from memcnn.testing.tolerances import relative_error
@@ -32,7 +33,7 @@ DEPTHS = (4, 16)
 
 
 def made(contender: Contender, depth: int, x: Tensor) -> tuple[nn.Module, Callable[[], None]]:
-    """Return a network, always with the same weights, and its training step. Layers have initialised themselves."""
+    """Return a network with the weights of seed 0, and its training step, which has run once to initialise layers."""
     torch.manual_seed(0)
     module = contender.make(depth)
     x = x.detach().clone().requires_grad_()
@@ -45,7 +46,7 @@ def made(contender: Contender, depth: int, x: Tensor) -> tuple[nn.Module, Callab
 
 
 def error_of(contender: Contender, plain: Contender, x: Tensor, depth: int) -> float:
-    """Return the relative error of an input that comes back, or the worst of the gradients."""
+    """Return the relative error of inverse(forward(x)), or the worst one of the gradients."""
     module, _ = made(contender, depth, x)
     if contender.inverse is not None:
         with torch.no_grad():
@@ -85,13 +86,7 @@ def compare(pair: str, rounds: int) -> tuple[list[dict], list[tuple[str, str]]]:
         except Exception as error:  # a peer may raise anything
             failures.append((f"{pair}, {name}", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
             steps.pop(name, None)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds):
-        for name in list(steps)[number % len(steps) :] + list(steps)[: number % len(steps)]:
-            begun = time.process_time()
-            steps[name]()
-            seconds[name].append(time.process_time() - begun)
-    times = pd.DataFrame(seconds)
+    times = cpu_seconds_in_turn(steps, rounds)
     for name, row in rows.items():
         row["time / plain"] = spread(times[name] / times["plain autograd"]) if "plain autograd" in times else ""
     return list(rows.values()), failures
@@ -113,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=cli.input_folder, help="where pip installed the peers")
     parser.add_argument("--only", nargs="+", choices=PAIRS, default=list(PAIRS), help="default: all")
     parser.add_argument("--rounds", type=cli.count, default=9, help="rounds of steps that take turns (%(default)s)")
-    parser.add_argument("--csv", type=cli.output_file, metavar="FILE", help="write the rows there, too")
+    add_csv_option(parser)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     sys.path.append(str(args.folder))
@@ -128,10 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failures += failed
         print(f"{pair}: done", file=sys.stderr, flush=True)
     frame = pd.DataFrame(rows)
-    if args.csv is not None:
-        frame.to_csv(args.csv, index=False)
     if rows:
-        print(table(frame).to_markdown(index=False, disable_numparse=True))
+        publish(frame, table(frame), args.csv)
     for name, reason in failures:
         print(f"\nleft out: {name}: {reason}")
     return 1 if failures else 0

@@ -1,12 +1,11 @@
 """Tables and figures of a benchmark result, for reading and for committing.
 
     python -m bench.report results/bench/FILE.json --out reports/bench/cpu   write the report of a run
-    python -m bench.report reports/bench/cpu                                 only its page, from what is committed
+    python -m bench.report reports/bench/cpu                                 only its page, from committed data
 
 Data, to be committed: summary.md with its figures as SVG; measurements.csv, a row for each measurement; and
-environment.json, which says where and with what they were made. Rendered, not committed: page.html, which needs no
-other file, and the figures as PNG. They go to reports/out/bench/<device> for a folder in reports/bench, else beside the
-data.
+environment.json with device, versions and commit. Rendered, not committed: page.html, which needs no other file, and
+the figures as PNG. They go to reports/out/bench/<device> for a folder in reports/bench, else beside the data.
 """
 
 import json
@@ -55,7 +54,7 @@ def busy(results: pd.DataFrame) -> str:
 
 
 def against_baseline(results: pd.DataFrame) -> Section | None:
-    """Return what became worse or better than the committed baseline; None where there is nothing to compare."""
+    """Return the section on metrics that differ from the committed baseline; None if there is nothing to compare."""
     baseline = BASELINES / f"{results.iloc[0].device['type']}.json"
     if not baseline.is_file() or not (results.series == "gate").any():
         return None
@@ -87,7 +86,7 @@ def against_baseline(results: pd.DataFrame) -> Section | None:
 
 
 def per_cent(growth: float) -> str:
-    """Return a change in per cent with its sign and two digits: no change that happened looks like zero."""
+    """Return a change in per cent with its sign and two significant digits, so that only no change looks like zero."""
     digits = max(1, 1 - math.floor(math.log10(100 * abs(growth)))) if math.isfinite(growth) else 1
     return number(100 * growth, digits, sign=True)
 
@@ -116,7 +115,7 @@ def headline(results: pd.DataFrame) -> list[str]:
 
 
 def _loss(times: pd.DataFrame, series: str, column: str | None, what: str) -> str:
-    """Return how much longer than plain a step takes at the extreme of a series; "" where that was not measured."""
+    """Return a sentence on the time relative to plain at the extreme of a series; "" if it was not measured."""
     rows = times[(times.series == series) & times.subject.isin(["reversible", "checkpoint"])].dropna(subset="ratio")
     if column is not None and not rows.empty:
         rows = rows[rows[column] == (rows[column].max() if series == "depth" else rows[column].min())]

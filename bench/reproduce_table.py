@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def plan(given: argparse.Namespace, settings: Settings) -> str:
-    """Return how long each missing cell takes on this device, and which cells fit into the budget. Write no file."""
+    """Return a table of the time of each missing cell on this device, and of the cells that fit into the budget."""
     device, at_once = first_device(given), given.jobs_per_device or 1
     settings = replace(settings, execution=settings.execution.on(device)[0])
     missing = [cell for cell in wanted_cells(given) if not (committed(given, cell) or is_complete(settings, cell))]

@@ -1,4 +1,4 @@
-"""The measurements of one run of ``python -m bench``: read from its files, and what its rows have in common."""
+"""Read the measurements of one run of ``python -m bench``, and compute ratios, quartiles and descriptions of them."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def load(path: str | Path) -> pd.DataFrame:
     """Read a result of ``python -m bench``, or the folder that ``bench.report`` made of one.
 
     Returns:
-        One row for each measurement: ``group`` ("time" or "memory"), ``median_s``, ``rounds``, and what is in its
+        One row for each measurement: ``group`` ("time" or "memory"), ``median_s``, ``rounds``, and the fields of its
         ``extra_info``, such as case, device and versions.
 
     Raises:
@@ -140,7 +140,7 @@ def size(rows: pd.DataFrame) -> str:
 
 
 def origin(results: pd.DataFrame) -> str:
-    """Describe where and with what the results were measured: device, threads, load, versions, commit."""
+    """Return device, threads, load, versions and commit of the measurements as text."""
     if "clean" not in results:
         raise cli.Misuse(
             "got a baseline of bench.gate, which holds bytes and evaluations alone; wanted a result of python -m bench"

@@ -1,6 +1,6 @@
 """One side of ``bench.compare``: a process that measures the ``memcnn`` of one commit.
 
-This file imports only what older commits have as well: the cases and meters of this tree, and ``memcnn``.
+This file imports only modules that older commits have as well: the cases and meters of this tree, and ``memcnn``.
 """
 
 import pandas as pd

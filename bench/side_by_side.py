@@ -19,12 +19,12 @@ from memcnn import cli
 from memcnn.training.files import write_by_rename
 from memcnn.training.text import clean
 from reports import page
+from reports.cells import DASH
 from reports.page import Page, Section
 from reports.tables import MEMORY_FILE
 
 TITLE = "What reversibility costs and saves, by device"
 COMMAND = "python -m bench.side_by_side"
-DASH = "\N{EM DASH}"
 
 
 @dataclass(frozen=True)

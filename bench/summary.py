@@ -119,7 +119,7 @@ def fit(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def largest_depth(fits: pd.DataFrame, budget_bytes: float) -> pd.Series:
-    """Return how many blocks fit into a budget: the largest d with a + b * d within it, see ``fit``."""
+    """Return the number of blocks that fit into a budget: the largest d with a + b * d within it, see ``fit``."""
     return np.floor(np.maximum((budget_bytes - fits.a) / fits.b, 0)).astype(int)
 
 

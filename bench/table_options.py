@@ -47,16 +47,7 @@ def device_list(text: str) -> list[str]:
 
 def choice_list(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
     """Return a function that parses "a,b" into the named choices, in the order of ``choices``."""
-
-    def parse(text: str) -> list[str]:
-        wanted = [word.strip() for word in text.split(",") if word.strip()]
-        if unknown := [word for word in wanted if word not in choices]:
-            raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}: choose from {','.join(choices)}")
-        if not wanted:
-            raise argparse.ArgumentTypeError(f"got nothing: choose from {','.join(choices)}")
-        return [choice for choice in choices if choice in wanted]
-
-    return parse
+    return lambda text: sorted(cli.names(choices)(text), key=choices.index)
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -116,7 +107,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         "longest cells that can finish, and use the remaining time for one that a later command resumes",
     )
     data = "(default: $MEMCNN_DATA, else ./data; downloaded when missing)"
-    add("--data", **folder, help=f'the CIFAR files, or the word "generated" for made-up images {data}')
+    add("--data", **folder, help=f'the CIFAR files, or the word "generated" for generated images {data}')
     add("--unofficial-data", action="store_true", help="also train on files with wrong checksums; the table marks them")
     add_allow_mixed(add)
     add_execution_options(parser)

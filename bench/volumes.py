@@ -4,9 +4,9 @@
     python -m bench.volumes --gib 80 --blocks 4
 
 The network is ``ReversibleUNet(4, 3, (32, 64, 128), blocks, dims=3)`` in float32: four modalities, three classes. The
-step has a batch of one, cross-entropy and SGD with momentum, as ``memcnn.memory.predict_step_memory`` predicts it: all
-tensors, in the blocks of CUDA's allocator. The reserve is for what it does not see: the CUDA context and the scratch
-memory of kernels. Sides are multiples of 4. Prints Markdown.
+step has a batch of one, cross-entropy and SGD with momentum. ``memcnn.memory.predict_step_memory`` predicts the bytes
+of all its tensors, in the blocks of CUDA's allocator. The reserve is for the CUDA context and the scratch memory of
+kernels, which are not predicted. Sides are multiples of 4. Prints Markdown.
 """
 
 import sys
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bench.cases import THREE
 from bench.reference import as_subject
+from bench.tables import add_csv_option, publish
 from memcnn import cli
 from memcnn.memory import largest_that_fits, predict_step_memory
 from memcnn.models.reversible_unet import ReversibleUNet
@@ -40,7 +41,7 @@ def peak_bytes(subject: str, blocks: int, side: int) -> int:
 
 
 def largest(gib: float, reserve: float, blocks: Iterable[int]) -> pd.DataFrame:
-    """Return a row for each way to train and number of blocks: the largest side, its peak, and that of the next."""
+    """Return a row for each subject and number of blocks: the largest side, its peak, and the peak of the next side."""
     rows = []
     for count in blocks:
         for subject in THREE:
@@ -92,14 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gib", type=cli.number, default=24.0, help="memory of the card (%(default)s)")
     parser.add_argument("--reserve", type=cli.number, default=2.0, help="left for context and kernels (%(default)s)")
     parser.add_argument("--blocks", type=cli.count, nargs="+", default=[2, 8], help="blocks a stage (2 8)")
-    parser.add_argument("--csv", type=cli.output_file, metavar="FILE", help="write the rows there, too")
+    add_csv_option(parser)
     args = parser.parse_args(arguments)
     if not 0 <= args.reserve < args.gib:
         parser.error(f"--reserve: got {args.reserve:g} GiB of {args.gib:g}, wanted at least 0 and less than --gib")
     rows = largest(args.gib, args.reserve, args.blocks)
-    if args.csv is not None:
-        rows.to_csv(args.csv, index=False)
-    print(table(rows).to_markdown(index=False, disable_numparse=True))
+    publish(rows, table(rows), args.csv)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Compare this project with its peers: which programs they get right, and what a training step costs.
+"""Compare this project with its peers: the programs that they get right, and time and memory of a training step.
 
     python -m bench.peers --install    first install the peers into results/peers-venv, with the running torch
     python -m bench.peers --quick      a small case: about two minutes on two cores
@@ -99,7 +99,7 @@ def _greet(worker: Worker) -> dict:
     """Wait until the worker is ready.
 
     Raises:
-        Failed: it cannot import what it needs, or it runs another torch.
+        Failed: it cannot import a package that it needs, or it runs another torch.
     """
     answer = worker.ask("hello")
     if answer["torch"] != torch.__version__:
@@ -235,7 +235,7 @@ def rendered(data: Path, render: Callable[[dict], str]) -> str:
         render: makes the page.
 
     Raises:
-        Misuse: the file does not hold what ``render`` needs.
+        Misuse: the file does not hold the data that ``render`` needs.
     """
     try:
         return render(json.loads(data.read_text("utf-8")))

@@ -1,6 +1,5 @@
 """The training step that ``bench.memory`` predicts, and the search for the largest batch and depth that fit."""
 
-import importlib
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -12,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from memcnn.cli import Misuse
 from memcnn.memory import PeakSplit, largest_that_fits, measure_peak_split, predict_step_memory, training_step
 from memcnn.memory.prediction import SGD
 from memcnn.models.resnet import MODELS, CifarResNet, basic_branch, bottleneck_branch
+from memcnn.testing.targets import load
 
 OPTIMIZERS = {"sgd": SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "none": None}
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
@@ -188,17 +189,13 @@ def progress(text: str) -> None:
 
 
 def _factory(name: str) -> Callable[[], nn.Module]:
-    """Return a function that makes the model called "package.module:function"."""
-    module, _, function = name.partition(":")
-    if not module or not function:
+    """Return a function that makes the model called "package.module:function" or "path.py:function"."""
+    if ":" not in name:
         raise Unusable(f"argument MODEL: got {name!r}, wanted {MODEL}")
     try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise Unusable(
-            f"argument MODEL: got {name!r}: {error}; wanted an importable module and a function in it, run from the "
-            "folder where `import` finds it"
-        ) from error
+        make = load(name)
+    except Misuse as error:
+        raise Unusable(f"argument MODEL: {str(error).removeprefix('target: ')}") from error
 
     def make_model() -> nn.Module:
         model = make()

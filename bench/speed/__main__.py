@@ -49,7 +49,7 @@ class Setup:
 
 
 def measured_rows(network: str, ways: Sequence[Way], setup: Setup) -> pd.DataFrame:
-    """Time a network's training step in each way, and return a row of speed.csv for each way."""
+    """Time a network's training step for each of ``ways``, and return a row of speed.csv for each."""
     functions = {way: steps.step_of(network, way, batch=setup.batch, device=setup.device) for way in ways}
     times, counts = timing.timed(functions, setup.device, setup.limit)
     rows = []
@@ -103,7 +103,7 @@ def origin(device: torch.device, clock: str) -> dict:
 
 
 def ways_of(given: argparse.Namespace, device: torch.device) -> list[Way]:
-    """Return the ways that the command line asks for."""
+    """Return the executions and groups that the command line asks for."""
     if given.fast:
         return steps.fast_ways(device, group=given.group)
     return steps.all_ways(device, group=given.group, compiled=given.compile)
@@ -136,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @cli.command("bench.speed")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what the command line asks for, write speed.csv and speed.md, print the page; return 0."""
+    """Measure the executions, write speed.csv and speed.md, print the page; return 0."""
     parser = build_parser()
     given = parser.parse_args(arguments)
     device, folder = folders.place_of(parser, given)

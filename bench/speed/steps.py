@@ -1,4 +1,4 @@
-"""The training steps that ``bench.speed`` times: each network in each execution, alone or in a group."""
+"""The training steps that ``bench.speed`` times: each network in each execution, one run or a group of runs."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,10 +26,10 @@ COMPILED = (Execution(compile=True),)
 
 @dataclass(frozen=True)
 class Way:
-    """A way to run training steps.
+    """An execution of training steps, for one run or for a group of runs.
 
     Attributes:
-        execution: how one step runs.
+        execution: the execution of a step.
         group: number of training runs whose steps are interleaved in one process.
     """
 
@@ -105,7 +105,7 @@ def _new_stream(device: torch.device) -> "torch.cuda.Stream":
 
 
 def cpu_variants(network: str, *, batch: int) -> dict[str, Callable[[int], None]]:
-    """Return the training step as it runs on a CPU, and once more with each of its choices changed.
+    """Return the training step of a CPU, and variants that differ from it in one choice each.
 
     Returns:
         Name of the variant -> function that runs a given number of steps.

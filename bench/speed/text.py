@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from bench.tables import markdown
 from memcnn.models.resnet import MODELS
 from memcnn.training.files import write_by_rename
+from reports.cells import DASH
 
 ROWS, TRIES, PAGE = "speed.csv", "tries.csv", "speed.md"
 KEYS = ["network", "execution", "group", "batch"]
@@ -14,7 +16,6 @@ COLUMNS = (
     "floor_ms", "gflop_per_second", "gb_per_second", "device_type", "device", "threads", "clock", "torch", "cuda",
     "cudnn", "python", "commit", "clean", "date",
 )  # fmt: skip
-DASH = "\N{EM DASH}"
 
 
 def read(folder: Path) -> pd.DataFrame:
@@ -132,8 +133,3 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
 def interval(middle: float, low: float, high: float, digits: int) -> str:
     """Return median and quartiles as text, such as "829 (817 to 863)"."""
     return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """Return a table of text as Markdown."""
-    return table.to_markdown(index=False, disable_numparse=True)

@@ -4,8 +4,8 @@
 * ``images`` holds both sets as uint8 tensors on one device, real ones or generated ones.
 * ``batches`` gathers a batch there: scale, subtract the mean, pad, crop, flip.
 
-What an epoch does with the images (their order, crops and flips) is a function of (seed, epoch) alone, and the same on
-every device. So a resumed run sees the batches that an uninterrupted one would have seen.
+Order, crops and flips of an epoch depend only on (seed, epoch), and are the same on every device. A resumed run
+therefore sees the same batches as an uninterrupted one.
 """
 
 from memcnn.data.batches import EpochPlan, augment, batch, epoch_plan, normalise, train_batch

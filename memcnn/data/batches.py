@@ -71,8 +71,8 @@ def epoch_plan(seed: int, epoch: int, images: int, *, pad: int, flip: bool) -> E
 def normalise(images: Tensor, mean: Tensor) -> Tensor:
     """Return images as the network takes them: float32, scaled to 0..1, minus the training set's per-pixel mean.
 
-    Every device computes the same bits. 255 is a tensor for that reason: CUDA multiplies by 1/255 instead of dividing
-    by a Python number, and rounds differently for every other pixel value.
+    Every device computes the same bits, because 255 is a tensor. CUDA does not divide by a Python number but multiplies
+    by 1/255, which rounds differently for half of the pixel values.
 
     Args:
         images: uint8 of shape (B, 3, 32, 32).
@@ -109,5 +109,5 @@ def batch(data: Data, plan: EpochPlan, *, pad: int) -> tuple[Tensor, Tensor]:
 
 
 def train_batch(data: Data, plan: EpochPlan, index: int, *, batch_size: int, pad: int) -> tuple[Tensor, Tensor]:
-    """Return batch ``index`` of an epoch, as `batch` does."""
+    """Return the augmented images and the labels of batch ``index``, counted from 0, of an epoch; see ``batch``."""
     return batch(data, plan.part(index * batch_size, (index + 1) * batch_size), pad=pad)

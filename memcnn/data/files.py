@@ -67,7 +67,7 @@ def find(dataset: str, folder: Path, *, download: bool = True, unofficial: bool 
 
 
 def verify_files(source: type[Any], folder: Path) -> tuple[dict[str, str], list[str], list[str]]:
-    """Return the MD5 of each file of a torchvision CIFAR class, and messages about missing and about wrong files."""
+    """Return the MD5 of each file of a torchvision CIFAR class, messages about missing files and about wrong files."""
     if not (folder / source.base_folder).is_dir():
         return {}, ["there is no such folder"], []
     official = dict([*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])])
@@ -103,6 +103,7 @@ def read(dataset: str, folder: Path, *, train: bool) -> tuple[Tensor, Tensor]:
 
 
 def _read_batch(path: Path, classes: int) -> tuple[Tensor, Tensor]:
+    """Return images and labels of one file, as ``read`` does."""
     content = path.read_bytes()
     try:
         batch = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
@@ -117,7 +118,7 @@ def _read_batch(path: Path, classes: int) -> tuple[Tensor, Tensor]:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickler that accepts only the names that a pickled array needs, each replaced by a harmless stand-in."""
+    """Unpickler that accepts only the names in a pickled array, and replaces each by a class that runs no code."""
 
     def find_class(self, module: str, name: str) -> object:
         known = {
@@ -134,7 +135,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 class _Type:
-    """Stand-in for a pickled ``numpy.dtype``."""
+    """Replaces a pickled ``numpy.dtype``."""
 
     def __init__(self, code: str, *arguments: object) -> None:
         self.code = code
@@ -144,7 +145,7 @@ class _Type:
 
 
 class _Array:
-    """Stand-in for a pickled ``numpy.ndarray``."""
+    """Replaces a pickled ``numpy.ndarray``."""
 
     def __init__(self, *arguments: object) -> None:
         pass

@@ -42,7 +42,7 @@ class Data:
 
     @property
     def kind(self) -> str:
-        """Return "official", "generated" or "unofficial", as ``memcnn.training.record.run_name`` takes it."""
+        """Return "official", "generated" or "unofficial": the argument of ``memcnn.training.record.run_name``."""
         if self.official:
             return "official"
         return GENERATED if GENERATED in self.checksums else "unofficial"
@@ -65,6 +65,7 @@ def load(dataset: str, data: str | Path | None = None, *, download: bool = True,
             ``./data``.
         download: download missing files.
         unofficial: accept files whose MD5 differs from the published one; ``official`` of the result is then False.
+
     Raises:
         DataNotFound: the official files are missing and could not be downloaded.
         BadData: a file does not contain a batch of CIFAR images.
@@ -82,7 +83,7 @@ def load(dataset: str, data: str | Path | None = None, *, download: bool = True,
 
 
 def whereabouts(data: str | Path | None) -> str:
-    """Return the folder that `load` looks in, or the word "generated"."""
+    """Return the folder from which ``load`` reads, or the word "generated"."""
     return str(data or os.environ.get("MEMCNN_DATA") or "data")
 
 

@@ -1,11 +1,11 @@
-"""Choose, for each shape, between the library's weight gradient and the plans of our kernel, by timing them once.
+"""Choose the fastest weight gradient for each shape, by timing: that of the library (PyTorch) or a plan of our kernel.
 
-The rules:
+A plan (``memcnn.kernels.weight_gradient.Plan``) is a division of the kernel's work. The rules:
 
 1. A shape is measured the first time that its weight gradient is computed on real tensors, unless a CUDA graph is being
-   captured on the current stream. During a capture the library computes what was not measured before.
+   captured on the current stream. During a capture, the library computes the shapes that were not measured before.
 2. A plan is chosen only if it ran, agreed with the library, and took at most ``MOST_OF_LIBRARY`` of its time.
-3. Where the caller asks for deterministic algorithms the library computes everything. Each plan is deterministic, but
+3. If the caller asks for deterministic algorithms, the library computes everything. Each plan is deterministic, but
    the choice between them depends on a clock.
 4. Choices are kept for the life of the process. All threads share them, and one thread measures at a time. Other
    threads must not capture a CUDA graph meanwhile: measuring allocates memory and waits for the GPU.
@@ -58,7 +58,7 @@ class Measurement:
         library_benchmark: whether cuDNN was free to choose its algorithm by measurement.
         microseconds: time of one weight gradient, by name; ``library`` is cuDNN's.
         rejected: for each plan that failed or disagreed with the library, the reason.
-        chosen: the name of what is used from now on.
+        chosen: the name of the fastest, which is used from now on.
     """
 
     device: str
@@ -72,10 +72,10 @@ class Measurement:
 
 
 class Choices:
-    """The choices of a process, or of a test.
+    """The choices made so far, for each shape.
 
     Args:
-        timer: returns the microseconds of each of several functions. By default, ``gpu_microseconds``.
+        timer: returns the microseconds of each function in a dictionary. By default, ``gpu_microseconds``.
     """
 
     def __init__(self, timer: Timer | None = None) -> None:
@@ -98,10 +98,11 @@ class Choices:
         return self.found[key][0]
 
     def measured(self) -> list[Measurement]:
-        """Return everything that was measured, in the order of measuring."""
+        """Return the measurements, in their order."""
         return [measurement for _, measurement in list(self.found.values())]
 
     def _measure(self, key: Key) -> "tuple[Plan | None, Measurement]":
+        """Check and time the plans for a shape; return the chosen one, None for the library, and the measurement."""
         generator = torch.Generator(key.device).manual_seed(0)  # the caller's random numbers stay as they are
         x, gradient = (
             torch.empty(shape, dtype=key.dtype, device=key.device, memory_format=torch.channels_last)
@@ -115,7 +116,7 @@ class Choices:
         for plan in plans(key.out_channels, key.input_shape[1]):
             try:
                 _check_agreement(planned_weight_gradient(gradient, x, plan), expected)
-            except Exception as error:  # whatever a compiler or a driver raises: the library can do it
+            except Exception as error:  # whatever a compiler or a driver raises: the library remains
                 rejected[str(plan)] = f"{type(error).__name__}: {error}"
                 continue
             by_name[str(plan)] = plan
@@ -144,13 +145,13 @@ def plans(out_channels: int, in_channels: int) -> "tuple[Plan, ...]":
     try:
         from memcnn.kernels import weight_gradient
     except ImportError as error:
-        warn_user(f"Triton cannot be imported ({error}): weight gradients are the library's")
+        warn_user(f"Triton cannot be imported ({error}): the library computes weight gradients")
         return ()
     return weight_gradient.plans(out_channels, in_channels)
 
 
 def planned_weight_gradient(output_gradient: Tensor, x: Tensor, plan: "Plan") -> Tensor:
-    """Return the weight gradient that our kernel computes, see ``memcnn.kernels.weight_gradient``."""
+    """Return the weight gradient, computed by our kernel; see ``memcnn.kernels.weight_gradient``."""
     from memcnn.kernels.weight_gradient import weight_gradient
 
     if x.device.type != "cuda":  # Triton's interpreter
@@ -161,7 +162,7 @@ def planned_weight_gradient(output_gradient: Tensor, x: Tensor, plan: "Plan") ->
 
 
 def library_weight_gradient(output_gradient: Tensor, x: Tensor) -> Tensor:
-    """Return the weight gradient that PyTorch computes (on a GPU, by cuDNN), in channels_last."""
+    """Return the weight gradient in channels_last, computed by PyTorch (on a GPU, by cuDNN)."""
     weight = x.new_empty(output_gradient.shape[1], x.shape[1], 3, 3).to(memory_format=torch.channels_last)
     arguments = [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
     result = torch.ops.aten.convolution_backward(output_gradient, x, weight, None, *arguments)[1]
@@ -171,8 +172,8 @@ def library_weight_gradient(output_gradient: Tensor, x: Tensor) -> Tensor:
 def gpu_microseconds(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Return the microseconds of each function on the current GPU: the median of rounds in which they take turns.
 
-    The GPU sleeps while the calls are queued, so the time that Python needs to launch a kernel is not measured. This is
-    the time that matters in a CUDA graph. Inputs stay in the L2 cache if they fit, for all functions alike.
+    The GPU sleeps while the calls are queued, so the time that Python needs to launch a kernel is not measured: a CUDA
+    graph does not need it either. Inputs stay in the L2 cache if they fit, for all functions alike.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     if not torch.cuda.is_available():
@@ -184,10 +185,11 @@ def gpu_microseconds(runs: Mapping[str, Callable[[], object]]) -> dict[str, floa
 
 
 def _microseconds(run: Callable[[], object]) -> float:
+    """Return the microseconds of a call on the current GPU, as the mean of ``CALLS`` queued calls."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     cycles = SLEEP_CYCLES
     while True:
-        torch.cuda._sleep(cycles)  # private, but what PyTorch's own tests use; a public kernel takes no time to order
+        torch.cuda._sleep(cycles)  # private, but PyTorch's own tests use it; no public kernel takes a given time
         start.record()
         for _ in range(CALLS):
             run()
@@ -200,6 +202,7 @@ def _microseconds(run: Callable[[], object]) -> float:
 
 
 def _check_agreement(result: Tensor, expected: Tensor) -> None:
+    """Raise an ArithmeticError if the result differs from the library's by more than ``AGREEMENT``."""
     difference, size = (tensor.norm().item() for tensor in (result.float() - expected.float(), expected.float()))
     if not difference <= AGREEMENT * size:
         raise ArithmeticError(f"differs from the library's result by {difference / size:.1e} of its norm")
@@ -217,12 +220,12 @@ _current = Choices()
 
 
 def current() -> Choices:
-    """Return the choices that weight gradients are computed by."""
+    """Return the choices in use."""
     return _current
 
 
 def measured() -> list[Measurement]:
-    """Return what this process has measured so far, one entry a shape."""
+    """Return the measurements of this process, one for each shape."""
     return _current.measured()
 
 

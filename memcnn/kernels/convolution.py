@@ -58,7 +58,7 @@ def narrow_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and weight.requires_grad and _is_supported(x, weight, dtype)):
         return F.conv2d(x, weight, padding=1)
     if autocast is None and weight.dtype != dtype:
-        return F.conv2d(x, weight, padding=1)  # which explains that the dtypes differ
+        return F.conv2d(x, weight, padding=1)  # raises: the dtypes differ
     return _NarrowConv.apply(x.to(dtype), weight.to(dtype))
 
 
@@ -131,7 +131,7 @@ conv3x3_weight_gradient.register_autograd(_second_derivative, setup_context=_sav
 
 
 class _NarrowConv(torch.autograd.Function):
-    """The convolution. It saves what PyTorch's own saves, in the same order, so a reversible block can forget it."""
+    """The convolution. It saves the same tensors as PyTorch's, in that order: a reversible block can forget them."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:

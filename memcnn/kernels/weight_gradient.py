@@ -4,7 +4,7 @@ The gradient of ``weight[o, i, a, b]`` is the sum over all pixels (n, r, c) of t
 
     output_gradient[n, o, r + 1 - a, c] * input[n, i, r, c + b - 1]
 
-where pixels outside of the map count as zero. That is one matrix product with as many terms as there are pixels:
+where pixels outside of the map count as zero. That is one matrix product, summed over the pixels:
 
     [rows (a, o) x pixels] @ [pixels x columns (b, i)]
 
@@ -18,7 +18,7 @@ A tile has a power of two of rows and columns. A plan therefore chooses between 
 four (``taps=4``: each value is read three times, and a quarter of the rows or columns is zero), and one tap a program
 (``taps=1``: nothing is padded, but three times as many programs read the same values).
 
-This file needs Triton. It uses only what Triton 3.6 (PyTorch 2.11) and 3.9 have in common.
+This file needs Triton. It uses only functions that both Triton 3.6 (PyTorch 2.11) and 3.9 have.
 
 Estimate for one H100 (132 multiprocessors, 3.3 TB/s), batch 100, 32 x 32, 16 channels, bfloat16. This is arithmetic,
 not a measurement; ``python -m bench.narrow_conv`` measures.
@@ -76,11 +76,11 @@ class Plan:
 
     @property
     def groups(self) -> tuple[int, int]:
-        """Return how many programs share the kernel rows, and how many the kernel columns, of the same pixels."""
+        """Return the number of programs that share the kernel rows of the same pixels, and that for the columns."""
         return (1 if self.row_taps == 4 else 3), (1 if self.column_taps == 4 else 3)
 
     def splits(self, pixels: int, processors: int) -> tuple[int, int]:
-        """Return how many programs share the pixels, and how many tiles each of them adds up.
+        """Return the number of programs that share the pixels, and the number of tiles that each of them adds up.
 
         Args:
             pixels: number of pixels of all images, at least 1.
@@ -93,7 +93,7 @@ class Plan:
 
 
 def plans(out_channels: int, in_channels: int) -> tuple[Plan, ...]:
-    """Return the plans that are worth measuring for a convolution of so many channels: three or four of them."""
+    """Return the three or four plans that are worth measuring for a convolution of these numbers of channels."""
     found = []
     for row_taps, column_taps, stages, occupancy in _TRIED:
         sums = row_taps * out_channels * column_taps * in_channels
@@ -109,7 +109,7 @@ def weight_gradient(output_gradient: Tensor, x: Tensor, plan: Plan, *, processor
     Args:
         output_gradient: (N, C_out, H, W), dense in channels_last; C_out a power of two, at least 16.
         x: input of the convolution, (N, C_in, H, W), likewise and of the same dtype.
-        plan: how the work is divided. It changes the result by rounding only.
+        plan: division of the work. It changes the result only by rounding.
         processors: number of multiprocessors of the GPU.
 
     Returns:

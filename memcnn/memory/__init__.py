@@ -1,18 +1,18 @@
-"""The memory of a piece of PyTorch code, in bytes: measured exactly, or predicted without computing anything.
+"""The memory of PyTorch code in bytes: measured exactly, or predicted without computing anything.
 
-Two meters, because each sees what the other cannot:
+There are two meters, because each sees memory that the other does not:
 
 * ``tensor_peak_bytes`` follows every tensor that an operator returns. It works on any device, and on fake and meta
-  tensors. It does not see the scratch memory that a kernel borrows and returns within one operator, nor a storage that
-  is emptied by hand. Its result does not depend on the machine or on the number of threads.
+  tensors. It sees neither the scratch memory that a kernel allocates and frees within one operator, nor that a storage
+  was resized to 0. Its result does not depend on the machine or on the number of threads.
 * ``allocator_peak_bytes`` asks the allocator: on the CPU through the events that the profiler records, on CUDA through
   the counters of the caching allocator. It includes scratch memory, so its result is the larger one.
 
 For training steps:
 
-* ``measure_step_memory`` measures what a step adds to parameters and gradients.
-* ``measure_peak_split`` measures what the worst instant of a step consists of.
-* ``predict_step_memory`` predicts the same split for a device that is not there, and ``step_flops`` the arithmetic.
+* ``measure_step_memory`` measures the bytes that a step adds to parameters and gradients.
+* ``measure_peak_split`` measures the bytes of each kind of tensor at the peak of a step.
+* ``predict_step_memory`` predicts the same split for a device that need not exist, ``step_flops`` the operations.
 * ``largest_that_fits`` searches the largest batch, depth or other size within a number of bytes.
 
 This package imports nothing but torch and the standard library, so that it can measure other packages and older

@@ -18,7 +18,7 @@ def allocator_peak_bytes(fn: Callable[[], object], *, device: str | torch.device
 
     On the CPU these are the bytes requested inside ``fn``, exact to the byte; memory that was there at entry and is
     freed inside does not lower the count. On CUDA it is the rise of the allocator's high-water mark above the bytes
-    allocated at entry, in the allocator's units of 512 bytes; the mark is reset. Neither may be nested in itself.
+    allocated at entry, in the allocator's units of 512 bytes; the mark is reset. Calls cannot be nested.
 
     On CUDA, run ``fn`` once before: a thread's first matrix product takes a workspace of some megabytes, which cuBLAS
     keeps. ``measure_step_memory`` and ``measure_peak_split`` do so. Copies that an operator makes for itself count
@@ -26,7 +26,10 @@ def allocator_peak_bytes(fn: Callable[[], object], *, device: str | torch.device
 
     Args:
         fn: the code to measure.
-        device: the device whose allocator is asked: CPU or CUDA.
+        device: the device of the allocator: CPU or CUDA.
+
+    Returns:
+        The peak in bytes.
 
     Raises:
         RuntimeError: on the CPU, while a profiler is running.
@@ -48,12 +51,12 @@ def allocator_total_bytes(
 ) -> int:
     """Return ``allocator_peak_bytes`` of ``fn`` plus the bytes of tensors that existed before it.
 
-    On the CPU ``fn`` runs twice, because the profiler does not see the release of what was allocated before it started.
+    On the CPU ``fn`` runs twice, because the profiler does not see the release of memory allocated before its start.
 
     Args:
         fn: the code to measure.
         held: returns tensors to include, which ``fn`` may free and replace, such as a model and its gradients.
-        device: the device whose allocator is asked: CPU or CUDA.
+        device: the device of the allocator: CPU or CUDA.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -64,9 +67,9 @@ def allocator_total_bytes(
 
 
 def _cuda_rise_bytes(fn: Callable[[], object], device: torch.device) -> int:
-    """Return by how much the high-water mark of CUDA's allocator rises above what was allocated at entry."""
-    stream = torch.cuda.current_stream(device)  # the only one to wait for: on others, other runs may be training
-    gc.collect()  # garbage in reference cycles, freed inside, would make room for what ``fn`` allocates
+    """Return the rise of CUDA's high-water mark during ``fn`` above the bytes allocated at entry."""
+    stream = torch.cuda.current_stream(device)  # wait for this stream alone: others may train other models
+    gc.collect()  # garbage in reference cycles, freed inside ``fn``, would lower the rise
     stream.synchronize()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -108,7 +111,7 @@ def _cpu_allocations(fn: Callable[[], object]) -> list[tuple[int, int]]:
 
 
 def _peak_of(allocations: Iterable[tuple[int, int]]) -> tuple[int, dict[int, int]]:
-    """Return the highest running sum, and what is left in the end; only releases of what was counted count."""
+    """Return the peak in bytes, and the remaining allocations, address to bytes. Ignore releases of older memory."""
     alive: dict[int, int] = {}
     current_bytes = peak_bytes = 0
     for address, size in allocations:

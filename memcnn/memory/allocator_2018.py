@@ -17,10 +17,10 @@ SMALL_UNIT_BYTES, LARGE_UNIT_BYTES = 512, 2**17
 
 
 class Meter2018(TensorMeter):
-    """A tensor meter that also counts as that allocator would.
+    """A tensor meter that also places each storage as that allocator did.
 
     Attributes:
-        allocated_bytes: what ``torch.cuda.memory_allocated`` would have returned now.
+        allocated_bytes: value that ``torch.cuda.memory_allocated`` would return now.
     """
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ def largest_that_fits(peak_bytes: Callable[[int], int], budget_bytes: int, *, st
 
     Args:
         peak_bytes: returns the bytes for a size; it must grow with the size.
-        budget_bytes: the bytes that there are.
+        budget_bytes: the bytes available.
         start: the size to evaluate first.
         limit: the largest size to try.
 
@@ -21,7 +21,7 @@ def largest_that_fits(peak_bytes: Callable[[int], int], budget_bytes: int, *, st
         not fit, None where ``limit`` itself fits; ``limit``; and the number of ``evaluations``.
     """
     sizes: dict[int, int] = {0: 0}
-    low, high = 0, limit + 1  # the first fits, the second does not
+    low, high = 0, limit + 1  # low fits, high does not
     guess = min(max(start, 1), limit)
     while high - low > 1:
         sizes[guess] = peak_bytes(guess)
@@ -31,7 +31,7 @@ def largest_that_fits(peak_bytes: Callable[[int], int], budget_bytes: int, *, st
             high = guess
         if len(sizes) == 2:
             guess = 2 * guess if low else guess // 2
-        elif len(sizes) > 6 and len(sizes) % 2 == 0:  # a curve misleads the line
+        elif len(sizes) > 6 and len(sizes) % 2 == 0:  # memory is far from affine
             guess = (low + high) // 2
         else:
             (n, size), (other, other_size) = list(sizes.items())[-2:]

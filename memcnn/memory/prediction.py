@@ -3,8 +3,8 @@
 The step runs on fake tensors, which have shapes, dtypes and lifetimes but no data, so that a model may be larger than
 any device. The bytes are those of ``TensorMeter``: of all tensors, exact, without the scratch memory of kernels.
 
-A step is that of ``memcnn.training``: forward pass and loss, freeing the gradients of the last step, backward pass,
-update.
+The step has the parts of one of ``memcnn.training``, in the same order: forward pass and loss, freeing the gradients of
+the previous step, backward pass, update.
 """
 
 import copy
@@ -39,7 +39,7 @@ def predict_step_memory(
     autocast: torch.dtype | None = None,
     device: str = "cpu",
 ) -> PeakSplit:
-    """Predict what the worst instant of a training step consists of, in bytes; nothing is computed.
+    """Predict the bytes of each kind of tensor at the peak of a training step, without computing it.
 
     Args:
         make_model: returns the model, on the CPU, in the mode in which it is trained. It is called on fake tensors,
@@ -52,7 +52,7 @@ def predict_step_memory(
             optimisers update all parameters at once by default, which takes a copy of the gradients.
 
     Returns:
-        The bytes of each kind of tensor at the worst instant.
+        The bytes of each kind of tensor at the peak.
     """
     with FakeTensorMode() as mode:
         model, optimiser, batch, step = training_step(
@@ -160,14 +160,14 @@ def _make_fake(make_model: Callable[[], nn.Module], mode: FakeTensorMode) -> nn.
     try:
         with _FakeCopies():
             model = make_model()
-    except Exception:  # a fault of the model itself is raised again
+    except Exception:  # if the model itself is faulty, the second try raises
         with unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
             model = make_model()
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
     if all(isinstance(tensor, FakeTensor) for tensor in tensors):
         return model
     with unset_fake_temporarily():
-        model = copy.deepcopy(model)  # somebody may hold the real one
+        model = copy.deepcopy(model)  # the caller may hold the real model
     for module in model.modules():
         registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for values in registries:

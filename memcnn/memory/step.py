@@ -1,4 +1,4 @@
-"""The memory of one training step: what it adds to parameters and gradients, and what its worst instant consists of."""
+"""The memory of one training step: the bytes that it adds to the model, and the kinds of tensors at its peak."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,12 +15,12 @@ from .tensors import TensorMeter, bytes_of, tensor_peak_bytes
 
 @dataclass(frozen=True)
 class StepMemory:
-    """The memory that one forward and backward pass needs; see ``measure_step_memory``.
+    """Bytes of one forward and backward pass; see ``measure_step_memory``.
 
     Attributes:
         parameter_bytes: the model's parameters.
-        peak_bytes: parameters, buffers and gradients, and what the step adds to them at its worst instant.
-        activation_bytes: what the step adds at its worst instant.
+        peak_bytes: the model's parameters, buffers and gradients, plus ``activation_bytes``.
+        activation_bytes: the most that the step adds to these at one instant.
     """
 
     parameter_bytes: int
@@ -35,14 +35,14 @@ class PeakSplit:
     Attributes:
         parameter_bytes: the model's parameters.
         buffer_bytes: the model's buffers, such as running statistics.
-        gradient_bytes: gradients that are in place at that instant as ``.grad`` of a parameter.
-        optimizer_bytes: the state that the optimiser keeps from step to step.
+        gradient_bytes: the gradients that are the ``.grad`` of a parameter at that instant.
+        optimizer_bytes: the optimiser's state.
         batch_bytes: the inputs and targets.
         activation_bytes: everything else: saved tensors, gradients of activations, results of the running operator.
         peak_bytes: the sum of the above.
-        phase: "forward", "backward" or "update": where that instant lies.
-        allocated_bytes: the peak as the allocator counts it, kernels' scratch included; None if it was not asked.
-        reserved_bytes: what CUDA's allocator took from the device; None if it was not asked.
+        phase: the part of the step with that instant: "forward", "backward" or "update".
+        allocated_bytes: the peak as the allocator counts it, kernels' scratch included; None without ``allocator``.
+        reserved_bytes: the bytes that CUDA's allocator took from the device; None without ``allocator``.
     """
 
     parameter_bytes: int
@@ -107,22 +107,22 @@ def measure_peak_split(
     block_bytes: int = 1,
     allocator: bool = False,
 ) -> PeakSplit:
-    """Measure what the worst instant of a training step consists of.
+    """Measure the bytes of each kind of tensor at the worst instant of a training step.
 
-    ``step`` runs once beforehand, so that gradients and the optimiser's state are in place as in the middle of a
-    training run. What it changes stays changed.
+    ``step`` runs once beforehand, so that gradients and the optimiser's state exist as in the middle of training. The
+    changes that it makes remain.
 
     Args:
-        model: the model that is trained, on any device; fake and meta tensors serve too.
+        model: the model that is trained, on any device; its tensors may be fake or meta tensors.
         step: trains ``model`` on ``batch`` once.
         optimizer: the optimiser that ``step`` uses, if any.
-        batch: the tensors that ``step`` reads.
+        batch: the inputs and targets that ``step`` reads.
         block_bytes: see ``TensorMeter``.
         allocator: also ask the allocator of the CPU or of CUDA. ``step`` then runs once more, on the CPU twice more.
 
     Returns:
         The bytes of each kind of tensor; for a model on a GPU, only of tensors on GPUs. With ``allocator`` it has
-        ``allocated_bytes`` and, on CUDA, ``reserved_bytes``, which counts all that the process has reserved.
+        ``allocated_bytes`` and, on CUDA, ``reserved_bytes``, which covers the whole process.
     """
     parameters, batch = list(model.parameters()), list(batch)
     step()
@@ -156,7 +156,7 @@ def measure_peak_split(
 def _resident(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, batch: list[torch.Tensor]
 ) -> dict[str, list[torch.Tensor]]:
-    """Return the tensors that are there between two steps, by label."""
+    """Return the tensors that exist between two steps, by label."""
     return {
         "parameter": list(model.parameters()),
         "buffer": list(model.buffers()),
@@ -168,7 +168,7 @@ def _resident(
 
 @contextmanager
 def _counting_gradients(meter: TensorMeter, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Label the gradient of each parameter as soon as autograd has put it in place."""
+    """Label the gradient of each parameter as soon as autograd has set it."""
 
     def count(parameter: nn.Parameter) -> None:
         assert parameter.grad is not None, "autograd calls this hook after it has set the gradient"

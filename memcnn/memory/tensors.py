@@ -20,25 +20,25 @@ class TensorMeter(TorchDispatchMode):
 
     A storage counts once, from the operator that returns it until its last tensor is gone. Views and in-place results
     add nothing. Storages that existed at entry are not counted, even when they are freed inside; ``count`` adds them.
-    Sparse tensors are not counted. Meters may be nested. After the context has ended, ``current_bytes`` still falls as
-    tensors go: what remains is what somebody holds.
+    Sparse tensors are not counted. Meters may be nested. After the context has ended, ``current_bytes`` still falls
+    when a tensor is freed, so it is the bytes that are still referenced.
 
     Args:
-        block_bytes: each storage counts as a whole number of blocks of so many bytes. CUDA's caching allocator hands
+        block_bytes: size of a block; each storage counts as a whole number of blocks. CUDA's caching allocator hands
             out blocks of 512 bytes.
-        device_type: count only tensors on such a device, for example "cuda"; None counts all. The states of random
-            generators, which a checkpoint keeps, lie in the CPU's memory also when a GPU computes.
+        device_type: count only tensors on devices of this type, for example "cuda"; None counts all. A checkpoint on
+            a GPU, for example, keeps states of random generators in the CPU's memory.
 
     Attributes:
-        current_bytes: bytes that are alive now.
-        peak_bytes: bytes that were alive at the worst instant so far.
-        current: ``current_bytes`` by label; the label of storages that nobody labelled is "".
+        current_bytes: bytes of the tensors that exist now.
+        peak_bytes: the highest ``current_bytes`` so far.
+        current: ``current_bytes`` by label; storages without a label have the label "".
         peak: ``peak_bytes`` by label.
-        peak_in_backward: True if the worst instant lay in a backward pass.
+        peak_in_backward: True if the peak was reached in a backward pass.
     """
 
     only_watches = True
-    """Blocks run within a meter as they run without one."""
+    """This mode changes no result, so the engine can ignore it."""
 
     def __init__(self, *, block_bytes: int = 1, device_type: str | None = None) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class TensorMeter(TorchDispatchMode):
         self._labels: dict[int, str] = {}  # id of a storage: its label, if it has one
 
     def count(self, tensors: Iterable[torch.Tensor], label: str) -> None:
-        """Count the storages of ``tensors`` under ``label`` as long as they live, wherever they were made."""
+        """Label the storages of ``tensors``, and count those that were made before the meter, until they are freed."""
         for storage in storages_of(list(tensors), self._device_type):
             self._meet(storage)
             key = id(storage)
@@ -81,7 +81,7 @@ class TensorMeter(TorchDispatchMode):
             self.peak_in_backward = torch._C._current_graph_task_id() != -1
 
     def _meet(self, storage: torch.UntypedStorage) -> bool:
-        """Return True if the meter sees the storage for the first time, and watch for its end from then on."""
+        """Register a storage, so that its end is noticed. Return True if it was not registered before."""
         key = id(storage)
         if key in self._known:
             return False
@@ -89,14 +89,14 @@ class TensorMeter(TorchDispatchMode):
         return True
 
     def _forget(self, key: int) -> None:
-        """Stop counting a storage that is gone."""
+        """Stop counting a storage that was freed."""
         del self._known[key]
         size = self._counted.pop(key, 0)
         self.current_bytes -= size
         self.current[self._labels.pop(key, "")] -= size
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage, or what it has grown by."""
+        """Count a storage, or the bytes by which it has grown."""
         key, size = id(storage), in_blocks(storage.nbytes(), self._block_bytes)
         more = size - self._counted.get(key, 0)
         self.current_bytes += more
@@ -105,7 +105,7 @@ class TensorMeter(TorchDispatchMode):
 
 
 def tensor_peak_bytes(fn: Callable[[], object]) -> int:
-    """Return the largest number of bytes of tensors made by ``fn()`` that are alive at one instant."""
+    """Return the peak bytes of the tensors that ``fn()`` makes."""
     with TensorMeter() as meter:
         fn()
     return meter.peak_bytes
@@ -126,10 +126,11 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _sums_gradients(func: torch._ops.OpOverload) -> bool:
-    """Return True if ``func`` is autograd's engine adding two gradients that meet, and not an addition of the program.
+    """Return True if ``func`` is autograd's own sum of two gradients of one tensor, and not an addition of the program.
 
-    The engine adds in place where nobody else holds one of the two, but never within a dispatch mode. Here the sum is a
-    new tensor, and must not count towards the peak before the engine has dropped the one it would have overwritten.
+    Autograd adds in place if it holds the only reference to one of the two, but never within a dispatch mode. There
+    the sum is a new tensor. It must not count towards the peak before autograd has freed the gradient that it would
+    have overwritten.
     """
     in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
     if func is not torch.ops.aten.add.Tensor or not in_backward:

@@ -1,8 +1,8 @@
 """The branches of reversible transformers: attention and feed-forward network, each after a LayerNorm.
 
 F and G of a block (Kitaev et al., "Reformer", arXiv:2001.04451, section 3; Mangalam et al., "Reversible Vision
-Transformers", arXiv:2302.04869, section 3.2): Y1 = X1 + Attention(X2), Y2 = X2 + FeedForward(Y1). The residual sum is
-the coupling's, so that a branch has none.
+Transformers", arXiv:2302.04869, section 3.2): Y1 = X1 + Attention(X2), Y2 = X2 + FeedForward(Y1). The coupling adds, so
+that a branch has no residual sum of its own.
 """
 
 from typing import Any
@@ -19,13 +19,13 @@ __all__ = ["Attention", "FeedForward", "KeyValueCache", "StochasticDepth", "tran
 class StochasticDepth(nn.Module):
     """Drop the whole sample with probability ``p`` in training mode, else divide it by 1 - p (arXiv:1603.09382).
 
-    Which samples are dropped comes from torch's generator, so that a reversible block replays it.
+    Torch's generator decides which samples are dropped, so that a reversible block can replay the choice.
 
     Args:
         p: the probability, 0 <= p < 1.
 
     Raises:
-        ValueError: ``p`` lies outside.
+        ValueError: ``p`` is outside of this range.
     """
 
     def __init__(self, p: float):

@@ -1,14 +1,14 @@
-"""Which blocks of a chain store their activations, so that a training step stays within a number of bytes.
+"""Choose the blocks of a chain that store their activations, so that a training step stays within a number of bytes.
 
-What the bytes count: every tensor that the chain's forward and backward pass makes, at the worst instant, beside its
-input, the gradient of its output, its parameters and their gradients, which must exist. That is what
-``memcnn.memory.measure_step_memory`` calls activations, for a step that ends with the chain and differentiates all of
-its outputs. The scratch memory of kernels is not part of it.
+The budget is for the tensors that the chain's forward and backward pass makes, at the worst instant. The chain's input,
+the gradient of its output, its parameters and their gradients are not counted, nor is the scratch memory of kernels.
+For a step that ends with the chain and differentiates all of its outputs, this is ``activation_bytes`` of
+``memcnn.memory.measure_step_memory``.
 
-How a plan is made: the step runs on fake tensors, which have sizes but no data, so that its peak is known to the byte
-without computing anything. Blocks are stored in the order of the time that this saves for each byte, the last block
-first among equals, as many as fit. Time is estimated from the operations, see ``ELEMENT``. The plan is made when the
-chain first meets inputs of a size, and kept.
+To make a plan, the step runs on fake tensors, which have sizes but no data: its peak is known to the byte without
+computing anything. Blocks are chosen in the order of the time that storing saves for each byte, the last block first
+among equals, until the budget is full. The time is estimated from the operations, see ``ELEMENT``. The plan for inputs
+of one size is made once, and kept.
 """
 
 import copy
@@ -32,8 +32,8 @@ from memcnn.models.wrapper import is_recorded, uncompiled
 __all__ = ["ELEMENT", "Budget", "Plan", "Price", "price_of"]
 
 ELEMENT = 32
-"""What an element of a result counts beside a multiplication or addition within it, as it has to be written and read
-again. With this ratio, ``python -m bench.budget --prices`` ranks ten kinds of branches much as their times on a CPU do.
+"""Cost of writing one element of a result and reading it again, relative to a multiplication or an addition. With this
+value, ``python -m bench.budget --prices`` ranks ten kinds of branches almost as their times on a CPU do.
 """
 
 
@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     """A choice of blocks for inputs of one size.
 
     Attributes:
-        stored: positions of the blocks that store their activations, in the order in which they run.
+        stored: positions of the blocks that store their activations, counted in the order in which blocks run.
         peak_bytes: the predicted peak of a step.
     """
 
@@ -53,7 +53,7 @@ class Budget:
     """Chooses the blocks that store their activations, for each size of the inputs.
 
     Args:
-        limit_bytes: what a step may need at its worst instant, see above.
+        limit_bytes: the bytes that a step may need at its worst instant, see above.
 
     Attributes:
         plans: the plans made so far.
@@ -69,7 +69,7 @@ class Budget:
     def stored(self, chain: nn.Sequential, direction: str, x: Tensor, kwargs: Mapping[str, Any]) -> frozenset[int]:
         """Return the positions of the blocks that store their activations.
 
-        There are none where nothing is recorded, and nothing to choose where every block is disabled.
+        There are none if autograd records nothing, or if every block is disabled.
 
         Args:
             chain: a ``ReversibleSequential``.
@@ -114,7 +114,7 @@ class Budget:
             ) from error
 
     def _filled(self, step: "_FakeStep") -> Plan:
-        """Return the plan that stores as many of the most expensive blocks as fit."""
+        """Return the plan that stores as many blocks as fit, those first that save the most time for each byte."""
         least = step.peak_bytes(())
         if least > self.limit_bytes:
             raise _BelowMinimum(
@@ -127,7 +127,7 @@ class Budget:
         for i in sorted(range(len(step.prices)), key=lambda i: (-step.prices[i].cost_per_byte, -i)):
             price = step.prices[i]
             most = bound + price.stored_bytes + 2 * step.x.nbytes  # its activations, and the ends of two more chains
-            if price in too_large:  # as an equal block was, which runs later and whose bytes are freed earlier
+            if price in too_large:  # an equal block that runs later, and frees its bytes earlier, did not fit
                 continue
             if most > self.limit_bytes:
                 most = step.peak_bytes([*chosen, i])
@@ -149,7 +149,7 @@ class _Unknown(Exception):
 
 
 class _Fixed(NamedTuple):
-    """In place of a ``Budget``: a plan that is tried."""
+    """Replaces a ``Budget`` while a plan is tried."""
 
     positions: frozenset[int]
 
@@ -158,11 +158,11 @@ class _Fixed(NamedTuple):
 
 
 class Price(NamedTuple):
-    """What a block's second evaluation costs, and the bytes that make it unnecessary.
+    """The cost of a block's second evaluation, and the bytes of the activations that make it unnecessary.
 
     Attributes:
-        cost: multiplications, additions, and ``ELEMENT`` for each element of a result.
-        stored_bytes: what plain autograd saves in the block, without its input.
+        cost: number of multiplications and additions, plus ``ELEMENT`` for each element of a result.
+        stored_bytes: bytes that plain autograd saves in the block, without its input.
     """
 
     cost: int
@@ -188,7 +188,7 @@ class _Elements(TorchDispatchMode):
 
 
 class _FakeStep:
-    """A copy of the chain and its inputs without values, on which steps are tried. Needs a ``FakeTensorMode``."""
+    """A copy of the chain and its inputs without values, to predict steps on. It needs a ``FakeTensorMode``."""
 
     def __init__(self, chain: nn.Sequential, direction: str, x: Tensor, kwargs: Mapping[str, Any]):
         self.chain: Any = _without_values(chain)
@@ -225,7 +225,7 @@ class _FakeStep:
 def price_of(
     block: nn.Module, x: Tensor, kwargs: Mapping[str, Any], direction: str = "forward"
 ) -> tuple[Price, tuple[Tensor, ...]]:
-    """Return the price of a block, whose method ``direction`` runs on x, and its results."""
+    """Return the price of the block's method ``direction`` for the input x, and the results of that method."""
     saved: dict[int, torch.UntypedStorage] = {}
     not_activations = [tensor.untyped_storage() for tensor in (x, *block.parameters())]  # views of weights included
 
@@ -268,7 +268,7 @@ def _without_values(chain: nn.Sequential) -> nn.Sequential:
 
 
 def _key(chain: nn.Sequential, direction: str, x: Tensor, kwargs: Mapping[str, Any]) -> tuple:
-    """Return what the bytes of a step depend on."""
+    """Return a key of everything that decides the bytes of a step."""
     device = x.device.type
     inputs = [
         (t.shape, t.stride(), t.dtype, t.device, t.requires_grad) if isinstance(t, Tensor) else repr(t)

@@ -17,13 +17,13 @@ from memcnn.models.affine import AffineAdapterExp, AffineCoupling
 from memcnn.models.flows import ActNorm, InvertibleConv1x1
 from memcnn.models.log_det import constant_log_det, sum_per_sample
 from memcnn.models.rearrange import SpaceToDepth
-from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
+from memcnn.models.streams import reversible_chain
 
 __all__ = ["Glow", "bits_per_dimension", "glow_cifar"]
 
 
 class _Latent(nn.Module):
-    """(h, x) -> (z, x): the half h in deviations from the mean that is predicted from x; 0 and 1 at the start."""
+    """Standardise the half h by a mean and a deviation that are predicted from x; initially they are 0 and 1."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -78,7 +78,7 @@ class Glow(nn.Module):
         for scale in range(scales):
             channels, sizes = 4 * channels, [size // 2 for size in sizes]
             layers = [SpaceToDepth(), *(layer for _ in range(depth) for layer in _step(channels, hidden, bound))]
-            self.scales.append(ReversibleSequential(*(InvertibleModuleWrapper(x, disable=disable) for x in layers)))
+            self.scales.append(reversible_chain(layers, disable))
             if scale < scales - 1:
                 channels //= 2
                 self.latents.append(_Latent(channels))
@@ -142,7 +142,7 @@ class Glow(nn.Module):
         Args:
             count: number of images.
             temperature: at least 0; less than 1 gives likelier images (section 4 of the paper uses 0.7).
-            generator: of the CPU, which draws the latent values.
+            generator: a generator of the CPU that draws the latent values; None for torch's own.
 
         Raises:
             ValueError: ``temperature`` is negative.
@@ -157,12 +157,12 @@ class Glow(nn.Module):
 def bits_per_dimension(flow: Glow, images: Tensor, levels: int = 256) -> Tensor:
     """Return the mean negative log2-likelihood of a pixel value, a scalar to minimise (section 2 of the paper).
 
-    Uniform noise makes continuous values of the pixels, so that the result bounds that of the discrete values.
+    Uniform noise makes the pixel values continuous. The result is an upper bound of the value for discrete pixels.
 
     Args:
         flow: the model.
         images: uint8 of shape (N, C, H, W).
-        levels: 256, or 32 for 5 bits: the further bits of a pixel are dropped.
+        levels: 256, or for example 32 to keep only the first 5 bits of a pixel.
 
     Raises:
         TypeError: the images are not uint8.
@@ -198,7 +198,7 @@ def _set_to_zero(layer: nn.Module) -> None:
 
 
 def _branch(channels: int, hidden: int) -> nn.Module:
-    """Return conv3x3, ReLU, conv1x1, ReLU, conv3x3 to twice the channels, which is zero at the start."""
+    """Return conv3x3, ReLU, conv1x1, ReLU, conv3x3 to twice the channels. The last one is initialised with zeros."""
     last = nn.Conv2d(hidden, 2 * channels, 3, padding=1)
     _set_to_zero(last)
     return nn.Sequential(

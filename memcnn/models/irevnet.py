@@ -16,8 +16,7 @@ from memcnn.engine.exact import Grid
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.rearrange import SpaceToDepth
 from memcnn.models.resnet import BranchMaker, basic_branch
-from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
-from memcnn.models.streams import check_shape
+from memcnn.models.streams import check_shape, reversible_chain
 
 __all__ = ["ChannelPadding", "IRevNet", "irevnet_bijective", "irevnet_injective"]
 
@@ -25,7 +24,7 @@ __all__ = ["ChannelPadding", "IRevNet", "irevnet_bijective", "irevnet_injective"
 class ChannelPadding(nn.Module):
     """Add channels: zeros, as in the paper, or further copies of the given channels in turn.
 
-    The inverse drops the added channels. It inverts ``forward``, and no other way round: the padding is injective.
+    ``inverse`` drops the added channels. inverse(forward(x)) is x, but forward(inverse(y)) need not be y.
 
     Args:
         channels: C, the number of channels of the input.
@@ -61,9 +60,9 @@ class ChannelPadding(nn.Module):
 class IRevNet(nn.Module):
     """An invertible ``encoder`` of the image, then BatchNorm, ReLU, average pool and a linear layer.
 
-    With zeros as padding, channels are constant until the first couplings have filled them, and BatchNorm would amplify
-    the rounding of rebuilt zeros until gradients are wrong. The couplings are exact then, unless ``exact`` says
-    otherwise; with ``padding="repeat"`` no channel is constant.
+    With zeros as padding, channels are constant until the first couplings have changed them, and BatchNorm would
+    amplify the rounding errors of rebuilt zeros until gradients are wrong. Couplings are therefore exact by default.
+    With ``padding="repeat"`` no channel is constant, and they are not.
 
     Args:
         units: number of couplings of each stage. Resolution halves between two stages.
@@ -72,9 +71,9 @@ class IRevNet(nn.Module):
         initial: factor of the down-sampling before the first stage.
         width: channels of the first stage, an even number. None: the ``image_channels * initial**2`` that the
             down-sampling gives, which makes the encoder bijective. A larger one makes it injective.
-        padding: "zeros" or "repeat": what fills the further channels of an injective encoder.
+        padding: "zeros" or "repeat", the content of the further channels of an injective encoder.
         branch: makes F and G, see ``memcnn.models.resnet``.
-        exact: invert without rounding, as for ``AdditiveCoupling``. None: where padding is zeros.
+        exact: invert without rounding, as for ``AdditiveCoupling``. None: only if the padding is zeros.
         disable: keep the weights, but store every activation.
 
     Raises:
@@ -111,7 +110,7 @@ class IRevNet(nn.Module):
             for unit in range(count):
                 Fm, Gm = (branch(width // 2, width // 2, activate=(stage, unit) != (0, 0)) for _ in range(2))
                 layers.append(AdditiveCoupling(Fm, Gm, exact=exact))
-        self.encoder = ReversibleSequential(*(InvertibleModuleWrapper(layer, disable=disable) for layer in layers))
+        self.encoder = reversible_chain(layers, disable)
         self.head = nn.Sequential(
             nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes)
         )
@@ -134,7 +133,7 @@ class IRevNet(nn.Module):
     def decode(self, code: Tensor) -> Tensor:
         """Return the images of codes (N, C, h, w), up to rounding; up to half a grid step if the encoder is exact.
 
-        A code that is not that of an image gives an image, too; an injective encoder need not give that code back.
+        Any code gives an image. If the encoder is injective, ``encode`` of this image need not be the code.
         """
         return self.encoder.inverse(code)
 

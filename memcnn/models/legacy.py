@@ -4,13 +4,13 @@
 ``revnet38()`` and its siblings, whose weights ``memcnn.convert_state_dict`` makes from those of MemCNN 1.5.
 """
 
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
+from memcnn.attribution import warn_user
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.revop import InvertibleModuleWrapper
 
@@ -169,8 +169,7 @@ class ResNet(nn.Module):
                             f"{getattr(block, '__name__', block)!r}; a network of branch functions is a "
                             "memcnn.models.resnet.CifarResNet")  # fmt: skip
         if implementation != 0:
-            warnings.warn("implementation is deprecated and has no effect: there is one implementation",
-                          DeprecationWarning, stacklevel=2)  # fmt: skip
+            warn_user("implementation is deprecated and has no effect: there is one implementation", DeprecationWarning)
         if channels_per_layer is None:
             channels_per_layer = [64, *(64 * 2**stage for stage in range(len(layers)))]
         strides = [2] * (len(layers) + 1) if strides is None else strides

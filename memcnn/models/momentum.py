@@ -10,8 +10,8 @@ Here they stay in the stream: it holds w[n] = v[n] / gamma**n, for which the ste
 
     w[n+1] = w[n] + c f(x[n]),  c = (1 - gamma) / gamma**(n+1),    x[n+1] = x[n] + gamma**(n+1) w[n+1],
 
-and in exact mode both streams lie on a grid. Their sums are exact, and so is the inverse. The price is range instead of
-memory: w grows by 1 / gamma in every block, and an ``OverflowError`` says when float32 no longer holds it.
+and in exact mode both streams lie on a grid. Their sums are exact, and so is the inverse. This costs range instead of
+memory: w grows by 1 / gamma in every block, and an ``OverflowError`` is raised when float32 can no longer hold it.
 """
 
 from collections.abc import Callable
@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from memcnn.engine.exact import Grid
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.resnet import basic_branch
-from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
-from memcnn.models.streams import in_full_precision
+from memcnn.models.streams import in_full_precision, reversible_chain
 
 __all__ = ["MomentumNet", "MomentumResNet", "Scaled", "momentum_resnet"]
 
@@ -55,13 +54,13 @@ class MomentumNet(nn.Module):
     Args:
         *functions: modules that keep the shape of their input.
         gamma: the momentum, 0 < gamma < 1.
-        exact: invert without rounding, see above: True, or the grid's step, as for ``AdditiveCoupling``. False lets
-            rounding grow by ``gamma**-depth``.
-        dim: the dimension along which velocity and state lie side by side within the chain.
+        exact: invert without rounding, see above: True, or the grid's step, as for ``AdditiveCoupling``. With False,
+            rounding errors grow by ``gamma**-depth``.
+        dim: the dimension along which velocity and state are concatenated within the chain.
         disable: keep the weights, but store every activation.
 
     Raises:
-        ValueError: ``gamma`` lies outside.
+        ValueError: ``gamma`` is outside of this range.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class MomentumNet(nn.Module):
             )
             for n, f in enumerate(functions)
         )
-        self.blocks = ReversibleSequential(*(InvertibleModuleWrapper(c, disable=disable) for c in couplings))
+        self.blocks = reversible_chain(couplings, disable)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the last state, of the shape of x.

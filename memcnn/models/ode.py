@@ -1,4 +1,4 @@
-"""Blocks that solve y' = f(t, y) with fixed steps that can be taken back exactly, up to rounding.
+"""ODE blocks: solvers of y' = f(t, y) with fixed steps, each of which is invertible up to rounding.
 
 * ``ReversibleHeun``: Kidger, Foster, Li, Lyons, "Efficient and Accurate Gradients for Neural SDEs", arXiv:2105.13493,
   algorithm 1 without noise. Beside y it carries y^, which starts as y:
@@ -11,8 +11,8 @@
 * ``Leapfrog``: x' = v, v' = f(t, x), in steps of half a kick, drift, half a kick (Störmer-Verlet), as in reversible
   residual networks that discretise a wave equation (Chang et al., arXiv:1709.03698, section 4).
 
-Gradients are those of the discrete solution: backward rebuilds the same steps, so that there is no error of an adjoint
-equation that is solved by itself.
+Gradients are those of the discrete solution, because backward rebuilds the same steps. Solving an adjoint equation
+separately would add an error of its own.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from memcnn.engine.couple import couple
 from memcnn.models.coupling import Coupling
-from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
+from memcnn.models.streams import reversible_chain
 
 __all__ = ["Leapfrog", "ReversibleHeun"]
 
@@ -81,7 +81,15 @@ def _reflect(a: Tensor, b: Tensor) -> Tensor:
 class _Solver(nn.Module):
     """N steps as a chain of N + 1 kicks: the first and the last are half as large as those between."""
 
-    def __init__(self, f: nn.Module, steps: int, interval: tuple[float, float], dim: int, disable: bool):
+    def __init__(
+        self,
+        f: nn.Module,
+        steps: int,
+        interval: tuple[float, float] = (0.0, 1.0),
+        *,
+        dim: int = 1,
+        disable: bool = False,
+    ):
         super().__init__()
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be a whole number of at least 1: got {steps!r}")
@@ -91,10 +99,10 @@ class _Solver(nn.Module):
         for n in range(steps + 1):
             field = _Field(f, start + n * self.h, self.h / 2 if n in (0, steps) else self.h)
             kicks.append(_Kick(field, dim, **(self._move() if n < steps else {})))
-        self.blocks = ReversibleSequential(*(InvertibleModuleWrapper(kick, disable=disable) for kick in kicks))
+        self.blocks = reversible_chain(kicks, disable)
 
     def _move(self) -> dict[str, Any]:
-        """Return how ``_Kick`` changes its second half between two kicks."""
+        """Return the options of ``_Kick`` for the change of its second half between two kicks."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -116,23 +124,12 @@ class ReversibleHeun(_Solver):
         f: called as ``f(t, y)`` with t a scalar tensor and y (N, ...); returns a tensor of the shape of y.
         steps: number of steps of equal size.
         interval: the first and the last time; the last may be the smaller one.
-        dim: the dimension along which y and y^ lie side by side within the chain.
+        dim: the dimension along which y and y^ are concatenated within the chain.
         disable: store every activation.
 
     Raises:
-        ValueError: ``steps`` is no whole number of at least 1.
+        ValueError: ``steps`` is not a whole number of at least 1.
     """
-
-    def __init__(
-        self,
-        f: nn.Module,
-        steps: int,
-        interval: tuple[float, float] = (0.0, 1.0),
-        *,
-        dim: int = 1,
-        disable: bool = False,
-    ):
-        super().__init__(f, steps, interval, dim, disable)
 
     def forward(self, y: Tensor) -> Tensor:
         """Return the solution at the last time for the value y, (N, ...), at the first."""
@@ -155,19 +152,8 @@ class ReversibleHeun(_Solver):
 class Leapfrog(_Solver):
     """Solve x' = v, v' = f(t, x) by the Störmer-Verlet method, which is of second order and preserves volume.
 
-    Arguments as for ``ReversibleHeun``; f is called as ``f(t, x)`` and returns the acceleration.
+    The arguments are those of ``ReversibleHeun``; f is called as ``f(t, x)`` and returns the acceleration.
     """
-
-    def __init__(
-        self,
-        f: nn.Module,
-        steps: int,
-        interval: tuple[float, float] = (0.0, 1.0),
-        *,
-        dim: int = 1,
-        disable: bool = False,
-    ):
-        super().__init__(f, steps, interval, dim, disable)
 
     def forward(self, x: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return position and velocity at the last time for those at the first, all of one shape; None: v is 0."""

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from memcnn.engine.exact import Grid
 from memcnn.models.attention import KeyValueCache, transformer_block
-from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
-from memcnn.models.streams import check_shape
+from memcnn.models.streams import check_shape, reversible_chain
 
 __all__ = ["ReversibleLM", "reformer_small"]
 
@@ -50,21 +49,15 @@ class ReversibleLM(nn.Module):
         self.position = nn.Embedding(context, dim)
         for table in (self.embedding, self.position):
             nn.init.normal_(table.weight, std=0.02)
-        self.blocks = ReversibleSequential(
-            *(
-                InvertibleModuleWrapper(
-                    transformer_block(dim, heads, causal=True, drop=drop, exact=exact), disable=disable
-                )
-                for _ in range(depth)
-            )
-        )
+        blocks = (transformer_block(dim, heads, causal=True, drop=drop, exact=exact) for _ in range(depth))
+        self.blocks = reversible_chain(blocks, disable)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor, *, cache: KeyValueCache | None = None) -> Tensor:
         """Return the logits of each next token, (N, T, vocabulary), for ``tokens``, int64 of shape (N, T).
 
         Args:
-            tokens: with ``cache``, those after the cached ones.
+            tokens: the text so far; with ``cache``, only the tokens after the cached ones.
             cache: keys and values of earlier tokens, extended by this call. Only under ``torch.no_grad()``.
 
         Raises:
@@ -86,14 +79,14 @@ class ReversibleLM(nn.Module):
     ) -> Tensor:
         """Return ``tokens``, int64 of shape (N, T), T > 0, and ``count`` further ones: (N, T + count).
 
-        The model is in evaluation mode meanwhile. Each step evaluates the newest token alone; keys and values of the
-        others are cached.
+        The model is in evaluation mode meanwhile. Each step evaluates only the newest token, because keys and values of
+        the others are cached.
 
         Args:
             tokens: the beginning of the text.
             count: number of tokens to add.
-            temperature: of the distribution to draw from; 0 takes the most probable token.
-            generator: of the draws.
+            temperature: divisor of the logits before the softmax; 0 takes the most probable token.
+            generator: the generator that draws the tokens; None for torch's own.
 
         Raises:
             ValueError: T is 0, T + count is larger than ``context``, or ``temperature`` is negative.

@@ -1,8 +1,8 @@
 """The residual functions f1, f2, ... of a block: block(x) = h2 with h1 = x + f1(x), h2 = h1 + f2(h1), and so on.
 
-They are read from the block, never guessed. ``torch.fx`` records what the block's own ``forward`` does, each child
-module as one operation. A function f belongs to a sum h + f where every path from f back to the input leads through h.
-``nn.TransformerEncoderLayer``, whose ``forward`` cannot be recorded, is known by its documented structure.
+They are read from the block, never guessed. ``torch.fx`` records the operations of the block's own ``forward``, each
+child module as one operation. In a sum h + f, f is a residual function of h if every path from f back to the input
+leads through h. ``forward`` of an ``nn.TransformerEncoderLayer`` cannot be recorded; its documented structure is used.
 """
 
 import inspect
@@ -29,7 +29,7 @@ class NotResidual(Exception):
 
 
 class Residual(NamedTuple):
-    """What ``residual_of`` found.
+    """The residual functions of a block.
 
     Attributes:
         functions: f1, f2, ...; they hold the block's own modules and parameters.
@@ -72,8 +72,8 @@ class RecordedFunction(nn.Module):
 
     Args:
         block: the block.
-        graphs: what the part does in training mode (key True) and in evaluation mode (False). The first input is x, the
-            others are keyword arguments.
+        graphs: the operations of the part in training mode (key True) and in evaluation mode (False). The first input
+            is x, the others are keyword arguments.
     """
 
     def __init__(self, block: nn.Module, graphs: Mapping[bool, fx.Graph]):
@@ -258,7 +258,7 @@ def _parted(block: nn.Module, graph: fx.Graph, x: fx.Node) -> _Graphs:
 
 
 def _shortcut(end: fx.Node, x: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """Return the term of the sum ``end`` that all others are computed from, and those others."""
+    """Return the term of the sum ``end`` from which all other terms are computed, and these other terms."""
     terms = _terms(end)
     if terms is None:
         raise NotResidual(f"its last operation is {_words(end)}, not a sum of its input and a function of it")
@@ -294,7 +294,7 @@ def _leads_to(stream: fx.Node, x: fx.Node) -> bool:
 
 
 def _before(node: fx.Node, stop: fx.Node | None) -> set[fx.Node]:
-    """Return the node and all that it is computed from, not further back than ``stop``, which is left out."""
+    """Return the node and all nodes that it is computed from, as far back as ``stop``, which is not included."""
     found, waiting = set(), [node]
     while waiting:
         node = waiting.pop()
@@ -332,7 +332,7 @@ def _words(node: fx.Node) -> str:
 
 
 def _share(block: nn.Module, part: nn.Module, path: str) -> None:
-    """Let ``part`` hold what ``block`` holds at ``path``, under the same path."""
+    """Give ``part`` the module, parameter or buffer of ``block`` at ``path``, under the same path."""
     *outer, name = path.split(".")
     for step in outer:
         if not hasattr(part, step):

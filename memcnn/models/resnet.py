@@ -9,10 +9,8 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Protocol, cast
 
-import torch
 from torch import Tensor, nn
 
-from memcnn.autocast import autocast_dtype
 from memcnn.engine.quiet import quiet_container
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.legacy import (
@@ -27,6 +25,7 @@ from memcnn.models.legacy import (
     conv3x3,
 )
 from memcnn.models.sequence import HalvesPassedOn
+from memcnn.models.streams import in_full_precision
 from memcnn.models.wrapper import InvertibleModuleWrapper
 
 __all__ = [
@@ -87,9 +86,9 @@ def basic_branch(in_channels: int, out_channels: int, stride: int = 1, *, activa
     """Return the branch [BN, ReLU,] conv3x3(stride), BN, ReLU, conv3x3. ``activate=False`` leaves the bracket out."""
     return Branch(
         *_activation(in_channels, activate),
-        _conv3x3(in_channels, out_channels, stride),
+        conv3x3(in_channels, out_channels, stride),
         *_activation(out_channels),
-        _conv3x3(out_channels, out_channels),
+        conv3x3(out_channels, out_channels),
     )
 
 
@@ -104,7 +103,7 @@ def bottleneck_branch(in_channels: int, out_channels: int, stride: int = 1, *, a
         *_activation(in_channels, activate),
         nn.Conv2d(in_channels, width, 1, bias=False),
         *_activation(width),
-        _conv3x3(width, width, stride),
+        conv3x3(width, width, stride),
         *_activation(width),
         nn.Conv2d(width, out_channels, 1, bias=False),
     )
@@ -133,7 +132,7 @@ class ResidualUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.shortcut(x)
-        return (_full_precision(shortcut) if self.full_precision else shortcut) + self.branch(x)
+        return (in_full_precision(shortcut) if self.full_precision else shortcut) + self.branch(x)
 
 
 class CifarResNet(nn.Module):
@@ -146,7 +145,7 @@ class CifarResNet(nn.Module):
         num_classes: number of logits.
         reversible: make every unit that neither strides nor changes its width a reversible one, whose F and G are
             two branches at half the width. Under autocast the stream that they invert stays in float32.
-        disable: keep the reversible units' weights but run them with ordinary autograd (every activation stored).
+        disable: keep the reversible units' weights, but store every activation.
         exact: invert without rounding, see ``memcnn.engine.exact``.
     """
 
@@ -170,7 +169,7 @@ class CifarResNet(nn.Module):
         self.reversible = reversible
         stem, *widths = channels
         widths = [width * branch.expansion for width in widths]
-        self.stem = nn.Sequential(_conv3x3(3, stem), *_activation(stem))
+        self.stem = nn.Sequential(conv3x3(3, stem), *_activation(stem))
         self.stages = nn.ModuleList()
         for stage, (count, (in_width, width)) in enumerate(zip(units, pairwise([stem, *widths]), strict=True)):
             self.stages.append(
@@ -211,7 +210,7 @@ class CifarResNet(nn.Module):
     def begin(self, x: Tensor) -> Tensor:
         """Return the input of the first stage for images x (N, 3, H, W)."""
         x = self.stem(x)
-        return _full_precision(x) if self.reversible else x
+        return in_full_precision(x) if self.reversible else x
 
     def end(self, x: Tensor) -> Tensor:
         """Return BN, ReLU and global average, (N, C), of the last stage's output x (N, C, H, W)."""
@@ -270,16 +269,5 @@ def _unit(
     return InvertibleModuleWrapper(AdditiveCoupling(F, G, exact=exact), disable=disable)
 
 
-def _full_precision(x: Tensor) -> Tensor:
-    """Return x in float32 or wider under autocast, else x. Branches may round more than the residual stream."""
-    if autocast_dtype(x.device.type) is None:
-        return x
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _activation(channels: int, wanted: bool = True) -> Sequence[nn.Module]:
     return (nn.BatchNorm2d(channels), nn.ReLU(inplace=True)) if wanted else ()
-
-
-def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)

@@ -1,173 +1,30 @@
-"""A stack of residual blocks of an existing model, made reversible without a new parameter.
+"""``to_reversible``: make a stack of residual blocks of an existing model reversible, without a new parameter.
 
-A residual stack computes h[n+1] = h[n] + f[n](h[n]). Two streams that both start as the stack's input x take its place,
-and the residual functions change them in turn (Gomez et al., arXiv:1707.04585, with F = f[2n] and G = f[2n+1]):
+``residual_of`` reads the residual functions of each block, ``TwoStreams`` applies them to two streams in turn, and
+``StackReport`` lists the changes. A block is converted only if its residual functions give its output and its buffers
+for the sample.
 
-    y1 = x1 + f[2n](x2),    y2 = x2 + f[2n+1](y1)
-
-The stack returns y1 + (y2 - x): x and the sum of all that the functions added. For one or two functions (one
-transformer block, one residual block or two) that is the same function as before. In a longer stack each function sees
-x and what the functions of the other stream added, instead of all that came before it. A trained stack therefore needs
-further training.
-
-``memcnn.convert``, the command for weights of MemCNN 1.5, is a module: a function of that name would be replaced as
-soon as somebody imports it. So the function is called ``to_reversible``.
+The function is not called ``convert``, because the module ``memcnn.convert`` has that name: the command that converts
+weights of MemCNN 1.5.
 """
 
-import copy
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memcnn.memory import measure_peak_split, predict_step_memory, training_step
-from memcnn.models.additive import AdditiveCoupling
-from memcnn.models.keywords import keywords_taken, refuse_unknown, taken
+from memcnn.models.keywords import taken
 from memcnn.models.residual import HOOKS, NotResidual, Residual, residual_of
-from memcnn.models.revop import ReversibleSequential
+from memcnn.models.stack_report import Called, StackReport, compare, outcome, relative_difference
+from memcnn.models.two_streams import AfterReLU as _AfterReLU  # its name in older pickles
+from memcnn.models.two_streams import Nothing, ReversibleStack, TwoStreams
 
-__all__ = ["ReversibleStack", "StackReport", "TwoStreams", "to_reversible"]
-
-_DRIFT = 1e-3
-"""Relative error of rebuilt streams above which a warning is due."""
-
-
-@dataclass(frozen=True)
-class StackReport:
-    """What ``to_reversible`` has changed; ``str(report)`` says it in words.
-
-    Attributes:
-        converted: the blocks that are reversible now, as "name: type, number of residual functions".
-        kept: the blocks that are as they were, as "name: type: reason".
-        changes: in what the function computed differs.
-        parameters: number of parameters before and after.
-        output_difference: relative difference of the outputs before and after for the sample, in evaluation mode.
-        rebuild_error: relative error of rebuilt streams for the sample, in evaluation mode.
-        measured_bytes: activations at the peak of a training step on the sample before and after, by
-            ``memcnn.memory.measure_peak_split``; None if it was not measured, as with ``measure=False``.
-        predicted_bytes: the same by ``memcnn.memory.predict_step_memory``; None if the step cannot be predicted.
-        not_predicted: why it cannot.
-    """
-
-    converted: tuple[str, ...]
-    kept: tuple[str, ...]
-    changes: tuple[str, ...]
-    parameters: tuple[int, int]
-    output_difference: float
-    rebuild_error: float
-    measured_bytes: tuple[int, int] | None = None
-    predicted_bytes: tuple[int, int] | None = None
-    not_predicted: str = ""
-
-    def __str__(self) -> str:
-        lines = [f"reversible now, {len(self.converted)}:", *(f"  {line}" for line in self.converted)]
-        if self.kept:
-            lines += [f"as before, {len(self.kept)}:", *(f"  {line}" for line in self.kept)]
-        lines += ["what changes in the function computed:", *(f"  {line}" for line in self.changes)]
-        lines.append(f"parameters: {self.parameters[0]:,} before, {self.parameters[1]:,} after")
-        lines.append(f"relative difference of the output for the sample: {self.output_difference:.1e}")
-        lines.append(f"relative error of rebuilt streams for the sample: {self.rebuild_error:.1e}")
-        for how, sizes in (("predicted", self.predicted_bytes), ("measured", self.measured_bytes)):
-            if sizes is not None:
-                lines.append(f"activations of a training step, {how}: {sizes[0]:,} bytes before, {sizes[1]:,} after")
-        if self.not_predicted:
-            lines.append(f"activations of a training step, not predicted: {self.not_predicted}")
-        return "\n".join(lines)
-
-
-class Nothing(nn.Module):
-    """The function that adds nothing: G of the last coupling of an odd number of functions."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return a zero of the dtype and on the device of x."""
-        return x.new_zeros(())
-
-
-class _AfterReLU(nn.Module):
-    """A residual function that takes the ReLU of the stream."""
-
-    def __init__(self, function: nn.Module):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        return self.function(x.relu(), **kwargs)
-
-    def keywords_taken(self, names: Iterable[str]) -> set[str]:
-        return keywords_taken(self.function, names)
-
-
-class TwoStreams(nn.Module):
-    """A chain of couplings on two streams that start as x; returns x and all that was added to either.
-
-    Args:
-        functions: the residual functions, in turn F and G of a coupling.
-        relu_after: apply a ReLU to what is returned.
-    """
-
-    def __init__(self, functions: Sequence[nn.Module], *, relu_after: bool = False):
-        super().__init__()
-        functions = [*functions, Nothing()] if len(functions) % 2 else functions
-        pairs = zip(functions[::2], functions[1::2], strict=True)
-        self.chain = ReversibleSequential(*(AdditiveCoupling(f, g, split_dim=0) for f, g in pairs))
-        self.relu_after = relu_after
-
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """Return a tensor of the shape of x. Keyword arguments go to the functions that take them."""
-        y1, y2 = self.chain(torch.cat((x, x)), **kwargs).chunk(2)
-        y = y1 + (y2 - x)
-        return y.relu() if self.relu_after else y
-
-    def keywords_taken(self, names: Iterable[str]) -> set[str]:
-        """Return those of the names that one of the functions takes."""
-        return self.chain.keywords_taken(names)
-
-
-class ReversibleStack(nn.Module):
-    """Reversible parts, and blocks that are as they were, one after the other.
-
-    Args:
-        *parts: the modules, in order.
-    """
-
-    def __init__(self, *parts: nn.Module):
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """Return the output of the last part. Each keyword argument goes to the parts that take it."""
-        if kwargs:
-            refuse_unknown(self, kwargs)
-        for part in self.parts:
-            x = part(x, **taken(part, kwargs))
-        return x
-
-    def keywords_taken(self, names: Iterable[str]) -> set[str]:
-        """Return those of the names that one of the parts takes."""
-        return {name for part in self.parts for name in keywords_taken(part, names)}
-
-
-class _Called(nn.Module):
-    """A module with fixed keyword arguments. Tensors among them are buffers: a prediction replaces buffers by tensors
-    without values."""
-
-    def __init__(self, module: nn.Module, kwargs: Mapping[str, Any]):
-        super().__init__()
-        self.module, self.kwargs = module, dict(kwargs)
-        for name, value in kwargs.items():
-            if isinstance(value, Tensor):
-                self.register_buffer(f"given_{name}", value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        given = {name: getattr(self, f"given_{name}", value) for name, value in self.kwargs.items()}
-        return self.module(x, **given)
+__all__ = ["Nothing", "ReversibleStack", "StackReport", "TwoStreams", "to_reversible"]
 
 
 class _Block(nn.Module):
-    """A block of the stack as it was, and what was found in it."""
+    """A block of the original stack, with its residual functions or the reason why it has none."""
 
     def __init__(self, name: str, block: nn.Module, kwargs: Mapping[str, Any]):
         super().__init__()
@@ -175,7 +32,7 @@ class _Block(nn.Module):
         self.block = block
         encoder_names = {"mask": "src_mask"} if isinstance(block, nn.TransformerEncoderLayer) else {}
         self.kwargs = taken(block, {encoder_names.get(name, name): value for name, value in kwargs.items()})
-        self.call = _Called(block, self.kwargs)
+        self.call = Called(block, self.kwargs)
         self.found: Residual | None = None
         self.reason = ""
 
@@ -183,7 +40,7 @@ class _Block(nn.Module):
         return self.call(x)
 
     def find(self, move_relu: bool, x: Tensor) -> None:
-        """Set ``found``, or the ``reason`` why the block is not residual."""
+        """Set ``found`` to the residual functions, or ``reason`` to the reason why the block is not residual."""
         try:
             found = residual_of(self.block, list(self.kwargs))
             if found.relu_after and not move_relu:
@@ -207,34 +64,36 @@ def to_reversible(
     move_relu: bool = False,
     measure: bool = True,
 ) -> tuple[ReversibleStack, StackReport]:
-    """Make a stack of residual blocks reversible. Parameters are neither added nor copied.
+    """Make a stack of residual blocks reversible. It keeps the parameters of the blocks and adds none.
 
     ::
 
         model.layer1, report = memcnn.to_reversible(model.layer1, torch.randn(2, 64, 56, 56), move_relu=True)
         print(report)
 
-    The result and the blocks share parameters and buffers. The names in its state dict are others: load trained weights
-    before.
+    The result and the blocks share parameters and buffers. The state dict of the result has other names: load trained
+    weights into the blocks before.
 
     Args:
         module: the blocks, as ``nn.Sequential``, ``nn.ModuleList``, list or tuple, such as ``resnet.layer1``,
             ``vit.blocks`` or ``vit.encoder.layers``; or an ``nn.TransformerEncoder`` or ``nn.TransformerDecoder``.
-        sample: an input of the first block, for which blocks and residual functions are compared.
+        sample: an input of the first block. Blocks and their residual functions are compared on it.
         kwargs: keyword arguments of the blocks, such as masks, or the ``memory`` of an ``nn.TransformerDecoder``. The
-            result takes arguments of these names, and needs them where the block's ``forward`` used them. Masks of
+            result takes arguments of these names, and requires those that a block's ``forward`` used. Masks of an
             ``nn.TransformerEncoder`` remain optional.
-        keep_others: leave blocks that are not residual as they are, instead of refusing the stack.
-        move_relu: also convert blocks that apply a ReLU to their sum, as a torchvision ResNet's do. The ReLU moves to
-            the input of the next block's function, and the shortcut passes it by. The last one follows the stack.
-        measure: predict memory, and measure it by training steps on copies of the stack.
+        keep_others: keep blocks that are not residual, instead of raising a ValueError.
+        move_relu: also convert blocks that apply a ReLU to their sum, as those of a torchvision ResNet. The ReLU moves
+            to the input of the next block's function, so that the shortcut has none. The last ReLU follows the stack.
+        measure: predict the memory of a training step, and measure it on copies of the stack.
 
     Returns:
-        The reversible stack, and a report of what changed.
+        The reversible stack, and a report of the changes.
 
     Raises:
-        TypeError: ``module`` is no stack of modules.
-        ValueError: a block is not residual, or none is; the message has the reason for each.
+        TypeError: ``module`` is not a stack of modules, ``sample`` is not a floating-point tensor, or no block takes
+            one of ``kwargs``.
+        ValueError: a block is not residual and ``keep_others`` is False, no block is residual, or a block fails on the
+            sample; the message gives the reasons.
     """
     if not isinstance(sample, Tensor) or not sample.is_floating_point():
         got = sample.dtype if isinstance(sample, Tensor) else type(sample).__name__
@@ -254,19 +113,21 @@ def to_reversible(
     _refuse(blocks, keep_others)
     stack = ReversibleStack(*_parts(blocks), *after)
     before = ReversibleStack(*blocks, *after)
-    return stack, _report(before, stack, sample, kwargs, measure)
+    converted = [f"{block.title}, {_count(block.found)}" for block in blocks if block.found]
+    kept = [f"{block.title}: {block.reason}" for block in blocks if not block.found]
+    return stack, compare(before, stack, sample, kwargs, converted=converted, kept=kept, measure=measure)
 
 
 def _output_of(block: _Block, x: Tensor) -> Any:
     """Return the output of a block for the sample, in evaluation mode."""
     try:
-        return _outcome(block, block, x, training=False)[0]
+        return outcome(block, block, x, training=False)[0]
     except Exception as error:  # whatever the block raises
         raise ValueError(f"block {block.title} fails on the sample: {type(error).__name__}: {error}") from error
 
 
 def _blocks_of(module: nn.Module | Sequence[nn.Module], kwargs: Mapping[str, Any]) -> tuple[list[_Block], list]:
-    """Return the blocks of a stack, those of nested ``nn.Sequential`` included, and what follows them."""
+    """Return the blocks of a stack, with those of nested stacks, and the modules that follow them."""
     after: list[nn.Module] = []
     if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
         after = [module.norm] if module.norm is not None else []
@@ -284,6 +145,7 @@ def _blocks_of(module: nn.Module | Sequence[nn.Module], kwargs: Mapping[str, Any
 
 
 def _is_stack(module: object) -> bool:
+    """Return whether a module or sequence only calls its modules in order."""
     if isinstance(module, nn.Module):
         runs_in_order = isinstance(module, nn.ModuleList) or type(module).forward is nn.Sequential.forward
         return runs_in_order and not any(getattr(module, name) for name in HOOKS)
@@ -291,6 +153,7 @@ def _is_stack(module: object) -> bool:
 
 
 def _flat(prefix: str, stack: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module of each block, with those of nested stacks."""
     named = stack._modules.items() if isinstance(stack, nn.Module) else enumerate(stack)  # repeated blocks included
     for name, block in ((name, block) for name, block in named if block is not None):
         if _is_stack(block):
@@ -306,7 +169,7 @@ def _refuse_unknown_keywords(blocks: Sequence[_Block], kwargs: Mapping[str, Any]
 
 
 def _refuse(blocks: Sequence[_Block], keep_others: bool) -> None:
-    """Raise a ValueError if no block is residual, or if one is not and it must not be kept."""
+    """Raise a ValueError if no block is residual, or if some are not and ``keep_others`` is False."""
     reasons = [f"{block.title}: {block.reason}" for block in blocks if block.found is None]
     if len(reasons) == len(blocks) or (reasons and not keep_others):
         fix = "" if len(reasons) == len(blocks) else "; leave these out, or keep them as they are with keep_others=True"
@@ -315,7 +178,7 @@ def _refuse(blocks: Sequence[_Block], keep_others: bool) -> None:
 
 
 def _parts(blocks: Sequence[_Block]) -> Iterator[nn.Module]:
-    """Yield ``TwoStreams`` for neighbouring residual blocks, and each of the others as it is."""
+    """Yield one ``TwoStreams`` for each sequence of residual blocks, and the other blocks between them."""
     functions: list[nn.Module] = []
     relu_waits = False
     for block in blocks:
@@ -350,7 +213,7 @@ def _check(block: _Block, found: Residual, x: Tensor, training: bool) -> None:
     both = nn.ModuleList([block, *found.functions])
     attributes = {name: value for name, value in vars(block.block).items() if not name.startswith("_")}
     try:
-        expected, buffers = _outcome(both, block, x, training)
+        expected, buffers = outcome(both, block, x, training)
     except Exception as error:  # whatever the block raises
         raise NotResidual(f"it fails on the sample in {mode} mode: {type(error).__name__}: {error}") from error
     if changed := [name for name, value in attributes.items() if vars(block.block).get(name) is not value]:
@@ -358,7 +221,7 @@ def _check(block: _Block, found: Residual, x: Tensor, training: bool) -> None:
     if not isinstance(expected, Tensor) or expected.shape != x.shape or expected.dtype != x.dtype:
         got = f"{expected.dtype} {tuple(expected.shape)}" if isinstance(expected, Tensor) else type(expected).__name__
         raise NotResidual(f"it maps {x.dtype} {tuple(x.shape)} to {got}; a stream must keep both")
-    actual, own_buffers = _outcome(both, sums, x, training)
+    actual, own_buffers = outcome(both, sums, x, training)
     difference = relative_difference(actual, expected)
     if not difference <= torch.finfo(x.dtype).eps ** 0.5:
         raise NotResidual(
@@ -368,132 +231,9 @@ def _check(block: _Block, found: Residual, x: Tensor, training: bool) -> None:
         raise NotResidual(f"in {mode} mode its residual functions do not change its buffers as it does")
 
 
-def _outcome(root: nn.Module, call: Callable[[Tensor], Any], x: Tensor, training: bool) -> tuple[Any, list[Tensor]]:
-    """Return ``call(x)`` in training or evaluation mode, and the buffers of ``root`` then; leave no trace."""
-    modes, buffers = [(module, module.training) for module in root.modules()], list(root.buffers())
-    saved = [buffer.clone() for buffer in buffers]
-    root.train(training)
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-            y = call(x.clone())
-            return y, [buffer.clone() for buffer in buffers]
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for buffer, value in zip(buffers, saved, strict=True):
-                buffer.copy_(value)
-
-
 def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-6, equal_nan=True)
 
 
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    """Return the norm of a - b relative to that of b."""
-    a, b = a.double(), b.double()
-    return float((a - b).norm() / b.norm().clamp(min=torch.finfo(b.dtype).tiny))
-
-
-def _report(
-    before: ReversibleStack, stack: ReversibleStack, sample: Tensor, kwargs: Mapping[str, Any], measure: bool
-) -> StackReport:
-    """Compare the stack with what it was."""
-    blocks = [part for part in before.parts if isinstance(part, _Block)]
-    y, error = _outcome(stack, lambda x: _run(stack, x, kwargs), sample, training=False)[0]
-    if not error <= _DRIFT:
-        warnings.warn(
-            f"the reversible stack rebuilds its streams with a relative error of {error:.1e}; gradients will be as "
-            "wrong. Keep the streams in float32 (autocast serves for the functions), or use a shorter stack",
-            stacklevel=3,
-        )
-    report = StackReport(
-        converted=tuple(f"{block.title}, {_count(block.found)}" for block in blocks if block.found),
-        kept=tuple(f"{block.title}: {block.reason}" for block in blocks if not block.found),
-        changes=tuple(_changes(stack)),
-        parameters=(_parameters(before), _parameters(stack)),
-        output_difference=relative_difference(y, _outcome(before, before, sample, training=False)[0]),
-        rebuild_error=error,
-    )
-    sides = [_Called(before, {}), _Called(stack, kwargs)]
-    if not measure:
-        return report
-    measured: Any = tuple(_measured(side, sample) for side in sides)
-    try:
-        predicted: Any = tuple(_predicted(side, sample) for side in sides)
-    except Exception as failure:  # whatever an operator without a shape function raises
-        return replace(report, measured_bytes=measured, not_predicted=f"{type(failure).__name__}: {failure}")
-    return replace(report, measured_bytes=measured, predicted_bytes=predicted)
-
-
-def _run(stack: ReversibleStack, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, float]:
-    """Return the stack's output, and the largest relative error of rebuilt streams."""
-    error = 0.0
-    for part in stack.parts:
-        given = taken(part, kwargs)
-        if isinstance(part, TwoStreams):
-            streams = torch.cat((x, x))
-            rebuilt = part.chain.inverse(part.chain(streams, **given), **given)
-            error = max(error, relative_difference(rebuilt, streams))
-        x = part(x, **given)
-    return x, error
-
-
-def _changes(stack: ReversibleStack) -> Iterator[str]:
-    parts = [part for part in stack.parts if isinstance(part, TwoStreams)]
-    if longer := [n for part in parts if (n := _functions(part)) > 2]:
-        yield (
-            f"{' + '.join(map(str, longer))} residual functions work on two streams in turn: each sees the input and "
-            "what the functions of the other stream have added, not all that came before it"
-        )
-    if any(_functions(part) <= 2 and not _moves_relu(part) for part in parts):
-        yield "where no more than two residual functions follow each other, the same sums as before, up to rounding"
-    if any(map(_moves_relu, parts)):
-        yield (
-            "the ReLU after a sum is now at the input of the next block's function: the shortcut from block to block "
-            "keeps negative values; the last ReLU follows the stack"
-        )
-
-
-def _functions(part: TwoStreams) -> int:
-    couplings = [wrapper._fn for wrapper in part.chain]
-    functions = [
-        f for coupling in couplings if isinstance(coupling, AdditiveCoupling) for f in (coupling.Fm, coupling.Gm)
-    ]
-    return sum(not isinstance(f, Nothing) for f in functions)
-
-
-def _moves_relu(part: TwoStreams) -> bool:
-    return any(isinstance(f, _AfterReLU) for f in part.modules())
-
-
 def _count(found: Residual) -> str:
     return f"{len(found.functions)} residual function{'s' * (len(found.functions) > 1)}"
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _measured(side: nn.Module, sample: Tensor) -> int:
-    """Return the bytes of activations at the peak of a training step of a copy."""
-    model, _, batch, step = training_step(
-        lambda: copy.deepcopy(side),
-        lambda: (sample.detach().clone().requires_grad_(), sample),
-        loss=_loss,
-        optimizer=None,
-    )
-    with torch.random.fork_rng(devices=[sample.device] if sample.is_cuda else []):
-        return measure_peak_split(model, step, batch=batch).activation_bytes
-
-
-def _predicted(side: nn.Module, sample: Tensor) -> int:
-    def batch() -> tuple[Tensor, Tensor]:
-        x = torch.empty_strided(sample.shape, sample.stride(), dtype=sample.dtype, device=sample.device)
-        return x.requires_grad_(), x
-
-    return predict_step_memory(lambda: side, batch, loss=_loss, optimizer=None).activation_bytes
-
-
-def _loss(y: Tensor, _: Tensor) -> Tensor:
-    return y.float().square().mean()

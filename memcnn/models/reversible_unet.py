@@ -2,7 +2,7 @@
 
 * ``ReversibleUNet``: Brügger, Baumgartner, Konukoglu, "A Partially Reversible U-Net for Memory-Efficient Volumetric
   Image Segmentation", arXiv:1906.06148, section 2. Each stage of encoder and decoder is a chain of reversible blocks,
-  which stores its end alone; the changes of resolution between them are ordinary layers.
+  which stores only its output; the changes of resolution between them are ordinary layers.
 * ``InvertibleUNet``: Etmann, Ke, Schönlieb, "iUNets: Fully invertible U-Nets with Learnable Up- and Downsampling",
   arXiv:2005.05220, section 3. Half of the channels skip the lower resolutions, the others are down-sampled by a
   bijection. The paper learns an orthogonal one; here it is ``SpaceToDepth``, then a learned ``InvertibleConv1x1`` of
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.flows import InvertibleConv1x1
 from memcnn.models.rearrange import DepthToSpace, SpaceToDepth
-from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
-from memcnn.models.streams import check_shape, in_full_precision
+from memcnn.models.revop import ReversibleSequential
+from memcnn.models.streams import check_shape, in_full_precision, reversible_chain
 
 __all__ = ["InvertibleUNet", "ReversibleUNet"]
 
@@ -40,7 +40,7 @@ class ReversibleUNet(nn.Module):
         disable: keep the weights, but store every activation.
 
     Raises:
-        ValueError: ``dims`` is neither 2 nor 3, or a width is no multiple of 4.
+        ValueError: ``dims`` is neither 2 nor 3, or a width is not a multiple of 4.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ReversibleUNet(nn.Module):
         """Return (N, out_channels, D1, ...) for x (N, in_channels, D1, ...).
 
         Raises:
-            ValueError: x has other channels or dimensions, or a size is no multiple of ``2**(len(widths) - 1)``.
+            ValueError: x has other channels or dimensions, or a size is not a multiple of ``2**(len(widths) - 1)``.
         """
         check_shape(x, ("N", self.stem.in_channels, *("D1", "D2", "D3")[: len(self.stem.kernel_size)]))
         if any(size % self.factor for size in x.shape[2:]):
@@ -96,7 +96,7 @@ class InvertibleUNet(nn.Module):
         disable: keep the weights, but store every activation.
 
     Raises:
-        ValueError: ``dims`` is neither 2 nor 3, or ``channels`` no multiple of 4.
+        ValueError: ``dims`` is neither 2 nor 3, or ``channels`` is not a multiple of 4.
     """
 
     def __init__(self, channels: int, scales: int = 3, blocks: int = 2, *, dims: int = 2, disable: bool = False):
@@ -108,8 +108,8 @@ class InvertibleUNet(nn.Module):
         if scales > 1:
             below = channels // 2 * 2**dims
             self.inner = InvertibleUNet(below, scales - 1, blocks, dims=dims, disable=disable)
-            self.down = _chain([SpaceToDepth(), InvertibleConv1x1(below)], disable)
-            self.up = _chain([InvertibleConv1x1(below), DepthToSpace()], disable)
+            self.down = reversible_chain([SpaceToDepth(), InvertibleConv1x1(below)], disable)
+            self.up = reversible_chain([InvertibleConv1x1(below), DepthToSpace()], disable)
             self.right = _stage(channels, blocks, dims, disable)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,11 +142,8 @@ def _check(dims: int, widths: Sequence[int]) -> None:
 
 def _stage(width: int, blocks: int, dims: int, disable: bool) -> ReversibleSequential:
     halves = width // 2
-    return _chain([AdditiveCoupling(_branch(halves, dims), _branch(halves, dims)) for _ in range(blocks)], disable)
-
-
-def _chain(modules: Sequence[nn.Module], disable: bool) -> ReversibleSequential:
-    return ReversibleSequential(*(InvertibleModuleWrapper(module, disable=disable) for module in modules))
+    couplings = (AdditiveCoupling(_branch(halves, dims), _branch(halves, dims)) for _ in range(blocks))
+    return reversible_chain(couplings, disable)
 
 
 def _branch(channels: int, dims: int) -> nn.Module:

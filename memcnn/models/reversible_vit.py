@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from memcnn.engine.exact import Grid
 from memcnn.models.attention import transformer_block
-from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
+from memcnn.models.streams import reversible_chain
 
 __all__ = ["ReversibleViT", "reversible_vit_small", "reversible_vit_tiny"]
 
@@ -61,12 +61,7 @@ class ReversibleViT(nn.Module):
         self.position = nn.Parameter(torch.zeros(1, (image_size // patch) ** 2, dim))
         nn.init.trunc_normal_(self.position, std=0.02)
         drops = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = ReversibleSequential(
-            *(
-                InvertibleModuleWrapper(transformer_block(dim, heads, drop=drop, exact=exact), disable=disable)
-                for drop in drops
-            )
-        )
+        self.blocks = reversible_chain((transformer_block(dim, heads, drop=p, exact=exact) for p in drops), disable)
         fused = 2 * dim if fusion == "concat" else dim
         self.norm = nn.LayerNorm(fused)
         self.head = nn.Linear(fused, num_classes)

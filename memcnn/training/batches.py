@@ -17,7 +17,7 @@ class Batches:
         recipe: gives the size of a batch, the padding and the flips.
         seed: the run's seed.
         world: the processes that share each batch.
-        lane: where the run's work goes.
+        lane: the run's CUDA stream, or the CPU.
     """
 
     def __init__(self, images: int, recipe: Recipe, *, seed: int, world: World, lane: Lane) -> None:

@@ -1,8 +1,7 @@
-"""Checkpoints: everything a run needs to go on, in one file that is replaced as a whole, and the one before it.
+"""Checkpoints: the state of a run in one file, which is replaced as a whole. The previous file is kept.
 
-A checkpoint is a file of ``torch.save`` under a seal: the SHA-256 of everything before it, as the archive's comment.
-``torch.load`` does not verify the checksums within the archive, and returns wrong weights after half of all single bit
-flips.
+A checkpoint is a file of ``torch.save`` with a seal: the SHA-256 of the file, as the archive's comment. ``torch.load``
+does not verify the checksums within the archive, and returns wrong weights after half of all single bit flips.
 """
 
 import hashlib
@@ -46,8 +45,8 @@ def load(folder: Path, identity: Identity, *, device: torch.device | str) -> Sta
 
     Args:
         folder: the run's folder.
-        identity: the identity of the run that is to go on.
-        device: where to put the tensors.
+        identity: the identity of the run to resume.
+        device: the device for the tensors.
     Raises:
         BadCheckpoint: the checkpoint belongs to another run, or none can be read.
     """

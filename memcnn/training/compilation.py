@@ -1,9 +1,9 @@
 """A network's training pass through ``torch.compile``, so that networks of one architecture share compiled code.
 
-What is compiled does not depend on the number of classes: the last linear layer stays outside. A residual network is
-compiled as a whole. Reversible blocks run uncompiled, but their branches F and G are compiled, and so is all that lies
-between blocks; branches of the same shape share their code as well. On an H200 a step of RevNet-38 takes 4.01 ms with
-compiled branches, and 4.39 ms without.
+The compiled code does not depend on the number of classes: the last linear layer is not compiled. A residual network is
+compiled as a whole. In a reversible network the branches F and G are compiled, and the units between the reversible
+blocks; branches of the same shape share their code as well. On an H200 a step of RevNet-38 takes 4.01 ms with compiled
+branches, and 4.39 ms without.
 """
 
 import warnings
@@ -18,18 +18,18 @@ from memcnn.models.resnet import CifarResNet, ResidualUnit
 from memcnn.models.revop import InvertibleModuleWrapper
 
 THIRD_PARTY_WARNINGS = (
-    # PyTorch's compiler, when it is imported, itself uses what PyTorch has deprecated.
+    # Importing PyTorch's compiler uses functions that PyTorch has deprecated.
     ("`torch.jit.script_method` is deprecated", DeprecationWarning),
-    # The compiler asks every tensor that it is given for its gradient, also those that cannot have one.
+    # The compiler reads the gradient of every tensor that it gets, also of tensors that cannot have one.
     ("The .grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning),
-    # Float32 is what was asked for; --precision tf32 is the other choice.
+    # The user has chosen float32; --precision tf32 is the alternative.
     ("TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled", UserWarning),
 )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings of the compiler that nobody who trains can act on."""
+    """Silence warnings of the compiler that a user of this project cannot act on."""
     with warnings.catch_warnings():
         for message, category in THIRD_PARTY_WARNINGS:
             warnings.filterwarnings("ignore", message=message, category=category)
@@ -38,14 +38,14 @@ def quiet() -> Iterator[None]:
 
 @quiet()
 def compiled(model: nn.Module, forward: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
-    """Return what computes the model's training pass with compiled code; it is compiled when it is first called.
+    """Return a function that computes the model's training pass with compiled code. Its first call compiles.
 
-    Modules within a reversible network are compiled in place, by ``nn.Module.compile``, which leaves the state dict as
-    it is; ``torch.compiler.set_stance("force_eager")`` switches that off for a while.
+    Modules within a reversible network are compiled in place, by ``nn.Module.compile``, which does not change the state
+    dict. In the context ``torch.compiler.set_stance("force_eager")`` they run uncompiled.
 
     Args:
         model: any module. All ResNets of one architecture share their code.
-        forward: what to call instead of the model, with the same weights, such as a wrapper around it.
+        forward: a callable with the model's weights, such as a wrapper around the model, to call instead of it.
     """
     in_parts = isinstance(model, CifarResNet) and _rebuilds(model)
     if isinstance(model, CifarResNet) and in_parts:
@@ -64,7 +64,7 @@ def _rebuilds(model: CifarResNet) -> bool:
 
 
 def _compile_parts(model: CifarResNet) -> None:
-    """Compile the units that are no reversible blocks, and the branches of those that are."""
+    """Compile plain units as a whole, and the branches of reversible blocks."""
     for part in model.modules():
         if isinstance(part, ResidualUnit):
             part.compile(dynamic=False)
@@ -74,6 +74,7 @@ def _compile_parts(model: CifarResNet) -> None:
 
 
 def _features_in_parts(model: CifarResNet) -> Callable[[Tensor], Tensor]:
+    """Return ``model.features`` with compiled code before and after the stages."""
     begin, end = (torch.compile(part, dynamic=False) for part in (model.begin, model.end))
 
     def features(images: Tensor) -> Tensor:

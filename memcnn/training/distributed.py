@@ -1,9 +1,9 @@
-"""One run in several processes, on one machine or more, as torchrun starts them: each takes its share of every batch.
+"""One run in several processes, which torchrun starts on one or more machines. Each takes a share of every batch.
 
     torchrun --nproc-per-node 2 -m memcnn.train revnet38 cifar10
 
-Only rank 0 reads and writes the run's folder: the others may be on machines without it. Decisions of one process, such
-as to stop, are taken by all of them, in the same place.
+Only rank 0 reads and writes the run's folder: the others may be on machines without it. If one process decides to stop,
+all stop at the same iteration.
 """
 
 import os
@@ -20,7 +20,7 @@ from memcnn.training.execution import Execution
 
 T = TypeVar("T")
 LOST = ("onnection closed", "onnection reset", "onnect timeout", "roken pipe", "imed out", "NCCL", "gloo")
-"""Words in PyTorch's errors when another process is gone. These errors have no type of their own."""
+"""Parts of PyTorch's error messages after another process has ended. These errors have no type of their own."""
 
 
 class ProcessLost(RuntimeError):
@@ -28,7 +28,7 @@ class ProcessLost(RuntimeError):
 
 
 class World:
-    """The processes of one run, and this one's place among them. By default there is only this one.
+    """The processes of one run, and the number of this one. By default there is only this one.
 
     Args:
         rank: number of this process, from 0.
@@ -45,7 +45,7 @@ class World:
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """Return this process's share of ``count`` things: consecutive ones, equally many for all but the last."""
+        """Return the slice of ``count`` items that this process handles, equally many in all processes but the last."""
         each = -(-count // self.size)
         return slice(min(self.rank * each, count), min((self.rank + 1) * each, count))
 
@@ -67,7 +67,7 @@ class World:
     def in_turn(self, function: Callable[[], T]) -> T:
         """Run ``function()`` on rank 0, then in one process of each other machine, then in the rest.
 
-        So the others find on the disk what the first one left there, such as a download. An exception is raised in all.
+        Later processes can so read files that an earlier one has written. An exception of one is raised in all.
 
         Returns:
             This process's own result.
@@ -140,7 +140,7 @@ def joined(device: str | None) -> Iterator[World]:
     """Connect the processes that torchrun started, for as long as the context lasts.
 
     Args:
-        device: the device that was asked for; "cpu" connects the processes by gloo alone, even if there are GPUs.
+        device: the device that the user chose; "cpu" connects the processes by gloo alone, even if there are GPUs.
     Yields:
         The world of all processes, or of this one alone.
     """
@@ -167,5 +167,5 @@ def launched() -> bool:
 
 
 def speaks() -> bool:
-    """Return whether this process prints what all processes of its run know."""
+    """Return whether this process prints the messages that are the same in all processes of its run."""
     return not launched() or os.environ["RANK"] == "0"

@@ -3,9 +3,9 @@
 The execution is not part of the recipe, because only rounding separates the results of two executions. The record names
 it.
 
-What is reproducible: on a CPU, with the same number of threads, a run ends with the same bits however often it was
-stopped. On a GPU that holds only with ``deterministic``; without it cuDNN chooses the fastest algorithms, which may be
-other ones each time and may add in any order.
+On a CPU, with the same number of threads, a run ends with the same bits however often it was stopped. On a GPU that
+holds only with ``deterministic``. Without it, cuDNN chooses the fastest algorithms, which may differ from run to run
+and may add in any order.
 """
 
 from collections.abc import Iterator
@@ -65,8 +65,8 @@ class Execution:
 
         Args:
             device: the device that trains; only its type counts.
-            processes: how many processes share each batch; a step is captured for one only.
-            deterministic: the fastest one that ends with the same bits each time.
+            processes: how many processes share each batch; only with one process can a step be captured.
+            deterministic: choose only among executions that give the same bits each time.
         """
         if device.type != "cuda":
             return cls(deterministic=deterministic)
@@ -80,10 +80,10 @@ class Execution:
         )
 
     def on(self, device: torch.device, *, processes: int = 1) -> tuple["Execution", list[str]]:
-        """Return what has an effect on ``device``, and a sentence for each option that has none.
+        """Return the execution without the options that have no effect on ``device``, and a sentence for each of them.
 
         Raises:
-            ValueError: when an option that cannot be had here would change what is computed.
+            ValueError: an option is impossible on the device, and without it the results would differ.
         """
         self._refuse_on(device, processes)
         here, is_gpu = f"on {device.type}", device.type == "cuda"
@@ -117,7 +117,7 @@ class Execution:
         return replace(self, **changes), sentences
 
     def _refuse_on(self, device: torch.device, processes: int) -> None:
-        """Raise ValueError for an option that cannot be had, and without which something else would be computed."""
+        """Raise ValueError for an option that is impossible on the device and that changes the results."""
         is_gpu = device.type == "cuda"
         if is_gpu and self.deterministic and self.narrow_convolutions:
             raise ValueError(
@@ -138,7 +138,7 @@ class Execution:
 
     @contextmanager
     def settings(self, device: torch.device) -> Iterator[None]:
-        """Apply PyTorch's settings for this execution; on leaving, restore what was set before."""
+        """Apply PyTorch's settings for this execution, and restore the previous ones on exit."""
         with ExitStack() as stack:
             if device.type == "cuda":
                 cudnn = torch.backends.cudnn

@@ -15,7 +15,7 @@ from memcnn.training.text import clean
 
 LOCK = ".lock"
 HOLDER = ".holder"
-"""Names the process that holds the lock. It is a file of its own: some systems let nobody read a locked file."""
+"""The file that names the process that holds the lock. On some systems a locked file cannot be read."""
 
 
 def write_by_rename(path: Path, content: bytes, *, keep: Path | None = None) -> None:
@@ -52,7 +52,7 @@ def write_by_rename(path: Path, content: bytes, *, keep: Path | None = None) -> 
 
 
 def move_aside(folder: Path) -> Path:
-    """Rename a folder to the first free one of NAME.old-1, NAME.old-2, ...; return the new path."""
+    """Rename a folder to the first of NAME.old-1, NAME.old-2, ... that does not exist; return the new path."""
     (folder / HOLDER).unlink(missing_ok=True)
     number = 1
     while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
@@ -66,10 +66,10 @@ class FolderBusy(RuntimeError):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[str | None]:
-    """Hold a folder for this process alone; create it if it is missing.
+    """Lock a folder for this process; create it if it is missing.
 
-    The operating system releases the lock when its process ends, however that ends. The holder's name lies in a file
-    beside the lock, for people to read. A name that is still there when the lock is free is that of a dead process.
+    The operating system releases the lock when its process ends, however that ends. A file beside the lock names the
+    process that holds it. If that file exists while the lock is free, its process died.
 
     Yields:
         The process that held the folder last, if it ended without releasing it; None otherwise.
@@ -85,7 +85,7 @@ def locked(folder: Path) -> Iterator[str | None]:
         try:
             yield None if dead is None else str(dead)
         finally:
-            with suppress(OSError):  # the disk may have gone; the lock ends all the same
+            with suppress(OSError):  # the disk may be gone; the lock is released anyway
                 if os.path.samestat(folder.stat(), identity):  # not moved aside meanwhile
                     (folder / HOLDER).unlink()
     finally:
@@ -95,8 +95,8 @@ def locked(folder: Path) -> Iterator[str | None]:
 def _acquire(folder: Path) -> tuple[FileLock, os.stat_result]:
     """Return the lock of a folder, acquired, and the folder's identity.
 
-    Another process may move the folder aside between our opening its lock file and locking it. Then the lock is that of
-    the folder aside, and we try again with the one that has the name now.
+    Another process may move the folder aside between our opening its lock file and locking it. Then we hold the lock of
+    the moved folder, and try again with the folder that has the name now.
     """
     while True:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Training has failed when a loss or a weight is not finite."""
+"""The check that weights are finite, and the error for a loss or a weight that is not."""
 
 import torch
 from torch import nn

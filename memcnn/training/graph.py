@@ -1,4 +1,4 @@
-"""Work on a GPU as a CUDA graph: all its kernels are launched together, without Python in between."""
+"""Capture work on a GPU as a CUDA graph, which launches all of its kernels together, without Python in between."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,16 +11,16 @@ WARM_UP_CALLS = 3
 
 @torch.no_grad()
 def captured(update: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], None]:
-    """Capture what ``update()`` does on the GPU, and return a function that does the same each time it is called.
+    """Capture the GPU work of ``update()``, and return a function that replays it.
 
     The work is captured on the caller's current stream (on a side stream if that is the default stream, which cannot be
-    captured), and only that stream is waited for. So runs that have a stream each can capture and replay while the
-    others' kernels run. Each graph has a memory pool of its own, because two graphs that share one must never run at
-    the same time. Replay the graph on the stream on which it was captured, or after waiting for it.
+    captured), and this function waits for that stream alone. Runs with a stream each can therefore capture and replay
+    while kernels of the others run. Each graph has a memory pool of its own, because two graphs that share one must
+    never run at the same time. Replay the graph on the stream on which it was captured, or after waiting for it.
 
     Args:
-        update: reads and writes tensors that stay where they are, and never waits for the GPU. It is called a few times
-            first, so that libraries and autograd set themselves up; autograd, unless ``update`` disables it, is on.
+        update: a function that reads and writes the same tensors at each call, and never waits for the GPU. It is
+            called a few times first, so that libraries and autograd initialise. Gradients are enabled.
         state: all tensors that ``update`` changes, at least one; they are restored afterwards.
     Returns:
         ``replay``. The GPU's default generator advances from one replay to the next as it would without the graph.
@@ -43,16 +43,16 @@ def captured(update: Callable[[], None], state: Sequence[Tensor]) -> Callable[[]
 def _capture(update: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """Capture ``update()`` on the current stream.
 
-    This is ``torch.cuda.graph`` without its device-wide synchronisation and its emptying of caches, for which other
-    runs in this process would have to wait. The mode "thread_local" lets other threads, such as one that copies a
-    checkpoint, go on calling CUDA meanwhile; the default would make their calls fail.
+    ``torch.cuda.graph`` would also synchronise the device and empty caches, and other runs in this process would have
+    to wait for that. The mode "thread_local" lets other threads, such as one that copies a checkpoint, call CUDA
+    meanwhile; with the default mode their calls would fail.
     """
     graph = torch.cuda.CUDAGraph()
     graph.capture_begin(capture_error_mode="thread_local")
     try:
         update()
     except BaseException:
-        with suppress(RuntimeError):  # the error to show is that of the update
+        with suppress(RuntimeError):  # raise the error of update() instead
             graph.capture_end()
         raise
     graph.capture_end()

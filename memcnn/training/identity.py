@@ -10,7 +10,7 @@ WORDS = {
     "data_checksums": "data checksums",
     "batch_norm_images": "images that BatchNorm sees",
 }
-"""Names of fields in messages, where the attribute is not a word. Old checkpoints use them as keys."""
+"""Names of fields in messages, where they differ from the attribute. Old checkpoints use them as keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,8 @@ class Identity:
         """Return a phrase for each field that differs from the wanted identity, except for the ignored ones.
 
         Args:
-            wanted: the identity of the run that is asked for here.
-            ignoring: names of fields that either side cannot know.
+            wanted: the identity of the requested run.
+            ignoring: names of fields that one of the two does not know.
         """
         names = sorted({field.name for field in fields(self)} - {*ignoring}, key=lambda name: WORDS.get(name, name))
         return [

@@ -1,4 +1,4 @@
-"""Two requests: a job says what to compute; a place says where its files and its device are."""
+"""The request for a run: a ``Job`` (model, data set, recipe, seed) and a ``Place`` (folders and device)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from memcnn.training.record import run_name
 
 
 class BadArgument(ValueError):
-    """The request cannot be run. The message names what can."""
+    """The request is impossible. The message names the possible values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Place:
     progress: bool = True
 
     def data_kind(self, dataset: str) -> str:
-        """Return "official", "generated" or "unofficial"; look at the files if they may be unofficial ones."""
+        """Return "official", "generated" or "unofficial". The files are read only if unofficial ones are accepted."""
         where = cifar.whereabouts(self.data)
         if where == cifar.GENERATED:
             return cifar.GENERATED
@@ -46,18 +46,18 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run that is asked for.
+    """A run to train.
 
     Attributes:
         model: one of ``memcnn.models.resnet.MODELS``.
         dataset: "cifar10" or "cifar100".
-        recipe: what to compute.
+        recipe: the hyper-parameters.
         seed: seed of weights, order and augmentation.
         disable: train RevNets as plain autograd, with all activations stored.
-        fresh: move a run that is there already aside, and begin anew.
+        fresh: move an existing run aside, and begin anew.
         allow_mixed: resume a run although it was executed differently so far; the record lists both executions.
     Raises:
-        BadArgument: a value is none of the choices.
+        BadArgument: a value is not one of the choices.
     """
 
     model: str
@@ -80,8 +80,8 @@ class Job:
         """Return the run's folder.
 
         Args:
-            place: where the runs are.
-            data_kind: what the images are, as ``run_name`` takes it; by default what ``place`` finds out.
+            place: gives the folder of all runs.
+            data_kind: "official", "generated" or "unofficial"; by default ``place.data_kind``.
             processes: how many processes share each batch.
         """
         name = run_name(

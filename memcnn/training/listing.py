@@ -11,7 +11,7 @@ HEAD = ("run", "iterations", "test acc. %", "train s", "status")
 
 
 def list_runs(folder: Path) -> str:
-    """Return a table of the runs that lie directly in ``folder``, and why some records cannot be read."""
+    """Return a table of the runs directly in ``folder``, and the reasons why records cannot be read."""
     records, problems = load_all(folder)
     rows: dict[str, tuple[Path, RunRecord | None]] = {path.name: (path, record) for path, record in records}
     bad = {Path(problem.partition(": ")[0]).parent.name for problem in problems}
@@ -38,7 +38,7 @@ def _row(folder: Path, record: RunRecord | None) -> tuple[str, ...]:
 
 
 def _status(folder: Path, record: RunRecord | None) -> str:
-    """Return what the record says and, for a run that has not ended, what its lock says."""
+    """Return the status of a run from its record and, if the run has not ended, from its lock."""
     if record is not None and record.status == "complete":
         return "complete"
     by = holder(folder)

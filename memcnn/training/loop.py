@@ -1,7 +1,7 @@
-"""A run in memory: the steps of training, its evaluations, and what is written about them.
+"""The training of a run: its steps, its evaluations, and the files that it writes.
 
-All randomness comes from the seed: the initial weights from torch's generator seeded with it, the order, crops and
-flips of an epoch from the counter (seed, epoch). A checkpoint therefore needs no generator state.
+All randomness comes from the seed. Torch's generator, seeded with it, draws the initial weights. Order, crops and flips
+of an epoch depend only on (seed, epoch). A checkpoint therefore needs no generator state.
 """
 
 import math
@@ -28,15 +28,15 @@ CHECKPOINT_DUE = "a checkpoint is due"
 
 
 class Run:
-    """A run in memory: model, training step, state, and the files that it writes.
+    """A run in training: model, training step, state, and the files that it writes.
 
-    With several processes each has a Run, and all go through it in step. Only rank 0 reads and writes the folder; curve
-    and counters are the same in all.
+    With several processes each has a ``Run``, and all take the same steps. Only rank 0 reads and writes the folder;
+    curve and counters are the same in all.
 
     Args:
         start: the job, its folder (locked), its identity and its images.
-        setting: what the run has in common with the others of this process.
-        lane: where the work of the run goes.
+        setting: the setting that the run shares with the others of this process.
+        lane: the run's CUDA stream, or the CPU.
     Raises:
         BadCheckpoint: the folder holds another run, or a checkpoint that cannot be read.
         MixedExecution: the run was executed differently so far, and the job does not allow that.
@@ -109,7 +109,7 @@ class Run:
         return step_memory(self.model, self.data, self.batches[0], pad=pad, execution=execution)
 
     def turns(self) -> Turns[RunRecord]:
-        """Train from where the run is to its end or its stop."""
+        """Train until the recipe is done or the run is stopped, write the record, and return it."""
         try:
             with self._under_way():
                 if self.state.interruptions:
@@ -139,10 +139,10 @@ class Run:
             self.progress.close()
 
     def _prepare(self) -> Turns[str | None]:
-        """Compile and capture where the execution asks for it; return why the run had to stop instead, if it had to.
+        """Compile and capture if the execution asks for it. Return a reason if the run must stop instead, else None.
 
-        Nothing has been trained yet, so that a stop in between loses nothing. Ctrl-C may reach the compiler's processes
-        as well, and make it fail.
+        Nothing has been trained yet, so that a stop loses nothing. Ctrl-C may also reach the processes of the compiler,
+        so that it fails.
         """
         words = self.training_step.preparation or self.evaluation.preparation
         if not words:
@@ -166,7 +166,7 @@ class Run:
         return None
 
     def _train_to_next_evaluation(self) -> Turns[str | None]:
-        """Train, and write a checkpoint now and then; return why the run had to stop before, None if it did not."""
+        """Train, and write checkpoints that are due. Return a reason if the run must stop before, else None."""
         every = self.recipe.evaluate_every
         goal = min((self.state.last_evaluation // every + 1) * every, self.recipe.iterations)
         while (reason := (yield from self._train(goal))) == CHECKPOINT_DUE:
@@ -175,7 +175,7 @@ class Run:
         return reason
 
     def _train(self, goal: int) -> Turns[str | None]:
-        """Train until `goal` iterations are done; return what had to interrupt it before. Counts the training time."""
+        """Train until ``goal`` iterations are done, and count the time. Return why to pause before that, or None."""
         clock, state, reason = self.setting.clock, self.state, None
         since, shared_by = clock.now(), 1
         try:
@@ -183,12 +183,12 @@ class Run:
                 if reason := self._interruption(1.5 * state.step_seconds):
                     break
                 started = clock.now()
-                looked = self.step()
+                due = self.step()
                 shared_by = max(shared_by, len(self.setting.running))
-                if looked and self.device.type != "cpu" and self.world.size == 1:
+                if due and self.device.type != "cpu" and self.world.size == 1:
                     yield self.lane.mark()
                     self.check_losses()
-                if looked:
+                if due:
                     self.progress.show(state.iteration, **self._shown_values())
                 yield self.lane.launched()
                 state.step_seconds = max(clock.now() - started, 0.9 * state.step_seconds)
@@ -198,7 +198,7 @@ class Run:
             state.count(seconds=clock.now() - since, shared_by=shared_by)
 
     def step(self) -> bool:
-        """Launch one step; return whether it is time to look at the losses."""
+        """Launch one step; return whether the display of progress is due."""
         iteration = self.state.iteration
         self.training_step(self.batches[iteration], self.recipe.learning_rate_after(iteration))
         self.state.iteration += 1
@@ -208,7 +208,7 @@ class Run:
         return self.progress.due()
 
     def _shown_values(self) -> dict[str, str]:
-        """Return loss and accuracy since the last evaluation, on this process's shares of the batches."""
+        """Return loss and accuracy since the last evaluation, of this process's shares of the batches, as text."""
         count = self.state.iteration - self.state.last_evaluation
         loss, correct = self.training_step.totals.tolist()
         images = count * self.recipe.batch_size / self.world.size
@@ -216,7 +216,7 @@ class Run:
         return values | ({"test": f"{self.state.rows[-1]['test_accuracy']:.2f}%"} if self.state.rows else {})
 
     def check_losses(self) -> None:
-        """Raise NotFinite if a loss was not finite. The GPU must be done with all steps (rule 3 of ``turns``)."""
+        """Raise NotFinite if a loss was not finite. The GPU must have finished all steps (rule 3 of ``turns``)."""
         found = [bad for bad in self.world.gathered(self.training_step.bad.tolist()) if bad[0]]
         if found:
             iteration, loss = min(found)
@@ -224,19 +224,20 @@ class Run:
             raise NotFinite(f"loss is {loss} at iteration {int(iteration)}")
 
     def _stop_reason(self, needed_seconds: float) -> str | None:
+        """Return why to stop now, or None if work of ``needed_seconds`` and the checkpoints of all runs still fit."""
         return self.setting.stop.reason(
             needed_seconds=needed_seconds + sum(run.saving.allowance_seconds for run in self.setting.running)
         )
 
     def _interruption(self, step_seconds: float) -> str | None:
-        """Return why training must pause before a step: a stop, or a checkpoint that is due."""
+        """Return why training must pause before a step: a stop, or a checkpoint that is due; None if it need not."""
         reason = self._stop_reason(step_seconds)
         if reason is None and self.world.is_first and self.saving.is_due(self.state.iteration):
             reason = CHECKPOINT_DUE
         return self.world.agreed(reason)
 
     def _evaluate(self) -> Turns[str | None]:
-        """Add a row to the curve; return why the run had to stop before that, None if it did not."""
+        """Evaluate and add a row to the curve. Return a reason if the run must stop before, else None."""
         self.check_losses()
         self.world.take_from_first(self.model.buffers())
         count, batch = self.evaluation.count, self.evaluation.batch
@@ -251,7 +252,7 @@ class Run:
                 yield self.lane.launched()
                 batch_seconds = self.setting.clock.now() - started
         finally:
-            batches.close()  # which puts the model back into training mode
+            batches.close()  # puts the model back into training mode
         yield self.lane.mark()
         loss, correct = self.world.summed(self.evaluation.totals).tolist()
         test_loss, test_accuracy = loss / count, 100 * correct / count
@@ -291,7 +292,7 @@ class Run:
 
     def _write_record(self, status: str, reason: str | None) -> RunRecord:
         """Write record and curve; return the record."""
-        self.state.count(seconds=0.0, shared_by=1)  # a loss that is not finite has taken iterations back
+        self.state.count(seconds=0.0, shared_by=1)  # check_losses() may have set the iteration back
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         result = record_of(
             self.state, self.identity, self.recipe, self.data, parameters=parameters, outcome=(status, reason)

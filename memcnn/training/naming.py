@@ -18,8 +18,8 @@ def run_name(
 ) -> str:
     """Return the name of a run's folder.
 
-    Runs that compute different things never share a folder. A run on the official files, with the reversible engine, in
-    one process, is called "revnet38-cifar10-published-s0"; anything else is appended, as "-generated-plain-p2".
+    Different runs have different folders. A run on the official files, with the reversible engine, in one process, is
+    called "revnet38-cifar10-published-s0". Deviations are appended, as "-generated-plain-p2".
 
     Args:
         model: name of the network.
@@ -31,7 +31,7 @@ def run_name(
         processes: how many processes share each batch.
 
     Raises:
-        ValueError: ``data`` is another word, or ``processes`` is below 1.
+        ValueError: ``data`` is none of the three words, or ``processes`` is below 1.
     """
     check(data in DATA_SUFFIXES, "data", data, f"one of {', '.join(DATA_SUFFIXES)}")
     check(is_count(processes) and processes >= 1, "processes", processes, "a whole number of at least 1")

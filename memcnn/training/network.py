@@ -1,4 +1,4 @@
-"""The network of a run: built from its seed, and measured for its record."""
+"""Build the network of a run from its seed, and measure the memory of a step for its record."""
 
 import copy
 from dataclasses import asdict
@@ -26,7 +26,7 @@ def new_network(job: Job, num_classes: int, device: torch.device) -> nn.Module:
 def step_memory(
     model: nn.Module, data: cifar.Data, plan: cifar.EpochPlan, *, pad: int, execution: Execution
 ) -> dict[str, int]:
-    """Return the bytes of one training step, as ``StepMemory`` names them. A copy of the model takes the step.
+    """Return the fields of ``StepMemory`` for one training step, which a copy of the model takes.
 
     Args:
         model: the network.

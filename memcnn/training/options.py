@@ -46,7 +46,7 @@ def add_hyper_parameters(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_of(given: argparse.Namespace) -> Recipe:
-    """Return the recipe that the options ask for; raise ValueError if a value is out of range."""
+    """Return the recipe with the values of the options; raise ValueError if one is out of range."""
     changes = {name: value for name, value in vars(given).items() if name in HYPERPARAMETERS}
     return override(RECIPES[given.recipe], **changes)
 
@@ -55,8 +55,8 @@ CHOSEN_BY_FAST = ("precision", "graph", "compile", "narrow_convolutions")
 
 
 def add_execution_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `execution_of` reads."""
-    group = parser.add_argument_group("execution", "how steps are run: no part of the recipe, but recorded")
+    """Add the options that ``execution_of`` reads."""
+    group = parser.add_argument_group("execution", "how steps are executed: not a part of the recipe, but recorded")
     option = group.add_argument
     fast = "the fastest measured execution of the device, in place of precision, graph, compile and narrow-convolutions"
     option("--fast", action=argparse.BooleanOptionalAction, help=fast)
@@ -70,22 +70,22 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
 
 
 def explicit_execution(given: argparse.Namespace) -> list[str]:
-    """Return the options on the command line that ask for what ``--fast`` chooses, as "--graph"."""
+    """Return the given options that ``--fast`` chooses itself, such as "--graph"."""
     return [f"--{name.replace('_', '-')}" for name in CHOSEN_BY_FAST if getattr(given, name)]
 
 
 def execution_of(
     given: argparse.Namespace, device: str | torch.device | None = None, *, processes: int | None = None
 ) -> Execution:
-    """Return the execution that the options of `add_execution_options` ask for.
+    """Return the execution that the options of ``add_execution_options`` describe.
 
     Args:
         given: the options.
-        device: the device that trains, which ``--fast`` needs to know. By default that of ``--device``, and without
-            one a GPU where there is one, else the CPU.
-        processes: how many processes share each batch. By default as many as torchrun started.
+        device: the device that trains; it decides what ``--fast`` means. By default that of ``--device``, else a GPU
+            if there is one, else the CPU.
+        processes: how many processes share each batch; by default the number that torchrun started.
     Raises:
-        ValueError: when ``--fast`` is given together with what it chooses.
+        ValueError: ``--fast`` is given together with an option that it chooses itself.
     """
     explicit = explicit_execution(given)
     if given.fast and explicit:
@@ -100,7 +100,7 @@ def execution_of(
         chosen = {name: getattr(given, name) for name in CHOSEN_BY_FAST if name != "precision"}
         return Execution(precision=precision, **chosen, **rest)
     name = str(device or getattr(given, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = torch.device("cuda" if name.startswith("cuda") else "cpu")  # a wrong name is reported by who uses it
+    kind = torch.device("cuda" if name.startswith("cuda") else "cpu")  # pick_device reports a wrong name
     processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
     return replace(Execution.fastest(kind, processes=processes, deterministic=given.deterministic), **rest)
 

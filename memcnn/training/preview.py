@@ -21,21 +21,21 @@ from memcnn.training.recipe import Recipe
 from memcnn.training.record import load_all
 from memcnn.training.step import FUSED_DEVICES, TrainingStep
 
-TIMED_STEPS, TIMED_SECONDS = 5, 10.0  # so many steps, unless they take longer
-LEAST_ITERATIONS = 100  # of a segment whose time is representative
+TIMED_STEPS, TIMED_SECONDS = 5, 10.0  # time 5 steps, or fewer if they take more than 10 seconds
+LEAST_ITERATIONS = 100  # a segment with fewer iterations does not give a representative time
 MIB = 2**20
 
 
 def preview(job: Job, execution: Execution, place: Place, device: torch.device) -> str:
-    """Return lines on a run: where it would go on, parameters, peak memory, arithmetic and time. Writes nothing.
+    """Return a text with a line each for state, recipe, device, parameters, memory, arithmetic and time of a run.
 
-    Memory and arithmetic are predicted on fake tensors. The time is that of an equal run, with the same model, batch,
-    device and execution, if the folder of runs holds one; otherwise a few steps on made-up images are timed.
+    Memory and arithmetic are predicted on fake tensors. The time is that of a recorded run with the same model, batch,
+    device and execution, if there is one; otherwise a few steps on generated images are timed. Nothing is written.
 
     Args:
         job: the run.
         execution: how steps would be executed on the device.
-        place: where data and runs are.
+        place: the folders of data and runs.
         device: the device that would train.
     """
     folder, recipe = job.folder(place), job.recipe
@@ -71,7 +71,7 @@ def preview(job: Job, execution: Execution, place: Place, device: torch.device) 
 
 
 def _state(folder: Path, recipe: Recipe) -> tuple[int, str]:
-    """Return how many iterations are left, and what would happen."""
+    """Return the number of iterations left, and a phrase that says where training would begin."""
     by = holder(folder)
     if by is not None and by.lives is not False:
         return recipe.iterations, f"busy, {by} is training in it"
@@ -89,7 +89,7 @@ def _state(folder: Path, recipe: Recipe) -> tuple[int, str]:
 def step_seconds_of_records(
     job: Job, execution: Execution, place: Place, device: torch.device
 ) -> tuple[float, str] | None:
-    """Return the seconds a step of the longest recorded segment executed like this job, and the name of its run.
+    """Return the seconds of a step in the longest recorded segment that was executed like this job, and its run's name.
 
     Args:
         job: the model and its batch size.
@@ -111,7 +111,7 @@ def step_seconds_of_records(
 def _measured(
     model: nn.Module, num_classes: int, recipe: Recipe, device: torch.device, execution: Execution
 ) -> tuple[float, str]:
-    """Return the seconds a step, the quickest of a few on made-up images after one that warms up, and how many."""
+    """Return the least seconds of a few steps on generated images, after a warm-up, and a phrase with their number."""
     data = cifar.generate(num_classes, train=recipe.batch_size, test=1).to(device)
     plan = cifar.epoch_plan(0, 0, recipe.batch_size, pad=recipe.pad, flip=recipe.flip).to(device)
     model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # the stub lacks memory_format

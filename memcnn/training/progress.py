@@ -6,7 +6,7 @@ import time
 from tqdm import tqdm
 
 PLAIN_SECONDS = 30  # between two plain lines
-BAR_SECONDS = 0.5  # between two looks at the loss, which wait for the device
+BAR_SECONDS = 0.5  # between two readings of the loss, which wait for the device
 
 
 class Progress:
@@ -15,7 +15,7 @@ class Progress:
     Args:
         label: the run's name.
         iterations: iterations of the recipe.
-        done: iterations that were done before.
+        done: iterations done before this start.
         batch_size: images of an iteration.
         shown: False for silence.
     """
@@ -35,7 +35,7 @@ class Progress:
             tqdm.write(text, file=sys.stderr)
 
     def due(self) -> bool:
-        """Return whether it is time to look at loss and accuracy again."""
+        """Return whether loss and accuracy should be read and shown again."""
         interval = BAR_SECONDS if self.bar is not None else PLAIN_SECONDS
         return self.shown and time.monotonic() - self.looked > interval
 
@@ -45,7 +45,7 @@ class Progress:
             self.bar.update(self.batch_size)
 
     def show(self, iteration: int, **values: str) -> None:
-        """Show values (a loss, an accuracy ...) after ``iteration`` iterations."""
+        """Show values by name, such as loss and accuracy, after ``iteration`` iterations."""
         self.looked = time.monotonic()
         if self.bar is not None:
             self.bar.set_postfix(values)

@@ -14,8 +14,8 @@ class Recipe:
 
     Attributes:
         name: name of the recipe, which becomes part of the run's name.
-        batch_size: images of an iteration, which is one update.
-        iterations: updates in all.
+        batch_size: images of an iteration (one update of the weights).
+        iterations: number of updates.
         learning_rate: learning rate before the first milestone.
         milestones: iterations after which the learning rate is multiplied by ``decay``.
         decay: factor on the learning rate at a milestone.
@@ -102,7 +102,7 @@ PUBLISHED = Recipe(
     test_images=None,
 )
 
-SMOKE = replace(  # seconds a run: shows that everything works, measures nothing
+SMOKE = replace(  # takes seconds: shows that everything works, measures nothing
     PUBLISHED, name="smoke", batch_size=10, iterations=12, milestones=(6, 9), evaluate_every=6, test_images=100
 )
 
@@ -112,7 +112,7 @@ RECIPES = {"published": PUBLISHED, "smoke": SMOKE}
 def override(recipe: Recipe, **changes: Any) -> Recipe:
     """Return the recipe with other values, and a name that lists them: "published-iterations=1500".
 
-    The name lists the differences from the recipe of RECIPES that it began as, so that no two runs share a folder.
+    The name lists all differences from a recipe in ``RECIPES``, so that different recipes have different folders.
     """
     base = RECIPES.get(recipe.name.partition("-")[0], recipe)
     changed = replace(recipe, **changes)

@@ -1,10 +1,10 @@
-"""The record of one run: what ran, where and how it was computed, how far it came, and what it reached.
+"""The record of one run: model, data and recipe, device and software, progress, accuracy, time and memory.
 
 Training writes RUNS/<run_name>/record.json, and the reports read it, both through this file. ``record.schema.json``
-describes the files for other programs; it cannot express how fields agree, which ``record_rules`` checks.
+describes the files for other programs. It cannot express relations between fields, which ``record_rules`` checks.
 
-Neither pydantic nor msgspec would shorten this: most checks compare fields with each other, and the messages (field,
-value, what was wanted) would have to be rebuilt from theirs.
+Neither pydantic nor msgspec would shorten this: most checks compare fields with each other, and messages with field,
+value and wanted value would have to be rebuilt from theirs.
 """
 
 import json
@@ -31,25 +31,25 @@ class BadRecord(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run.
+    """The record of one run. ``docs/howto/train.md`` explains each field.
 
     ``device``, ``software`` (versions, and "execution"), ``commit`` and ``clean`` are those of the last segment.
 
     Attributes:
         status: "complete" when all of the recipe's iterations are done and evaluated; "partial" while the run goes on
             (reason None) or after it was stopped; "failed" when a loss or a weight was not finite.
-        test_accuracy: of the last evaluation, in percent; None before the first.
-        test_loss: of the last evaluation, in nats; None before the first.
+        test_accuracy: accuracy at the last evaluation, in percent; None before the first.
+        test_loss: loss at the last evaluation, in nats; None before the first.
         test_iteration: iterations done at the last evaluation; None before the first.
-        train_seconds: without start-up, compilation, evaluation and checkpoints.
+        train_seconds: seconds of training, without start-up, compilation, evaluation and checkpoints.
         interruptions: how often the run was resumed.
-        peak_bytes: of one training step, see ``memcnn.memory``; ``activation_bytes`` likewise.
+        peak_bytes: peak of one training step, see ``memcnn.memory.StepMemory``; ``activation_bytes`` likewise.
         commit: the package's commit; None outside a git checkout.
         clean: whether the package's folder was as committed; None outside a git checkout.
         engine: False when a RevNet ran as plain autograd.
-        segments: how each part of the run was computed, in order and without gaps. By default a single segment, from
-            the record's other fields. Records of schema 1 are read in this way: they only say how the last part of a
-            run was computed, so an interrupted one may have been mixed without our knowledge.
+        segments: the execution of each part of the run, in order and without gaps. By default a single segment, made
+            from the record's other fields, as for records of schema 1. These describe only the last part of a run, so
+            an interrupted one may be mixed although ``mixed`` is False.
     """
 
     model: str
@@ -94,7 +94,7 @@ class RunRecord:
 
     @property
     def is_full(self) -> bool:
-        """True if this run may stand beside published numbers. A mixed run is listed apart, with its mark."""
+        """True if this run may be compared with published numbers. A mixed run is listed apart, with its mark."""
         published = self.recipe == PUBLISHED and not self.splits_batch_norm and not self.mixed
         return self.status == "complete" and published and self.data["official"] and self.engine
 
@@ -122,7 +122,7 @@ class RunRecord:
 
     @property
     def mark(self) -> str:
-        """The remark beside the result, in brackets: the data unless official, and a mixed execution."""
+        """The remark beside the result, in brackets: unofficial or generated data, and mixed execution."""
         data = {"official": "", "generated": " (generated data)"}.get(self.data_kind, f" ({self.data_kind})")
         return data + (" (mixed execution)" if self.mixed else "")
 
@@ -174,7 +174,7 @@ def _parse(values: object) -> RunRecord:
 
 
 def _name_deterministic_kernels(values: dict) -> dict:
-    """Complete the execution of a record of schema 1: runs on a GPU always used deterministic kernels then."""
+    """Add "deterministic" to the execution in a record of schema 1: GPU runs always used such kernels then."""
     device, software = values["device"], values["software"]
     on_gpu = isinstance(device, dict) and device.get("type") == "cuda"
     execution = software.get("execution") if isinstance(software, dict) else None
@@ -191,9 +191,9 @@ def _segment(number: int, values: object) -> Segment:
 
 
 def load_all(*folders: str | Path) -> tuple[list[tuple[Path, RunRecord]], list[str]]:
-    """Return the records of the runs that lie directly in ``folders``, each with its folder, and the others' faults.
+    """Return the records of the runs directly in ``folders``, each with its folder, and a message for each bad record.
 
-    Runs that were moved aside (NAME.old-1 ...) are left out, and so is a folder that does not exist.
+    Runs that were moved aside (NAME.old-1 ...) and folders that do not exist are left out.
     """
     records, problems = [], []
     for path in sorted({path for folder in folders for path in Path(folder).glob(f"*/{FILE_NAME}")}):
@@ -207,7 +207,7 @@ def load_all(*folders: str | Path) -> tuple[list[tuple[Path, RunRecord]], list[s
 
 
 def _only_segment(record: RunRecord) -> Segment:
-    """Return the segment of a run that only says how its last part was computed."""
+    """Return one segment for a whole run, from the fields of its record."""
     versions = dict(record.software)
     execution = versions.pop("execution", None) or PLAIN
     return Segment(

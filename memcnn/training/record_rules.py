@@ -1,4 +1,4 @@
-"""The rules that a record keeps: the range of each field, and how fields agree."""
+"""The rules that a record keeps: the range of each field, and the relations between fields."""
 
 import math
 from typing import TYPE_CHECKING
@@ -15,11 +15,11 @@ DATASETS = tuple(NUM_CLASSES)
 STATUSES = ("complete", "partial", "failed")
 COUNTS = ("seed", "iterations", "interruptions", "parameters", "parameter_bytes", "peak_bytes", "activation_bytes")
 PLAIN = "float32"
-"""The execution of records that name none."""
+"""The execution in records without one."""
 
 
 def validate(record: "RunRecord") -> None:
-    """Raise ValueError if a field of a record, or a combination of fields, is impossible. Segments are left out."""
+    """Raise ValueError if a field of a record, or a combination of fields, is impossible. Segments are not checked."""
     for name, choices in (("model", tuple(MODELS)), ("dataset", DATASETS), ("status", STATUSES)):
         check(getattr(record, name) in choices, name, getattr(record, name), f"one of {', '.join(choices)}")
     for name in COUNTS:

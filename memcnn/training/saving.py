@@ -1,4 +1,4 @@
-"""When a run writes its checkpoint."""
+"""The times at which a run writes its checkpoint."""
 
 import time
 from pathlib import Path
@@ -14,10 +14,10 @@ CHECKPOINT_SHARE = 0.03
 
 
 class Saving:
-    """The checkpoints of one run, and the time that they take.
+    """The checkpoints of one run, and the seconds that they take.
 
     Attributes:
-        allowance_seconds: the time to reserve for a checkpoint before a stop; a guess before the first one.
+        allowance_seconds: seconds to reserve for a checkpoint before a stop; a guess before the first one.
 
     Args:
         folder: the run's folder; None in a process that writes nothing.

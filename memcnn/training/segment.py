@@ -1,4 +1,4 @@
-"""A part of a run, and how it was computed."""
+"""A segment: a part of a run, with its execution, device and software."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,12 @@ DEVICE = {"type": str, "name": str, "count": int, "threads": int}
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A part of a run that was computed without interruption, in one way, on one device.
+    """A part of a run that was computed without interruption, with one execution on one device.
 
     Attributes:
         first: iterations done before the segment.
         last: iterations done after it.
-        execution: how its steps were executed, as ``str(Execution)``.
+        execution: the execution of its steps, as ``str(Execution)``.
         device: type, name, count and CPU threads of the device.
         software: versions of the software, as ``environment.software_versions()``.
         commit: the package's commit; None outside a git checkout.
@@ -58,7 +58,7 @@ class Segment:
 
 
 def check_origin(*, device: Any, software: Any, commit: object, clean: object) -> None:
-    """Raise ValueError unless this says where a run or a segment was computed."""
+    """Raise ValueError if the device, software, commit or state of the source in a record is not valid."""
     versions = software
     check(commit is None or isinstance(commit, str), "commit", commit, "text or null")
     check(clean is None or isinstance(clean, bool), "clean", clean, "true, false or null")

@@ -24,17 +24,17 @@ class Setting:
     """The setting that all runs of a process share.
 
     Attributes:
-        place: where the files are.
+        place: the folders of data and runs.
         device: the device that trains.
-        execution: how steps are executed there; its settings are in force.
+        execution: the execution of steps on the device; its ``settings`` are in force.
         world: the processes that share each batch.
         stop: the stop of all runs.
         shown: whether progress is shown.
         clock: the clock of training time.
-        running: the runs that are under way in this process. If they are more than ``place.shared_by``, that many
-            share the device.
+        running: the runs in training in this process. If they are more than ``place.shared_by``, their number is the
+            number of runs that share the device.
         images: the images on the device, by data set and source, which all runs read. They stay until the last run has
-            ended. Copying them waits for the copy, so that every stream may read them afterwards.
+            ended. The copy to the device is synchronous, so that every stream may read them afterwards.
     """
 
     place: Place
@@ -69,7 +69,7 @@ class Setting:
 
 
 def setting_of(place: Place, execution: Execution, world: World, stop: Stop) -> Setting:
-    """Return what the runs of this process have in common; print which options have no effect on the device.
+    """Return the setting of the runs of this process; print the options that have no effect on the device.
 
     Raises:
         BadArgument: there is no such device, or the execution is impossible on it.
@@ -86,7 +86,7 @@ def setting_of(place: Place, execution: Execution, world: World, stop: Stop) -> 
 
 
 def pick_device(name: str | None, world: World) -> torch.device:
-    """Return the device of that name, or the best one for None.
+    """Return the device of that name; for None a GPU if there is one, else the CPU.
 
     Raises:
         BadArgument: there is no such device for this process.

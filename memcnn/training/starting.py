@@ -1,4 +1,4 @@
-"""From a job to a run that can begin: its folder, its identity and its images."""
+"""Check a job, and find the folder, the identity and the images of its run."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -15,12 +15,12 @@ from memcnn.training.setting import Setting
 
 @dataclass(frozen=True)
 class Start:
-    """A job that can be trained.
+    """A job that was checked.
 
     Attributes:
         job: the job.
         folder: the run's folder.
-        identity: what makes the run this run.
+        identity: everything that decides what the run computes.
         images: the images, on the device.
     """
 
@@ -39,7 +39,7 @@ def begin(job: Job, setting: Setting) -> Start | RunRecord:
     """
     world, place = setting.world, setting.place
     images = None
-    if place.unofficial_data:  # only the files can say what they are
+    if place.unofficial_data:  # only reading the files shows whether they are official
         images = setting.images_of(job)
     kind = place.data_kind(job.dataset) if images is None else images.kind
     folder = job.folder(place, data_kind=kind, processes=world.size)

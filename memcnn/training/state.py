@@ -1,4 +1,4 @@
-"""The state of a run: everything that it needs to go on, and exactly what its checkpoint holds."""
+"""The state of a run: everything that it needs to go on. A checkpoint holds exactly this."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
 
@@ -13,10 +13,10 @@ class MixedExecution(ValueError):
 
 @dataclass(kw_only=True)
 class State:
-    """The state of a run: progress, executions so far, and the tensors that training continues from.
+    """The state of a run: progress, executions so far, and the tensors from which training continues.
 
-    The network itself changes at every step. `model`, `optimizer` and `window` are its values when the last checkpoint
-    was written or read.
+    The network changes at every step. ``model``, ``optimizer`` and ``window`` are the values at the last checkpoint
+    that was written or read.
 
     Attributes:
         memory: bytes of one training step, as ``StepMemory`` names them.
@@ -27,9 +27,9 @@ class State:
         iteration: iterations done.
         rows: the rows of the curve, one for each evaluation.
         interruptions: how often the run was resumed.
-        segments: how each part of the run was computed; the last one grows.
-        unassigned_seconds: training time that belongs to no segment. Only checkpoints of the first version have it,
-            until `assign` finds out how it was computed.
+        segments: the parts of the run so far; the last one grows.
+        unassigned_seconds: seconds of training that belong to no segment. Only checkpoints of the first version have
+            them, until ``assign`` makes a segment.
     """
 
     memory: dict[str, int]
@@ -72,12 +72,12 @@ class State:
         return self.rows[-1]["iteration"] if self.rows else 0
 
     def assign(self, *, written: RunRecord | None, here: Segment) -> None:
-        """Make one segment of everything that a checkpoint of the first version did.
+        """Make one segment of all iterations in a checkpoint of the first version, which has no segments.
 
         Args:
-            written: the record beside the checkpoint, which says how its last part was computed. None if there is none;
-                then we assume the default execution.
-            here: the segment that begins now. Its device stands for an unknown one.
+            written: the record beside the checkpoint, which has the execution of its last part. If None, we assume the
+                default execution.
+            here: the segment that begins now. Without a record we assume its device.
         """
         if self.segments or not self.iteration:
             return
@@ -106,7 +106,7 @@ class State:
         self.segments.append(here)
 
     def take(self, *, model: dict[str, Tensor], optimizer: dict, window: Tensor) -> None:
-        """Take the present tensors, for a checkpoint."""
+        """Set the tensors to the present ones, for a checkpoint."""
         self.model, self.optimizer, self.window = model, optimizer, window
 
     def count(self, *, seconds: float, shared_by: int) -> None:

@@ -1,8 +1,8 @@
-"""One update of a model, and one evaluation of it, on the training device, in such a way that nothing waits for it.
+"""One update of a model, and one evaluation of it. Neither waits for the device.
 
-``TrainingStep`` puts a batch together, differentiates the loss, moves the weights and adds up the metrics.
-``Evaluation`` adds up loss and right answers on the test images. Their metrics stay on the device until somebody reads
-them. Both can be captured as CUDA graphs, on the caller's current stream.
+``TrainingStep`` gathers a batch, differentiates the loss, updates the weights and adds up the metrics. ``Evaluation``
+adds up loss and correct predictions on the test images. Their metrics stay on the device until they are read. Both can
+be captured as CUDA graphs, on the caller's current stream.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -19,27 +19,27 @@ from memcnn.training.execution import Execution
 from memcnn.training.graph import captured
 from memcnn.training.recipe import Recipe
 
-FUSED_DEVICES = ("cpu", "cuda")  # where PyTorch has an SGD in one pass over the weights
+FUSED_DEVICES = ("cpu", "cuda")  # devices on which PyTorch's SGD updates all weights in one pass
 EVALUATION_BATCHES = {"cuda": 1000, "cpu": 200}
-"""Images of an evaluation's batch: a GPU needs many to be busy, and a CPU should be able to stop between them."""
+"""Images of an evaluation's batch: many keep a GPU busy; few let a CPU stop soon, between two batches."""
 
 
 class TrainingStep:
-    """Train a model. Call it once an iteration with the learning rate and the batch, which is a part of a plan.
+    """Train a model. Call it at each iteration with the batch, a part of an epoch's plan, and the learning rate.
 
     Attributes:
-        totals: (2,) float64, loss and right answers, summed since somebody zeroed it.
-        bad: (2,) float64, the first iteration with a loss that is not finite, counted from 1, and that loss; zeros
-            before.
-        preparation: what `prepare` has yet to do, in words for the user: "compiling", "capturing", "compiling and
-            capturing"; empty when there is nothing to do.
+        totals: loss and number of correct predictions, float64 of shape (2,), summed until the caller sets them to 0.
+        bad: the first iteration with a loss that is not finite, counted from 1, and that loss, float64 of shape (2,);
+            zeros while all losses are finite.
+        preparation: the work that ``prepare`` has yet to do, as text for the user: "compiling", "capturing", "compiling
+            and capturing"; empty when there is nothing to do.
 
     Args:
         model: in training mode, on the device of ``data``.
         recipe: the recipe; only its optimizer and its padding matter here.
         data: the images.
-        execution: how to execute the step; its ``settings`` must be in force whenever the step is called.
-        forward: what to call instead of ``model`` itself, with the same weights.
+        execution: the execution of the step; its ``settings`` must be in force whenever the step is called.
+        forward: a callable with the model's weights to call instead of ``model``, such as a wrapper around it.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TrainingStep:
         if execution.compile:
             self.forward = compiled(model, self.forward)
         self.device = data.mean.device
-        # a captured step reads its learning rate from the device, any other one is given a number
+        # a captured step reads its learning rate from the device; otherwise it is a number
         self.learning_rate = torch.zeros((), device=self.device) if execution.graph else None
         self.optimizer = torch.optim.SGD(
             model.parameters(),
@@ -80,7 +80,7 @@ class TrainingStep:
         return {**state, "param_groups": [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]}
 
     def load_state_dict(self, state: dict, *, iteration: int) -> None:
-        """Load the weights' momentum and the learning rate; how updates are executed stays as it is here."""
+        """Load momentum buffers and learning rate; keep the execution of updates."""
         own = [{name: group[name] for name in ("lr", "fused")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -92,14 +92,14 @@ class TrainingStep:
             self.run, self.preparation = self.update, "capturing"
 
     def prepare(self, batch: cifar.EpochPlan, learning_rate: float) -> None:
-        """Compile and capture the step where its execution asks for that, and leave all else as it was.
+        """Compile and capture the step if its execution asks for that. Weights and metrics do not change.
 
-        This takes up to minutes. The first call of the step does it where nobody has called ``prepare`` before. Load a
-        state first: afterwards the step has to be captured again, with the momentum tensors that were loaded.
+        This takes up to minutes. Without it, the first call of the step does the same. Load a state dict before: it
+        replaces the momentum tensors, so that the step must be captured again.
 
         Args:
-            batch: a part of an epoch's plan of the size of all others.
-            learning_rate: any; it is restored by the next call of the step.
+            batch: a part of an epoch's plan, of the usual batch size.
+            learning_rate: any value; the next call of the step sets its own.
         """
         if not self.preparation:
             return
@@ -158,7 +158,7 @@ class TrainingStep:
                 group["lr"] = value
 
     def _state(self) -> list[Tensor]:
-        """Return all that an update changes. Momenta of zeros make the first update the same as without momenta."""
+        """Return all tensors that an update changes. Missing momentum buffers become zeros, which changes no result."""
         state = [*self.model.parameters(), *self.model.buffers(), self.totals, self.bad, self.iteration]
         for group in self.optimizer.param_groups:
             if group["momentum"]:
@@ -170,26 +170,27 @@ class TrainingStep:
 
 
 class Evaluation:
-    """Evaluate a model on the test images, in turns of one batch, so that other work can go on between them.
+    """Evaluate a model on the test images, one batch a turn, so that other work can be done between the turns.
 
     ::
 
-        for done in evaluation.turns():  # a batch is launched at each turn; nothing waits for the device
+        for done in evaluation.turns():  # launches a batch at each turn, and does not wait for the device
             ...
-        loss, correct = evaluation.totals.tolist()  # waits for it
+        loss, correct = evaluation.totals.tolist()  # waits for the device
 
     A captured evaluation has a graph of a full batch, captured at the first turn (or by ``prepare``) and replayed for
     each full batch. A smaller last batch is evaluated without the graph. Compiled code is for training: an evaluation
     runs the modules as they are, because compiling a forward pass alone takes longer than it would save.
 
     Attributes:
-        count: how many of the test images there are to evaluate, over all processes.
-        totals: (2,) float64, summed loss in nats, and right answers, of the images evaluated so far by this process.
+        count: number of test images to evaluate, by all processes together.
+        totals: summed loss in nats and number of correct predictions of the images that this process has evaluated so
+            far, float64 of shape (2,).
 
     Args:
-        model: on the device of ``data``; it is in evaluation mode during the turns alone, and then as it was.
+        model: the model, on the device of ``data``. It is in evaluation mode only during the turns.
         data: the images.
-        execution: how to execute it; its ``settings`` must be in force during the turns.
+        execution: the execution of the forward pass; its ``settings`` must be in force during the turns.
         images: how many test images to evaluate, from the first; None for all.
         batch: images of a batch; None for the usual number on this device.
         share: the part of n images of a batch that this process evaluates.
@@ -212,7 +213,7 @@ class Evaluation:
         self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.all_rows = torch.arange(self.count, device=self.device)
         mine = share(self.batch)
-        self.rows = self.all_rows[mine].clone()  # what the graph evaluates
+        self.rows = self.all_rows[mine].clone()  # indices of the images that the graph evaluates
         self.replay: Callable[[], None] | None = None
 
     @property
@@ -221,15 +222,15 @@ class Evaluation:
         return "capturing" if self.execution.graph and self.replay is None else ""
 
     def prepare(self) -> None:
-        """Capture the evaluation of a batch where the execution asks for that; totals and model stay as they are."""
+        """Capture the evaluation of a batch if the execution asks for that. Totals and model do not change."""
         if self.preparation:
             with self._evaluating():
                 self.replay = captured(lambda: self._add(self.rows), [self.totals])
 
     def turns(self) -> Generator[int, None, None]:
-        """Launch the evaluation of a batch at each turn, and yield the number of images that are launched by then.
+        """Launch the evaluation of a batch at each turn, and yield the number of images launched so far.
 
-        The totals start from zero. Closing the iterator early puts the model back into its mode as well.
+        The totals start from zero. Closing the iterator early also restores the model's mode.
         """
         self.prepare()
         self.totals.zero_()
@@ -261,7 +262,7 @@ class Evaluation:
         self.totals += torch.stack([loss, (logits.argmax(1) == labels).sum()])
 
     def _as_it_is(self) -> AbstractContextManager:
-        """Within this context no code is compiled, nor compiled code used."""
+        """Return a context in which modules run uncompiled."""
         return torch.compiler.set_stance("force_eager") if self.execution.compile else nullcontext()
 
     @contextmanager

@@ -7,10 +7,10 @@ import time
 
 
 class Stop:
-    """While entered, the first SIGINT or SIGTERM only asks runs to stop; a second SIGINT ends the process at once.
+    """A context in which the first SIGINT or SIGTERM asks runs to stop; a second SIGINT ends the process at once.
 
     Args:
-        deadline: the ``time.monotonic()`` at which everything must be over, None for never.
+        deadline: the ``time.monotonic()`` at which all runs must have stopped; None for no limit.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
@@ -19,7 +19,7 @@ class Stop:
         self._previous: dict = {}
 
     def reason(self, *, needed_seconds: float) -> str | None:
-        """Return why to stop instead of doing something that takes ``needed_seconds``; None when there is time."""
+        """Return why to stop before work that takes ``needed_seconds``; None if there is time for it."""
         if self._signalled:
             return "interrupted"
         if self.deadline is not None and time.monotonic() + needed_seconds > self.deadline:

@@ -1,8 +1,8 @@
 """The event files of a run for TensorBoard.
 
-tensorboardX's SummaryWriter hands events to a thread, which ends when the disk is full. Whoever adds to its queue then
-waits forever, as with TensorBoard's own (https://github.com/tensorflow/tensorboard/issues/6167). We use its file writer
-without the thread: when `add` returns, the event is on the disk; otherwise it raises OSError.
+tensorboardX's SummaryWriter hands events to a thread, which ends when the disk is full. The next call that adds an
+event then waits forever, as with TensorBoard's own (https://github.com/tensorflow/tensorboard/issues/6167). We use its
+file writer without the thread: when ``add`` returns, the event is on the disk; otherwise ``add`` raises OSError.
 """
 
 import time
@@ -18,12 +18,12 @@ class TensorBoard:
 
     Args:
         folder: the folder of event files.
-        first: the next iteration; what earlier files say about it and later ones becomes void.
+        first: the next iteration. TensorBoard ignores values in earlier files from this iteration on.
     """
 
     def __init__(self, folder: Path, *, first: int) -> None:
         folder.mkdir(exist_ok=True)
-        # TensorBoard reads files in the order of their names: here that of the sessions, whatever the clock says
+        # TensorBoard reads files in the order of their names, so names are numbered, and do not depend on the clock
         self._file = RecordWriter(str(folder / f"events.out.tfevents.{len(list(folder.iterdir())):010d}"))
         self._write(Event(file_version="brain.Event:2"))
         self._write(Event(session_log=SessionLog(status=SessionLog.START), step=first))

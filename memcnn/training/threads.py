@@ -1,7 +1,7 @@
-"""A check, before the first step on a CPU, that several threads are not slower than one.
+"""Check, before the first step on a CPU, that several threads are not slower than one.
 
-Where other processes use the CPU, the threads of a small operation wait for each other. A step then takes up to twenty
-times as long as with one thread. The check computes no part of the run: it times a convolution of its own.
+If other processes use the CPU, the threads of a small operation wait for each other. A step then takes up to twenty
+times as long as with one thread. The check times a convolution of its own, so it does not affect the run.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""The time that a network's run needs on a device: measured for a second or two, or read from an equal run's record."""
+"""The seconds that a run needs on a device, from a short measurement or from the record of an equal run."""
 
 import math
 import multiprocessing
@@ -19,23 +19,23 @@ from memcnn.training.step import EVALUATION_BATCHES, Evaluation, TrainingStep
 from memcnn.training.turns import Lane
 
 TIMED_SECONDS = 1.5
-"""For how long steps are timed. At least one step is, however long it takes."""
+"""Seconds for which steps are timed. At least one step is timed."""
 READING_SECONDS = {"files": 5.0, cifar.GENERATED: 1.0}
-"""Allowance for what a start needs besides: reading or making the images, reading the checkpoint."""
+"""Seconds allowed for reading or generating the images, and for reading the checkpoint."""
 START_SECONDS = {False: 15.0, True: 120.0}
-"""Allowance for a start that was not timed, without and with compilation."""
+"""Seconds allowed for a start that was not timed, without and with compilation."""
 TEST_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The seconds that the parts of a run need, each at least what was measured.
+    """The seconds that the parts of a run need.
 
     Attributes:
-        start_seconds: until the first step: making the network, compiling, capturing.
-        step_seconds: one step, by the wall clock: where runs share the device, all of them make a step meanwhile.
-        evaluation_seconds: one evaluation.
-        source: where the numbers are from, in words.
+        start_seconds: time until the first step: making the network, compiling, capturing.
+        step_seconds: time from one step to the next. If runs share the device, each of them makes a step meanwhile.
+        evaluation_seconds: time of one evaluation.
+        source: the origin of the numbers, as text.
     """
 
     start_seconds: float
@@ -44,17 +44,17 @@ class Cost:
     source: str
 
     def seconds(self, recipe: Recipe, done: int) -> float:
-        """Return the seconds that a run still needs after `done` iterations of a recipe."""
+        """Return the seconds that a run still needs after ``done`` iterations of a recipe."""
         evaluations = math.ceil(recipe.iterations / recipe.evaluate_every) - done // recipe.evaluate_every
         left = recipe.iterations - done
         return self.start_seconds + left * self.step_seconds + evaluations * self.evaluation_seconds
 
 
 def cost_of_records(job: Job, execution: Execution, place: Place, device: torch.device) -> Cost | None:
-    """Return the cost of a job as an equal run's record has it, None without one.
+    """Return the cost of a job from the record of an equal run; None if there is none.
 
-    Records do not say how long start and evaluation took. A start is given its allowance, and an evaluation the time of
-    a training step for each of its batches, although it needs a forward pass only.
+    Records do not contain the times of start and evaluation. The start is ``START_SECONDS``. A batch of an evaluation
+    counts as much as a training step, although it needs only a forward pass.
     """
     found = step_seconds_of_records(job, execution, place, device)
     if found is None:
@@ -64,9 +64,9 @@ def cost_of_records(job: Job, execution: Execution, place: Place, device: torch.
 
 
 def timed(job: Job, execution: Execution, place: Place, device: torch.device, *, at_once: int = 1) -> tuple[Cost, Cost]:
-    """Time a job's network on made-up images; return its cost alone, and as one of `at_once` runs on the device.
+    """Time a job's network on generated images; return its cost alone, and as one of ``at_once`` runs on the device.
 
-    On a GPU the runs are interleaved in this process, as training does it; on a CPU each has a process. Writes nothing.
+    On a GPU the runs take turns in this process, as in training; on a CPU each has a process. Nothing is written.
     """
     with execution.settings(device):
         first = _Copy(job, execution, place, device)
@@ -82,7 +82,7 @@ def timed(job: Job, execution: Execution, place: Place, device: torch.device, *,
 
 
 class _Copy:
-    """A network that is trained on made-up images, and how long it took to start."""
+    """A network in training on generated images, and the seconds that its start took."""
 
     def __init__(self, job: Job, execution: Execution, place: Place, device: torch.device) -> None:
         started = time.perf_counter()
@@ -106,7 +106,7 @@ class _Copy:
         self.start_seconds = reading + time.perf_counter() - started
 
     def launch(self) -> None:
-        """Launch a step; wait where the GPU is too many steps behind."""
+        """Launch a step; wait if the GPU is too many steps behind."""
         with self.lane.turn():
             self.step(self.plan, self.learning_rate)
             event = self.lane.launched()
@@ -119,7 +119,7 @@ class _Copy:
             self.step.totals.tolist()
 
     def evaluation_seconds(self) -> float:
-        """Return how long an evaluation takes, from one of its batches."""
+        """Return the seconds of an evaluation, estimated from one of its batches."""
         started = time.perf_counter()
         with self.lane.turn():
             for _ in self.evaluation.turns():
@@ -129,7 +129,7 @@ class _Copy:
 
 
 def _round_seconds(copies: list[_Copy]) -> float:
-    """Return how long it takes until each copy has made a step."""
+    """Return the seconds in which each copy makes a step."""
     started, rounds = time.perf_counter(), 0
     while rounds == 0 or time.perf_counter() - started < TIMED_SECONDS:
         for one in copies:
@@ -144,7 +144,7 @@ _barrier: Barrier | None = None  # of the processes that time a network at the s
 
 
 def _slowest_of_processes(job: Job, execution: Execution, place: Place, device: torch.device, count: int) -> Cost:
-    """Time a job in `count` processes at once; return the slowest of each of its parts."""
+    """Time a job in ``count`` processes at once; return the cost of the slowest, part by part."""
     context = multiprocessing.get_context("spawn")
     arguments = (context.Barrier(count), torch.get_num_threads())
     with ProcessPoolExecutor(count, context, initializer=_join, initargs=arguments) as pool:
@@ -159,7 +159,7 @@ def _join(barrier: Barrier, threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _timed_beside_others(what: tuple[Job, Execution, Place, torch.device]) -> Cost:
+def _timed_beside_others(arguments: tuple[Job, Execution, Place, torch.device]) -> Cost:
     assert _barrier is not None, "each process of the pool was given the barrier when it started"
-    _barrier.wait()  # so that each process has one of the tasks, and they compute at the same time
-    return timed(*what)[0]
+    _barrier.wait()  # until each process has one of the tasks, so that all compute at the same time
+    return timed(*arguments)[0]

@@ -2,7 +2,7 @@
 
 On a GPU each run has a stream of its own, so that the kernels of one run fill the gaps that another one leaves.
 Processes cannot do that: they get the GPU one after the other. On a CPU the runs only take turns; each ends with the
-bits that it has alone. See ``memcnn.training.turns`` for what a turn is.
+bits that it has alone. ``memcnn.training.turns`` defines a turn.
 """
 
 import traceback
@@ -36,21 +36,21 @@ def train_together(
     execution: Execution = PLAIN,
     place: Place = HERE,
 ) -> Iterator[Outcome]:
-    """Train the jobs, `at_once` of them at a time; yield each with its record, or with its error, as it ends.
+    """Train the jobs, ``at_once`` of them at a time; yield each with its record, or with its error, as it ends.
 
     A run that ends, for whatever reason, makes room for the next job; the others go on. After a stop each run ends as
-    it would alone, and no further job is taken.
+    it would alone, and no further job begins.
 
     Args:
-        jobs: taken one by one when there is room, so that a generator can choose by what time is left then.
+        jobs: the jobs, taken one by one when there is room, so that a generator can choose by the time left.
         at_once: how many runs share the device.
-        stop: stops all runs; entered here, and left at the end.
-        execution: how steps are executed.
-        place: where the data, the runs and the device are; ``shared_by`` counts the processes that share the device,
-            each with as many runs as this one.
+        stop: the stop of all runs, which this function enters as a context.
+        execution: the execution of steps.
+        place: folders and device; ``shared_by`` counts the processes that share the device, each with as many runs as
+            this one.
     Raises:
-        BadArgument: when there is no such device, or when the execution cannot be had on it.
-        DeviceLost: when a run has left the GPU unusable. The runs can be resumed in another process.
+        BadArgument: there is no such device, or the execution is impossible on it.
+        DeviceLost: a run has left the GPU unusable. The runs can be resumed in another process.
     """
     setting = setting_of(place, execution, World(), stop)
     with stop, setting.execution.settings(setting.device):
@@ -63,7 +63,7 @@ def train_together(
 
 @dataclass
 class _Member:
-    """A run of the group: its job, its turns, its stream, and what its next turn has to wait for."""
+    """A run of the group: its job, its turns, its stream, and the event for which its next turn waits."""
 
     job: Job
     turns: Turns[RunRecord]
@@ -76,7 +76,7 @@ class _Member:
 
 
 class _Group:
-    """The runs that are under way, in the order of their turns."""
+    """The runs in training, in the order of their turns."""
 
     def __init__(self, jobs: Iterator[Job], at_once: int, setting: Setting) -> None:
         self.jobs, self.at_once, self.setting = jobs, at_once, setting
@@ -97,13 +97,13 @@ class _Group:
                     yield member.job, outcome
 
     def close(self) -> None:
-        """End the runs that are still under way, as by a kill: their last checkpoints stay."""
+        """End the runs that are still in training, as by a kill: their last checkpoints remain."""
         for member in self.members:
             with member.lane.turn():
                 member.turns.close()
 
     def _fill(self) -> bool:
-        """Take jobs while there is room and no stop; return whether there is anything to do."""
+        """Take jobs while there is room and no stop; return whether there is a run to advance."""
         while len(self.members) < self.at_once and self.setting.stop.reason(needed_seconds=0.0) is None:
             job = next(self.jobs, None)
             if job is None:
@@ -113,7 +113,7 @@ class _Group:
         return bool(self.members)
 
     def _advance(self, member: _Member) -> RunRecord | Exception | None:
-        """Give a run one turn; return how it has ended, None where it goes on."""
+        """Give a run one turn; return its record or its error if it has ended, None if it goes on."""
         try:
             with member.lane.turn():
                 member.event = next(member.turns)
@@ -126,7 +126,7 @@ class _Group:
         return None
 
     def _check_device(self, error: Exception) -> None:
-        """Raise DeviceLost where the GPU can no longer be used after an error: all later work would fail as well."""
+        """Raise DeviceLost if the GPU cannot be used after an error: all later work would fail as well."""
         if self.setting.device.type != "cuda":
             return
         try:

@@ -1,4 +1,4 @@
-"""Train one of the models on one of the data sets, in a folder of its own: stoppable at any time, and resumable."""
+"""Train a job in the folder of its run. The run can be stopped at any time and resumed."""
 
 import errno
 import os
@@ -28,28 +28,27 @@ HERE = Place()
 
 
 class CannotWrite(RuntimeError):
-    """The disk is full, or the run's folder is read-only. The checkpoints in it are as they were."""
+    """The disk is full, or the run's folder is read-only. Its checkpoints are unchanged."""
 
 
 def train(
     job: Job, execution: Execution = PLAIN, place: Place = HERE, *, budget_seconds: float | None = None
 ) -> RunRecord:
-    """Train until the recipe is done, or until a stop; return the record, which is also in RUNS/<run_name>/record.json.
+    """Train until the recipe is done or until a stop; return the record, which is also written as record.json.
 
-    The run resumes from the folder's checkpoint if there is one; the record of a complete run is returned as it is.
-    The run stops at a clean point on Ctrl-C, on SIGTERM, and before the budget is used up: status "partial", with the
-    reason. A loss or weight that is not finite ends it with status "failed"; the last good checkpoint stays, and
+    The run resumes from the folder's checkpoint if there is one; the record of a complete run is returned unchanged.
+    The run stops after an iteration on Ctrl-C, on SIGTERM, and before the budget is used up: status "partial", with the
+    reason. A loss or weight that is not finite ends it with status "failed"; the last good checkpoint remains, and
     another call resumes from there. On a CPU, with the same number of threads, a run that was stopped ends with the
-    same bits as one that was not. Besides the checkpoints at evaluations and at a stop there is one every 20 seconds of
-    training.
+    same bits as one that was not. Checkpoints are written at evaluations, at a stop, and every 20 seconds of training.
 
     In a process that torchrun started, the run is shared with the others, see ``memcnn.training.distributed``.
 
     Args:
         job: the model, the data set, the recipe and the seed.
-        execution: how steps are executed.
-        place: where the data, the runs and the device are.
-        budget_seconds: stop before this many seconds from this call are over; None for no limit.
+        execution: the execution of steps.
+        place: the folders of data and runs, and the device.
+        budget_seconds: seconds from this call after which training has stopped; None for no limit.
     Raises:
         BadArgument, BadCheckpoint, MixedExecution: the request is impossible (all are ValueErrors).
         memcnn.data.DataNotFound, memcnn.data.BadData: the images are missing or damaged.
@@ -69,12 +68,12 @@ def train(
             print(f"Warning: {slow}.", file=sys.stderr)
         with stop, setting.execution.settings(setting.device):
             result = finish(turns(ready, setting, Lane(setting.device)))
-            world.agreed(None)  # nobody leaves before everything is written
+            world.agreed(None)  # no process ends before rank 0 has written everything
             return result
 
 
 def turns(start: Start, setting: Setting, lane: Lane) -> Turns[RunRecord]:
-    """Train in the run's folder, and hold its lock meanwhile. `train` lists the exceptions."""
+    """Train in the run's folder, and hold its lock meanwhile. ``train`` lists the exceptions."""
     folder, world = start.folder, setting.world
     with _explaining_disks(folder), ExitStack() as stack:
         with setting.clock.held():

@@ -1,17 +1,17 @@
 """A run as a generator of turns, so that one process can advance several runs on one device.
 
 1. A turn launches a little work (one training step, one batch of an evaluation, a checkpoint) and ends at a ``yield``.
-2. A turn never waits for the GPU. Where a run has to wait, it yields an `Event`: its next turn may begin once all that
+2. A turn never waits for the GPU. A run that must wait yields an ``Event``: its next turn begins after all work that
    was launched before the event is done. On a CPU all work is done when a call returns, and runs yield None.
 3. A turn reads a value from the GPU only after such an event, so that reading takes no time. It never synchronises the
    device, which would also wait for all other runs.
 4. A run launches at most ``2 * STEPS_BETWEEN_EVENTS`` steps ahead of the GPU. A stop therefore waits for a few steps
    only, and no run fills the GPU's queue at the expense of the others.
-5. The work of a run goes to the stream that is current when its turn begins. `Lane.turn` makes the run's own stream
-   current, from the first tensor of the run on: what is allocated on a stream is used and freed on it.
+5. A run has a ``Lane``: its CUDA stream, or the CPU. ``Lane.turn`` makes the stream current for each turn, from the
+   first tensor of the run on, so that memory is allocated, used and freed on one stream.
 6. The generator's return value is the run's record.
 
-`finish` drains one run; `memcnn.training.together` interleaves several.
+``finish`` runs all turns of one run; ``memcnn.training.together`` interleaves the turns of several.
 """
 
 import time
@@ -29,7 +29,7 @@ STEPS_BETWEEN_EVENTS = 4
 
 
 class Event(Protocol):
-    """The part of ``torch.cuda.Event`` that is used: a point in the work of one stream."""
+    """The methods of ``torch.cuda.Event`` that are used. An event is a point in the work of one stream."""
 
     def query(self) -> bool:
         """Return whether the work before the event is done."""
@@ -42,7 +42,7 @@ Turns = Generator[Event | None, None, T]
 
 
 def finish(turns: Turns[T]) -> T:
-    """Advance one run to its end and return its result."""
+    """Run all turns of one run, and return its result."""
     while True:
         try:
             event = next(turns)
@@ -53,12 +53,12 @@ def finish(turns: Turns[T]) -> T:
 
 
 class Lane:
-    """The lane of one run: a CUDA stream, or the CPU.
+    """The CUDA stream of one run, or the CPU.
 
     Args:
         device: the device that trains.
-        own_stream: on CUDA, use a new stream instead of the current one. The new stream waits for what the current one
-            has launched so far, such as the copies of the images that all runs read.
+        own_stream: on CUDA, use a new stream instead of the current one. The new stream waits for the work launched on
+            the current one so far, such as the copies of the images that all runs read.
     """
 
     def __init__(self, device: torch.device, *, own_stream: bool = False) -> None:
@@ -74,7 +74,7 @@ class Lane:
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def mark(self) -> Event | None:
-        """Return an event after all work that was launched so far; None on a CPU, where that work is done."""
+        """Return an event after all work that was launched so far; None on a CPU, where this work is done already."""
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event()
@@ -99,7 +99,7 @@ class Lane:
 
 
 class Clock:
-    """A clock of training time, which stands still while the process starts a run.
+    """A clock of training time, which stops while the process starts a run.
 
     Starting a run (reading data, compiling, capturing) takes up to a minute, and no other run gets a turn meanwhile.
     """
@@ -108,7 +108,7 @@ class Clock:
         self._held_seconds = 0.0
 
     def now(self) -> float:
-        """Return the seconds since some instant, without those in which the clock was held."""
+        """Return seconds for differences of two calls, without those in which the clock was stopped."""
         return time.perf_counter() - self._held_seconds
 
     @contextmanager

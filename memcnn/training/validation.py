@@ -1,4 +1,4 @@
-"""Checks of values that come from a file. Each message names the field, what it is, and what was wanted."""
+"""Checks of values from a file. Each message has the name of the field, its value, and the wanted value."""
 
 from dataclasses import fields
 from typing import Any, TypeGuard
@@ -11,7 +11,7 @@ def check(right: bool, name: str, got: object, wanted: str) -> None:
 
 
 def check_fields(kind: type, values: dict, *, without: str | None = None) -> None:
-    """Raise ValueError unless ``values`` has exactly the fields of a dataclass, except for the one that is named."""
+    """Raise ValueError unless the keys of ``values`` are the fields of the dataclass ``kind``, but for ``without``."""
     wanted = {field.name for field in fields(kind)} - {without}
     if set(values) != wanted:
         raise ValueError(f"missing fields {sorted(wanted - set(values))}, unknown {sorted(set(values) - wanted)}")

@@ -1,4 +1,4 @@
-"""Tests of the command ``python -m bench``: what it measures, keeps, reports and refuses."""
+"""Tests of the command ``python -m bench``: its measurements, report, budget and interruption."""
 
 import math
 import os
@@ -92,15 +92,9 @@ def test_a_report_can_be_asked_for_of_a_narrowed_run(tmp_path):
     assert len((tmp_path / "report" / "measurements.csv").read_text().splitlines()) == 1 + 7
 
 
-def test_a_device_that_is_not_there_is_refused_before_anything_is_measured(tmp_path):
-    done = run_bench("--device=cuda:7", "--out", tmp_path / "out")
-    assert done.returncode == 2 and "--device: got 'cuda:7', but this PyTorch sees only" in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
 def test_ctrl_c_keeps_what_has_been_measured(tmp_path):
     command = [sys.executable, "-m", "bench", "--quick", "--device=cpu", "--out", tmp_path, "-k", "test_memory"]
-    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts with & inherits that it is not
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a process that a shell starts with & ignores it
     with subprocess.Popen(
         command,
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Tests of ``bench.memory``: predictions, the search for what fits, bad arguments, and the page of activations."""
+"""Tests of ``bench.memory``: predictions, the search for the largest batch and depth, and the page of activations."""
 
 import json
 import re
@@ -23,10 +23,6 @@ OWN = f"{__name__}:own_model"
 
 def own_model() -> nn.Module:
     return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
-
-
-def no_model() -> int:
-    return 3
 
 
 def subject(**options) -> memory.Subject:
@@ -89,35 +85,6 @@ def test_the_peak_equals_that_of_recorded_runs():
 @pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("80 GB", 80e9), ("1.5mib", 1.5 * MIB), ("7", 7)])
 def test_a_size_is_read(text, size):
     assert options.size(text) == size
-
-
-BAD = {
-    "revnet": "got 'revnet', wanted one of resnet32",
-    "": "MODEL: missing, wanted one of resnet32",
-    "nowhere:model --shape 1,2": "No module named 'nowhere'",
-    f"{OWN}s --shape 1,2": "no attribute 'own_models'",
-    f"{__name__}:no_model --shape 1,2": "returned int, wanted an nn.Module",
-    OWN: "--shape: missing, wanted the input's shape",
-    f"{OWN} --shape 1,x": "got '1,x', wanted whole numbers, the batch first",
-    f"{OWN} --shape 4,3,8,8": "wanted a model that takes one such tensor",
-    f"{OWN} --shape 4,2,8,8 --disable": "--disable: wanted one of the six networks",
-    "revnet38 --shape 1,3,32,32": "wanted --batch instead",
-    "revnet38 --batch 0": "got '0', wanted a whole number of at least 1",
-    "revnet38 --dtype int8": "invalid choice: 'int8'",
-    "revnet38 --device-memory 24Gigs": "got '24Gigs', wanted a size like 24GiB",
-    "revnet38 --device-memory 1GiB": "--reserve: got 1073741824 bytes, wanted less than --device-memory",
-    "revnet38 --json /nowhere/x.json": "got '/nowhere/x.json', wanted a file in a folder that exists",
-    "revnet38 --out x.md": "--out: wanted --table",
-    "--table revnet38": "got 'revnet38', wanted none with --table",
-}
-
-
-@pytest.mark.parametrize("arguments", BAD)
-def test_a_bad_argument_is_reported_and_ends_with_status_two(arguments, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(arguments.split())
-    assert end.value.code == 2
-    assert BAD[arguments] in capsys.readouterr().err
 
 
 def test_the_command_predicts_and_measures_its_error(tmp_path, capsys):

@@ -228,7 +228,7 @@ def test_the_clock_waits_for_the_gpu_before_it_is_read(monkeypatch):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Stand-ins for two GPUs; the numbers of those that became the current one."""
+    """Simulate two GPUs, and return the numbers of those that became the current one."""
     current = []
     for name, fake in {
         "is_available": lambda: True,

@@ -1,5 +1,6 @@
-"""A user's own block in the benchmark: its cases, what they measure, and its page."""
+"""A user's own block in the benchmark: its cases, their measurements, and its page."""
 
+import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -49,6 +50,7 @@ def target(tmp_path, monkeypatch):
     path = tmp_path / "blocks_of_a_user.py"
     path.write_text(BLOCKS)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, path.stem, raising=False)
     block.factory.cache_clear()
     yield lambda name: f"{path}:{name}"
     block.factory.cache_clear()

@@ -1,4 +1,4 @@
-"""The gate lets through what is as it was, and stops what became worse."""
+"""The gate passes results that did not become worse, and fails results that did."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ def run(base: Path, now: Path, *options: str) -> int:
 
 
 def timed(path: Path, pairs: list[tuple[float, float]], **machine) -> Path:
-    """Repeats of (plain, reversible) seconds."""
+    """Write a result with these repeats of (plain, reversible) seconds, and return its path."""
     rows = [
         row("time", case, seconds, repeat=repeat, **machine)
         for repeat, pair in enumerate(pairs)
@@ -51,7 +51,7 @@ def test_memory_and_evaluations_are_those_of_the_baseline(rows_now, tmp_path, ca
 
 
 def test_a_planted_growth_of_memory_by_5_percent_fails(rows_now, tmp_path, monkeypatch, capsys):
-    """A tensor of so many bytes, held during the step."""
+    """The planted fault: each of four blocks holds a tensor of 1.25 % of the peak during the step."""
     base = written(tmp_path / "base.json", rows_now)
     peak = measure.memory(CASE, torch.device("cpu"))["peak_bytes"]
     forward = AdditiveCoupling.couple
@@ -158,40 +158,11 @@ def test_time_within_the_spread_is_reported_and_does_not_fail(tmp_path, capsys):
     assert "held" in (text := capsys.readouterr().out) and "within the spread" in text
 
 
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        (["--fail", "peek_bytes:1%"], "BASE has no case with 'peek_bytes'"),
-        (["--fail", "median:10%"], "BASE has no case with 'median'"),
-        (["--fail", "subject:1%"], "BASE has no case with 'subject'"),
-    ],
-)
-def test_a_metric_that_nobody_measured_is_misuse(options, why, tmp_path, capsys):
-    path = written(tmp_path / "result", [row("memory", CASE, peak_bytes=1)])
-    assert run(path, path, *options) == 2
-    assert why in capsys.readouterr().err
-
-
 def test_bytes_of_different_kinds_of_device_are_misuse(tmp_path, capsys):
     base = written(tmp_path / "base", [row("memory", CASE, peak_bytes=1)])
     now = written(tmp_path / "now", [row("memory", CASE, peak_bytes=1, device={**MACHINE["device"], "type": "cuda"})])
     assert run(base, now, "--fail", "peak_bytes:1%") == 2
     assert "BASE ran on cpu, NOW on cuda" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("content", [None, "no JSON", "{}", '{"benchmarks": []}', '{"benchmarks": [{"group": "x"}]}'])
-def test_a_file_that_is_no_result_is_misuse(content, tmp_path, capsys):
-    if content is not None:
-        (tmp_path / "bad").write_text(content)
-    assert run(BASELINE, tmp_path / "bad") == 2
-    assert str(tmp_path / "bad") in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("limit", ["peak_bytes", "peak_bytes:1", "peak_bytes:-1%", ":1%"])
-def test_a_limit_that_is_none_is_misuse(limit, capsys):
-    with pytest.raises(SystemExit) as exit:
-        run(BASELINE, BASELINE, "--fail", limit)
-    assert exit.value.code == 2 and "METRIC:PERCENT%" in capsys.readouterr().err
 
 
 def test_a_saved_baseline_holds_what_is_exact_and_compares_with_the_run_it_came_from(rows_now, tmp_path):

@@ -13,7 +13,7 @@ from bench.audit import peer_tables
 from bench.audit.peer import worker as worker_module
 from bench.audit.peer.behaviours import BEHAVIOURS, examine
 from bench.audit.peer.chains import Chain, Coupling, conv_branch
-from bench.audit.peers import Failed, contenders
+from bench.audit.peers import contenders
 
 TINY = {"blocks": 2, "batch": 2, "channels": 4, "side": 4}
 
@@ -40,12 +40,6 @@ def test_convolution_work_is_four_thirds_of_plain(ours):
     assert 3 * flops == 4 * plain_flops > 0
     assert len(ours[0].ask("step", repeat=3)["seconds"]) == 3
     assert ours[0].ask("memory")["peak_bytes"] > ours[0].ask("memory")["gradient_bytes"] > 0
-
-
-def test_a_worker_answers_after_a_question_that_failed(ours):
-    with pytest.raises(Failed, match="no such behaviour"):
-        ours[0].ask("behaviour", title="no such behaviour")
-    assert ours[0].ask("hello")["torch"] == torch.__version__
 
 
 class Detached(Coupling):

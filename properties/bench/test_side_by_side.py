@@ -1,4 +1,4 @@
-"""The page of all devices has a group of columns for each, and a dash for what was not measured there."""
+"""The page of all devices has a group of columns for each, and a dash for each missing measurement."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ MEMORY = (
 
 @pytest.fixture
 def root(tmp_path):
-    """The committed measurements of a CPU, and made-up ones of a GPU: speed and memory, no suites."""
+    """Return a folder with the committed measurements of a CPU, and invented speed and memory of a GPU."""
     shutil.copytree(CPU, tmp_path / "cpu", ignore=shutil.ignore_patterns("figures"))
     gpu = {"device_type": "cuda", "device": "NVIDIA H200", "cuda": "13.0", "cudnn": "9"}
     rows = speed_text.read(CPU).iloc[:1].assign(execution="bf16, graph", **gpu)
@@ -59,11 +59,6 @@ def test_the_command_writes_both_pages_and_leaves_out_a_folder_that_it_cannot_re
     for name in ("README.md", "page.html"):
         text = (root / name).read_text()
         assert "NVIDIA H200: times the floor" in text and "60.0" in text and "nan" not in text
-
-
-def test_no_measurement_is_misuse(tmp_path, capsys):
-    assert side_by_side.main(["--folder", str(tmp_path)]) == 2
-    assert "make some: python -m bench" in capsys.readouterr().err
 
 
 def test_the_committed_page_is_that_of_the_committed_measurements():

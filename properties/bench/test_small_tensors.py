@@ -1,4 +1,4 @@
-"""Tests of ``bench.small_tensors``: its figures, and what it does without peers."""
+"""Tests of ``bench.small_tensors``: its figures, and missing peers."""
 
 import pandas as pd
 import pytest

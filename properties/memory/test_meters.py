@@ -1,4 +1,4 @@
-"""The memory meters count what is there: known programs of allocations, and planted leaks."""
+"""The memory meters count the bytes of known programs of allocations, and planted leaks."""
 
 import gc
 import weakref
@@ -55,7 +55,7 @@ def block(size: int, device: str = "cpu") -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-# A program is a list of instructions: a positive number allocates so many bytes, a negative one frees a block in use.
+# A program is a list of instructions: a positive number allocates that many bytes, a negative one frees a block.
 programs = st.lists(st.one_of(st.integers(1, 10_000), st.integers(-10, -1)), max_size=30)
 
 
@@ -261,7 +261,7 @@ def test_the_allocator_meter_says_when_a_profiler_is_in_its_way():
 
 
 def test_garbage_that_was_there_at_entry_makes_no_room(monkeypatch):
-    """A stand-in for CUDA's allocator, and 700 bytes in a reference cycle, which the measured function collects."""
+    """CUDA's allocator is simulated. The measured function collects 700 bytes in a reference cycle."""
     allocated, peak = 700, 0
 
     def allocate(size: int) -> None:

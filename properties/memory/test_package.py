@@ -1,4 +1,4 @@
-"""The package of meters works alone, and its names can be imported from where they were."""
+"""The package of meters needs only torch, and its names can also be imported from ``memcnn.testing``."""
 
 import importlib
 import os

@@ -1,4 +1,4 @@
-"""The parts of a peak: each byte is counted once, under the name of what holds it."""
+"""The parts of a peak: each byte is counted once, under the kind of tensor that holds it."""
 
 from dataclasses import asdict
 

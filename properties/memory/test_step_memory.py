@@ -1,4 +1,4 @@
-"""The memory of a training step: networks counted by hand, what counts as activations, what measuring changes."""
+"""The memory of a training step equals a count by hand, separates activations, and is measured without side effects."""
 
 from functools import partial
 

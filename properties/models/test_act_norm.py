@@ -1,4 +1,4 @@
-"""Activation normalisation: what its first pass sets, that it does so once, and what may change afterwards."""
+"""Activation normalisation: the first pass in training mode sets its parameters, once, and no recomputation does."""
 
 import copy
 import io

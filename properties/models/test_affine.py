@@ -1,4 +1,4 @@
-"""The affine coupling: equations, cost, bounds, the numerics and the names of MemCNN 1.5.2, and what it refuses."""
+"""The affine coupling: equations, cost, bounds, the numerics and names of MemCNN 1.5.2, and refused branches."""
 
 from functools import partial
 

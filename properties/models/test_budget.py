@@ -1,4 +1,4 @@
-"""``budget_bytes``: a step never needs more, stores what fits, and computes what it always does."""
+"""``budget_bytes``: a step never needs more, stores as many blocks as fit, and gives the same results."""
 
 import copy
 import pickle

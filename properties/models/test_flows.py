@@ -1,4 +1,4 @@
-"""The layers of flows one by one: what each computes and refuses, and the flat memory of their chains."""
+"""Each layer of flows computes and inverts its function, refuses wrong inputs, and adds no memory to a chain."""
 
 import copy
 

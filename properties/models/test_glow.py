@@ -15,7 +15,7 @@ from properties.support.twin import assert_like_twin, data
 
 
 def small(depth: int = 1, scales: int = 2, size: int = 4, **options) -> Glow:
-    """Return a flow away from its start, where couplings and predictions do nothing."""
+    """Return a flow with random parameters. A new flow has couplings and predictions without effect."""
     flow = Glow((1, size, size), scales, depth, hidden=4, **options)
     for parameter in flow.parameters():
         nn.init.normal_(parameter, std=0.2)

@@ -1,4 +1,4 @@
-"""i-RevNet: nothing of the image is lost, and zeros as padding do no harm."""
+"""i-RevNet: the code gives the image back, and gradients are right although padded channels are constant."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Reversible solvers: they are the published methods, of second order, and their steps can be taken back."""
+"""Reversible solvers compute the published methods, have second order, and are invertible."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The reversible language model: it looks at no later token, ties its embeddings, and generates with a cache."""
+"""The reversible language model is causal, ties its embeddings, and generates with a key-value cache."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def small(depth: int = 2, **options) -> ReversibleLM:
 
 
 class OfEmbeddings(nn.Module):
-    """The network from the embedded tokens on, whose input is of floating point."""
+    """The network behind the embedding, which takes floating-point inputs."""
 
     def __init__(self, model: ReversibleLM):
         super().__init__()
@@ -57,7 +57,7 @@ def test_memory_is_flat_in_depth():
 
 
 def test_a_block_with_stochastic_depth_holds_the_state_of_a_generator_and_no_activation():
-    """More samples or longer texts do not change what a further block holds."""
+    """The bytes of a further block do not depend on the number of samples."""
     held = [step_bytes(OfEmbeddings(small(depth, drop=0.5)), torch.randn(n, 6, 8)) for n in (2, 8) for depth in (2, 6)]
     assert held[1] - held[0] == held[3] - held[2] <= 4 * 8192
 

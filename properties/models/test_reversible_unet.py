@@ -1,4 +1,4 @@
-"""U-Nets for images and volumes: stages cost no memory, and the invertible one loses nothing."""
+"""U-Nets for images and volumes: memory does not grow with the blocks of a stage, and one net is invertible."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What enters a chain: float32 under autocast, and the shape that the network was made for, or a clear message."""
+"""The tensor that enters a chain is float32 under autocast; one of a wrong shape is refused with a clear message."""
 
 import warnings
 

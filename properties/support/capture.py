@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on a CPU: it replays the captured operations on the same memory, without Python.
+"""CUDA graphs simulated on a CPU: a replay repeats the captured operations on the same memory, without Python.
 
 Like a CUDA graph, a replay only knows the tensors of the capture. A number that Python computed keeps its captured
 value, and the replay does not see tensors that were created later.
@@ -68,7 +68,7 @@ class Streams:
 
 
 @contextmanager
-def stand_in(patch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]:
+def graphs_on_cpu(patch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]:
     """Capture graphs on the CPU inside the context. Yield the captured graphs, each with the stream of its capture.
 
     Waiting for the whole device is an error, because other runs may be using it.

@@ -21,6 +21,7 @@ from memcnn.training.execution import Execution
 from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import RunRecord, run_name
 from memcnn.training.step import EVALUATION_BATCHES
+from memcnn.training.stopping import Stop
 from memcnn.training.trainer import PLAIN, Job, Place, train
 
 DATA = cifar_data.generate(10, train=40, test=50)
@@ -60,6 +61,15 @@ class Slow(nn.Module):
 def run(runs: Path, *, execution: Execution = PLAIN, budget_seconds: float | None = None, **options) -> RunRecord:
     """Train the tiny network; ``options`` are fields of ``Job`` and ``Place``."""
     return train(job_of(**options), execution, place_of(runs, **options), budget_seconds=budget_seconds)
+
+
+@contextmanager
+def stopped_after(questions: int) -> Iterator[None]:
+    """Within this context a run asks ``questions`` times whether to stop, and then stops."""
+    answers = iter([None] * questions)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stop, "reason", lambda self, needed_seconds: next(answers, "interrupted"))
+        yield
 
 
 def tiny_command(runs, *more: str) -> int:

@@ -94,7 +94,7 @@ def test_a_batch_has_the_same_bits_on_cuda():
 
 
 class DividingAsCuda(TorchDispatchMode):
-    """Divides by a Python number as CUDA does: by multiplying with its inverse."""
+    """Simulates CUDA's division by a Python number: it multiplies by the inverse."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten.div_.Tensor and not isinstance(args[1], torch.Tensor):
@@ -107,7 +107,7 @@ def test_images_are_scaled_by_a_division_that_cuda_rounds_as_the_cpu_does():
     wanted = cifar.normalise(images, mean)
     with DividingAsCuda():
         assert torch.equal(cifar.normalise(images, mean), wanted)
-        assert not torch.equal(images.float().div_(255).sub_(mean), wanted), "the stand-in divides as the CPU does"
+        assert not torch.equal(images.float().div_(255).sub_(mean), wanted), "the simulation divides as the CPU does"
     divisors = []
 
     class Divisors(TorchDispatchMode):

@@ -15,7 +15,7 @@ from memcnn.training.compilation import compiled
 from memcnn.training.execution import Execution
 from memcnn.training.graph import captured
 from memcnn.training.step import Evaluation, TrainingStep
-from properties.support.capture import stand_in
+from properties.support.capture import graphs_on_cpu
 from properties.support.executions import COMPILED, CPU, GRAPH, PLAIN, SMALL
 from properties.support.runs import DATA
 
@@ -38,17 +38,17 @@ def tiny_revnet(num_classes: int = 10, *, disable: bool = False) -> CifarResNet:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """A compiler that takes no minutes, with nothing compiled yet, and CUDA graphs by a stand-in."""
+    """Use a fast compiler backend that has compiled nothing yet, and CUDA graphs simulated on the CPU."""
     torch._dynamo.reset()
     counters.clear()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    with stand_in(monkeypatch) as captures:
+    with graphs_on_cpu(monkeypatch) as captures:
         yield captures
     torch._dynamo.reset()
 
 
 def cell(make, execution: Execution, *, seed: int = 0, num_classes: int = 10, steps: int = 2) -> TrainingStep:
-    """Some steps and an evaluation of a cell of the table."""
+    """Run some steps and evaluations of a cell of the table, and return the ``TrainingStep``."""
     torch.manual_seed(seed)
     model = make(num_classes).to(memory_format=torch.channels_last).train()
     step = TrainingStep(model, SMALL, DATA, execution)

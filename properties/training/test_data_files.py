@@ -18,7 +18,7 @@ FOLDER = "cifar-10-batches-py"
 
 
 class Call:
-    """Pickled as a call of `function`, made when it is read."""
+    """An object whose pickle calls ``function`` when it is read."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -28,7 +28,7 @@ class Call:
 
 
 def global_name(module: str, name: str) -> bytes:
-    """A pickle of nothing but a name."""
+    """Return a pickle that contains only a name."""
     return b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"."
 
 

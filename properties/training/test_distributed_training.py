@@ -25,7 +25,17 @@ from memcnn.training.record import load, run_name
 from memcnn.training.stopping import Stop
 from memcnn.training.trainer import BadArgument
 from properties.support.executions import small_revnet
-from properties.support.runs import NAME, RECIPE, checkpoint_of, curve_of, run, tiny, tiny_training, without
+from properties.support.runs import (
+    NAME,
+    RECIPE,
+    checkpoint_of,
+    curve_of,
+    run,
+    stopped_after,
+    tiny,
+    tiny_training,
+    without,
+)
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs PyTorch's gloo: install a build with it")
 RANKS = 2
@@ -73,7 +83,7 @@ NETWORKS = {
 
 @contextmanager
 def network(make):
-    """Within it every run is a tiny one, of the network that `make` makes."""
+    """Within this context every run is a tiny one, of the network that ``make`` makes."""
     with tiny_training() as patch:
         patch.setitem(MODELS, "resnet32", make)
         yield patch
@@ -87,7 +97,7 @@ def join(rank: int, store: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, tiny_runs):
-    """A function that runs job(*arguments) as every rank; the results by rank."""
+    """Return a function that runs job(*arguments) on every rank, and returns the results by rank."""
     store = tmp_path_factory.mktemp("ranks") / "store"
     context = multiprocessing.get_context("spawn")
     pools = [ProcessPoolExecutor(1, context, initializer=join, initargs=(rank, store)) for rank in range(RANKS)]
@@ -124,7 +134,7 @@ def test_two_processes_train_as_one_does_on_the_same_shares(tmp_path, ranks, nam
 
 
 def trained_in_parts(folder: Path, name: str, stop_after: int):
-    """The first rank alone wants to stop; then, after as many questions more, the second."""
+    """Train until rank 0 wants to stop, resume until rank 1 wants to stop, and resume to the end."""
     for rank in range(RANKS):
         with network(NETWORKS[name]) as patch:
             questions = iter(range(stop_after))
@@ -188,9 +198,7 @@ def refused_checkpoint(folder: Path) -> str:
 def test_what_the_first_process_refuses_ends_all(tmp_path, ranks):
     for text in ranks(refused_batch, tmp_path):
         assert text.startswith(f"{BadArgument.__name__}: batch_size: got 5, which 2 processes cannot share equally")
-    with pytest.MonkeyPatch.context() as patch:
-        answers = iter([None] * 3)
-        patch.setattr(Stop, "reason", lambda self, needed_seconds: next(answers, "interrupted"))
+    with stopped_after(3):
         run(tmp_path)
     (tmp_path / NAME).rename(tmp_path / TWO)
     for text in ranks(refused_checkpoint, tmp_path):

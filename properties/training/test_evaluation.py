@@ -8,7 +8,7 @@ from memcnn import data as cifar
 from memcnn.training.execution import Execution
 from memcnn.training.recipe import override
 from memcnn.training.step import Evaluation, TrainingStep
-from properties.support.capture import stand_in
+from properties.support.capture import graphs_on_cpu
 from properties.support.executions import BF16, COMPILED, GRAPH, PLAIN, Reading, small_resnet, small_revnet
 from properties.support.runs import DATA, RECIPE
 
@@ -17,7 +17,7 @@ EXECUTIONS = [PLAIN, GRAPH, COMPILED, BF16, Execution(graph=True, compile=True)]
 
 @pytest.fixture
 def graphs(monkeypatch):
-    with stand_in(monkeypatch) as captures:
+    with graphs_on_cpu(monkeypatch) as captures:
         yield captures
 
 

@@ -1,4 +1,4 @@
-"""Options choose an execution; what it needs, what has no effect on a device, and the settings that end with it."""
+"""Options choose an execution. Options without effect are named, impossible ones refused, and settings restored."""
 
 import argparse
 

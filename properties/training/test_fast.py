@@ -18,11 +18,10 @@ from memcnn.training.execution import Execution
 from memcnn.training.recipe import override
 from memcnn.training.record import run_name
 from memcnn.training.step import TrainingStep
-from memcnn.training.stopping import Stop
 from properties.devices import needs_cuda, waiting_is_an_error
-from properties.support.capture import stand_in
+from properties.support.capture import graphs_on_cpu
 from properties.support.executions import BF16, COMPILED, CPU, GRAPH, PLAIN, SMALL, Reading, small_resnet, small_revnet
-from properties.support.runs import DATA, NAME, RECIPE, checkpoint_of, curve_of, run, without
+from properties.support.runs import DATA, NAME, RECIPE, checkpoint_of, curve_of, run, stopped_after, without
 
 pytestmark = [
     pytest.mark.usefixtures("tiny_runs"),
@@ -34,12 +33,12 @@ STEPS = 5
 
 @pytest.fixture
 def executable(monkeypatch):
-    """Allow every execution on this machine, with a stand-in for CUDA graphs and a fast compiler backend."""
+    """Allow every execution on this machine, with CUDA graphs simulated on the CPU and a fast compiler backend."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the stand-ins are for a CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # graphs are simulated on a CPU
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(Execution, "on", lambda self, device, *, processes: (self, []))
-    with stand_in(monkeypatch) as graphs:
+    with graphs_on_cpu(monkeypatch) as graphs:
         yield graphs
 
 
@@ -130,9 +129,7 @@ def test_resuming_gives_the_same_bits_however_steps_are_executed(tmp_path, execu
     if execution == GRAPH:
         monkeypatch.setitem(MODELS, "resnet32", small_revnet)
     run(tmp_path / "whole", execution=execution)
-    with pytest.MonkeyPatch.context() as patch:
-        answers = iter([None] * 10)  # five steps, three parts of an evaluation, two steps
-        patch.setattr(Stop, "reason", lambda self, needed_seconds: next(answers, "interrupted"))
+    with stopped_after(10):  # five steps, three parts of an evaluation, two steps
         assert run(tmp_path / "parts", execution=execution).reason == "interrupted"
     record = run(tmp_path / "parts", execution=execution)
     assert (record.status, record.interruptions) == ("complete", 1)
@@ -179,9 +176,7 @@ def test_a_run_may_go_on_with_another_execution(tmp_path, executable):
     recipe = override(RECIPE, learning_rate=0.01)
     name = run_name("resnet32", "cifar10", recipe, 0, data="generated")
     run(tmp_path / "plain", recipe=recipe)
-    with pytest.MonkeyPatch.context() as patch:
-        answers = iter([None] * 3)
-        patch.setattr(Stop, "reason", lambda self, needed_seconds: next(answers, "interrupted"))
+    with stopped_after(3):
         run(tmp_path / "mixed", recipe=recipe, execution=GRAPH)
     run(tmp_path / "mixed", recipe=recipe, allow_mixed=True)
     state, expected = (checkpoint_of(tmp_path / folder / name) for folder in ("mixed", "plain"))
@@ -189,13 +184,13 @@ def test_a_run_may_go_on_with_another_execution(tmp_path, executable):
         assert relative_error(got, wanted) <= tolerance(torch.float32, depth=recipe.iterations)
 
 
-def test_the_record_says_how_steps_were_executed(tmp_path, executable):
-    execution = Execution(precision="bf16", graph=True)
-    assert run(tmp_path, execution=execution).software["execution"] == "bf16, graph"
-
-
-def test_the_record_names_deterministic_kernels(tmp_path, executable):
-    assert run(tmp_path, execution=Execution(deterministic=True)).segments[0].execution == "float32, deterministic"
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"precision": "bf16", "graph": True}, "bf16, graph"), ({"deterministic": True}, "float32, deterministic")],
+)
+def test_the_record_has_the_execution_of_steps(tmp_path, executable, options, words):
+    record = run(tmp_path, execution=Execution(**options))
+    assert record.software["execution"] == record.segments[0].execution == words
 
 
 @needs_cuda
@@ -217,7 +212,7 @@ def test_on_cuda_steps_are_like_the_plain_ones_and_wait_for_nothing(make, execut
 
 
 def test_waiting_is_an_error_only_where_it_is_asked_for(monkeypatch):
-    """A stand-in warns like PyTorch once the mode is set."""
+    """The mode is simulated: like PyTorch, setting it warns."""
     mode = 1
 
     def set_mode(value: int | str) -> None:

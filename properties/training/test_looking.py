@@ -1,4 +1,4 @@
-"""Looking at runs without running them: the list, what a run would be and need, and its configuration."""
+"""Options of ``memcnn.train`` that do not train: ``--list``, ``--dry-run`` and ``--config``."""
 
 import json
 import os
@@ -21,7 +21,7 @@ HOST = socket.gethostname()
 
 
 def put(runs, name, content, *, holder=None):
-    """A run's folder with a record, or a text in its place, and in its lock the holder's process and host."""
+    """Make a run's folder with a record, or a text instead of it, and with the process and host that hold its lock."""
     folder = runs / name
     folder.mkdir()
     if isinstance(content, str):

@@ -1,4 +1,4 @@
-"""The published JSON schema says what the code says about every field of a record."""
+"""The published JSON schema and the code accept and refuse the same values in every field of a record."""
 
 import json
 from dataclasses import fields

@@ -45,7 +45,7 @@ def test_an_unknown_model_or_data_set_is_refused_with_the_choices(tmp_path):
 
 
 def another_run(runs, name):
-    """A folder of the tiny run's name, with the files of another run in it; what the refusal must say."""
+    """Make a folder with the tiny run's name and the files of another run; return the expected part of the message."""
     if name == "seed":
         run(runs, seed=1)
         (runs / NAME.replace("s0", "s1")).rename(runs / NAME)

@@ -19,19 +19,31 @@ from memcnn.training.recipe import override
 from memcnn.training.record import RunRecord, load
 from memcnn.training.state import MixedExecution
 from memcnn.training.stopping import Stop
-from properties.support.runs import DATA, NAME, RECIPE, Slow, checkpoint_of, curve_of, run, scalars, tiny, without
+from properties.support.runs import (
+    DATA,
+    NAME,
+    RECIPE,
+    Slow,
+    checkpoint_of,
+    curve_of,
+    run,
+    scalars,
+    stopped_after,
+    tiny,
+    without,
+)
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
 
 
 class Killed(BaseException):
-    """Stand in for a kill: nothing is saved after it."""
+    """Simulates a kill: nothing is saved after it."""
 
 
 def run_in_parts(runs, parts: list[tuple[int, str]], checkpoint_seconds: float) -> RunRecord:
-    """A run ended as often as `parts` says, then finished; with that time between two checkpoints.
+    """Interrupt a run once for each of ``parts``, resume it each time, and return its record when it is complete.
 
-    Part (n, how) is ended after it has asked n times whether to stop: by a "stop", by a "kill", or by a
+    Part (n, how) ends after the run has asked n times whether to stop: by a "stop", by a "kill", or by a
     "kill in saving" the next checkpoint.
     """
     for questions, how in [*parts, (10**9, "stop")]:
@@ -136,7 +148,7 @@ LONG_NAME = NAME.replace(RECIPE.name, LONG.name)
 
 
 def killed_after(runs, questions: int) -> int:
-    """Kill the long run when it has asked so often whether to stop; return the iteration of its last checkpoint."""
+    """Kill the long run after ``questions`` questions whether to stop; return the iteration of its last checkpoint."""
     asked = iter(range(questions))
 
     def reason(self, *, needed_seconds):
@@ -151,7 +163,7 @@ def killed_after(runs, questions: int) -> int:
 
 
 def test_a_kill_loses_no_more_than_the_time_between_two_checkpoints(tmp_path, monkeypatch):
-    """Steps of 50 ms, a checkpoint every 0.3 s: after six steps or fewer, or seven where one is being asked about."""
+    """Steps take 50 ms, checkpoints are 0.3 s apart: after at most six steps, or seven if one was about to begin."""
     monkeypatch.setitem(MODELS, "resnet32", lambda num_classes, *, disable: Slow())
     monkeypatch.setattr(saving, "CHECKPOINT_SECONDS", 0.3)
     monkeypatch.setattr(saving, "CHECKPOINT_SHARE", 1.0)
@@ -165,7 +177,7 @@ def test_a_kill_loses_no_more_than_the_time_between_two_checkpoints(tmp_path, mo
 
 
 def test_checkpoints_take_a_small_share_of_the_time_where_saving_is_slow(tmp_path, monkeypatch):
-    """One that takes 0.2 s may come again after 6.7 s, so not within three seconds of training."""
+    """After a checkpoint that takes 0.2 s the next one is due after 6.7 s, so not within three seconds of training."""
     save, saved = checkpoint.save, []
 
     def slow(*arguments):
@@ -181,10 +193,8 @@ def test_checkpoints_take_a_small_share_of_the_time_where_saving_is_slow(tmp_pat
 
 
 def stopped(runs, **options) -> RunRecord:
-    """The run after seven iterations."""
-    with pytest.MonkeyPatch.context() as patch:
-        asked = iter(range(10))
-        patch.setattr(Stop, "reason", lambda self, needed_seconds: None if next(asked, None) is not None else "stopped")
+    """Stop the run after seven iterations."""
+    with stopped_after(10):
         return run(runs, **options)
 
 
@@ -222,7 +232,7 @@ OLD_NAMES = {
 
 
 def as_in_version_2_dev(content: dict, *, segments: bool) -> dict:
-    """A checkpoint as the code before the classes `Identity` and `State` wrote it; with or without segments."""
+    """Return a checkpoint as written before the classes ``Identity`` and ``State``; with or without segments."""
     identity = {OLD_NAMES.get(name, name): value for name, value in content["identity"].items() if value is not None}
     state = without(content["state"], "unassigned_seconds")
     state["train_seconds"] = sum(segment["train_seconds"] for segment in state["segments"])
@@ -253,7 +263,7 @@ OLD_CHECKPOINT = Path(__file__).parent / "files" / "checkpoint_before_state.pt"
 
 
 def test_a_checkpoint_that_the_code_before_wrote_is_resumed(tmp_path, monkeypatch):
-    """Written by commit 236d046 after 7 iterations of the tiny run. The images may differ by machine, not the rest."""
+    """Commit 236d046 wrote the file after 7 iterations of the tiny run. Only the images may differ between machines."""
     identity, state = checkpoint.read(OLD_CHECKPOINT)
     assert (identity.model, identity.dataset, identity.seed, identity.engine) == ("resnet32", "cifar10", 0, True)
     assert identity.recipe == RECIPE.to_dict() and identity.official_data is False

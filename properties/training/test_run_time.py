@@ -1,4 +1,4 @@
-"""The seconds of a run: what counts as training, what adds up over interruptions, and what a budget allows."""
+"""The seconds of a run: training time leaves out the rest and adds up over interruptions, and budgets are kept."""
 
 import time
 
@@ -6,8 +6,7 @@ import pytest
 
 from memcnn.models.resnet import MODELS
 from memcnn.training.recipe import override
-from memcnn.training.stopping import Stop
-from properties.support.runs import NAME, RECIPE, Slow, curve_of, run
+from properties.support.runs import NAME, RECIPE, Slow, curve_of, run, stopped_after
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
 
@@ -15,9 +14,7 @@ pytestmark = pytest.mark.usefixtures("tiny_runs")
 def test_time_adds_up_over_interruptions_and_each_is_counted(tmp_path):
     seconds = []
     for questions in (3, 4):
-        with pytest.MonkeyPatch.context() as patch:
-            asked = iter([None] * questions)
-            patch.setattr(Stop, "reason", lambda self, needed_seconds, asked=asked: next(asked, "interrupted"))
+        with stopped_after(questions):
             record = run(tmp_path)
             seconds.append(record.train_seconds)
     assert (record.iterations, record.interruptions) == (5, 1)

@@ -1,4 +1,4 @@
-"""The segments of a run: what was computed in one go, how, and with whom it shared its device."""
+"""The segments of a run: their execution, how many runs shared the device, and faults that are refused."""
 
 import json
 from dataclasses import asdict, replace
@@ -20,6 +20,7 @@ from properties.support.records import (
     changed,
     in_segments,
 )
+from properties.support.runs import without
 
 
 def test_a_run_in_one_segment_says_so():
@@ -83,7 +84,7 @@ BAD_SEGMENTS = [
     ("a list of at least one", lambda one, two: []),
     ("a list of at least one", lambda one, two: {"first": one}),
     ("number 1: segment: got 3, wanted an object", lambda one, two: [3, two]),
-    ("number 2: missing fields .*'shared_by'", lambda one, two: [one, _without(two, "shared_by")]),
+    ("number 2: missing fields .*'shared_by'", lambda one, two: [one, without(two, "shared_by")]),
     ("number 2: .*unknown .*'speed'", lambda one, two: [one, {**two, "speed": 1}]),
     ("first of number 1: got 1, wanted 0", lambda one, two: [{**one, "first": 1}, two]),
     ("first of number 2: got 29999, wanted 30000", lambda one, two: [one, {**two, "first": 29_999}]),
@@ -105,10 +106,6 @@ BAD_SEGMENTS = [
     ("clean of the last: got", lambda one, two: [one, {**two, "clean": None}]),
     ("software and execution of the last: got", lambda one, two: [one, {**two, "execution": "tf32"}]),
 ]
-
-
-def _without(values: dict, name: str) -> dict:
-    return {key: value for key, value in values.items() if key != name}
 
 
 @pytest.mark.parametrize(("message", "spoil"), BAD_SEGMENTS, ids=[message for message, _ in BAD_SEGMENTS])

@@ -21,18 +21,29 @@ from memcnn.training.together import train_together
 from memcnn.training.trainer import BadArgument
 from memcnn.training.turns import STEPS_BETWEEN_EVENTS, Clock, Lane
 from properties.devices import needs_cuda
-from properties.support.runs import RECIPE, checkpoint_of, curve_of, job_of, place_of, run, scalars, tiny, without
+from properties.support.runs import (
+    RECIPE,
+    checkpoint_of,
+    curve_of,
+    job_of,
+    place_of,
+    run,
+    scalars,
+    stopped_after,
+    tiny,
+    without,
+)
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
 
 
 def folder(runs, seed: int) -> Path:
-    """The folder of the tiny run with that seed."""
+    """Return the folder of the tiny run with that seed."""
     return job_of(seed=seed).folder(place_of(runs))
 
 
 def together(runs, seeds, at_once: int = 2, *, stop: Stop | None = None, **changes) -> dict:
-    """The outcome of each seed, in the order in which they ended."""
+    """Train the seeds together, and return their outcomes in the order in which they ended."""
     jobs = [job_of(seed=seed, **changes) for seed in seeds]
     outcomes = train_together(jobs, at_once, stop=stop or Stop(), place=place_of(runs))
     return {one.seed: outcome for one, outcome in outcomes}
@@ -61,7 +72,7 @@ def assert_as_alone(runs, alone, seed: int) -> None:
 
 
 class Watched(nn.Module):
-    """The tiny network, which reports each training pass, by the number of the model."""
+    """The tiny network. It appends its number to ``seen`` at each training pass."""
 
     def __init__(self, number: int, seen: list[int]) -> None:
         super().__init__()
@@ -75,7 +86,7 @@ class Watched(nn.Module):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The numbers of the models in the order of their training passes; models are numbered as they are made."""
+    """Return a list of the models' numbers in the order of their training passes. Models are numbered as made."""
     seen, numbers = [], itertools.count()
     monkeypatch.setitem(MODELS, "resnet32", lambda num_classes, *, disable: Watched(next(numbers), seen))
     return seen
@@ -110,12 +121,7 @@ def test_runs_take_turns_step_by_step(tmp_path, seen):
 
 def test_after_a_stop_of_all_the_runs_go_on_together_with_the_same_bits(tmp_path, alone):
     for questions in (9, 30):
-        with pytest.MonkeyPatch.context() as patch:
-            asked = iter(range(questions))
-            patch.setattr(
-                Stop, "reason",
-                lambda self, needed_seconds, asked=asked: None if next(asked, None) is not None else "interrupted",
-            )  # fmt: skip
+        with stopped_after(questions):
             outcomes = together(tmp_path, [0, 1, 2])
         assert {one.reason for one in outcomes.values() if one.status == "partial"} == {"interrupted"}
         for seed, record in outcomes.items():
@@ -127,7 +133,7 @@ def test_after_a_stop_of_all_the_runs_go_on_together_with_the_same_bits(tmp_path
 
 
 def failing(how: str, at: int):
-    """A network whose training pass `at` fails."""
+    """Return a network whose training pass number ``at`` fails."""
 
     class Failing(nn.Sequential):
         def __init__(self) -> None:
@@ -219,7 +225,7 @@ class Later:
 def test_a_run_that_waits_for_the_gpu_holds_nobody_up_and_nothing_waits_for_the_whole_device(
     tmp_path, alone, monkeypatch
 ):
-    """Events in place of those of a GPU; the bits are the same."""
+    """The test simulates the events of a GPU; the bits are the same."""
 
     def everything(*arguments):
         raise AssertionError("waited for all streams of the device")
@@ -303,9 +309,7 @@ def test_a_held_clock_stands_still(monkeypatch):
 def test_a_run_in_another_execution_is_refused_in_the_group_as_alone(tmp_path):
     recipe = override(RECIPE, learning_rate=0.01)
     together(tmp_path, [0], recipe=recipe, stop=Stop(deadline=0.0))
-    with pytest.MonkeyPatch.context() as patch:
-        asked = iter(range(8))
-        patch.setattr(Stop, "reason", lambda self, needed_seconds: None if next(asked, None) is not None else "x")
+    with stopped_after(8):
         together(tmp_path, [0], recipe=recipe)
     bf16 = Execution(precision="bf16")
     jobs = [job_of(recipe=recipe)]

@@ -27,7 +27,7 @@ print(len(_declared))
 
 
 def run_beside(folder: Path, *, extension: str, registrations: str) -> subprocess.CompletedProcess:
-    """PROGRAM in a new interpreter that finds a made-up torchvision first."""
+    """Run ``PROGRAM`` in a new interpreter, which finds a simulated torchvision first."""
     package = folder / "torchvision"
     package.mkdir()
     (package / "__init__.py").write_text(INIT)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("tiny_runs")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_runs):
-    """A folder with the tiny run, complete."""
+    """Return a folder with the complete tiny run."""
     folder = tmp_path_factory.mktemp("runs")
     run(folder)
     return folder

@@ -1,4 +1,4 @@
-"""The loop computes what the recipe says, writes what it did, and fails openly."""
+"""The loop follows the recipe, writes record and curve, and ends with a status if a loss or weight is not finite."""
 
 import csv
 import math

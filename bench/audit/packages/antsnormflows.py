@@ -3,17 +3,12 @@
 import antsnormflows as an
 import torch
 
-from bench.audit.packages.layers import Flow, Layer, dense
+from bench.audit.packages.layers import dense, flow
 
 PACKAGE = "antsnormflows"
 IMAGE, VOLUME = (3, 4, 4, 4), (2, 4, 2, 2, 2)
 
 
-def flow(name: str, make, shape=(4, 6), **options) -> Layer:
-    return Layer(name, lambda: Flow(make()), shape, **options)
-
-
-BATCH_NORM = {"inverse": "its inverse normalises with the statistics of its own input"}
 LAYERS = [
     flow("ActNorm(6)", lambda: an.flows.ActNorm(6), perturb=False),
     flow("ActNorm((4, 1, 1))", lambda: an.flows.ActNorm((4, 1, 1)), IMAGE, perturb=False),

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from bench.audit.packages.layers import Layer, convolutional
 
 PACKAGE = "revtorch"
-FURTHER = ("revlib",)
 
 
 class RevTorch(nn.Module):
@@ -86,10 +85,4 @@ LAYERS = [
         for mode in (revlib.MemoryModes.checkpoint, revlib.MemoryModes.autograd_graph)
     ),
 ]
-CHAINED = {
-    "RevTorch": lambda depth: RevTorch(
-        [revtorch.ReversibleBlock(convolutional(2, 2), convolutional(2, 2)) for _ in range(depth)]
-    ),
-    "RevLib": lambda depth: RevLib([convolutional(2, 2) for _ in range(2 * depth)]),
-}
 OWN_ENGINE = True

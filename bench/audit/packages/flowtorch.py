@@ -2,7 +2,7 @@
 
 import flowtorch.bijectors as fb
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.audit.packages.layers import Flow, Layer, Pair
 
@@ -12,10 +12,6 @@ PACKAGE = "flowtorch"
 class Adapter(Flow):
     """An adapter for ``_forward`` and ``_inverse``, which take the parameters; both return log|dy/dx|."""
 
-    def __init__(self, bijector: nn.Module, *, inputs: bool = False):
-        super().__init__(bijector)
-        self.autoregressive = inputs
-
     def parameters_for(self, x: Tensor):
         return None if self.layer._params_fn is None else self.layer._params_fn(x, None)
 
@@ -24,10 +20,7 @@ class Adapter(Flow):
         return y, self.summed(log_det, x)
 
     def inverse_log_det(self, y: Tensor) -> Pair:
-        if self.autoregressive:
-            x, log_det = self.layer._inverse(y, None), None
-            x = self.layer.inverse(y, context=None)
-            return x, -self.summed(self.layer.log_abs_det_jacobian(x, y), y)
+
         x, log_det = self.layer._inverse(y, self.parameters_for(y))
         return x, -self.summed(log_det, y)
 

@@ -59,6 +59,11 @@ class Flow(nn.Module):
         return values, log_det.expand(len(x)) if log_det.dim() == 0 or log_det.shape == (1,) else log_det
 
 
+def flow(name: str, make: Callable[[], nn.Module], shape: tuple[int, ...] = (4, 6), **options) -> Layer:
+    """Return the description of a layer that ``Flow`` adapts; ``options`` are further fields of ``Layer``."""
+    return Layer(name, lambda: Flow(make()), shape, **options)
+
+
 def dense(inputs: int, outputs: int, hidden: int = 16) -> nn.Module:
     """Return a smooth network on vectors."""
     return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs))

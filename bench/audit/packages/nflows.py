@@ -5,15 +5,11 @@ from nflows.nn.nets import ResidualNet
 from nflows.transforms.nonlinearities import CauchyCDF
 from torch import nn
 
-from bench.audit.packages.layers import Flow, Layer, convolutional, unit
+from bench.audit.packages.layers import Layer, convolutional, flow, unit
 
 PACKAGE = "nflows"
 MASK = [1, 0, 1, 0, 1, 0]
 IMAGE = (3, 4, 4, 4)
-
-
-def flow(name: str, make, shape=(4, 6), **options) -> Layer:
-    return Layer(name, lambda: Flow(make()), shape, **options)
 
 
 def net(inputs: int, outputs: int) -> nn.Module:

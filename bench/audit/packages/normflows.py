@@ -4,7 +4,7 @@ import normflows as nf
 import torch
 from torch import Tensor, nn
 
-from bench.audit.packages.layers import Flow, Layer, bounded, convolutional, dense
+from bench.audit.packages.layers import Flow, Layer, bounded, convolutional, dense, flow
 
 PACKAGE = "normflows"
 IMAGE = (3, 4, 4, 4)
@@ -37,10 +37,6 @@ class ClassConditional(Flow):
 
     def inverse_log_det(self, y: Tensor):
         return self.pair(self.layer.inverse(y, self.label), y)
-
-
-def flow(name: str, make, shape=(4, 6), **options) -> Layer:
-    return Layer(name, lambda: Flow(make()), shape, **options)
 
 
 def _residual(**options) -> nn.Module:

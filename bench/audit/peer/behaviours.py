@@ -1,4 +1,4 @@
-"""What a contender must get right: programs whose results must equal those of plain autograd, and the comparison."""
+"""Programs whose results a contender must get right: they are compared with the results under plain autograd."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The contenders: ways to run a chain of additive couplings, y1 = x1 + F(x2), y2 = x2 + G(y1)."""
+"""The contenders: implementations of a chain of additive couplings, y1 = x1 + F(x2), y2 = x2 + G(y1)."""
 
 import importlib
 import sys

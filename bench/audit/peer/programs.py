@@ -1,4 +1,4 @@
-"""Small training programs, and branches that watch how an engine runs them.
+"""Small training programs, and branches that record how an engine evaluates them.
 
 A program receives a chain and a leaf input. It returns the tensors to compare with those of plain autograd.
 """
@@ -14,7 +14,7 @@ from .chains import conv_branch
 from .shared import weighted_sum
 
 Found = dict[str, Tensor]
-"""What a program returns: the tensors to compare, by a name that a message can show."""
+"""The result of a program: the tensors to compare, by a name that a message can show."""
 
 
 class Masked(nn.Module):
