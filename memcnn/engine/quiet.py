@@ -156,7 +156,7 @@ class Snapshot:
     def __init__(self, roots: Sequence[nn.Module], surveys: Sequence[Survey]):
         self.surveys = surveys
         self.parameters: list[Tensor] = [p for survey in surveys for p in survey.owned[2::3]]
-        self.running_statistics = {
+        self.running_statistics: dict[int, Any] = {
             id(b): 0 for survey in surveys for _, _, content in survey.norms for _, b in content[:2]
         }
         # all that follows is compared in ``is_unchanged``
