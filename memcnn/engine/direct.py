@@ -6,7 +6,8 @@ direct way saves nothing. For a run of blocks, y1 = x1 + F(x2) and y2 = x2 + G(y
 
 ==========  ==========================================================================================================
 forward     ``RunStart`` becomes a node of the outer graph, whose inputs are x1, x2 and the parameters of all branches.
-            The branches are evaluated without a graph. ``RunEnd`` is the node of the outputs y1 and y2.
+            The branches are evaluated without a graph, layer by layer (``bare_layers``). ``RunEnd`` is the node of the
+            outputs y1 and y2.
 backward    ``RunEnd`` hands the gradients of y1 and y2 to the run. ``RunStart`` takes the steps in reverse order: it
             evaluates h = G(y1) with a graph of its own, rebuilds x2 = y2 - h, and differentiates that graph, which
             autograd frees on the way; then the same for F. It returns the gradients of x1, x2 and the parameters. The

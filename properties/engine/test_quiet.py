@@ -272,6 +272,49 @@ def test_what_changes_between_two_steps_is_used_in_the_second(change):
     assert_like_twin(InvertibleModuleWrapper(AdditiveCoupling(branch, quiet_branch())).double(), program, images())
 
 
+def dilate(module: nn.Module) -> None:
+    module[0].dilation = module[0].padding = (2, 2)
+
+
+@pytest.mark.parametrize(
+    "change", [evaluate, change_eps, stop_tracking, add_hooks, replace_parameters, replace_buffers, freeze, dilate]
+)
+def test_what_changes_between_two_steps_of_the_direct_way_is_used_in_the_second(change):
+    def program(module: nn.Module, x: Tensor) -> Tensor:
+        backward(module, x)
+        change(every(module, nn.Sequential)[0])
+        module.zero_grad()
+        return backward(module, x)
+
+    branch = quiet_branch()
+    assert_like_twin(InvertibleModuleWrapper(AdditiveCoupling(branch, quiet_branch())).double(), program, images())
+
+
+def test_a_parameter_that_is_no_longer_frozen_is_trained():
+    def program(module: nn.Module, x: Tensor) -> Tensor:
+        first = every(module, nn.Sequential)[0]
+        first.requires_grad_(False)
+        backward(module, x)
+        first.requires_grad_(True)
+        module.zero_grad()
+        return backward(module, x)
+
+    module = InvertibleModuleWrapper(AdditiveCoupling(quiet_branch(), quiet_branch())).double()
+    assert_like_twin(module, program, images())
+
+
+def test_a_class_of_layers_that_is_patched_between_two_steps_is_used_as_it_is(monkeypatch):
+    def program(module: nn.Module, x: Tensor) -> Tensor:
+        with monkeypatch.context() as patch:
+            backward(module, x)
+            patch.setattr(nn.ReLU, "forward", lambda self, x: x.clamp_min(0.5))
+            module.zero_grad()
+            return backward(module, x)
+
+    module = InvertibleModuleWrapper(AdditiveCoupling(quiet_branch(), quiet_branch())).double()
+    assert_like_twin(module, program, images())
+
+
 @pytest.mark.parametrize("change", [replace_parameters, add_hooks])
 def test_registries_that_were_exchanged_for_equal_ones_are_the_ones_to_watch(change):
     def program(module: nn.Module, x: Tensor) -> Tensor:
