@@ -1,12 +1,13 @@
 """`python -m memcnn.verify` on a user's own batch, on conditions, on dropout, and its errors."""
 
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from memcnn import verify
+from properties.support import commands
 
 BLOCKS = """
 import torch
@@ -143,7 +144,7 @@ def test_a_target_in_another_folder_gives_an_example_that_runs(blocks, capsys, t
     _, out, _ = run(capsys, f"{blocks}/user_inputs.py:ByHand", *arguments)
     code = "\n".join(line[4:] for line in out.partition("breaks the law of gradients:\n")[2].splitlines())
     environment = {"PYTHONPATH": ":".join(["", *sys.path]), "OMP_NUM_THREADS": "1"}
-    pasted = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    pasted = commands.run("-c", code, cwd=Path.cwd(), env=environment)
     assert "FAIL  gradients" in pasted.stdout, pasted.stderr
 
 
