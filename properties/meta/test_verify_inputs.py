@@ -157,7 +157,13 @@ def test_a_target_in_another_folder_gives_an_example_that_runs(blocks, capsys, t
             ["user_inputs:chain", "--input", "nowhere.pt"],
             "there is no file nowhere.pt; wanted a file in which torch.save",
         ),
-        (["user_inputs:chain", "--input", "user_inputs.py"], "cannot read user_inputs.py"),
+        (
+            ["user_inputs:chain", "--input", "user_inputs.py"],
+            "user_inputs.py was not written by torch.save; wanted a file in which torch.save wrote",
+        ),
+        (["user_inputs:chain", "--input", "empty.pt"], "empty.pt was not written by torch.save"),
+        (["user_inputs:chain", "--input", "module.pt"], "module.pt holds more than tensors"),
+        (["user_inputs:chain", "--input", "."], "cannot read . (Is a directory)"),
         (["user_inputs:chain", "--input", "words.pt"], "got str in words.pt; wanted a file in which torch.save"),
         (["user_inputs:chain", "--input", "random.pt", "--vary", "0"], "--vary: got it with --input"),
         (["user_inputs:chain", "--shape", "2,8,4,4", "--seed", "-1"], "got '-1', wanted a whole number from 0"),
@@ -167,10 +173,13 @@ def test_a_target_in_another_folder_gives_an_example_that_runs(blocks, capsys, t
 )
 def test_errors_say_what_was_wanted_without_a_usage(blocks, capsys, arguments, words):
     torch.save("words", "words.pt")
+    torch.save(torch.nn.ReLU(), "module.pt")
+    Path("empty.pt").touch()
     torch.save(torch.randn(2, 8, 4, 4), "random.pt")
     status, _, err = run(capsys, *arguments)
     assert status == 2
     assert words in err and "usage:" not in err
+    assert len([line for line in err.splitlines() if not line.startswith("Options: ")]) == 1 and "pickle" not in err
 
 
 def test_the_version_is_printed(capsys):
