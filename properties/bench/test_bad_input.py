@@ -13,6 +13,7 @@ from memcnn import cli
 TRAIN = ["resnet32", "cifar10"]
 SMOKE = [*TRAIN, "--recipe", "smoke", "--data", "generated", "--runs", "{folder}"]
 BLOCK = "{blocks}"
+LONG = "n" * 300
 
 COMMANDS = {
     "memcnn.train": [
@@ -42,6 +43,9 @@ COMMANDS = {
         (["--list", "--runs", ""], "got '', wanted a path"),
         ([*SMOKE, "--precision", "int8"], "argument --precision"),
         ([*SMOKE, "--fast", "--precision", "bf16"], "got --fast and --precision"),
+        ([*SMOKE, "--runs", "{file}"], "argument --runs"),
+        ([*SMOKE, "--runs", "{file}/below"], "argument --runs: {file} is a file; wanted a folder"),
+        ([*SMOKE, "--runs", LONG], "File name too long; choose a shorter name"),
     ],
     "memcnn.evaluate": [
         ([], "RUN_FOLDER"),
@@ -52,6 +56,7 @@ COMMANDS = {
         (["{folder}", "--threads", "many"], "argument --threads: got 'many'"),
         (["{folder}", "--device", "tpu"], "argument --device"),
         (["{folder}", "--dat", "x"], "did you mean --data?"),
+        ([LONG], "File name too long; choose a shorter name"),
     ],
     "memcnn.convert": [
         ([], "IN, OUT"),
@@ -61,12 +66,22 @@ COMMANDS = {
         (["{file}", "{file}"], "exists already; wanted a new file"),
         (["{file}", "{file}/x.pt"], "is not a folder"),
         (["{file}", "{new}", "--model", "alexnet"], "argument --model"),
+        (["{file}", LONG], "File name too long; choose a shorter name"),
+    ],
+    "memcnn.verify": [
+        (["{blocks}:make", "--shape", "2,4,4,4", "--json", "{folder}"], "argument --json: got '{folder}'"),
+        (["{blocks}:make", "--shape", "2,4,4,4", "--json", "{file}/x"], "argument --json: got '{file}/x'"),
+        (["{blocks}:make", "--shape", "2,4,4,4", "--json", ""], "argument --json: got '', wanted a path"),
+        (["{blocks}:make", "--input", "{file}"], "was not written by torch.save"),
+        (["{blocks}:make", "--input", "{folder}"], "Is a directory"),
     ],
     "bench": [
         (["--device", "tpu"], "--device: got 'tpu', but this PyTorch sees only"),
         (["--device", "mps"], "--device: got 'mps'"),
         (["--out", "{file}"], "is a file; wanted a folder"),
         (["--out", "{file}/below"], "is a file; wanted a folder"),
+        (["--out", LONG], "File name too long"),
+        (["--report", "{file}/below"], "is a file; wanted a folder"),
         (["--report", "{file}"], "argument --report"),
         (["--threads", "-1"], "argument --threads: got '-1'"),
         (["--budget", "1x"], "argument --budget"),
@@ -127,6 +142,16 @@ COMMANDS = {
         (["{baseline}"], "got a baseline of bench.gate"),
     ],
     "bench.figures": [([], "FILE.json"), (["{junk}"], "holds no measurements"), (["{junk}", "{file}"], "is a file")],
+    "bench.network_laws": [
+        (["--csv", "{file}/x"], "argument --csv: got"),
+        (["--csv", "{folder}"], "argument --csv: got"),
+        (["--only", "nothing"], "argument --only: invalid choice"),
+    ],
+    "bench.grids": [(["--csv", "{file}/x"], "argument --csv: got"), (["--csv", "{folder}"], "argument --csv: got")],
+    "bench.networks_page": [
+        (["extra"], "got 'extra', wanted only what the command takes"),
+        (["--out", "x"], "got '--out x', wanted only what the command takes"),
+    ],
     "bench.side_by_side": [(["--folder", "{missing}"], "no measurements in"), (["--folders", "x"], "mean --folder?")],
     "bench.peers": [
         (["--out", "{file}"], "is a file; wanted a folder"),
@@ -151,11 +176,13 @@ COMMANDS = {
         (["--gib", "nan"], "argument --gib: got 'nan'"),
         (["--reserve", "30"], "--reserve: got 30 GiB of 24, wanted at least 0 and less than --gib"),
         (["--blocks", "0"], "argument --blocks"),
+        (["--csv", "{file}/x"], "argument --csv: got"),
     ],
     "bench.reference_peers": [
         ([], "folder"),
         (["{file}"], "is a file; wanted a folder"),
         (["{folder}", "--rounds", "0"], "argument --rounds"),
+        (["{folder}", "--csv", "{file}/x"], "argument --csv: got"),
     ],
     "bench.budget": [(["--peers", "{file}"], "is a file; wanted a folder"), (["--csv", "{file}/x"], "argument --csv")],
     "bench.memory": [
@@ -165,6 +192,8 @@ COMMANDS = {
         (["revnet38", "--batch", "0"], "argument --batch"),
         (["revnet38", "--device-memory", "much"], "argument --device-memory"),
         (["revnet38", "--json", "{file}/x"], "wanted a file in a folder that exists"),
+        (["revnet38", "--json", "{folder}"], "wanted a file in a folder that exists"),
+        (["revnet38", "--json", LONG], "File name too long; choose a shorter name"),
         (["--table", "--out", "{missing}/x"], "wanted a file in a folder that exists"),
     ],
     "bench.measured_memory": [
@@ -277,7 +306,7 @@ def test_bad_input_ends_with_status_2_and_plain_lines(command, words, part, plac
     before = {path: path.read_bytes() for path in places["folder"].parent.rglob("*") if path.is_file()}
     status, text = outcome(command, [word.format(**places) for word in words], capsys)
     assert status == cli.MISUSE
-    assert part in text and "Traceback" not in text and "usage:" not in text
+    assert part.format(**places) in text and "Traceback" not in text and "usage:" not in text
     assert len(text.splitlines()) <= 2
     after = {path: path.read_bytes() for path in places["folder"].parent.rglob("*") if path.suffix != ".pyc"
              and path.is_file()}  # fmt: skip

@@ -156,7 +156,7 @@ def test_a_table_that_was_not_measured_stays_and_is_named(monkeypatch, tmp_path,
     (tmp_path / "readme.md").write_text("<!-- networks -->\nold\n<!-- end -->")
     for name, file in (("DATA", ""), ("PAGE", "page.md"), ("FIGURE", "figure.svg"), ("README", "readme.md")):
         monkeypatch.setattr(networks_page, name, tmp_path / file)
-    assert networks_page.main() == 1
+    assert networks_page.main([]) == 1
     page = (tmp_path / "page.md").read_text()
     assert "ODE block" in page and "<!-- volumes -->\nold" in page
     assert "the table volumes stays as it is" in capsys.readouterr().err
