@@ -47,9 +47,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from memcnn.engine.again import exchange
 from memcnn.engine.chain import Link, Value, dense, rebuild, rebuilding, restrided, thread_state
 from memcnn.engine.couple import misfit
-from memcnn.engine.drift import SAMPLED, evaluations
+from memcnn.engine.drift import SAMPLED, Evaluations, evaluations
 from memcnn.engine.identity import modified_input
-from memcnn.engine.quiet import QuietReplay, survey
+from memcnn.engine.quiet import Marks, QuietReplay, Snapshot, snapshot
 from memcnn.engine.retained import start_link
 from memcnn.engine.sums import minus, plus
 from memcnn.engine.torch_private import (
@@ -116,23 +116,48 @@ def _replay_of(steps: Sequence[Sum], halves: Sequence[Tensor], options: dict) ->
     ):
         return None
     branches = [branch for branch, _ in steps]
-    numbers = [evaluations.get(branch, 0) + 1 for branch in branches]
-    if not SAMPLED.isdisjoint(numbers) or len({*branches}) < len(branches):
+    first = next(branches[0].parameters(), None)
+    if first is not None and first.grad is not None:  # as a rule all others have one too
         return None
-    surveys = []
-    for branch in branches:
-        if (found := survey(branch)) is None:
+    if len({*branches}) < len(branches) or (found := snapshot(branches)) is None:
+        return None
+    if found.plan is None:
+        found.plan = Plan(branches)
+    counters = found.plan.evaluations
+    if not SAMPLED.isdisjoint([counter.number + 1 for counter in counters]):
+        return None
+    for p in found.parameters:
+        if not p.is_leaf or p.grad is not None:
             return None
-        parameters = found.owned[2::3]
-        for p in parameters:
-            if not p.is_leaf or p.grad is not None:
-                return None
-        if hooks_see_gradients(parameters):
-            return None
-        surveys.append(found)
-    for branch, number in zip(branches, numbers, strict=True):
-        evaluations[branch] = number
-    return QuietReplay(branches, halves[:1], surveys)
+    if hooks_see_gradients(found.parameters):
+        return None
+    for counter in counters:
+        counter.number += 1
+    return QuietReplay(branches, halves[:1], found)
+
+
+class Plan:
+    """What a run derives from the snapshot of its branches. It is kept with the snapshot, for the steps to come."""
+
+    def __init__(self, branches: Sequence[nn.Module]):
+        self.evaluations = [evaluations.setdefault(branch, Evaluations()) for branch in branches]
+        self.required: list[bool] | None = None
+        self.parameters: list[Tensor] = []
+        """The trained parameters of all branches."""
+        self.trained: list[list[int]] = []
+        """For each step, where its branch's trained parameters stand among them."""
+
+    def choose(self, found: Snapshot, marks: Marks) -> None:
+        """Set which parameters are trained, from the marks of all of them."""
+        required = [requires_grad for requires_grad, _, _ in marks]
+        if required == self.required:
+            return
+        remaining = iter(required)
+        trained = [[p for p in survey.owned[2::3] if next(remaining)] for survey in found.surveys]
+        self.parameters = [*{id(p): p for parameters in trained for p in parameters}.values()]
+        position = {id(p): i for i, p in enumerate(self.parameters)}
+        self.trained = [[*{position[id(p)]: None for p in parameters}] for parameters in trained]
+        self.required = required
 
 
 class DirectRun(Link):
@@ -151,15 +176,9 @@ class DirectRun(Link):
         self.join, self.part = (minus, plus) if subtract else (plus, minus)
         # without a cache, since autocast would keep the cast weights of the whole run
         replay.autocast = [(kind, dtype, enabled, False) for kind, dtype, enabled, _ in replay.autocast]
-        trained = [
-            [p for p, (requires_grad, _, _) in zip(found.owned[2::3], marks, strict=True) if requires_grad]
-            for found, marks in zip(replay.surveys, replay.marks, strict=True)
-        ]
-        self.parameters = [*{id(p): p for parameters in trained for p in parameters}.values()]
-        """The trained parameters of all branches."""
-        position = {id(p): i for i, p in enumerate(self.parameters)}
-        self.trained = [[*{position[id(p)]: None for p in parameters}] for parameters in trained]
-        """For each step, where its branch's trained parameters stand among them."""
+        plan: Plan = replay.found.plan
+        plan.choose(replay.found, replay.marks)
+        self.parameters, self.trained = plan.parameters, plan.trained
         self.strides: list[tuple[int, ...]] = []
         """For each step, the strides of the tensor that its branch was evaluated on."""
         self.gradients: dict[int, list[Tensor]] = {}
@@ -317,7 +336,7 @@ class DirectRun(Link):
     def _exchange(self, stand_ins: Sequence[Tensor], undo: list[tuple]) -> None:
         """Register stand-ins in place of the parameters. ``undo`` receives the calls that put them back."""
         by_id = {id(p): stand_in for p, stand_in in zip(self.parameters, stand_ins, strict=True)}
-        for root, found in zip(self.replay.modules, self.replay.surveys, strict=True):
+        for root, found in zip(self.replay.modules, self.replay.found.surveys, strict=True):
             remove_backward_hooks([root, *found.modules], undo)
             for registry, name, p in zip(found.owned[::3], found.owned[1::3], found.owned[2::3], strict=True):
                 if id(p) in by_id:
