@@ -5,9 +5,9 @@
 
 Two tables are printed. The first has a chain of 32 blocks on 2 x 64 x 4 x 4, of this project and its peers. Each
 contender runs in its own process on one thread of the CPU, and its CPU time is measured. A recomputation costs at
-least 4/3 of plain autograd; the last column is what a block takes beyond that, in microseconds. The second table has the
-full training step of the RevNets at batch 1, 8 and 100 with the engine on and off: eagerly and, on a GPU, captured in a
-CUDA graph. All steps of a table take turns, so that drift affects them equally.
+least 4/3 of plain autograd; the last column is what a block takes beyond that, in microseconds. The second table has
+the full training step of the RevNets at batch 1, 8 and 100 with the engine on and off: eagerly and, on a GPU, captured
+in a CUDA graph. All steps of a table take turns, so that drift affects them equally.
 
 ``python -m bench.peers --install`` installs the peers. A contender that cannot be had is named and left out.
 """
