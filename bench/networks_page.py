@@ -30,6 +30,7 @@ from bench.cases import THREE
 from bench.figures import STYLES, save
 from bench.result import MIB
 from bench.tables import markdown
+from memcnn import cli
 from memcnn.training.files import write_by_rename
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,8 +168,10 @@ def with_table(page: str, name: str, table: pd.DataFrame) -> str:
     return page
 
 
-def main(_: Sequence[str] | None = None) -> int:
+@cli.command("bench.networks_page")
+def main(arguments: Sequence[str] | None = None) -> int:
     """Write page, figure and README's table; return 0, or 1 if a table was not measured."""
+    cli.parser_from("bench.networks_page", __doc__, whole=True).parse_args(arguments)
     page, status = PAGE.read_text(), 0
     for name, (file, make) in TABLES.items():
         rows = measured(file)

@@ -6,6 +6,7 @@ standard error: what it got, what it wanted, and the fix. No usage and no traceb
 
 import argparse
 import difflib
+import errno
 import functools
 import math
 import os
@@ -141,6 +142,8 @@ def explained(error: OSError) -> str:
         IsADirectoryError: "wanted a file: choose another path",
     }
     fix = fixes.get(type(error), "make room or choose another place, and run the command again")
+    if error.errno == errno.ENAMETOOLONG:
+        fix = "choose a shorter name"
     return f"{where}{reason}; {fix}"
 
 
@@ -271,7 +274,7 @@ def output_folder(text: str) -> Path:
 
 def output_file(text: str) -> Path:
     """Return the path of a file that can be written because its folder exists."""
-    path = Path(text)
+    path = _path(text)
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(
             f"got {text!r}, wanted a file in a folder that exists: create the folder first"

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import sys
 import traceback
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -132,13 +133,16 @@ def load_tensors(path: Path) -> tuple[Tensor, ...]:
         Misuse: if the file holds anything else, or cannot be read.
     """
     wanted = "wanted a file in which torch.save wrote the inputs of forward: a tensor, or a tuple of tensors"
+    how = 'write one with torch.save(x, "batch.pt")'
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Misuse(f"--input: there is no file {path}; {wanted}: check the path") from None
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Misuse(f"--input: cannot read {path} ({reason}); {wanted}") from error
+    except OSError as error:
+        raise Misuse(f"--input: cannot read {path} ({error.strerror}); {wanted}: {how}") from None
+    except Exception:  # torch raises many kinds, whose texts name what this file may be and need not be
+        kind = "holds more than tensors" if zipfile.is_zipfile(path) else "was not written by torch.save"
+        raise Misuse(f"--input: {path} {kind}; {wanted}: {how}") from None
     tensors = tuple(found) if isinstance(found, (tuple, list)) else (found,)
     if not tensors or not all(isinstance(x, Tensor) for x in tensors):
         kinds = ", ".join(type(x).__name__ for x in tensors) or "no tensor"

@@ -14,6 +14,7 @@ TRAIN = ["resnet32", "cifar10"]
 SMOKE = [*TRAIN, "--recipe", "smoke", "--data", "generated", "--runs", "{folder}"]
 BLOCK = "{blocks}"
 RESNET = "memcnn.models.resnet:resnet32"
+LONG = "n" * 300
 
 COMMANDS = {
     "memcnn.train": [
@@ -46,6 +47,9 @@ COMMANDS = {
         ([*TRAIN, "--runs", "{file}"], "which is a file; wanted a folder"),
         ([*SMOKE, "--precision", "int8"], "argument --precision"),
         ([*SMOKE, "--fast", "--precision", "bf16"], "got --fast and --precision"),
+        ([*SMOKE, "--runs", "{file}"], "argument --runs"),
+        ([*SMOKE, "--runs", "{file}/below"], "argument --runs: {file} is a file; wanted a folder"),
+        ([*SMOKE, "--runs", LONG], "File name too long; choose a shorter name"),
     ],
     "memcnn.evaluate": [
         ([], "RUN_FOLDER"),
@@ -56,6 +60,7 @@ COMMANDS = {
         (["{folder}", "--threads", "many"], "argument --threads: got 'many'"),
         (["{folder}", "--device", "tpu"], "argument --device"),
         (["{folder}", "--dat", "x"], "did you mean --data?"),
+        ([LONG], "File name too long; choose a shorter name"),
     ],
     "memcnn.convert": [
         ([], "IN, OUT"),
@@ -65,6 +70,14 @@ COMMANDS = {
         (["{file}", "{file}"], "exists already; wanted a new file"),
         (["{file}", "{file}/x.pt"], "is not a folder"),
         (["{file}", "{new}", "--model", "alexnet"], "argument --model"),
+        (["{file}", LONG], "File name too long; choose a shorter name"),
+    ],
+    "memcnn.verify": [
+        (["{blocks}:make", "--shape", "2,4,4,4", "--json", "{folder}"], "argument --json: got '{folder}'"),
+        (["{blocks}:make", "--shape", "2,4,4,4", "--json", "{file}/x"], "argument --json: got '{file}/x'"),
+        (["{blocks}:make", "--shape", "2,4,4,4", "--json", ""], "argument --json: got '', wanted a path"),
+        (["{blocks}:make", "--input", "{file}"], "was not written by torch.save"),
+        (["{blocks}:make", "--input", "{folder}"], "Is a directory"),
     ],
     "bench": [
         (["--device", "tpu"], "--device: got 'tpu', but this PyTorch sees only"),
@@ -72,6 +85,8 @@ COMMANDS = {
         (["--device", "cuda:77", "--out", "{new}"], "--device: got 'cuda:77', but this PyTorch sees only"),
         (["--out", "{file}"], "is a file; wanted a folder"),
         (["--out", "{file}/below"], "is a file; wanted a folder"),
+        (["--out", LONG], "File name too long"),
+        (["--report", "{file}/below"], "is a file; wanted a folder"),
         (["--report", "{file}"], "argument --report"),
         (["--threads", "-1"], "argument --threads: got '-1'"),
         (["--budget", "1x"], "argument --budget"),
@@ -136,6 +151,16 @@ COMMANDS = {
         (["{baseline}"], "got a baseline of bench.gate"),
     ],
     "bench.figures": [([], "FILE.json"), (["{junk}"], "holds no measurements"), (["{junk}", "{file}"], "is a file")],
+    "bench.network_laws": [
+        (["--csv", "{file}/x"], "argument --csv: got"),
+        (["--csv", "{folder}"], "argument --csv: got"),
+        (["--only", "nothing"], "argument --only: invalid choice"),
+    ],
+    "bench.grids": [(["--csv", "{file}/x"], "argument --csv: got"), (["--csv", "{folder}"], "argument --csv: got")],
+    "bench.networks_page": [
+        (["extra"], "got 'extra', wanted only what the command takes"),
+        (["--out", "x"], "got '--out x', wanted only what the command takes"),
+    ],
     "bench.side_by_side": [
         (["--folder", "{missing}"], "no measurements in"),
         (["--folder", "{folder}"], "make some: python -m bench"),
@@ -164,11 +189,13 @@ COMMANDS = {
         (["--gib", "nan"], "argument --gib: got 'nan'"),
         (["--reserve", "30"], "--reserve: got 30 GiB of 24, wanted at least 0 and less than --gib"),
         (["--blocks", "0"], "argument --blocks"),
+        (["--csv", "{file}/x"], "argument --csv: got"),
     ],
     "bench.reference_peers": [
         ([], "folder"),
         (["{file}"], "is a file; wanted a folder"),
         (["{folder}", "--rounds", "0"], "argument --rounds"),
+        (["{folder}", "--csv", "{file}/x"], "argument --csv: got"),
     ],
     "bench.budget": [(["--peers", "{file}"], "is a file; wanted a folder"), (["--csv", "{file}/x"], "argument --csv")],
     "bench.memory": [
@@ -189,6 +216,8 @@ COMMANDS = {
         (["revnet38", "--json", "{file}/x"], "wanted a file in a folder that exists"),
         (["revnet38", "--out", "{new}"], "--out: wanted --table"),
         (["--table", "revnet38"], "got 'revnet38', wanted none with --table"),
+        (["revnet38", "--json", "{folder}"], "wanted a file in a folder that exists"),
+        (["revnet38", "--json", LONG], "File name too long; choose a shorter name"),
         (["--table", "--out", "{missing}/x"], "wanted a file in a folder that exists"),
     ],
     "bench.measured_memory": [
@@ -311,7 +340,7 @@ def test_bad_input_ends_with_status_2_and_plain_lines(command, words, part, plac
     before = contents(places["folder"].parent)
     status, text = outcome(command, [word.format(**places) for word in words], capsys)
     assert status == cli.MISUSE
-    assert part in text and "Traceback" not in text and "usage:" not in text
+    assert part.format(**places) in text and "Traceback" not in text and "usage:" not in text
     assert len([line for line in text.splitlines() if not line.endswith(" ...")]) <= 2, "beside lines of progress"
     assert contents(places["folder"].parent) == before, "something was written"
 

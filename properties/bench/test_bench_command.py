@@ -1,20 +1,16 @@
 """Tests of the command ``python -m bench``: its measurements, report, budget and interruption."""
 
-import math
 import os
 import signal
 import subprocess
-import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from bench import folders, result
 from properties.devices import needs_cuda
-
-ROOT = Path(__file__).resolve().parents[2]
+from properties.support import commands
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -25,8 +21,7 @@ def environment(threads: int) -> dict[str, str]:
 
 def run_bench(*arguments: str | Path, threads: int = 1) -> subprocess.CompletedProcess[str]:
     """Run ``python -m bench`` in the repository, with so many threads in its environment."""
-    command = [sys.executable, "-m", "bench", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(threads))
+    return commands.run("-m", "bench", *arguments, env=environment(threads))
 
 
 def test_the_command_line_measures_and_summarises(tmp_path):
@@ -93,31 +88,21 @@ def test_a_report_can_be_asked_for_of_a_narrowed_run(tmp_path):
 
 
 def test_ctrl_c_keeps_what_has_been_measured(tmp_path):
-    command = [sys.executable, "-m", "bench", "--quick", "--device=cpu", "--out", tmp_path, "-k", "test_memory"]
-    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a process that a shell starts with & ignores it
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment(1),
-        text=True,
-        preexec_fn=heeded,
-    ) as process:
-        sent = -math.inf
-        for line in process.stdout:
-            # again if it still measures: Python ignores an interrupt in the callback of a weak reference
-            if "PASSED" in line and time.monotonic() > sent + 5:
-                time.sleep(0.5)  # into the next measurement
-                process.send_signal(signal.SIGINT)
-                sent = time.monotonic()
-    assert process.returncode == pytest.ExitCode.INTERRUPTED
+    command = ["-m", "bench", "--quick", "--device=cpu", "--out", tmp_path, "-k", "test_memory"]
+    output = tmp_path / "output"
+    process = commands.start(*command, env=environment(1), output=output, errors=os.devnull)
+    while process.exitcode is None:
+        # again if it still measures: Python ignores an interrupt in the callback of a weak reference
+        if output.exists() and "PASSED" in output.read_text("utf-8"):
+            os.kill(process.pid, signal.SIGINT)
+            process.join(5)
+        time.sleep(0.05)
+    assert process.exitcode == pytest.ExitCode.INTERRUPTED
     (path,) = tmp_path.glob("*.json")
     assert len(result.load(path)) >= 1
 
 
 def test_without_pytest_benchmark_the_suites_say_what_is_missing():
-    command = [sys.executable, "-m", "pytest", "bench", "-p", "no:benchmark", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(1))
+    done = commands.run("-m", "pytest", "bench", "-p", "no:benchmark", "-p", "no:cacheprovider", env=environment(1))
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "ERROR: the suites in bench need pytest-benchmark" in done.stderr and "Traceback" not in done.stderr

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from bench import gate, measure
 from bench.cases import Chain
 from memcnn import AdditiveCoupling
+from properties.support import commands
 from properties.support.results import MACHINE, measured, row, written
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,6 +171,5 @@ def test_a_saved_baseline_holds_what_is_exact_and_compares_with_the_run_it_came_
 
 
 def test_it_runs_as_a_script():
-    command = [sys.executable, "bench/gate.py", BASELINE, BASELINE]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = commands.run("bench/gate.py", BASELINE, BASELINE)
     assert done.returncode == 0 and "0 failed" in done.stdout, done.stderr

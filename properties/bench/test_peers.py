@@ -18,10 +18,16 @@ from bench.audit.peers import contenders
 TINY = {"blocks": 2, "batch": 2, "channels": 4, "side": 4}
 
 
-@pytest.fixture(scope="module", params=["ReversibleSequential", "wrapped blocks"])
-def ours(request):
-    with contenders([request.param, "plain"]) as running:
+@pytest.fixture(scope="module")
+def running():
+    """Return the workers of both ways to use this project, and of plain autograd."""
+    with contenders(["ReversibleSequential", "wrapped blocks", "plain"]) as running:
         yield running.workers
+
+
+@pytest.fixture(params=[0, 1], ids=["ReversibleSequential", "wrapped blocks"])
+def ours(running, request):
+    return running[request.param], running[-1]
 
 
 def test_this_project_gets_every_behaviour_right(ours):

@@ -1,6 +1,5 @@
 """Reversible blocks under DistributedDataParallel and FSDP2 on two processes, and as the replicas of DataParallel."""
 
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel, replicate
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.tolerances import relative_error, tolerance
+from properties.support import commands
 from properties.support.twin import FLOOR, images, plain_twin
 
 RANKS = 2
@@ -186,7 +186,7 @@ def as_rank(rank: int, store: str, scenario: Callable, arguments: tuple) -> None
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(RANKS, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(RANKS, mp_context=commands.server()) as pool:
         yield pool
 
 

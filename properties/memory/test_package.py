@@ -3,13 +3,12 @@
 import importlib
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import memcnn.memory
+from properties.support import commands
 
 ALONE = """
 import sys
@@ -24,7 +23,7 @@ def test_it_needs_nothing_but_torch_and_works_under_another_name(tmp_path):
     """Other packages and older commits are measured by a copy of it."""
     shutil.copytree(Path(memcnn.memory.__file__).parent, tmp_path / "meters")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "KINETO_LOG_LEVEL": "99"}
-    done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = commands.run("-c", ALONE, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
 
 

@@ -2,13 +2,13 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from memcnn import verify
+from properties.support import commands
 
 BLOCKS = """
 import torch
@@ -134,7 +134,7 @@ def test_a_wrong_inverse_is_told_with_the_smallest_example(blocks, capsys):
 def test_the_example_runs_when_pasted_and_fails_as_told(blocks, capsys):
     _, out, _ = run(capsys, "user_blocks:Flipped", "--vary", "0,2,3", "--laws", "inverse")
     code = "\n".join(line[4:] for line in out.partition("breaks the law of inverse:\n")[2].splitlines())
-    pasted = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    pasted = commands.run("-c", code, cwd=blocks, env=ENVIRONMENT)
     assert "FAIL  inverse" in pasted.stdout and "only in the first half along dimension 1" in pasted.stdout
 
 
@@ -260,12 +260,8 @@ def test_right(assert_reversible):
 def test_wrong(assert_reversible):
     assert_reversible(Flipped(), torch.randn(2, 4, 4, 4), laws=["inverse"])
 """)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "memcnn.testing.plugin", "-p", "no:cacheprovider"],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-    )
+    words = ["-m", "pytest", "-p", "memcnn.testing.plugin", "-p", "no:cacheprovider"]
+    done = commands.run(*words, cwd=blocks, env=ENVIRONMENT)
     assert "1 failed, 1 passed" in done.stdout
     assert re.search(r"FAIL +inverse +inverse\(forward\(x\)\) = x", done.stdout)
     assert "only in the first half along dimension 1" in done.stdout

@@ -1,12 +1,13 @@
 """`python -m memcnn.verify` on a user's own batch, on conditions, on dropout, and its errors."""
 
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from memcnn import verify
+from properties.support import commands
 
 BLOCKS = """
 import torch
@@ -143,7 +144,7 @@ def test_a_target_in_another_folder_gives_an_example_that_runs(blocks, capsys, t
     _, out, _ = run(capsys, f"{blocks}/user_inputs.py:ByHand", *arguments)
     code = "\n".join(line[4:] for line in out.partition("breaks the law of gradients:\n")[2].splitlines())
     environment = {"PYTHONPATH": ":".join(["", *sys.path]), "OMP_NUM_THREADS": "1"}
-    pasted = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    pasted = commands.run("-c", code, cwd=Path.cwd(), env=environment)
     assert "FAIL  gradients" in pasted.stdout, pasted.stderr
 
 
@@ -156,7 +157,13 @@ def test_a_target_in_another_folder_gives_an_example_that_runs(blocks, capsys, t
             ["user_inputs:chain", "--input", "nowhere.pt"],
             "there is no file nowhere.pt; wanted a file in which torch.save",
         ),
-        (["user_inputs:chain", "--input", "user_inputs.py"], "cannot read user_inputs.py"),
+        (
+            ["user_inputs:chain", "--input", "user_inputs.py"],
+            "user_inputs.py was not written by torch.save; wanted a file in which torch.save wrote",
+        ),
+        (["user_inputs:chain", "--input", "empty.pt"], "empty.pt was not written by torch.save"),
+        (["user_inputs:chain", "--input", "module.pt"], "module.pt holds more than tensors"),
+        (["user_inputs:chain", "--input", "."], "cannot read . (Is a directory)"),
         (["user_inputs:chain", "--input", "words.pt"], "got str in words.pt; wanted a file in which torch.save"),
         (["user_inputs:chain", "--input", "random.pt", "--vary", "0"], "--vary: got it with --input"),
         (["user_inputs:chain", "--shape", "2,8,4,4", "--seed", "-1"], "got '-1', wanted a whole number from 0"),
@@ -166,10 +173,13 @@ def test_a_target_in_another_folder_gives_an_example_that_runs(blocks, capsys, t
 )
 def test_errors_say_what_was_wanted_without_a_usage(blocks, capsys, arguments, words):
     torch.save("words", "words.pt")
+    torch.save(torch.nn.ReLU(), "module.pt")
+    Path("empty.pt").touch()
     torch.save(torch.randn(2, 8, 4, 4), "random.pt")
     status, _, err = run(capsys, *arguments)
     assert status == 2
     assert words in err and "usage:" not in err
+    assert len([line for line in err.splitlines() if not line.startswith("Options: ")]) == 1 and "pickle" not in err
 
 
 def test_the_version_is_printed(capsys):

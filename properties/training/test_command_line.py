@@ -94,9 +94,11 @@ def test_more_images_than_there_are_is_misuse(tiny_runs, tmp_path, capsys):
 
 def test_a_folder_of_runs_that_cannot_be_made_is_named_with_the_fix(tiny_runs, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert tiny_command(tmp_path, "--runs", str(tmp_path / "file" / "runs")) == 1
+    with pytest.raises(SystemExit) as raised:
+        tiny_command(tmp_path, "--runs", str(tmp_path / "file" / "runs"))
+    assert raised.value.code == 2
     said = capsys.readouterr().err
-    assert said.startswith("memcnn.train: ") and "a part of the path is a file" in said and "Errno" not in said
+    assert said.startswith("memcnn.train: ") and "file is a file; wanted a folder: choose another path" in said
 
 
 def test_missing_data_exits_with_1_and_says_how_to_get_it(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """One run in several processes computes what one process computes on the same shares, resumes, and stops as one."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import load, run_name
 from memcnn.training.stopping import Stop
 from memcnn.training.trainer import BadArgument
+from properties.support import commands
 from properties.support.executions import small_revnet
 from properties.support.runs import (
     NAME,
@@ -99,8 +99,8 @@ def join(rank: int, store: Path) -> None:
 def ranks(tmp_path_factory, tiny_runs):
     """Return a function that runs job(*arguments) on every rank, and returns the results by rank."""
     store = tmp_path_factory.mktemp("ranks") / "store"
-    context = multiprocessing.get_context("spawn")
-    pools = [ProcessPoolExecutor(1, context, initializer=join, initargs=(rank, store)) for rank in range(RANKS)]
+    server = commands.server()
+    pools = [ProcessPoolExecutor(1, server, initializer=join, initargs=(rank, store)) for rank in range(RANKS)]
     yield lambda job, *arguments: [
         future.result(timeout=120) for future in [pool.submit(job, *arguments) for pool in pools]
     ]

@@ -3,8 +3,7 @@
 import fcntl
 import os
 import socket
-import subprocess
-import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -16,6 +15,7 @@ from memcnn.training.checkpoint import BadCheckpoint
 from memcnn.training.files import FolderBusy, locked
 from memcnn.training.recipe import override
 from memcnn.training.trainer import BadArgument
+from properties.support import commands
 from properties.support.runs import DATA, NAME, RECIPE, checkpoint_of, run
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
@@ -177,20 +177,23 @@ def test_a_folder_that_is_set_aside_is_held_by_nobody(tmp_path):
 def test_a_lock_outlives_no_process_and_the_dead_one_is_named(tmp_path):
     """A killed process leaves its name, and no lock."""
     code = f"""
+import time
 from pathlib import Path
 from memcnn.training.files import locked
 with locked(Path({str(tmp_path / NAME)!r})):
     print("held", flush=True)
-    input()
+    time.sleep(600)
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = commands.start("-c", code, output=tmp_path / "output", errors=tmp_path / "errors")
     try:
-        assert process.stdout.readline() == b"held\n"
+        while not (tmp_path / "output").exists() or (tmp_path / "output").read_text() != "held\n":
+            assert process.exitcode is None, (tmp_path / "errors").read_text()
+            time.sleep(0.01)
         with pytest.raises(FolderBusy, match=f"^process {process.pid} on "), locked(tmp_path / NAME):
             pass
     finally:
         process.kill()
-        process.communicate()
+        process.join()
     with locked(tmp_path / NAME) as dead:
         assert dead.startswith(f"process {process.pid} on ")
 

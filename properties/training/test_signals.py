@@ -13,6 +13,7 @@ import torch
 import memcnn
 from memcnn.training.recipe import SMOKE, override
 from memcnn.training.record import load, run_name
+from properties.support import commands
 from properties.support.runs import checkpoint_of, curve_of, run, without
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX; run on Linux or macOS")
@@ -60,7 +61,7 @@ def test_sigterm_and_the_same_command_again_give_the_same_bits(tmp_path):
     assert [without(row, "train_seconds") for row in rows] == [without(row, "train_seconds") for row in expected_rows]
 
 
-def test_a_second_interrupt_kills_at_once():
+def test_a_second_interrupt_kills_at_once(tmp_path):
     program = """if True:
         import time
         from memcnn.training.stopping import Stop
@@ -71,12 +72,17 @@ def test_a_second_interrupt_kills_at_once():
             print("asked to stop", flush=True)
             time.sleep(60)
     """
-    running = process("-c", program)
-    assert running.stdout.readline() == "ready\n"
-    running.send_signal(signal.SIGINT)
-    assert running.stdout.readline() == "asked to stop\n"
-    running.send_signal(signal.SIGINT)
-    assert running.wait(timeout=10) == -signal.SIGINT
-    assert "Ctrl-C again stops at once" in running.stderr.read()
-    running.stdout.close()
-    running.stderr.close()
+    output, errors = tmp_path / "output", tmp_path / "errors"
+    running = commands.start("-c", program, output=output, errors=errors)
+
+    def wait_for(text: str) -> None:
+        while not output.exists() or text not in output.read_text():
+            assert running.exitcode is None, errors.read_text()
+            time.sleep(0.01)
+        os.kill(running.pid, signal.SIGINT)
+
+    wait_for("ready\n")
+    wait_for("asked to stop\n")
+    running.join(10)
+    assert running.exitcode == -signal.SIGINT
+    assert "Ctrl-C again stops at once" in errors.read_text()

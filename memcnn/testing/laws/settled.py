@@ -11,6 +11,8 @@ from memcnn.testing.laws.subject import Subject, reordered
 MOST_PASSES = 2_000
 MOST_ROUNDINGS = 100
 """Buffers that move by less, in roundings of their dtype, have settled."""
+STEADY_PASSES = 50
+"""Buffers that move as far in each pass as so many passes ago, and as far as twice as many ago, never settle."""
 
 
 @torch.no_grad()
@@ -32,12 +34,23 @@ def settled(subject: Subject) -> Subject:
     subject.evaluated(other, [0.5 * reordered(x) if x.is_floating_point() else x for x in subject.inputs])
     if _differ(_moving(once), _moving(other)):
         return subject  # statistics of the inputs
+    steps: list[float] = []
     for _ in range(MOST_PASSES):
         before = _moving(once)
         subject.evaluated(once, subject.inputs)
-        if not _differ(before, _moving(once)):
+        after = _moving(once)
+        if not _differ(before, after):
             return replace(subject, module=once)
+        steps.append(max((a - b).abs().max().item() for a, b in zip(before, after, strict=True) if a.numel()))
+        if _steady(steps):
+            return subject
     return subject
+
+
+def _steady(steps: list[float]) -> bool:
+    """Return whether buffers move on as a counter does; the steps of a power iteration that converges change faster."""
+    compared = steps[-1 : -2 * STEADY_PASSES - 2 : -STEADY_PASSES]
+    return len(compared) == 3 and max(compared) <= 1.01 * min(compared)
 
 
 def _only_statistics(module: nn.Module) -> bool:
