@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from memcnn import InvertibleModuleWrapper
 from properties.zoo.inverse_blocks import keeping
 from properties.zoo.inverses import FORTH
 from properties.zoo.specimen import Specimen, fault
@@ -189,6 +190,7 @@ FAULTS = [
 HEALTHY = [
     Specimen("scale that may be negative", Gain),
     Specimen("absolute value of a scale", AbsoluteGain),
+    Specimen("log-determinant of forward alone, wrapped", lambda: InvertibleModuleWrapper(Gain())),
     Specimen("1x1 convolution that may change its orientation", Mixing),
     Specimen("PReLU, which has an inverse for positive slopes alone", Slope),
     Specimen("root of a scale, which must be positive", RootOfGain),

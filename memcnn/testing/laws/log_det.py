@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.adapters import inverse_of
 from memcnn.testing.laws.differences import as_of_the_block, like_finite_differences_when_moved
 from memcnn.testing.laws.guard import guarded
@@ -45,7 +46,7 @@ def check_log_det(module: nn.Module, *inputs: Tensor, seed: int = 0, finite_diff
         finite_differences: whether to check the gradients of log-determinants, too; see `check_gradients`.
     """
     subject = Subject(module, inputs, seed)
-    if not callable(getattr(module, "forward_log_det", None)):
+    if not has_log_det(module):
         raise TypeError(
             f"the module must have forward_log_det(x), giving y and a log-determinant for each sample: "
             f"{type(module).__name__} has none"
@@ -54,7 +55,7 @@ def check_log_det(module: nn.Module, *inputs: Tensor, seed: int = 0, finite_diff
     if others or not x.numel() or x[0].numel() > LARGEST_SAMPLE:
         reason = f"wants one input of at most {LARGEST_SAMPLE} entries a sample"
         return Report((Result("log_det", "forward_log_det", skipped=reason),))
-    methods = [name for name in METHODS if callable(getattr(module, name, None))]
+    methods = [name for name in METHODS if has_log_det(module, name)]
     exact = subject.in_double()
     results = [
         _guarded(f"{method} is log|det| of the Jacobian", _like_jacobian, exact, method, sample_by_sample)
@@ -79,6 +80,15 @@ def check_log_det(module: nn.Module, *inputs: Tensor, seed: int = 0, finite_diff
         if hides_a_sign(module):
             results += _with_mirrored_parameters(exact, methods)
     return Report(tuple(result for result in results if result is not None))
+
+
+def has_log_det(module: nn.Module, method: str = "forward_log_det") -> bool:
+    """Return whether the module, or what is wrapped in it, has the method."""
+    if isinstance(module, InvertibleModuleWrapper):
+        return has_log_det(module._fn, method)
+    if isinstance(module, ReversibleSequential):
+        return all(has_log_det(part, method) for part in module)
+    return callable(getattr(module, method, None))
 
 
 def _with_mirrored_parameters(subject: Subject, methods: list[str]) -> list[Result | None]:
