@@ -26,7 +26,7 @@ from memcnn.testing.laws.moved import (
     used_and_moved,
     with_buffers_of,
 )
-from memcnn.testing.laws.result import NOT_DETERMINISTIC, Report, Result
+from memcnn.testing.laws.result import NOT_DETERMINISTIC, TOO_LITTLE, Report, Result
 from memcnn.testing.laws.rounding import condition_numbers
 from memcnn.testing.laws.settled import settled
 from memcnn.testing.laws.signs import why_not_undone
@@ -226,9 +226,7 @@ def _inverse_undoes_forward(subject: Subject, where: str = "") -> Result:
     if result.explanation:
         return result
     if where == IN_FLOAT64 and result.error <= tolerance(torch.float32) and _deterministic(subject):
-        return _with(
-            result, f"in float64 the inverse is {result.error:.1g} off, which is too little to show in float32"
-        )
+        return _with(result, f"in float64 the inverse is {result.error:.1g} off, {TOO_LITTLE}")
     return _with(
         result, _what_it_does_instead(subject, module, x, y, back) + _but_right_elsewhere(subject, x, result.error)
     )

@@ -15,7 +15,7 @@ from memcnn.testing.laws.guard import guarded
 from memcnn.testing.laws.jacobians import LARGEST_SAMPLE, gradients_of_each
 from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.moved import WHEN_MIRRORED, WHEN_MOVED, hides_a_sign, mirrored, moved
-from memcnn.testing.laws.result import Report, Result
+from memcnn.testing.laws.result import TOO_LITTLE, Report, Result
 from memcnn.testing.laws.rounding import condition_numbers
 from memcnn.testing.laws.settled import settled
 from memcnn.testing.laws.signs import is_undone
@@ -188,7 +188,7 @@ def _explain(method: str, reported: Tensor, wanted: Tensor, error: float) -> str
     if not wanted.any():
         return said
     if error <= tolerance(torch.float32):
-        return f"{method} is {error:.1g} off in float64, which is too little to show in float32"
+        return f"{method} is {error:.1g} off in float64, {TOO_LITTLE}"
     largest = wanted.abs().max()
     if (reported + wanted).abs().max() < 1e-6 * largest:
         return f"{said}: the sign is reversed"
