@@ -165,7 +165,7 @@ FAULTS = [
         lambda: keeping(SignOfGainForgotten()),
         "gradients",
         "gradients = finite differences in float64" + OTHER_SIGN,
-        "the gradient of g is -1 times what it should be",
+        "the gradient of .*g is -1 times what it should be",
         stores=True,
     ),
     fault(
