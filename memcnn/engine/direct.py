@@ -47,9 +47,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from memcnn.engine.again import exchange
 from memcnn.engine.chain import Link, Value, dense, rebuild, rebuilding, restrided, thread_state
 from memcnn.engine.couple import misfit
-from memcnn.engine.drift import SAMPLED, evaluations
+from memcnn.engine.drift import SAMPLED, Evaluations, evaluations
 from memcnn.engine.identity import modified_input
-from memcnn.engine.quiet import QuietReplay, survey
+from memcnn.engine.quiet import Marks, QuietReplay, Snapshot, bare_layers, snapshot
 from memcnn.engine.retained import start_link
 from memcnn.engine.sums import minus, plus
 from memcnn.engine.torch_private import (
@@ -116,23 +116,52 @@ def _replay_of(steps: Sequence[Sum], halves: Sequence[Tensor], options: dict) ->
     ):
         return None
     branches = [branch for branch, _ in steps]
-    numbers = [evaluations.get(branch, 0) + 1 for branch in branches]
-    if not SAMPLED.isdisjoint(numbers) or len({*branches}) < len(branches):
+    first = next(branches[0].parameters(), None)
+    if first is not None and first.grad is not None:  # as a rule all others have one too
         return None
-    surveys = []
-    for branch in branches:
-        if (found := survey(branch)) is None:
+    if len({*branches}) < len(branches) or (found := snapshot(branches)) is None:
+        return None
+    if found.plan is None:
+        found.plan = Plan(branches)
+    counters = found.plan.evaluations
+    if not SAMPLED.isdisjoint([counter.number + 1 for counter in counters]):
+        return None
+    for p in found.parameters:
+        if not p.is_leaf or p.grad is not None:
             return None
-        parameters = found.owned[2::3]
-        for p in parameters:
-            if not p.is_leaf or p.grad is not None:
-                return None
-        if hooks_see_gradients(parameters):
-            return None
-        surveys.append(found)
-    for branch, number in zip(branches, numbers, strict=True):
-        evaluations[branch] = number
-    return QuietReplay(branches, halves[:1], surveys)
+    if hooks_see_gradients(found.parameters):
+        return None
+    for counter in counters:
+        counter.number += 1
+    return QuietReplay(branches, halves[:1], found)
+
+
+class Plan:
+    """What a run derives from the snapshot of its branches. It is kept with the snapshot, for the steps to come."""
+
+    def __init__(self, branches: Sequence[nn.Module]):
+        self.evaluations = [evaluations.setdefault(branch, Evaluations()) for branch in branches]
+        self.first = [bare_layers(branch, tracking=True) for branch in branches]
+        """For each step, the layers of its branch as the first evaluation needs them."""
+        self.again = [bare_layers(branch, tracking=False) for branch in branches]
+        """For each step, the layers of its branch as the second evaluation needs them."""
+        self.required: list[bool] | None = None
+        self.parameters: list[Tensor] = []
+        """The trained parameters of all branches."""
+        self.trained: list[list[int]] = []
+        """For each step, where its branch's trained parameters stand among them."""
+
+    def choose(self, found: Snapshot, marks: Marks) -> None:
+        """Set which parameters are trained, from the marks of all of them."""
+        required = [requires_grad for requires_grad, _, _ in marks]
+        if required == self.required:
+            return
+        remaining = iter(required)
+        trained = [[p for p in survey.owned[2::3] if next(remaining)] for survey in found.surveys]
+        self.parameters = [*{id(p): p for parameters in trained for p in parameters}.values()]
+        position = {id(p): i for i, p in enumerate(self.parameters)}
+        self.trained = [[*{position[id(p)]: None for p in parameters}] for parameters in trained]
+        self.required = required
 
 
 class DirectRun(Link):
@@ -151,15 +180,9 @@ class DirectRun(Link):
         self.join, self.part = (minus, plus) if subtract else (plus, minus)
         # without a cache, since autocast would keep the cast weights of the whole run
         replay.autocast = [(kind, dtype, enabled, False) for kind, dtype, enabled, _ in replay.autocast]
-        trained = [
-            [p for p, (requires_grad, _, _) in zip(found.owned[2::3], marks, strict=True) if requires_grad]
-            for found, marks in zip(replay.surveys, replay.marks, strict=True)
-        ]
-        self.parameters = [*{id(p): p for parameters in trained for p in parameters}.values()]
-        """The trained parameters of all branches."""
-        position = {id(p): i for i, p in enumerate(self.parameters)}
-        self.trained = [[*{position[id(p)]: None for p in parameters}] for parameters in trained]
-        """For each step, where its branch's trained parameters stand among them."""
+        plan: Plan = replay.found.plan
+        plan.choose(replay.found, replay.marks)
+        self.plan, self.parameters, self.trained = plan, plan.parameters, plan.trained
         self.strides: list[tuple[int, ...]] = []
         """For each step, the strides of the tensor that its branch was evaluated on."""
         self.gradients: dict[int, list[Tensor]] = {}
@@ -182,10 +205,14 @@ class DirectRun(Link):
         caches = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:
-            for branch, changed in self.steps:
+            for (branch, changed), layers in zip(self.steps, self.plan.first, strict=True):
                 a, b = halves[changed], dense(halves[1 - changed])
                 version = b._version
-                out = self.join(a, branch(b))
+                h = b
+                for layer in layers:
+                    h = layer.forward(h)
+                out = self.join(a, h)
+                del h
                 if b._version != version:
                     raise modified_input(type(branch).__name__)
                 if out.shape != a.shape or out.dtype != a.dtype:
@@ -250,7 +277,7 @@ class DirectRun(Link):
         found: list[Tensor | None] = [None] * len(self.parameters)
         again = self.replay.again()
         with again, torch.set_grad_enabled(any(wanted)):
-            leaves = self._leaves(again.undo)
+            leaves, branches = self._leaves(again.undo)
             halves: list[Tensor | None] = [value.read() for value in self.sources]
             if frees:
                 for value in self.sources:  # whoever waits for the run holds them
@@ -258,7 +285,7 @@ class DirectRun(Link):
                 self.sources = ()
             for i, (reached, own) in reversed([*enumerate(self._asked(wanted))]):
                 restores = i > 0 or not any(wanted) or self.targets[self.steps[i].changed]() is not None
-                new = self._take_back(i, halves, gradients, reached, [leaves[n] for n in own], restores)
+                new = self._take_back(i, branches[i], halves, gradients, [leaves[n] for n in own], reached, restores)
                 for n in reversed(own):
                     if (gradient := new.pop()) is not None:  # else a branch does not use this parameter
                         found[n] = gradient if found[n] is None else found[n] + gradient
@@ -268,20 +295,23 @@ class DirectRun(Link):
     def _take_back(
         self,
         i: int,
+        layers: Sequence[nn.Module],
         halves: list[Tensor | None],
         gradients: list[Tensor],
-        reached: bool,
         leaves: list[Tensor],
+        reached: bool,
         restores: bool,
     ) -> list[Tensor]:
         """Take step ``i`` back, and return the gradients of ``leaves``. ``halves`` and ``gradients`` are changed.
 
         Nothing is held longer than it is needed, which decides how many bytes a backward pass needs.
         """
-        branch, changed = self.steps[i]
+        changed = self.steps[i].changed
         halves[1 - changed] = restrided(halves[1 - changed], self.strides[i])
         b = halves[1 - changed].detach().requires_grad_(reached)
-        h = branch(b)
+        h = b
+        for layer in layers:
+            h = layer.forward(h)
         halves[changed] = self.part(halves[changed], h.detach()) if restores else None
         if not (reached or leaves):
             return []
@@ -306,18 +336,18 @@ class DirectRun(Link):
             reached[changed] = reached[changed] or reached[1 - changed] or bool(own)
         return asked
 
-    def _leaves(self, undo: list[tuple]) -> Sequence[Tensor]:
-        """Return the tensors that stand for the parameters in the second evaluation: as a rule they themselves."""
+    def _leaves(self, undo: list[tuple]) -> tuple[Sequence[Tensor], Sequence[Sequence[nn.Module]]]:
+        """Return the parameters of the second evaluation, as a rule those of the first, and the layers of each step."""
         if self.replay.changed is None and not backward_hooks_run(self.parameters):
-            return self.parameters
+            return self.parameters, self.plan.again
         leaves = [p.detach().requires_grad_() for p in self.parameters]
         self._exchange(leaves, undo)
-        return leaves
+        return leaves, [[branch] for branch, _ in self.steps]
 
     def _exchange(self, stand_ins: Sequence[Tensor], undo: list[tuple]) -> None:
         """Register stand-ins in place of the parameters. ``undo`` receives the calls that put them back."""
         by_id = {id(p): stand_in for p, stand_in in zip(self.parameters, stand_ins, strict=True)}
-        for root, found in zip(self.replay.modules, self.replay.surveys, strict=True):
+        for root, found in zip(self.replay.modules, self.replay.found.surveys, strict=True):
             remove_backward_hooks([root, *found.modules], undo)
             for registry, name, p in zip(found.owned[::3], found.owned[1::3], found.owned[2::3], strict=True):
                 if id(p) in by_id:

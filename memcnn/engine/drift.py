@@ -27,8 +27,15 @@ from memcnn.engine.torch_private import current_backward_pass
 SAMPLED = frozenset(4**k for k in range(1, 16))
 """The evaluations of a branch that are watched, counted from 1. The first three often belong to no training."""
 
-evaluations: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
-"""Number of evaluations of each branch so far."""
+
+class Evaluations:
+    """Counts the evaluations of a branch in forward passes."""
+
+    number = 0
+
+
+evaluations: "weakref.WeakKeyDictionary[nn.Module, Evaluations]" = weakref.WeakKeyDictionary()
+"""The counter of each branch. ``setdefault`` gets it."""
 
 LARGEST_NORM_CHANGE = 0.01
 """Largest relative change of the norm of a saved tensor."""

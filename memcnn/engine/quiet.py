@@ -13,12 +13,12 @@ module tree is *quiet* if all of this holds:
 
 Whoever knows that a container of his own only calls its children says so with ``quiet_container``.
 
-``Survey`` walks the tree, notes what it finds in flat lists, and stops at the first module that is not quiet:
-``Replay`` then takes over. The last survey of a tree is kept. Before each evaluation, the second ones too, all that it
-found is compared with the tree as it is now, so that nothing can be stale. If all is as it was, as it nearly always is,
-the second evaluation has nothing to check or to restore, except that the BatchNorms must not move their statistics
-again. If anything differs, ``QuietReplay`` hands over to a ``Replay`` of the survey, which restores or refuses what has
-changed.
+``Survey`` walks the tree, notes what it finds, and stops at the first module that is not quiet: ``Replay`` then takes
+over. A ``Snapshot`` holds the surveys of one tree or of several that are evaluated one after the other, as flat lists.
+The last snapshot is kept. Before each evaluation, the second ones too, all that it found is compared with the trees as
+they are now, so that nothing can be stale. If all is as it was, as it nearly always is, the second evaluation has
+nothing to check or to restore, except that the BatchNorms must not move their statistics again. If anything differs,
+``QuietReplay`` hands over to a ``Replay`` of the surveys, which restores or refuses what has changed.
 """
 
 import weakref
@@ -69,8 +69,9 @@ _kinds: dict[type, tuple[int, Names, Callable, bool]] = {}
 """For each class seen: number of attributes of an instance (-1: it is not quiet), names of the watched attributes, what
 gets ``PARTS`` and their values, and whether it is a BatchNorm."""
 
-_surveys: "weakref.WeakKeyDictionary[nn.Module, Survey]" = weakref.WeakKeyDictionary()
-"""The last survey of each root."""
+_snapshots: "weakref.WeakKeyDictionary[nn.Module, dict[bool, Snapshot | int]]" = weakref.WeakKeyDictionary()
+"""By first tree, the last snapshot of this tree alone (False) and of several (True). In place of a snapshot, the number
+of the tree that was not quiet."""
 
 
 class Survey:
@@ -89,10 +90,7 @@ class Survey:
         parts: for each module, the names of its watched attributes, and its ``PARTS`` and their values.
     """
 
-    __slots__ = (
-        *("attributes", "containers", "empty", "filled", "getters", "is_quiet", "modules", "norms", "owned", "parts"),
-        *("sizes", "things", "types", "values"),
-    )
+    __slots__ = ("attributes", "containers", "is_quiet", "modules", "norms", "owned", "parts")
 
     def __init__(self, root: nn.Module):
         self.modules: list[nn.Module] = []
@@ -100,17 +98,8 @@ class Survey:
         self.containers: list[tuple[dict, list[nn.Module]]] = []
         self.norms: list[tuple[dict, dict, list[tuple[str, Tensor]]]] = []
         self.owned: list[Any] = []
-        self.getters: list[Callable] = []
         self.parts: list[tuple[Names, tuple]] = []
         self.is_quiet = self._note(root)
-        # the same in flat lists, for ``is_unchanged``
-        self.types = [type(module) for module in (root, *self.modules)]
-        self.sizes = [*map(len, self.attributes)]
-        self.values = [value for _, values in self.parts for value in values]
-        registries = [registry for _, values in self.parts for registry in values[1 : len(PARTS)]]
-        self.empty = [registry for registry in registries if not registry]
-        self.filled = [registry for registry in registries if registry]
-        self.things = [*chain.from_iterable(map(dict.values, self.filled))]
 
     def _note(self, root: nn.Module) -> bool:
         """Note all modules of the tree. Return whether they are quiet; if not, stop at the first that is not."""
@@ -127,7 +116,6 @@ class Survey:
             if any(hooks):
                 return False
             self.attributes.append(own)
-            self.getters.append(get)
             self.parts.append((names, values))
             if children:
                 if id(children) in known:
@@ -152,37 +140,103 @@ class Survey:
                     self.norms.append((own, buffers, [*buffers.items()]))
         return True
 
-    def is_unchanged(self, root: nn.Module, marks: Marks | None = None) -> bool:
-        """Return whether a new survey of ``root`` would find the same and, if ``marks`` are given, those marks."""
+
+class Snapshot:
+    """Quiet module trees as they are now.
+
+    Attributes:
+        surveys: that of each tree.
+        parameters: those of all trees. A shared parameter stands there as often as it is used.
+        running_statistics: by id, the running statistics of BatchNorms. The values do not matter.
+        plan: what others derive from the snapshot, kept with it.
+    """
+
+    plan: Any = None
+
+    def __init__(self, roots: Sequence[nn.Module], surveys: Sequence[Survey]):
+        self.surveys = surveys
+        self.parameters: list[Tensor] = [p for survey in surveys for p in survey.owned[2::3]]
+        self.running_statistics = {
+            id(b): 0 for survey in surveys for _, _, content in survey.norms for _, b in content[:2]
+        }
+        # all that follows is compared in ``is_unchanged``
+        self.roots = [*map(vars, roots)]
+        self.modules = [module for survey in surveys for module in survey.modules]
+        self.types = [*map(type, chain(roots, self.modules))]
+        self.attributes = [own for survey in surveys for own in survey.attributes]
+        self.values = [own.copy() for own in self.attributes]
+        places = [(own, name) for own in self.attributes for name in PARTS[1:]]
+        self.filled = [(own, name) for own, name in places if own[name]]
+        self.registries = [own[name] for own, name in self.filled]
+        self.empty = [own[name] for own, name in places if not own[name]]
+        self.things = [*chain.from_iterable(map(dict.values, self.registries))]
+
+    def is_unchanged(self, roots: Sequence[nn.Module], marks: Marks | None = None) -> bool:
+        """Return whether a new snapshot of ``roots`` would find the same and, if ``marks`` are given, those marks.
+
+        Dictionaries of attributes are compared as a whole, where Python takes identical objects for equal. A registry
+        that holds anything must also be the same object. Empty ones need not be: they are equal as long as both are.
+        """
         try:
-            values = [v for get, own in zip(self.getters, self.attributes, strict=True) for v in get(own)]
             return (
-                all(map(is_, map(type, chain((root,), self.modules)), self.types))
-                and [*map(len, self.attributes)] == self.sizes
-                and all(map(is_, values, self.values))
+                len(roots) == len(self.roots)
+                and all(map(is_, map(vars, roots), self.roots))
+                and [*map(type, chain(roots, self.modules))] == self.types
+                and all(map(is_, [own[name] for own, name in self.filled], self.registries))
+                and self.attributes == self.values
                 and not any(self.empty)
-                and len(things := [*chain.from_iterable(map(dict.values, self.filled))]) == len(self.things)
+                and len(things := [*chain.from_iterable(map(dict.values, self.registries))]) == len(self.things)
                 and all(map(is_, things, self.things))
                 and (
                     marks is None
-                    or [(p.requires_grad, p._version, p.untyped_storage()._cdata) for p in self.owned[2::3]] == marks
+                    or [(p.requires_grad, p._version, p.untyped_storage()._cdata) for p in self.parameters] == marks
                 )
             )
-        except KeyError:  # an attribute was deleted, and another one set
+        except (KeyError, RuntimeError):  # a registry was deleted, or an attribute is a tensor of several numbers
             return False
 
 
-def survey(root: nn.Module) -> Survey | None:
-    """Return the survey of a module tree as it is now, or None if it is not quiet."""
-    last = _surveys.get(root)
-    if last is not None and vars(root) is last.attributes[0] and last.is_unchanged(root):
-        return last
-    new = Survey(root)
-    if not new.is_quiet or any(map(has_no_version, new.owned[2::3])):  # which ``Replay`` refuses
+def snapshot(roots: Sequence[nn.Module]) -> Snapshot | None:
+    """Return the snapshot of module trees as they are now, or None if one of them is not quiet."""
+    if (kept := _snapshots.get(roots[0])) is None:
+        kept = _snapshots[roots[0]] = {}
+    last = kept.get(len(roots) > 1)
+    if isinstance(last, Snapshot):
+        if last.is_unchanged(roots):
+            return last
+    elif last is not None and last < len(roots) and not Survey(roots[last]).is_quiet:
         return None
-    if root._modules:  # else a list above may hold the root itself
-        _surveys[root] = new
+    surveys: list[Survey] = []
+    for root in roots:
+        found = Survey(root)
+        if not found.is_quiet or any(map(has_no_version, found.owned[2::3])):  # which ``Replay`` refuses
+            kept[len(roots) > 1] = len(surveys)
+            return None
+        surveys.append(found)
+    new = Snapshot(roots, surveys)
+    if all(root._modules for root in roots):  # else a list of the snapshot may hold the root itself
+        kept[len(roots) > 1] = new
     return new
+
+
+def bare_layers(root: nn.Module, *, tracking: bool) -> list[nn.Module]:
+    """Return copies of the layers of a quiet tree, in the order in which they run.
+
+    All containers of a quiet tree are ``nn.Sequential``. A copy has the tensors of its layer as plain attributes, where
+    Python finds them ten times as fast as in the registries of a module, and has none of the hooks. It stands for the
+    layer as long as the snapshot of the tree is unchanged.
+
+    Args:
+        root: the tree.
+        tracking: whether BatchNorms move their running statistics.
+    """
+    if isinstance(root, nn.Sequential):
+        return [layer for child in root for layer in bare_layers(child, tracking=tracking)]
+    bare = object.__new__(type(root))
+    vars(bare).update(vars(root) | root._parameters | root._buffers)
+    if not tracking and type(root) in NORMS:
+        vars(bare)["track_running_stats"] = False
+    return [bare]
 
 
 def quiet_container(kind: type[nn.Sequential]) -> type[nn.Sequential]:
@@ -218,7 +272,7 @@ class QuietReplay:
     Args:
         modules: the roots of the trees.
         inputs: the tensors that they are evaluated on.
-        surveys: the trees before the first evaluation.
+        found: the trees before the first evaluation.
     """
 
     hooks, generators = None, ()
@@ -226,18 +280,11 @@ class QuietReplay:
     """There is nothing to watch in the first evaluation, and nothing to note after it."""
     sets_parameters = is_initialised_by_it = False
 
-    def __init__(self, modules: Sequence[nn.Module], inputs: Sequence[Tensor], surveys: Sequence[Survey]):
-        self.modules, self.surveys = modules, surveys
-        self.marks = [
-            [(p.requires_grad, p._version, p.untyped_storage()._cdata) for p in survey.owned[2::3]]
-            for survey in surveys
-        ]
-        """For each tree, whether each parameter requires a gradient, its version and its storage."""
-        self.running_statistics: dict[int, Any] = {}
-        """By id, running statistics. The values do not matter here: those of ``Replay`` are modules."""
-        for survey in surveys:
-            for _, _, ((_, mean), (_, variance), _) in survey.norms:
-                self.running_statistics[id(mean)] = self.running_statistics[id(variance)] = 0
+    def __init__(self, modules: Sequence[nn.Module], inputs: Sequence[Tensor], found: Snapshot):
+        self.modules, self.found = modules, found
+        self.marks = [(p.requires_grad, p._version, p.untyped_storage()._cdata) for p in found.parameters]
+        """For each parameter, whether it requires a gradient, its version and its storage."""
+        self.running_statistics = found.running_statistics
         self.untracked: dict[Any, None] = {}
         kind = inputs[0].device.type
         self.autocast = [
@@ -263,14 +310,9 @@ class QuietReplay:
     def check_unchanged(self, when: str, fix: str) -> None:
         """Survey the tree again. If it has changed, raise a RuntimeError or prepare to restore it."""
         self.changed = None
-        if not is_observed():
-            for module, survey, marks in zip(self.modules, self.surveys, self.marks, strict=True):
-                if not survey.is_unchanged(module, marks):
-                    break
-            else:
-                return
-        self.changed = self._full_replay()
-        self.changed.check_unchanged(when, fix)
+        if is_observed() or not self.found.is_unchanged(self.modules, self.marks):
+            self.changed = self._full_replay()
+            self.changed.check_unchanged(when, fix)
 
     def restore(self, undo: list[tuple]) -> None:
         """Set everything as the first evaluation found it. ``undo`` receives the calls that undo this."""
@@ -278,7 +320,7 @@ class QuietReplay:
             self.changed.restore(undo)
             return
         restore_autocast(self.autocast, undo)
-        for survey in self.surveys:
+        for survey in self.found.surveys:
             for own, _, _ in survey.norms:
                 undo.append((own.__setitem__, "track_running_stats", own["track_running_stats"]))
                 own["track_running_stats"] = False
@@ -288,7 +330,8 @@ class QuietReplay:
         replay = Replay(nn.Identity(), (), preserve_rng_state=False)
         replay.name, replay.hooks, replay.autocast = self.name, None, self.autocast
         replay.modes.clear()
-        for root, then, marks in zip(self.modules, self.surveys, self.marks, strict=True):
+        marks = iter(self.marks)
+        for root, then in zip(self.modules, self.found.surveys, strict=True):
             modules = [root, *then.modules]
             replay.modes += [(module, values[0]) for module, (_, values) in zip(modules, then.parts, strict=True)]
             replay.attributes += [
@@ -297,9 +340,8 @@ class QuietReplay:
                 if names
             ]
             replay.children += then.containers
-            for registry, name, p, (requires_grad, *identity) in zip(
-                then.owned[::3], then.owned[1::3], then.owned[2::3], marks, strict=True
-            ):
+            for registry, name, p in zip(then.owned[::3], then.owned[1::3], then.owned[2::3], strict=True):
+                requires_grad, *identity = next(marks)
                 replay.parameters.append((registry, name, p, requires_grad, tuple(identity)))
                 replay.unchanged.append(("parameter", name, p, tuple(identity)))
             replay.buffers += [(registry, name, b) for _, registry, content in then.norms for name, b in content]
@@ -314,6 +356,6 @@ def replay_of(module: nn.Module, inputs: Sequence[Tensor], preserve_rng_state: b
         if type(x) not in _ORDINARY or not (x.is_cpu or x.is_cuda):
             break
     else:
-        if inputs and not is_observed() and (found := survey(module)) is not None:
-            return QuietReplay((module,), inputs, (found,))
+        if inputs and not is_observed() and (found := snapshot((module,))) is not None:
+            return QuietReplay((module,), inputs, found)
     return Replay(module, inputs, preserve_rng_state)

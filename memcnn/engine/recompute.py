@@ -55,7 +55,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from memcnn.engine.capture import refuse_capture
 from memcnn.engine.chain import Link, Value, rebuild, restrided, thread_state
-from memcnn.engine.drift import SAMPLED, Drift, evaluations
+from memcnn.engine.drift import SAMPLED, Drift, Evaluations, evaluations
 from memcnn.engine.hooks import name_of
 from memcnn.engine.identity import modified_input
 from memcnn.engine.quiet import replay_of
@@ -116,8 +116,9 @@ class Recomputation(Link):
         self.requires_grad = [t.requires_grad for t in inputs]
         self.strides = [t.stride() for t in inputs]
         self.replay = replay_of(module, inputs, preserve_rng_state)
-        number = evaluations[module] = evaluations.get(module, 0) + 1
-        self.drift = Drift(module) if number in SAMPLED else None
+        counter = evaluations.setdefault(module, Evaluations())
+        counter.number += 1
+        self.drift = Drift(module) if counter.number in SAMPLED else None
 
     @property
     def name(self) -> str:

@@ -58,7 +58,8 @@ class AdditiveCoupling(Coupling):
         return self._steps(subtract) if plain else ()
 
     def _steps(self, subtract: bool) -> Sequence[Sum]:
-        steps = Sum(self.Fm, 0), Sum(self.Gm, 1)
+        modules: Any = self._modules  # ten times as fast as self.Fm
+        steps = Sum(modules["Fm"], 0), Sum(modules["Gm"], 1)
         return steps[::-1] if subtract else steps
 
     def _changed(self, halves: list[Tensor], kwargs: dict[str, object], *, subtract: bool) -> tuple[Tensor, Tensor]:

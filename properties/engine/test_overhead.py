@@ -197,7 +197,8 @@ def operators(module: nn.Module, accumulate: bool) -> int:
 
 def calls_of_ours(module: nn.Module, accumulate: bool) -> int:
     """Calls of functions of this package in one step, other than comprehensions, which newer Pythons do not call."""
-    step(module, accumulate=accumulate)
+    for _ in range(2):  # where gradients accumulate, the second step is the first that takes branches one by one
+        step(module, accumulate=accumulate)
     calls, folder = 0, memcnn.__path__[0]
 
     def count(frame, event: str, _) -> None:
@@ -221,10 +222,10 @@ def for_each_block(counted, make, accumulate: bool) -> float:
 @pytest.mark.parametrize(
     ("make", "accumulate", "added_operators", "calls"),
     [
-        (sequence, False, 14, 25),
-        (wrapped, False, 30, 94),
-        (sequence, True, 40, 231),
-        (wrapped, True, 50, 245),
+        (sequence, False, 14, 17),
+        (wrapped, False, 30, 91),
+        (sequence, True, 40, 229),
+        (wrapped, True, 50, 242),
     ],
 )
 def test_a_further_block_adds_no_more_operators_and_calls_than_these(make, accumulate, added_operators, calls):
