@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from memcnn import __version__, cli
-from memcnn.testing.checks import LAWS, has_log_det
+from memcnn.testing.checks import LAWS
 from memcnn.testing.laws.constant import remark_on_constants
 from memcnn.testing.laws.guard import is_ours
+from memcnn.testing.laws.log_det import has_log_det
 from memcnn.testing.laws.result import Report
 from memcnn.testing.laws.subject import NotRunnable
 from memcnn.testing.targets import Factory, load, load_tensors

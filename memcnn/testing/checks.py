@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
+from memcnn.models.revop import InvertibleModuleWrapper
 from memcnn.testing.adapters import Conditioned, inverse_of
 from memcnn.testing.laws.gradients import check_gradients
 from memcnn.testing.laws.guard import failure
 from memcnn.testing.laws.inverse import check_inverse
-from memcnn.testing.laws.log_det import check_log_det
+from memcnn.testing.laws.log_det import check_log_det, has_log_det
 from memcnn.testing.laws.memory import check_memory
 from memcnn.testing.laws.result import Report
 from memcnn.testing.laws.state import check_state
@@ -103,12 +103,3 @@ def _with_conditions(module: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module
     except Exception:  # the checks report it
         return module
     return Conditioned(module, len(inputs) - given)
-
-
-def has_log_det(module: nn.Module) -> bool:
-    """Return whether the module, or what is wrapped in it, has ``forward_log_det``."""
-    if isinstance(module, InvertibleModuleWrapper):
-        return has_log_det(module._fn)
-    if isinstance(module, ReversibleSequential):
-        return all(map(has_log_det, module))
-    return callable(getattr(module, "forward_log_det", None))

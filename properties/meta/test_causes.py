@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from memcnn.testing import check_all, check_gradients, check_inverse
 from memcnn.testing.laws.differences import DIFFERENCES
 from memcnn.testing.laws.gradients import IN_FLOAT64
-from memcnn.testing.laws.result import NEEDS_NO_INVERSE, NOT_DETERMINISTIC
+from memcnn.testing.laws.result import NEEDS_NO_INVERSE, NOT_DETERMINISTIC, TOO_LITTLE
 from memcnn.testing.laws.twin import relative_errors
 from memcnn.testing.tolerances import distance
 
@@ -38,6 +38,20 @@ class Stretched(nn.Module):
     def inverse(self, y: Tensor) -> Tensor:
         a, b = y.chunk(2, 1)
         return torch.cat((a - self.f(b).tanh(), 1.1 * b), 1)
+
+
+class Turned(nn.Module):
+    """A rotation that is undone by its transpose: right to float32 until the weight is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linalg.qr(torch.randn(4, 4))[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y @ self.weight
 
 
 class Offset(nn.Module):
@@ -127,6 +141,12 @@ def test_gradients_that_a_wrong_inverse_spoils_are_explained_by_it():
     assert "gradient" not in report.summary()
 
 
+def test_the_summary_names_a_large_error_before_one_that_float64_alone_shows():
+    report = check_inverse(Turned(), torch.randn(3, 4))
+    assert any(TOO_LITTLE in result.explanation for result in report.failures), report
+    assert "after an optimiser step" in report.summary() and TOO_LITTLE not in report.summary()
+
+
 def test_a_storage_that_was_emptied_is_an_infinite_error():
     emptied = torch.ones(3)
     emptied.untyped_storage().resize_(0)
@@ -160,7 +180,7 @@ def test_noise_is_not_called_a_lower_precision(own):
 def test_noise_is_named_where_the_inverse_is_off_in_float64_alone():
     report = check_inverse(Noisy(1e-9), torch.randn(3, 4))
     assert any(NOT_DETERMINISTIC in result.explanation for result in report.failures), report
-    assert "too little to show in float32" not in str(report)
+    assert TOO_LITTLE not in str(report)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from memcnn.testing.laws.log_det import ROWS_AT_ONCE, gradients_of_each
+from memcnn.testing.laws.jacobians import ROWS_AT_ONCE, gradients_of_each
 
 
 class ReadsItsGradient(torch.autograd.Function):

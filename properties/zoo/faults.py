@@ -1,6 +1,6 @@
 """All faults of the zoo."""
 
-from properties.zoo import corners, flows, gradients, inverses, log_dets, memories, ours, states, upstream
+from properties.zoo import corners, flows, gradients, inverses, log_dets, memories, ours, signs, states, upstream
 
 FAULTS = [
     *inverses.FAULTS,
@@ -12,4 +12,5 @@ FAULTS = [
     *upstream.FAULTS,
     *corners.FAULTS,
     *flows.FAULTS,
+    *signs.FAULTS,
 ]

@@ -118,6 +118,22 @@ class SharedOnce(Engine):
         return result
 
 
+class InputsAlone(Engine):
+    """Takes an input without a gradient for an evaluation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(x.requires_grad and torch.is_grad_enabled()):
+            return super().forward(x)
+
+
+class InOrderOfTheTrained(Engine):
+    """Gives the gradients of the trained parameters to the first parameters."""
+
+    def delivered(self, found: dict) -> list[Tensor | None]:
+        trained = [found.get(p) for p in self.parameters() if p.requires_grad]
+        return trained + [None] * (len(list(self.parameters())) - len(trained))
+
+
 class Overwriting(Engine):
     """Sets .grad, and does not add to it."""
 

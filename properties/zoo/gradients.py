@@ -12,7 +12,9 @@ from properties.zoo.gradient_blocks import (
     FFromOld,
     GDetached,
     HalfPrecision,
+    InOrderOfTheTrained,
     InPlaceAfter,
+    InputsAlone,
     KeepEvery,
     Mixing,
     NotInverted,
@@ -103,6 +105,26 @@ FAULTS = [
     ),
     engine_fault(
         "matrix not transposed in backward", "dx = W dy", says="the gradient of the input", make=Mixing, stores=True
+    ),
+    fault(
+        "no gradients without one of the input",
+        "it runs as an evaluation",
+        InputsAlone,
+        "gradients",
+        "parameters get gradients where no input",
+        "without a gradient of the input the gradient of .* is missing",
+        wrap=False,
+        chain=chain_of(InputsAlone),
+    ),
+    fault(
+        "gradients in the order of the trained parameters",
+        "right if none is frozen",
+        InOrderOfTheTrained,
+        "gradients",
+        "a frozen parameter changes no other",
+        "frozen",
+        wrap=False,
+        chain=chain_of(InOrderOfTheTrained),
     ),
     fault(
         "gradient overwritten",

@@ -12,10 +12,11 @@ from memcnn.testing.adapters import Inverted, inverse_of
 from memcnn.testing.laws.guard import described, is_ours
 from memcnn.testing.laws.hints import but_right_without
 from memcnn.testing.laws.limits import Limit
-from memcnn.testing.laws.moved import WHEN_MOVED, beside, is_special, moved
+from memcnn.testing.laws.moved import WHEN_MIRRORED, WHEN_MOVED, beside, is_special, mirrored, moved
 from memcnn.testing.laws.result import NOT_DETERMINISTIC, Result
 from memcnn.testing.laws.rounding import condition_numbers, named
 from memcnn.testing.laws.settled import settled
+from memcnn.testing.laws.signs import is_undone
 from memcnn.testing.laws.subject import Subject, without_dropout
 from memcnn.testing.laws.twin import FLOOR, Outcome, is_finite
 
@@ -154,15 +155,16 @@ def like_finite_differences_when_moved(
     *,
     rounds: int = ROUNDS,
     when: str = "after an optimiser step ",
+    move: Callable[[Subject], Subject] = moved,
 ) -> Result:
     """Check the same, beside the inputs and with moved parameters, along one direction for all tensors at once.
 
     Where they differ, the tensors are looked at one by one, and may be moved ``rounds`` times more. An explanation
-    begins with ``when``.
+    begins with ``when``. ``move`` moves the parameters.
     """
     if subject.is_exact:
         return Result("gradients", claim, skipped=ON_A_GRID)
-    after = settled(beside(moved(subject)))
+    after = settled(beside(move(subject)))
     try:
         outcome = after.run(after.trained())
     except Exception as exception:
@@ -183,6 +185,15 @@ def like_finite_differences_when_moved(
     if result.failed:
         return replace(result, explanation=f"{when}{result.explanation}")
     return result
+
+
+def like_finite_differences_when_mirrored(subject: Subject) -> Result:
+    """Check the same with parameters of the other sign, where the inverse is right."""
+    claim = DIFFERENCES + WHEN_MIRRORED
+    if not is_undone(settled(beside(mirrored(subject)))):
+        return Result("gradients", claim, skipped="the inverse is not right with parameters of the other sign")
+    when = "with parameters of the other sign "
+    return like_finite_differences_when_moved(subject, claim, when=when, move=mirrored)
 
 
 def through_inverse(subject: Subject, claim: str) -> Result:

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from memcnn.testing.laws.differences import (
     DIFFERENCES,
     like_finite_differences,
+    like_finite_differences_when_mirrored,
     like_finite_differences_when_moved,
     through_inverse,
 )
 from memcnn.testing.laws.guard import described, guarded
 from memcnn.testing.laws.hints import but_right_without
 from memcnn.testing.laws.limits import Limit
+from memcnn.testing.laws.moved import WHEN_MIRRORED, hides_a_sign
 from memcnn.testing.laws.passes import second_step_is_plain
 from memcnn.testing.laws.precision import stay_in_float64
 from memcnn.testing.laws.result import NEEDS_NO_INVERSE, Report, Result
@@ -93,6 +95,10 @@ def _results(subject: Subject, finite_differences: bool) -> list[Result]:
         results.append(like_finite_differences(exact))
         if any(p.requires_grad for p in subject.module.parameters()) and results[-1].verdict == "PASS":
             results.append(like_finite_differences_when_moved(exact))
+            if hides_a_sign(subject.module) and results[-1].verdict == "PASS":
+                results.append(
+                    guarded("gradients", DIFFERENCES + WHEN_MIRRORED, like_finite_differences_when_mirrored, exact)
+                )
         results.append(guarded("gradients", THROUGH_INVERSE, through_inverse, exact, THROUGH_INVERSE))
     results.append(guarded("gradients", IN_FLOAT64, stay_in_float64, exact, IN_FLOAT64))
     return [*results, *_there(subsets)]

@@ -17,10 +17,19 @@ from memcnn.testing.laws.constant import RANDOM_CHANNELS, without_constants
 from memcnn.testing.laws.growth import DEEPEST, growth
 from memcnn.testing.laws.guard import described, guarded
 from memcnn.testing.laws.limits import Limit
-from memcnn.testing.laws.moved import WHEN_MOVED, moved, used_and_moved, with_buffers_of
-from memcnn.testing.laws.result import NOT_DETERMINISTIC, Report, Result
+from memcnn.testing.laws.moved import (
+    WHEN_MIRRORED,
+    WHEN_MOVED,
+    hides_a_sign,
+    mirrored,
+    moved,
+    used_and_moved,
+    with_buffers_of,
+)
+from memcnn.testing.laws.result import NOT_DETERMINISTIC, TOO_LITTLE, Report, Result
 from memcnn.testing.laws.rounding import condition_numbers
 from memcnn.testing.laws.settled import settled
+from memcnn.testing.laws.signs import why_not_undone
 from memcnn.testing.laws.sizes import ANOTHER_SIZE, another_size_leaves_no_trace
 from memcnn.testing.laws.subject import NotRunnable, Subject, reordered, without_dropout
 from memcnn.testing.laws.twin import NamedTensors, is_finite, worst
@@ -74,6 +83,8 @@ def check_inverse(
         after = settled(moved(subject))
         results.append(_checked(FORTH + WHEN_MOVED, _inverse_undoes_moved_forward, after))
         results.append(_checked(NEW_PARAMETERS, _new_parameters_are_used, subject, after))
+        if hides_a_sign(module) and results[-2].verdict == "PASS":
+            results.append(_checked(FORTH + WHEN_MIRRORED, _inverse_undoes_mirrored_forward, subject))
     return Report(tuple(results))
 
 
@@ -88,6 +99,23 @@ def _inverse_undoes_moved_forward(after: Subject) -> Result:
         return _with(
             result, f"after an optimiser step {result.explanation}; it is right with the parameters as they start"
         )
+    return result
+
+
+def _inverse_undoes_mirrored_forward(subject: Subject) -> Result:
+    """Check the inverse with parameters of the other sign, where forward has an inverse."""
+    try:
+        after = settled(mirrored(subject))
+        subject.evaluated(after.fresh(), subject.inputs)
+    except Exception as error:
+        skipped = f"forward raised {described(error)} with parameters of the other sign"
+        return Result("inverse", FORTH + WHEN_MIRRORED, skipped=skipped)
+    result = _inverse_undoes_forward(after, WHEN_MIRRORED)
+    if result.failed and (reason := why_not_undone(after)):
+        return replace(result, skipped=reason)
+    if result.failed:
+        words = f"with parameters of the other sign {result.explanation}"
+        return _with(result, f"{words}; it is right with the signs that they start with")
     return result
 
 
@@ -198,9 +226,7 @@ def _inverse_undoes_forward(subject: Subject, where: str = "") -> Result:
     if result.explanation:
         return result
     if where == IN_FLOAT64 and result.error <= tolerance(torch.float32) and _deterministic(subject):
-        return _with(
-            result, f"in float64 the inverse is {result.error:.1g} off, which is too little to show in float32"
-        )
+        return _with(result, f"in float64 the inverse is {result.error:.1g} off, {TOO_LITTLE}")
     return _with(
         result, _what_it_does_instead(subject, module, x, y, back) + _but_right_elsewhere(subject, x, result.error)
     )

@@ -1,7 +1,6 @@
 """The law of the log-determinant: a flow reports that of its Jacobian, and its two directions cancel."""
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -9,13 +8,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.adapters import inverse_of
 from memcnn.testing.laws.differences import as_of_the_block, like_finite_differences_when_moved
 from memcnn.testing.laws.guard import guarded
+from memcnn.testing.laws.jacobians import LARGEST_SAMPLE, gradients_of_each
 from memcnn.testing.laws.limits import Limit
-from memcnn.testing.laws.moved import WHEN_MOVED, moved
-from memcnn.testing.laws.result import Report, Result
+from memcnn.testing.laws.moved import WHEN_MIRRORED, WHEN_MOVED, hides_a_sign, mirrored, moved
+from memcnn.testing.laws.result import TOO_LITTLE, Report, Result
 from memcnn.testing.laws.rounding import condition_numbers
+from memcnn.testing.laws.settled import settled
+from memcnn.testing.laws.signs import is_undone
 from memcnn.testing.laws.subject import Subject, sample_by_sample, without_dropout
 from memcnn.testing.laws.twin import is_finite, relative_errors, worst
 from memcnn.testing.tolerances import distance, tolerance
@@ -24,10 +27,6 @@ FAR_OFF = 1e-2
 """Relative error of an inverse beyond which the law of inversion reports it, and its log-determinant is that of another
 point."""
 METHODS = "forward_log_det", "inverse_log_det"
-LARGEST_SAMPLE = 1024
-"""Entries of a sample, or of a batch whose samples mix, beyond which no Jacobian is computed."""
-ROWS_AT_ONCE = 128
-"""Number of rows of a Jacobian that one backward pass computes."""
 
 
 def check_log_det(module: nn.Module, *inputs: Tensor, seed: int = 0, finite_differences: bool = True) -> Report:
@@ -47,7 +46,7 @@ def check_log_det(module: nn.Module, *inputs: Tensor, seed: int = 0, finite_diff
         finite_differences: whether to check the gradients of log-determinants, too; see `check_gradients`.
     """
     subject = Subject(module, inputs, seed)
-    if not callable(getattr(module, "forward_log_det", None)):
+    if not has_log_det(module):
         raise TypeError(
             f"the module must have forward_log_det(x), giving y and a log-determinant for each sample: "
             f"{type(module).__name__} has none"
@@ -56,7 +55,7 @@ def check_log_det(module: nn.Module, *inputs: Tensor, seed: int = 0, finite_diff
     if others or not x.numel() or x[0].numel() > LARGEST_SAMPLE:
         reason = f"wants one input of at most {LARGEST_SAMPLE} entries a sample"
         return Report((Result("log_det", "forward_log_det", skipped=reason),))
-    methods = [name for name in METHODS if callable(getattr(module, name, None))]
+    methods = [name for name in METHODS if has_log_det(module, name)]
     exact = subject.in_double()
     results = [
         _guarded(f"{method} is log|det| of the Jacobian", _like_jacobian, exact, method, sample_by_sample)
@@ -78,7 +77,36 @@ def check_log_det(module: nn.Module, *inputs: Tensor, seed: int = 0, finite_diff
             )
             for method in methods
         ]
+        if hides_a_sign(module):
+            results += _with_mirrored_parameters(exact, methods)
     return Report(tuple(result for result in results if result is not None))
+
+
+def has_log_det(module: nn.Module, method: str = "forward_log_det") -> bool:
+    """Return whether the module, or what is wrapped in it, has the method."""
+    if isinstance(module, InvertibleModuleWrapper):
+        return has_log_det(module._fn, method)
+    if isinstance(module, ReversibleSequential):
+        return all(has_log_det(part, method) for part in module)
+    return callable(getattr(module, method, None))
+
+
+def _with_mirrored_parameters(subject: Subject, methods: list[str]) -> list[Result | None]:
+    """Check log-determinants with parameters of the other sign, where the inverse is right."""
+    try:
+        after = settled(mirrored(subject))
+    except Exception:  # forward does not run there
+        return []
+    if not is_undone(after):
+        return []
+    found = []
+    for method in methods:
+        claim = f"{method} is log|det| of the Jacobian{WHEN_MIRRORED}"
+        result = _guarded(claim, _like_jacobian, after, method, sample_by_sample)
+        if result is not None and result.failed:
+            result = replace(result, explanation=f"with parameters of the other sign {result.explanation}")
+        found.append(result)
+    return found
 
 
 class _Reported(nn.Module):
@@ -160,7 +188,7 @@ def _explain(method: str, reported: Tensor, wanted: Tensor, error: float) -> str
     if not wanted.any():
         return said
     if error <= tolerance(torch.float32):
-        return f"{method} is {error:.1g} off in float64, which is too little to show in float32"
+        return f"{method} is {error:.1g} off in float64, {TOO_LITTLE}"
     largest = wanted.abs().max()
     if (reported + wanted).abs().max() < 1e-6 * largest:
         return f"{said}: the sign is reversed"
@@ -254,30 +282,6 @@ def _jacobians_of_samples(subject: Subject, method: str, values: Tensor, prepare
     if y.shape != x.flatten(1).shape:
         raise ValueError(f"an output of {y.shape[1]} entries a sample for an input of {x[0].numel()}")
     return gradients_of_each(y.sum(0), x, batched=subject.plain() is not None).flatten(2).movedim(0, 1)
-
-
-def gradients_of_each(entries: Tensor, x: Tensor, *, batched: bool) -> Tensor:
-    """Return the gradient with respect to x of each entry of a vector, shape (number of entries, *x.shape).
-
-    Args:
-        entries: the vector.
-        x: what it was computed from.
-        batched: compute ``ROWS_AT_ONCE`` gradients in one backward pass, where all operators allow that. Not for a
-            graph of somebody else's backward functions, which may count their calls.
-    """
-    if batched:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about operators that are computed one by one
-                return torch.cat(
-                    [
-                        torch.autograd.grad(entries, x, basis, retain_graph=True, is_grads_batched=True)[0]
-                        for basis in torch.eye(len(entries), dtype=x.dtype, device=x.device).split(ROWS_AT_ONCE)
-                    ]
-                )
-        except RuntimeError:
-            pass  # an operator cannot be computed for several gradients at once
-    return torch.stack([torch.autograd.grad(entry, x, retain_graph=True)[0] for entry in entries.unbind()])
 
 
 def _numbers(values: Tensor) -> str:

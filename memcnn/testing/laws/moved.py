@@ -1,7 +1,8 @@
 """The module as training leaves it: it has run, and an optimiser has moved its parameters.
 
 Parameters as they start hide faults. A layer that starts at zero hides what surrounds it, a scale of 1 hides whether it
-is undone, and a value that was computed from a parameter is stale only after the parameter has moved.
+is undone, and a value that was computed from a parameter is stale only after the parameter has moved. A scale that
+starts positive hides an absolute value that one direction takes and the other does not: so parameters also change sign.
 """
 
 from contextlib import suppress
@@ -17,6 +18,8 @@ MOVE = 0.1
 """How far parameters move, relative to the root mean square of their entries."""
 WHEN_MOVED = " after an optimiser step"
 """What is added to a claim that is checked once more with moved parameters."""
+WHEN_MIRRORED = " with parameters of the other sign"
+"""What is added to a claim that is checked once more with parameters whose signs have changed."""
 
 
 def moved(subject: Subject) -> Subject:
@@ -25,6 +28,29 @@ def moved(subject: Subject) -> Subject:
     module = start.fresh()
     _optimise(module, subject.seed)
     return replace(start, module=module, runs=True)
+
+
+def mirrored(subject: Subject) -> Subject:
+    """Return the subject with every trained parameter moved and then negated, in a module that never ran before.
+
+    Norms stay what they were, so that what was a contraction still is one. The determinant of a square matrix changes
+    its sign as well: one row of an even number of rows keeps its sign.
+    """
+    after = moved(subject)
+    seen: set[int] = set()
+    with torch.no_grad():
+        for part in after.module.modules():
+            for parameter in part.parameters(recurse=False):
+                if parameter.requires_grad and parameter.numel() and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    parameter.mul_(_other_signs(part, parameter))
+    return after
+
+
+def hides_a_sign(module: nn.Module) -> bool:
+    """Return whether the entries of a trained parameter all have one sign, or a square matrix has one determinant."""
+    trained = [p.detach() for p in module.parameters() if p.requires_grad and p.numel()]
+    return any(bool((p > 0).all() or (p < 0).all()) or _is_square(p) for p in trained)
 
 
 def used_and_moved(subject: Subject) -> nn.Module:
@@ -45,6 +71,19 @@ def used_and_moved(subject: Subject) -> nn.Module:
     for part, was in modes:
         part.training = was
     return module
+
+
+def _is_square(parameter: Tensor) -> bool:
+    """Return whether it is a square matrix, or the weight of a 1x1 convolution that is one."""
+    return parameter.dim() > 1 and parameter.shape[0] ** 2 == parameter.numel() == parameter.shape[1] ** 2
+
+
+def _other_signs(part: nn.Module, parameter: Tensor) -> Tensor:
+    """Return the factor of each row. A part with buffers may keep the singular vectors of a weight, so all are -1."""
+    signs = -torch.ones_like(parameter[:, :1]) if parameter.dim() > 1 else -torch.ones_like(parameter)
+    if _is_square(parameter) and len(parameter) % 2 == 0 and not any(True for _ in part.buffers()):
+        signs[-1] = 1
+    return signs
 
 
 def _optimise(module: nn.Module, seed: int) -> None:

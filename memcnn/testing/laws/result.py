@@ -9,6 +9,7 @@ MOST_LISTED = 3
 BADLY_CONDITIONED = "right, but badly conditioned: "
 NEEDS_NO_INVERSE = "with keep_input=True, which needs no inverse, it is right"
 NOT_DETERMINISTIC = "forward is not deterministic"
+TOO_LITTLE = "which is too little to show in float32"
 HOPELESS = "rounding may be as large as the values: "
 
 
@@ -93,7 +94,8 @@ class Report:
         return beginning + "; ".join(found)
 
     def _first_failure(self) -> str:
-        result = self.failures[0]
+        large = [result for result in self.failures if TOO_LITTLE not in result.explanation]
+        result = (large or self.failures)[0]
         return result.explanation or f"{result.claim} does not hold: error {result.error:.2g}, limit {result.limit:.2g}"
 
     def to_dicts(self) -> list[dict]:
