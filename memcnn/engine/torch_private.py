@@ -10,7 +10,8 @@ where they are needed, since a function call for each saved tensor would cost mo
 * ``UntypedStorage._cdata``: the address of the storage object, which changes with ``x.data = ...``. Unlike the address
   of the memory it stays the same when FSDP frees and refills a parameter.
 * ``nn.Module._modules``, ``_parameters``, ``_buffers`` and ``_forward_hooks`` with its relatives: the registries, in
-  which the replay exchanges entries for the time of a recomputation. The public iterators copy them.
+  which the replay exchanges entries for the time of a recomputation. The public iterators copy them. Attributes such as
+  ``coupling.Fm`` are found there only after a failed look-up, which takes ten times as long.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -140,12 +141,13 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_observed() -> bool:
-    """Return whether global forward hooks or modes may change what a module computes.
+    """Return whether global forward hooks, modes or a patched ``nn.Module.__call__`` may change what modules compute.
 
     A default device does not, nor a dispatch mode whose class says ``only_watches = True``, such as a meter.
     """
     return bool(
-        torch_module._global_forward_hooks
+        nn.Module.__call__ is not nn.Module._wrapped_call_impl
+        or torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
         or any(not getattr(_dispatch_mode(i), "only_watches", False) for i in range(_number_of_dispatch_modes()))
         or any(type(_function_mode(i)) is not DeviceContext for i in range(_number_of_function_modes()))

@@ -169,7 +169,7 @@ def _halves_passed_on(block: nn.Module) -> tuple | None:
     """Return equal values for blocks that can pass on two halves instead of their tensor; None for any other block."""
     if not isinstance(block, InvertibleModuleWrapper) or block.disable or block.keep_input or block.keep_input_inverse:
         return None
-    coupling = block._modules["_fn"]  # ten times as fast as block._fn
+    coupling = block._modules["_fn"]  # faster than block._fn
     if not isinstance(coupling, Coupling) or is_hooked(block) or is_hooked(coupling):
         return None
     if (type(coupling).forward, type(coupling).inverse) != (Coupling.forward, Coupling.inverse):
@@ -230,7 +230,7 @@ def _sums(blocks: Sequence[InvertibleModuleWrapper], subtract: bool) -> Sequence
     """Return the steps of the wrapped couplings in order, or an empty list if one of them is no sum."""
     steps: list[Sum] = []
     for block in blocks:
-        coupling = block._modules["_fn"]  # ten times as fast as block._fn
+        coupling = block._modules["_fn"]  # faster than block._fn
         own = coupling.sums(subtract=subtract) if isinstance(coupling, AdditiveCoupling) else ()
         if not own:
             return []

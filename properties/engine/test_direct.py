@@ -120,6 +120,19 @@ def test_inputs_without_gradients_modes_and_watched_evaluations_go_the_ordinary_
     assert [number_of_direct_runs(module(images())) for _ in range(5)] == [2, 2, 2, 0, 2]
 
 
+def test_a_patched_call_of_modules_sees_every_layer(monkeypatch):
+    module, called, call = chain(), [], nn.Module.__call__
+
+    def noting(self, *args, **kwargs):
+        called.append(self)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "__call__", noting)
+    y = module(images())
+    assert number_of_direct_runs(y) == 0
+    assert {*module.modules()} - {block._fn for block in module} <= {*called}
+
+
 def test_the_blocks_of_a_run_that_cannot_go_the_direct_way_go_each_its_own():
     blocks = [*chain(2), with_dropout(), *chain(1)]
     module = ReversibleSequential(*blocks)
