@@ -198,7 +198,8 @@ def run(arguments: Sequence[str] | None) -> int:
         if given.config or given.dry_run:
             print(config(given, recipe) if given.config else dry_run(given, recipe))
             return cli.DONE
-        cli.output_folder(given.runs)
+        if not os.path.isdir(given.runs):
+            cli.output_folder(given.runs)
         budget = None if given.budget is None else given.budget - (time.monotonic() - STARTED)
         record = train(job_of(given, recipe), execution, place_of(given), budget_seconds=budget)
     except argparse.ArgumentTypeError as error:

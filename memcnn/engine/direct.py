@@ -118,7 +118,7 @@ def _replay_of(steps: Sequence[Sum], halves: Sequence[Tensor], options: dict) ->
         return None
     branches = [branch for branch, _ in steps]
     first = next(branches[0].parameters(), None)
-    if first is not None and first.grad is not None:  # as a rule all others have one too
+    if first is not None and first.is_leaf and first.grad is not None:  # as a rule all others have one too
         return None
     if len({*branches}) < len(branches) or (found := snapshot(branches)) is None:
         return None

@@ -24,7 +24,7 @@ NETWORK_FACTS = json.loads(gzip.decompress((FILES / "networks.json.gz").read_byt
 REVNET = (basic_branch, (2, 1, 1), (4, 4, 4, 8), 3)
 OLD_REVNET = {"block": RevBasicBlock, "layers": [2, 1, 1], "num_classes": 3, "channels_per_layer": [4, 4, 4, 8],
               "strides": [1, 1, 2, 2], "init_kernel_size": 3, "batch_norm_fix": False}  # fmt: skip
-ENVIRONMENT = Path(os.environ.get("MEMCNN_1_5", "results/peers-venv"))
+ENVIRONMENT = Path(os.environ.get("MEMCNN_1_5", Path(__file__).parents[2] / "results" / "peers-venv"))
 
 
 def read(path: Path, *, weights_only: bool) -> dict:
