@@ -56,9 +56,9 @@ class Network(Case):
         )
 
         def run() -> None:
+            optimizer.zero_grad()
             with autocast():
                 loss = F.cross_entropy(model(images), labels)
-            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 

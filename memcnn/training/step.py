@@ -126,12 +126,12 @@ class TrainingStep:
     def update(self) -> None:
         """Update the model on ``batch``, in place."""
         assert self.batch is not None, "prepare() has set it"
+        self.optimizer.zero_grad()  # first, since blocks take longer where earlier gradients are left (engine/direct.py)
         images, labels = cifar.batch(self.data, self.batch, pad=self.pad)
         images = images.contiguous(memory_format=torch.channels_last)
         with self.execution.autocast(self.device):
             logits = self.forward(images)
             loss = F.cross_entropy(logits, labels)
-        self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
