@@ -70,8 +70,8 @@ def main() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     test = two_moons(2000)
     for step in range(STEPS):
-        loss = -log_density(model, two_moons(256)).mean()
         optimizer.zero_grad()
+        loss = -log_density(model, two_moons(256)).mean()
         loss.backward()
         optimizer.step()
         if step % 50 == 0:

@@ -74,8 +74,8 @@ def main() -> None:
     for step in range(args.steps):
         losses = []
         for model, optimizer in zip((net, twin), optimizers, strict=True):
-            loss = F.cross_entropy(model(batch(step)[0]), batch(step)[1])
             optimizer.zero_grad()
+            loss = F.cross_entropy(model(batch(step)[0]), batch(step)[1])
             loss.backward()
             optimizer.step()
             losses.append(loss.item())

@@ -32,8 +32,8 @@ def main() -> None:
     recent: list[float] = []
     for step in range(args.steps):
         images = data.train_images[torch.randint(len(data.train_images), (args.batch,))]
-        loss = bits_per_dimension(flow, images)
         optimizer.zero_grad()
+        loss = bits_per_dimension(flow, images)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 50.0)
         optimizer.step()

@@ -48,8 +48,8 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, args.steps)
     recent: list[float] = []
     for step in range(args.steps):
-        loss = cross_entropy(model, batch(train))
         optimizer.zero_grad()
+        loss = cross_entropy(model, batch(train))
         loss.backward()
         optimizer.step()
         schedule.step()

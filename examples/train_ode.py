@@ -60,8 +60,8 @@ def main() -> None:
     optimizer = torch.optim.Adam(field.parameters(), 1e-2)
     recent: list[float] = []
     for step in range(args.training_steps):
-        loss = -log_prob(solver, two_moons(args.batch)).mean()
         optimizer.zero_grad()
+        loss = -log_prob(solver, two_moons(args.batch)).mean()
         loss.backward()
         optimizer.step()
         recent = [*recent[-19:], loss.item()]

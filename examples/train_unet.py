@@ -38,8 +38,8 @@ def main() -> None:
     recent: list[float] = []
     for step in range(args.steps):
         volumes, wanted = balls(args.batch, args.size)
-        loss = F.binary_cross_entropy_with_logits(net(volumes), wanted)
         optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(net(volumes), wanted)
         loss.backward()
         optimizer.step()
         recent = [*recent[-9:], loss.item()]
