@@ -126,7 +126,7 @@ class TrainingStep:
     def update(self) -> None:
         """Update the model on ``batch``, in place."""
         assert self.batch is not None, "prepare() has set it"
-        self.optimizer.zero_grad()  # first, since blocks take longer where earlier gradients are left (engine/direct.py)
+        self.optimizer.zero_grad()  # first: with earlier gradients blocks take longer (memcnn/engine/direct.py)
         images, labels = cifar.batch(self.data, self.batch, pad=self.pad)
         images = images.contiguous(memory_format=torch.channels_last)
         with self.execution.autocast(self.device):
