@@ -65,7 +65,7 @@ def repetitions(seconds: float, device: torch.device) -> tuple[int, int]:
 
 
 def cpu_seconds_in_turn(steps: Mapping[str, Callable[[], object]], rounds: int) -> pd.DataFrame:
-    """Time functions in rounds, each of which starts with another one, so that drift affects all of them equally.
+    """Time functions in rounds. Each round starts with another function, so that drift affects all of them equally.
 
     Returns:
         CPU seconds of this process for each call, with a column for each function and a row for each round.

@@ -65,7 +65,7 @@ def captured(model: nn.Module, step: Step) -> Step:
     torch.cuda.current_stream().wait_stream(stream)
     model.zero_grad()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):  # the warm-up's stream, to which autograd has bound the leaves
+    with torch.cuda.graph(graph, stream=stream):  # the warm-up's stream: autograd has bound the leaves to it
         step.run()
 
     def replay() -> None:

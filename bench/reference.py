@@ -89,7 +89,7 @@ MAKERS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
 
 
 class CheckpointedBlock(nn.Module):
-    """A block of which only the input is stored, and which runs again in the backward pass."""
+    """A block that stores its input alone, and runs again in the backward pass."""
 
     def __init__(self, block: nn.Module):
         super().__init__()

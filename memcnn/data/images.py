@@ -83,7 +83,7 @@ def load(dataset: str, data: str | Path | None = None, *, download: bool = True,
 
 
 def whereabouts(data: str | Path | None) -> str:
-    """Return the folder from which ``load`` reads, or the word "generated"."""
+    """Return the folder that ``load`` reads, or the word "generated"."""
     return str(data or os.environ.get("MEMCNN_DATA") or "data")
 
 

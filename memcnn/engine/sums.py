@@ -1,4 +1,4 @@
-"""The sum and the difference of which additive couplings consist."""
+"""The sum and the difference that additive couplings compute."""
 
 from torch import Tensor
 

@@ -96,7 +96,7 @@ class TensorMeter(TorchDispatchMode):
         self.current[self._labels.pop(key, "")] -= size
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage, or the bytes by which it has grown."""
+        """Count a new storage, or what a known one has grown by, in bytes."""
         key, size = id(storage), in_blocks(storage.nbytes(), self._block_bytes)
         more = size - self._counted.get(key, 0)
         self.current_bytes += more

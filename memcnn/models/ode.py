@@ -1,4 +1,4 @@
-"""ODE blocks: solvers of y' = f(t, y) with fixed steps, each of which is invertible up to rounding.
+"""ODE blocks: solvers of y' = f(t, y) with fixed steps. Each step is invertible up to rounding.
 
 * ``ReversibleHeun``: Kidger, Foster, Li, Lyons, "Efficient and Accurate Gradients for Neural SDEs", arXiv:2105.13493,
   algorithm 1 without noise. Beside y it carries y^, which starts as y:

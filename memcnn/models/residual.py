@@ -258,7 +258,7 @@ def _parted(block: nn.Module, graph: fx.Graph, x: fx.Node) -> _Graphs:
 
 
 def _shortcut(end: fx.Node, x: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """Return the term of the sum ``end`` from which all other terms are computed, and these other terms."""
+    """Return the skip term of the sum ``end``, which all other terms are computed from, and these other terms."""
     terms = _terms(end)
     if terms is None:
         raise NotResidual(f"its last operation is {_words(end)}, not a sum of its input and a function of it")

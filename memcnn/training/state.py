@@ -13,7 +13,7 @@ class MixedExecution(ValueError):
 
 @dataclass(kw_only=True)
 class State:
-    """The state of a run: progress, executions so far, and the tensors from which training continues.
+    """The state of a run: progress, executions so far, and the tensors that training continues with.
 
     The network changes at every step. ``model``, ``optimizer`` and ``window`` are the values at the last checkpoint
     that was written or read.

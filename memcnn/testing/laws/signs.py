@@ -1,7 +1,7 @@
 """Parameters of the other sign: an inverse, a gradient or a log-determinant that is right for positive scales alone.
 
-Some blocks have no inverse there, and are right: PReLU with a negative slope folds the axis. The determinant of the
-Jacobian tells them from a wrong inverse: where forward folds, it has both signs, or is zero.
+Some blocks have no inverse there, and are right: PReLU with a negative slope folds the axis. The claim does not blame
+them: it looks at the determinant of the Jacobian, which has both signs, or is zero, where forward folds.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ SIZES = 1.0, 10.0, 0.1
 INPUTS = 16
 """Number of these inputs. The signs of a block that folds agree by chance, which many inputs make unlikely."""
 UNDONE = 1e-6
-"""Relative error in float64 up to which an inverse counts as right."""
+"""Largest relative error in float64 of an inverse that counts as right."""
 NO_INVERSE = (
     "forward itself has no inverse with parameters of the other sign: the determinant of its Jacobian is zero or "
     "changes its sign from input to input"
