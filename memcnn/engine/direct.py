@@ -20,7 +20,7 @@ long as the run. As attributes of the run they are freed after the first block. 
 A run takes the direct way if all of this holds when it runs forward; otherwise each of its steps is a
 ``CoupledBranch``:
 
-1. All branches are quiet (see ``quiet``) and different ones, and their parameters are leaves.
+1. All branches are quiet (see ``survey``) and different ones, and their parameters are leaves.
 2. Each step is y = a + F(b) or y = a - F(b) (``Sum``). The gradient of a is then that of y, and of F(b) up to sign.
 3. The run is not within another branch, whose second evaluation has to find the same tensors.
 4. Nothing is asked of the run beside its gradients: no stored or compared input, no grid, no keyword arguments, no
@@ -50,9 +50,10 @@ from memcnn.engine.chain import Link, Value, dense, rebuild, rebuilding, restrid
 from memcnn.engine.couple import misfit
 from memcnn.engine.drift import SAMPLED, Evaluations, evaluations
 from memcnn.engine.identity import modified_input
-from memcnn.engine.quiet import Marks, QuietReplay, Snapshot, bare_layers, snapshot
+from memcnn.engine.quiet import QuietReplay
 from memcnn.engine.retained import start_link
 from memcnn.engine.sums import minus, plus
+from memcnn.engine.survey import Marks, Snapshot, bare_layers, snapshot
 from memcnn.engine.torch_private import (
     GLOBAL_BACKWARD_HOOKS,
     backward_hooks_run,

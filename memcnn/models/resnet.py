@@ -11,7 +11,7 @@ from typing import Protocol, cast
 
 from torch import Tensor, nn
 
-from memcnn.engine.quiet import quiet_container
+from memcnn.engine.survey import quiet_container
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.legacy import (
     BasicBlock,
