@@ -139,7 +139,7 @@ def _replay_of(steps: Sequence[Sum], halves: Sequence[Tensor], options: dict) ->
 
 
 class Plan:
-    """What a run derives from the snapshot of its branches. It is kept with the snapshot, for the steps to come."""
+    """The layers, parameters and counters of a run's branches. Kept with their snapshot, for the steps to come."""
 
     def __init__(self, branches: Sequence[nn.Module]):
         self.evaluations = [evaluations.setdefault(branch, Evaluations()) for branch in branches]
