@@ -142,6 +142,10 @@ def failing(check: Callable[..., Report], module: nn.Module, *inputs: Tensor, **
     return {result.claim for result in check(module, *(inputs or [drawn()]), **options).failures}
 
 
+def gated() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+
+
 RETAINED = "a retained graph is differentiated again"
 
 
@@ -154,6 +158,17 @@ def test_an_engine_that_cannot_differentiate_a_retained_graph_breaks_the_law_of_
 def test_a_second_step_is_compared_with_plain_backpropagation():
     assert failing(check_gradients, RightOnce(Own())) == {"gradients of a second step = plain backpropagation's"}
     assert not failing(check_state, RightOnce(Own())) & {"two steps under way do not mix"}
+
+
+def test_second_derivatives_of_an_engine_of_its_own_are_right_or_refused():
+    claim = "second derivatives = finite differences in float64, or an error"
+    found = {
+        name: next(result for result in check_gradients(module, drawn(), wrap=False) if result.claim == claim)
+        for name, module in {"plain": Own(), "gates": Own(gated), "refusing": Engine(Pair())}.items()
+    }
+    assert found["plain"].verdict == found["gates"].verdict == "PASS"
+    assert max(found["plain"].error, found["gates"].error) < 1e-8
+    assert "refuses them" in found["refusing"].skipped and "once_differentiable" in found["refusing"].skipped
 
 
 def test_training_through_an_inverse_without_gradients_is_seen():

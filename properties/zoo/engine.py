@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from properties.zoo.specimen import branch, halves, whole
 
@@ -32,15 +33,44 @@ class Before:
     autocast: tuple[torch.dtype, bool]
 
 
+class Chain(Function):
+    """Refuses second derivatives."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, engine: "Engine", *parameters: Tensor) -> Tensor:
+        ctx.engine, ctx.before = engine, []
+        for pair in engine.pairs:
+            x, before = engine.through(pair, x)
+            ctx.before.append(before)
+        engine.kept(ctx, x)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return taken_back(ctx, dy)
+
+
+def taken_back(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a chain's arguments, computed from that of its output."""
+    engine, found = ctx.engine, {}
+    y = engine.rebuilt_from(ctx)
+    for pair, before in zip(reversed(engine.pairs), reversed(ctx.before), strict=True):
+        y, dy = engine.back(pair, before, y, dy, found)
+    return dy, None, *engine.delivered(found)
+
+
 class Engine(nn.Module):
     """A chain of additive couplings. Buffers, random numbers, autocast and hooks are taken care of."""
+
+    function: type[Function] = Chain
 
     def __init__(self, *pairs: Pair):
         super().__init__()
         self.pairs = nn.ModuleList(pairs or [Pair()])
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Chain.apply(x, self, *self.parameters())
+        return self.function.apply(x, self, *self.parameters())
 
     def inverse(self, y: Tensor) -> Tensor:
         for pair in reversed(self.pairs):
@@ -139,25 +169,6 @@ class Engine(nn.Module):
     def delivered(self, found: dict) -> list[Tensor | None]:
         """The gradients that autograd is given for the parameters."""
         return [found.get(p) for p in self.parameters()]
-
-
-class _Chain(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, engine: Engine, *parameters: Tensor) -> Tensor:
-        ctx.engine, ctx.before = engine, []
-        for pair in engine.pairs:
-            x, before = engine.through(pair, x)
-            ctx.before.append(before)
-        engine.kept(ctx, x)
-        return x
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        engine, found = ctx.engine, {}
-        y = engine.rebuilt_from(ctx)
-        for pair, before in zip(reversed(engine.pairs), reversed(ctx.before), strict=True):
-            y, dy = engine.back(pair, before, y, dy, found)
-        return dy, None, *engine.delivered(found)
 
 
 def _put(branch: nn.Module, values: list[Tensor]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from properties.zoo.engine import Before, Engine, Pair, chain_of
+from properties.zoo.engine import Before, Chain, Engine, Pair, chain_of, taken_back
 from properties.zoo.specimen import Own, branch, dropping, halves, whole
 
 
@@ -132,6 +132,27 @@ class InOrderOfTheTrained(Engine):
     def delivered(self, found: dict) -> list[Tensor | None]:
         trained = [found.get(p) for p in self.parameters() if p.requires_grad]
         return trained + [None] * (len(list(self.parameters())) - len(trained))
+
+
+class DifferentiatedTwice(Chain):
+    """Does not refuse second derivatives, although ``Engine.differentiated`` detaches what they are made of."""
+
+    @staticmethod
+    def backward(ctx, dy):
+        return taken_back(ctx, dy)
+
+
+class HalfTheGraph(Engine):
+    """Its gradients have the graph of the sums dy1 + dG and dy2 + dF, but not that of the branches."""
+
+    function = DifferentiatedTwice
+
+
+class NoGraph(HalfTheGraph):
+    """Its gradients have no graph, and no error either."""
+
+    def back(self, pair, before, y, dy, found):
+        return super().back(pair, before, y, dy.detach(), found)
 
 
 class Overwriting(Engine):

@@ -12,11 +12,13 @@ from properties.zoo.gradient_blocks import (
     FFromOld,
     GDetached,
     HalfPrecision,
+    HalfTheGraph,
     InOrderOfTheTrained,
     InPlaceAfter,
     InputsAlone,
     KeepEvery,
     Mixing,
+    NoGraph,
     NotInverted,
     OneMaskForBoth,
     OtherMask,
@@ -37,6 +39,7 @@ from properties.zoo.inverse_blocks import keeping
 from properties.zoo.specimen import Own, dropping, fault, normalised
 
 DIFFERENCES = "gradients = finite differences"
+SECOND = "second derivatives = finite differences"
 INPUTS = "gradients of inputs"
 PARAMETERS = "gradients of parameters"
 engine_fault = partial(fault, law="gradients", claim=DIFFERENCES, wrap=False)
@@ -125,6 +128,20 @@ FAULTS = [
         "frozen",
         wrap=False,
         chain=chain_of(InOrderOfTheTrained),
+    ),
+    engine_fault(
+        "second derivatives without the branches",
+        "their graph is detached",
+        claim=SECOND,
+        says="in a gradient penalty, the gradient of .* is wrong.*once_differentiable",
+        **of(HalfTheGraph),
+    ),
+    engine_fault(
+        "gradients without a graph",
+        "a penalty on them changes nothing",
+        claim=SECOND,
+        says="silently ignored.*once_differentiable",
+        **of(NoGraph),
     ),
     fault(
         "gradient overwritten",

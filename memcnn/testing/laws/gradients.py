@@ -27,9 +27,10 @@ from memcnn.testing.laws.passes import second_step_is_plain
 from memcnn.testing.laws.precision import stay_in_float64
 from memcnn.testing.laws.result import NEEDS_NO_INVERSE, Report, Result
 from memcnn.testing.laws.rounding import condition_numbers, named
+from memcnn.testing.laws.second import LIKE_DIFFERENCES, LIKE_PLAIN, like_differences, like_plain
 from memcnn.testing.laws.settled import settled
 from memcnn.testing.laws.subject import NotRunnable, Subject
-from memcnn.testing.laws.subsets import gradients_with_frozen_parameters, gradients_without_inputs, second_derivatives
+from memcnn.testing.laws.subsets import gradients_with_frozen_parameters, gradients_without_inputs
 from memcnn.testing.laws.twin import NamedTensors, Outcome, is_dense, is_wrapped, relative_errors, worst
 from memcnn.testing.tolerances import distance, tolerance
 
@@ -38,7 +39,7 @@ IN_FLOAT64 = "backward computes in float64 where forward does"
 SUBSETS = {
     "parameters get gradients where no input requires one": gradients_without_inputs,
     "a frozen parameter changes no other gradient": gradients_with_frozen_parameters,
-    "second derivatives = plain backpropagation's": second_derivatives,
+    LIKE_PLAIN: like_plain,
 }
 KINDS = "outputs", "gradients of inputs", "gradients of parameters"
 
@@ -92,16 +93,24 @@ def _results(subject: Subject, finite_differences: bool) -> list[Result]:
     if subject.dtype != torch.float64:
         results += _like_plain(exact, " in float64")
     if finite_differences:
-        results.append(like_finite_differences(exact))
-        if any(p.requires_grad for p in subject.module.parameters()) and results[-1].verdict == "PASS":
-            results.append(like_finite_differences_when_moved(exact))
-            if hides_a_sign(subject.module) and results[-1].verdict == "PASS":
-                results.append(
-                    guarded("gradients", DIFFERENCES + WHEN_MIRRORED, like_finite_differences_when_mirrored, exact)
-                )
-        results.append(guarded("gradients", THROUGH_INVERSE, through_inverse, exact, THROUGH_INVERSE))
+        results += _like_differences(exact)
     results.append(guarded("gradients", IN_FLOAT64, stay_in_float64, exact, IN_FLOAT64))
     return [*results, *_there(subsets)]
+
+
+def _like_differences(subject: Subject) -> list[Result]:
+    """Compare gradients with finite differences: here, with moved parameters, and through the inverse."""
+    results = [like_finite_differences(subject)]
+    if results[0].verdict == "PASS":
+        if any(p.requires_grad for p in subject.module.parameters()):
+            results.append(like_finite_differences_when_moved(subject))
+            if hides_a_sign(subject.module) and results[-1].verdict == "PASS":
+                claim = DIFFERENCES + WHEN_MIRRORED
+                results.append(guarded("gradients", claim, like_finite_differences_when_mirrored, subject))
+        if subject.plain() is None:
+            results.append(guarded("gradients", LIKE_DIFFERENCES, like_differences, subject, LIKE_DIFFERENCES))
+    results.append(guarded("gradients", THROUGH_INVERSE, through_inverse, subject, THROUGH_INVERSE))
+    return results
 
 
 def _there(results: Iterable[Result | None]) -> list[Result]:

@@ -35,8 +35,8 @@ def two_steps_do_not_mix(subject: Subject, claim: str) -> Result:
         "state",
         claim,
         worst(errors)[1],
-        "a second forward pass before the backward pass of the first changes the gradients: the module "
-        "keeps a pass's values on itself",
+        "a second forward pass before the backward pass of the first changes the gradients: the two passes share "
+        "what forward leaves behind, such as values kept on the module or hooks on its parameters",
     )
 
 

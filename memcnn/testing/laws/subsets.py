@@ -1,17 +1,14 @@
-"""Claims of the law of gradients: which tensors require one changes no other, and second derivatives are right."""
+"""Claims of the law of gradients: which tensors require a gradient does not change the other gradients."""
 
 import math
 import warnings
-
-import torch
-from torch import Tensor, nn
 
 from memcnn.testing.laws.guard import described, is_ours
 from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.result import Result
 from memcnn.testing.laws.rounding import condition_numbers, named
 from memcnn.testing.laws.subject import Subject
-from memcnn.testing.laws.twin import NamedTensors, is_finite, relative_errors, run, worst
+from memcnn.testing.laws.twin import NamedTensors, relative_errors, run, worst
 
 REENTRANT = "None of the inputs have requires_grad=True"
 NO_PARAMETERS = "no parameter requires a gradient"
@@ -71,59 +68,6 @@ def gradients_with_frozen_parameters(subject: Subject, claim: str) -> Result:
         rest = {name for name in wanted if name not in frozen}
         results.append(_compared(subject, claim, got, wanted, rest, f"with {which} frozen"))
     return next((result for result in results if result.failed), results[0])
-
-
-def second_derivatives(subject: Subject, claim: str) -> Result | None:
-    """Compare the gradients of a penalty on the inputs' gradients with plain backpropagation's, if there is a twin."""
-    twin = subject.plain()
-    if twin is None or subject.autocast:
-        return None
-    try:
-        wanted = _of_penalty(subject, twin)
-    except Exception as exception:
-        return Result("gradients", claim, skipped=f"plain backpropagation raised {described(exception)}")
-    if not wanted or not is_finite(wanted.values()):
-        return Result("gradients", claim, skipped="plain backpropagation gives no finite second derivatives here")
-    got = _of_penalty(subject, subject.trained())
-    limit = Limit(
-        subject.dtype,
-        4 * subject.depth,
-        conditions=condition_numbers(
-            subject, lambda s: _of_penalty(s, s.trained()), lambda s: _of_penalty(s, s.twin())
-        ),
-    )
-    name, error = worst(relative_errors(got, wanted))
-    return limit.judge(
-        "gradients",
-        claim,
-        error,
-        f"the gradient penalty's gradient of {name} is another one than plain backpropagation's",
-    )
-
-
-def _of_penalty(subject: Subject, module: nn.Module) -> NamedTensors:
-    """Return the gradients of the sum of squares of the inputs' gradients; empty where these are constant."""
-    found: dict[str, Tensor | None] = {}
-
-    def program(module: nn.Module, *inputs: Tensor) -> None:
-        leaves = [x for x in inputs if x.requires_grad]
-        loss = subject.loss([y.sin() for y in subject.call(module, *inputs) if y.is_floating_point()])
-        if not loss.requires_grad:
-            return
-        first = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-        penalty = sum(g.square().sum() for g in first if g is not None)
-        if not isinstance(penalty, Tensor) or not penalty.requires_grad:
-            return
-        tensors = [(f"input {i}", x) for i, x in enumerate(inputs) if x.requires_grad]
-        tensors += [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        second = torch.autograd.grad(penalty, [x for _, x in tensors], allow_unused=True)
-        for i, (g, (_, x)) in enumerate(zip(second, tensors, strict=True)):
-            found[str(i)] = torch.zeros_like(x) if g is None else g
-
-    subject.run(module, program)
-    names = [f"input {i}" for i, x in enumerate(subject.inputs) if x.is_floating_point()]
-    names += [name for name, p in subject.module.named_parameters() if p.requires_grad]
-    return {names[int(i)]: gradient for i, gradient in found.items()}
 
 
 def _wanted(subject: Subject) -> NamedTensors | str:
