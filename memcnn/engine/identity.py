@@ -26,6 +26,6 @@ def refuse_unless_lazy(x: Tensor, what: str) -> None:
         )
 
 
-def modified_input(name: str, fix: str = "make its first operation an out-of-place one") -> RuntimeError:
+def modified_input_error(name: str, fix: str = "make its first operation an out-of-place one") -> RuntimeError:
     """Return the error for a module that has changed its input."""
     return RuntimeError(f"{name} modifies its input in place, so that the block cannot be inverted: {fix}")

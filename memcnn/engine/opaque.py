@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from memcnn.engine.arguments import Arguments, refuse_inference
-from memcnn.engine.chain import Value, dense, rebuild_from, rebuilding, tag, value_of_whole
+from memcnn.engine.chain import Value, dense, evaluation_lock, rebuild_from, tag, value_of_whole
 from memcnn.engine.recompute import Recomputation
 from memcnn.engine.rounding import relative_error
 from memcnn.engine.second import SecondEvaluation
@@ -49,7 +49,7 @@ def call_opaque(
     # a kept input has a value of its own, which no nested block forgets
     values = [Value(x) if keep_input else value_of_whole(x) or Value(x) for x in inputs if is_stream(x)]
     inputs = [dense(x) if is_stream(x) else x for x in inputs]
-    with rebuilding:
+    with evaluation_lock:
         step = OpaqueModule(run, undo, module, inputs, kwargs, values, log_det, options | {"keep_input": keep_input})
         result = step.evaluate(run, *inputs, **kwargs)
     step.finish(result)

@@ -1,6 +1,6 @@
 """The law of gradients: they are those of a network's plain twin, and those of finite differences.
 
-The plain twin is a copy of the network whose wrappers have ``disable = True``, so that autograd stores every activation.
+The plain twin is a copy of the network whose wrappers have ``disable = True``: autograd stores every activation.
 """
 
 import pytest
