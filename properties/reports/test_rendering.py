@@ -278,8 +278,8 @@ def test_the_runs_of_a_cell_are_one_sentence_in_the_order_of_the_table(full, tmp
     device = f"{full().device['name']} (2 threads)"
     assert lines == [
         f"ResNet-32 on CIFAR-10: 3 full runs: 1 on {device} (execution: bf16), 2 on {device} (execution: float32).",
-        f"RevNet-38 on CIFAR-10: 1 full run on {device}.",
-        f"ResNet-32 on CIFAR-100: 1 full run on {device}.",
+        f"RevNet-38 on CIFAR-10: 1 full run on {device} (execution: float32).",
+        f"ResNet-32 on CIFAR-100: 1 full run on {device} (execution: float32).",
     ]
 
 
