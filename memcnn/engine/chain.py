@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ThreadState(threading.local):
-    """What a block must know about the code that calls it, such as the recording that is running.
+    """The state of the calling code that a block must know, such as the recording that is running.
 
     Each thread has its own, because several threads may be within a block, as under ``nn.DataParallel``.
     """
@@ -201,7 +201,7 @@ _TAG = "memcnn.values"
 
 
 class Tag(NamedTuple):
-    """What a block attaches to its output, for the block that receives it.
+    """The values that a block attaches to its output, for the block that receives it.
 
     The references to the values are weak, because the graph outlives rebuilt tensors. Links hold the values they need.
     """

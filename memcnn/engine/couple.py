@@ -78,7 +78,7 @@ def couple(
 
 
 class Change(NamedTuple):
-    """How a half is changed: the arguments of ``couple`` other than the halves and the branch."""
+    """The change of a half: the arguments of ``couple`` other than the halves and the branch."""
 
     forward: Callable
     inverse: Callable

@@ -1,4 +1,4 @@
-"""What a run that goes the direct way computes, forward and backward. direct.py explains it and the words used here."""
+"""Compute a run that goes the direct way, forward and backward. direct.py explains it and the words used here."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -53,7 +53,7 @@ class DirectRun(Link):
         self.gradients: dict[int, list[Tensor]] = {}
         """The gradients of y1 and y2. The key is the number of the backward pass that computed them."""
         self.packed = 0
-        """How many tensors ``RunStart`` has saved."""
+        """Number of tensors that ``RunStart`` has saved."""
         self.inputs: Sequence[Tensor] = ()
         """The rebuilt x1 and x2, while ``RunStart`` reads its saved tensors."""
 
@@ -128,7 +128,7 @@ class DirectRun(Link):
 
         Args:
             wanted: for x1, x2 and each parameter, whether its gradient is asked for.
-            gradients: those of y1 and y2, replaced by those of x1 and x2.
+            gradients: the gradients of y1 and y2. They are replaced by the gradients of x1 and x2.
             frees: drop the tensors of y1 and y2.
 
         Returns:
@@ -178,8 +178,9 @@ class DirectRun(Link):
         Args:
             i: the number of the step.
             layers: the layers of its branch F.
-            halves: y and b. y is replaced by a.
-            gradients: those of y and b. The latter receives what passes through F. The gradient of a is that of y.
+            halves: y and b, where y is at position ``changed``. y is replaced by a.
+            gradients: the gradients of y and b. What passes through F is added to the gradient of b. The gradient of y
+                stays, because it is also the gradient of a.
             leaves: the parameters of F whose gradients are wanted.
             differentiates_b: whether the gradient of b is needed.
             restores: whether a is needed; None takes its place otherwise.
@@ -199,9 +200,10 @@ class DirectRun(Link):
         inputs = [b, *leaves] if differentiates_b else leaves
         del b
         gradient = gradients[changed] if self.apply_sum is plus else -gradients[changed]
-        of_b, *of_leaves = gradients_of(edge, gradient, inputs)
+        of_inputs = gradients_of(edge, gradient, inputs)
         if not differentiates_b:
-            return [of_b, *of_leaves]
+            return [*of_inputs]
+        of_b, *of_leaves = of_inputs
         if of_b is not None:
             gradients[1 - changed] = gradients[1 - changed] + of_b
         return of_leaves

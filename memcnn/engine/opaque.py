@@ -85,7 +85,7 @@ class OpaqueModule(Recomputation):
         self.kinds = [(x.dtype, tuple(x.shape)) for x in streams]
         super().__init__(module, streams, targets, **options)
         self.results: list = []
-        """What the forward evaluation returned, with ``_STREAM`` in place of each stream. ``undo`` needs the rest."""
+        """The outputs of the forward evaluation, with ``_STREAM`` in place of each stream. ``undo`` needs the rest."""
 
     def finish(self, result: object) -> None:
         """End the forward evaluation: make values for the streams in ``result``, and complete the step."""

@@ -55,7 +55,7 @@ _PLAIN_DEFINITIONS = frozenset(vars(type("Plain", (nn.Sequential,), {}))) | {
     *("__init__", "__annotations__", "__annotate_func__", "__annotations_cache__", "__firstlineno__"),
     "__static_attributes__",
 }
-"""What a subclass of ``nn.Sequential`` may define without changing what it computes."""
+"""Names that a subclass of ``nn.Sequential`` may define without changing its results."""
 
 Names = tuple[str, ...]
 
@@ -64,7 +64,7 @@ ParameterStates = list[tuple[bool, int, int]]
 
 
 class ClassEntry(NamedTuple):
-    """What a survey knows of a class of modules.
+    """The facts about a class of modules that a survey needs.
 
     Attributes:
         size: number of attributes of an instance; -1 if the class is not quiet.
