@@ -1,5 +1,7 @@
 """The sentences under the tables: the meaning of each column, which runs count, and the command for missing runs."""
 
+from itertools import product
+
 import pandas as pd
 
 from memcnn.models.resnet import MODELS
@@ -55,6 +57,10 @@ MEMORY = (
     "Every record at batch 100 with the engine on counts, because neither the length of a run nor its data change the "
     "shapes. If measurements differ, the table shows the smallest and the largest; “of published” uses the largest.",
 )
+
+
+RUNS = "n: the number of full runs, each with another seed."
+SHARED = "Shared by N: up to N runs trained on the device at once, so each took longer than it would alone."
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -121,14 +127,19 @@ def _time(hours: float) -> str:
 
 
 def executions(runs: pd.DataFrame) -> list[str]:
-    """Return a sentence for each device and execution of the full runs in the main table."""
+    """Return a sentence for each cell of the main table with full runs: the device and the execution of each run."""
     full = runs[runs["full"]]
     lines = []
-    for (device, execution), group in full.groupby(["device", "execution"], sort=True):
-        pairs = dict.fromkeys(zip(group["model"], group["dataset"], strict=True))
-        cells = ", ".join(f"{LABELS[model]} on {LABELS[dataset]}" for model, dataset in pairs)
-        how = f" (execution: {execution})" if execution else ""
-        lines.append(f"{cells}: {_count(len(group))} on {device}{how}.")
+    for dataset, model in product(DATASETS, MODELS):
+        rows = full[(full["model"] == model) & (full["dataset"] == dataset)]
+        parts = {
+            f"on {device}" + (f" (execution: {execution})" if execution else ""): len(part)
+            for (device, execution), part in rows.groupby(["device", "execution"], sort=True)
+        }
+        if parts:
+            several = ": " + ", ".join(f"{number} {how}" for how, number in parts.items())
+            how = several if len(parts) > 1 else f" {next(iter(parts))}"
+            lines.append(f"{LABELS[model]} on {LABELS[dataset]}: {_count(len(rows))}{how}.")
     return lines
 
 

@@ -26,7 +26,7 @@ class NoPlace(ValueError):
 
 
 def block(report: Report) -> str:
-    """Return both data sets as one Markdown table, with sentences about the runs.
+    """Return both data sets as one Markdown table, a list with the runs of each cell, and what the cells say.
 
     The report must hold only committed records, because a reader of the README has no others.
     """
@@ -38,9 +38,9 @@ def block(report: Report) -> str:
             pairs = zip(table[group, "accuracy %"], table[group, "time"], strict=True)
             columns["", f"{label} {name}"] = [f"{accuracy}, {time}" for accuracy, time in pairs]
         columns["", f"{label} this project"] = [_ours(row) for _, row in table[cells.OURS].iterrows()]
-    lines = [text.markdown(pd.DataFrame(columns))]
-    lines += [" ".join(text.escape_markdown(line) for line in [*notes.executions(report.runs), *_state(report)])]
-    return "\n\n".join(lines)
+    runs = "\n".join(f"- {text.escape_markdown(line)}" for line in notes.executions(report.runs))
+    state = text.escape_markdown(" ".join(_state(report)))
+    return "\n\n".join(part for part in (text.markdown(pd.DataFrame(columns)), state, runs) if part)
 
 
 def _ours(row: pd.Series) -> str:
@@ -54,8 +54,12 @@ def _ours(row: pd.Series) -> str:
 
 
 def _state(report: Report) -> list[str]:
+    """Return sentences that explain the cells and count their verdicts."""
     empty = int((report.results["n"] == 0).sum())
-    sentences = [notes.summary(report.results)]
+    sentences = [notes.RUNS] if empty < len(report.results) else []
+    if (report.results["shared_by"] > 1).any():
+        sentences.append(notes.SHARED)
+    sentences.append(notes.summary(report.results))
     if empty:
         sentences.append(f"A dash: no full run ({empty} of {len(report.results)}).")
     return sentences

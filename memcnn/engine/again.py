@@ -14,11 +14,14 @@ if TYPE_CHECKING:
 
 
 class Again:
-    """The context of a further evaluation.
+    """The context of a further evaluation, which sees what the first one saw.
 
     Args:
         replay: what the first evaluation saw.
         compare: raise a RuntimeError if the generators do not end in the state where the first evaluation left them.
+
+    Attributes:
+        undo: calls, each a function and its arguments. They are made in reverse order when the context ends.
     """
 
     def __init__(self, replay: "Replay | QuietReplay", compare: bool):
@@ -59,8 +62,8 @@ def _run_backwards(undo: list[tuple]) -> None:
 def exchange(registry: dict, name: str, then: Tensor, undo: list[tuple]) -> None:
     """Register ``then`` again in place of what replaced it.
 
-    ``functional_call`` and assignments such as ``self.buffer = x`` replace tensors. Tensors of a subclass belong to
-    FSDP, which exchanges them itself.
+    ``functional_call`` and assignments such as ``self.buffer = x`` replace tensors. Tensors of a subclass are left
+    alone: they belong to FSDP, which exchanges them itself. ``undo`` receives the call that undoes this.
     """
     now = registry.get(name)
     if type(then) in (Tensor, nn.Parameter) and (type(now) in (Tensor, nn.Parameter) or not isinstance(now, Tensor)):
@@ -69,7 +72,12 @@ def exchange(registry: dict, name: str, then: Tensor, undo: list[tuple]) -> None
 
 
 def restore_autocast(states: Sequence[tuple[str, torch.dtype | None, bool, bool]], undo: list[tuple]) -> None:
-    """Set autocast as noted: device type, dtype, enabled, cached. ``undo`` receives the calls that undo this."""
+    """Set autocast for each device type. ``undo`` receives the calls that undo this.
+
+    Args:
+        states: device type, dtype, whether autocast is enabled, and whether it caches weights, for each device type.
+        undo: see ``Again``.
+    """
     for kind, dtype, enabled, caches in states:
         if enabled or torch.is_autocast_enabled(kind):
             autocast = torch.autocast(kind, dtype, enabled, caches)

@@ -1,4 +1,4 @@
-"""Arguments of a module that are not rebuilt. They are stored, and used again in backward."""
+"""Arguments of a module that are not rebuilt: they are stored in the forward pass and used again in backward."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +13,7 @@ class Arguments:
     not copied. If one was modified in place, ``read`` raises a RuntimeError.
 
     Args:
-        name: the module, for messages.
+        name: the name of the module, for messages.
         positional: positional arguments to store.
         keywords: keyword arguments to store.
     """

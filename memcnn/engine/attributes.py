@@ -10,27 +10,27 @@ from torch import Tensor, nn
 _WORDS = {bool, int, float, complex, str, bytes, NoneType}
 _NAMES = {type, FunctionType, BuiltinFunctionType, torch.dtype, torch.device}
 SCALARS = frozenset(_WORDS | _NAMES)
-"""Types of the attributes that are noted, alone and in tuples.
+"""Types of the attributes that are noted. Tuples of such values are noted too.
 
-Tensors and containers have notes of their own (``memcnn.engine.references``). Other objects could hold tensors, which a
-note would keep alive.
+references.py notes tensors and containers. Other objects are not noted: they could hold tensors, which would then be
+kept alive.
 """
 
 BASE_ATTRIBUTES = len(vars(nn.Module()))
 """Number of attributes that ``nn.Module`` itself sets, before all others."""
 
 Attributes = tuple[dict[str, object], tuple[str, ...], tuple]
-"""Some attributes of a module: its dictionary, their names, and their values when they were noted."""
+"""Some attributes of a module: ``vars(module)``, their names, and their values when they were noted."""
 
 
 def present(then: Attributes) -> Attributes:
-    """Return the same attributes with their present values; None for one that was deleted."""
+    """Return the same attributes with their present values. A deleted attribute has the value None."""
     own, names, _ = then
     return own, names, tuple(map(own.get, names))
 
 
 def have_changed(then: Attributes) -> bool:
-    """Return whether attributes have other values than when they were noted."""
+    """Return whether an attribute has another value than when it was noted."""
     own, names, values = then
     return not all(map(is_, values, map(own.get, names))) and any(
         a is not b and (type(a) is not type(b) or a != b) for a, b in zip(values, map(own.get, names), strict=True)
@@ -38,7 +38,10 @@ def have_changed(then: Attributes) -> bool:
 
 
 def defaults_hidden(then: Attributes, kind: type) -> tuple[str, ...]:
-    """Return the names of new attributes that hide one of the class, such as ``calls = 0`` in the class body."""
+    """Return the names of attributes set since ``then`` that hide an attribute of the class ``kind``.
+
+    An example is ``self.calls += 1``, where the class body has ``calls = 0``.
+    """
     own, names, _ = then
     return tuple(
         [
@@ -50,14 +53,14 @@ def defaults_hidden(then: Attributes, kind: type) -> tuple[str, ...]:
 
 
 def expose_defaults(own: dict[str, object], names: tuple[str, ...], undo: list[tuple]) -> None:
-    """Remove attributes that hide those of the class. ``undo`` receives the call that undoes this."""
+    """Remove attributes that hide attributes of the class. ``undo`` receives the call that undoes this."""
     undo.append((own.update, {name: own.pop(name) for name in names if name in own}))
 
 
 def set_again(then: Attributes, undo: list[tuple]) -> None:
     """Set the attributes that still exist to the noted values. ``undo`` receives the call that undoes this.
 
-    Where None became an object, such as a log file that the first call opens, the object stays.
+    If None became an object, such as a log file that the first call opens, the object stays.
     """
     own, names, values = then
     before = {
@@ -70,17 +73,19 @@ def set_again(then: Attributes, undo: list[tuple]) -> None:
 
 
 known_classes: dict[type, tuple[int, tuple[str, ...]]] = {}
-"""For PyTorch's own layers: how many attributes an instance has, and the names of those that are fractions.
+"""For PyTorch's own layers: the number of attributes of an instance, and the names of those that are floats.
 
-They change no attribute in their forward function and draw from no generator but PyTorch's. Nobody changes the stride
-of a convolution between forward and backward, while the rate of a dropout has a schedule.
+These layers change no attribute in their forward function and draw from no generator but PyTorch's. Only floats are
+noted, because the rate of a dropout may follow a schedule. Nobody changes the stride of a convolution between forward
+and backward.
 """
 
 
 def known_class(module: nn.Module) -> tuple[int, tuple[str, ...]] | None:
-    """Return the entry of the module's class in ``known_classes``, made if need be; None if it has none.
+    """Return the entry of the module's class in ``known_classes``. Make it if there is none yet.
 
-    An instance with an attribute that its constructor does not set, such as another forward function, has none.
+    Return None if the class is not one of PyTorch's layers, or if this instance has an attribute that its constructor
+    does not set, such as another forward function.
     """
     kind, own = type(module), vars(module)
     if kind.__module__.startswith("torch.nn.modules.") and kind not in known_classes:
@@ -94,7 +99,7 @@ def known_class(module: nn.Module) -> tuple[int, tuple[str, ...]] | None:
 
 
 def noted(module: nn.Module) -> Attributes:
-    """Return the plain attributes of a user's module. For a wrapper of PyTorch's own, return none."""
+    """Return the plain attributes of a user's module. For PyTorch's own wrappers, such as DDP, note no attributes."""
     own = vars(module)
     names = (
         ()

@@ -1,4 +1,4 @@
-"""Buffers: which of them a module modifies, and what a second evaluation must find in them."""
+"""Note which buffers a module modifies, and which values a second evaluation must find in them."""
 
 from typing import NamedTuple
 
@@ -11,19 +11,19 @@ from memcnn.engine.torch_private import BATCH_NORM_FORWARD, NORM_FORWARDS, NormB
 _STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 
 KEPT_BUFFER = 2**20
-"""Largest buffer on a GPU, in bytes, that is copied for backward. Comparing values there would wait for the GPU."""
+"""Size in bytes up to which the copy of a buffer on a GPU is kept for backward. Comparing values would wait for it."""
 
 
 class Buffer(NamedTuple):
     """A buffer as it was before an evaluation.
 
     Attributes:
-        registry: where it is registered, under ``name``.
+        registry: the dictionary that has the buffer under ``name``.
         name: its name.
         tensor: the buffer.
-        before: a copy of its value; None means that a further evaluation begins with the present value.
+        before: a copy of its value. None means that a further evaluation begins with the present value.
         identity: its version and storage.
-        checksum: of its value, to notice changes without a new version; None where it has none.
+        checksum: a checksum of its value, to notice changes without a new version. None if there is none.
         kind: "buffer", or "attribute" for a tensor that is a plain attribute.
     """
 
@@ -37,7 +37,7 @@ class Buffer(NamedTuple):
 
 
 class ReplayedBuffers:
-    """The part of ``Replay`` that looks after buffers.
+    """The part of ``Replay`` for buffers.
 
     ``Replay`` sets the attributes in its constructor. A constructor here would add a call to every evaluation.
     """
@@ -48,20 +48,20 @@ class ReplayedBuffers:
     restored: list[Buffer]
     """Buffers that an evaluation may modify."""
     unchanged: list[tuple[str, str, Tensor, tuple[int, int]]]
-    """Kind, name, tensor and identity of what must not be modified in the meantime."""
+    """Kind, name, tensor and identity of each tensor that must not be modified between the evaluations."""
     checksums: list[tuple[str, str, Tensor, int]]
-    """Kind, name, tensor and checksum of the buffers among them that have one."""
+    """Kind, name, tensor and checksum of those in ``unchanged`` that have a checksum."""
     running_statistics: dict[int, nn.Module]
-    """By id, running statistics of plain BatchNorms that normalise with their batch's statistics."""
+    """The plain BatchNorms in training mode, by the ids of their running means and variances."""
     untracked: dict[nn.Module, None]
-    """BatchNorms that a further evaluation runs without their running statistics, in order.
+    """BatchNorms that a further evaluation runs without their running statistics. The values have no meaning.
 
-    These are the ones whose running statistics autograd saved in the first evaluation, so they run eagerly. Their
-    output does not change without running statistics, and no statistic has to be copied and restored. Compiled code
-    saves other tensors; it would have to be compiled a second time.
+    Their output does not change without running statistics, and no statistic has to be copied and restored. Autograd
+    has saved the running statistics of each of them in the first evaluation, so they were not compiled: compiled code
+    saves other tensors, and would have to be compiled a second time.
     """
     silent: set[int]
-    """Ids of the registries whose buffers change without a new version: those of norms in training mode."""
+    """Ids of the registries of norms in training mode. Their buffers change without a new version."""
 
     def survey_buffers(self, module: nn.Module) -> None:
         """Note the buffers of a module before the first evaluation."""
@@ -69,7 +69,7 @@ class ReplayedBuffers:
         is_norm = isinstance(module, NormBase)
         forward = type(module).forward if is_norm and "forward" not in vars(module) else None
         is_plain = forward is BATCH_NORM_FORWARD and module.track_running_stats and registry.keys() == _STATISTICS
-        # without parameters in float32, autocast would save other types than with running statistics
+        # without a float32 weight, autocast would save other dtypes than with running statistics
         is_plain = is_plain and module.affine
         if is_plain and training:
             self.running_statistics[id(registry["running_mean"])] = module
@@ -103,7 +103,7 @@ class ReplayedBuffers:
             set_by: ids of the ``_parameters`` of the modules that set their own parameters in it.
         """
         initialised = {id(m._buffers) for m, _ in self.modes if id(m._parameters) in set_by} if set_by else set_by
-        # torch moves running statistics without a new version; a branch that moves them itself has them restored
+        # PyTorch updates running statistics without a new version. If a branch updates them itself, restore them.
         moved = {
             id(b.registry)
             for b in self.restored
@@ -124,7 +124,7 @@ class ReplayedBuffers:
             ]
 
     def _note_buffer(self, buffer: Buffer, initialised: bool) -> None:
-        """Note whether the first evaluation modified a buffer, and keep the value it began with if it may have."""
+        """Note whether the first evaluation modified a buffer. If it may have, keep the value that it began with."""
         registry, name, b, before, value, bits, kind = buffer
         if initialised and (now := registry.get(name)) is not None:
             # the layer may note here that it is initialised: a further evaluation begins with that

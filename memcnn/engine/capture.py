@@ -1,4 +1,6 @@
-"""What a reversible block cannot do while a CUDA graph is captured: read values, which no kernel has computed yet.
+"""Refuse what a reversible block cannot do during the capture of a CUDA graph, such as reading a value.
+
+No kernel runs during a capture, so no value has been computed yet.
 
 The recomputation itself can be captured. Its kernels become part of the graph, and its Python code runs only during the
 capture.
@@ -28,7 +30,7 @@ class NoRandomNumbers(TorchDispatchMode):
     The state of a captured generator cannot be restored for the recomputation.
 
     Args:
-        name: the module, for the message.
+        name: the name of the module, for the message.
     """
 
     def __init__(self, name: str):

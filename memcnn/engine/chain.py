@@ -1,8 +1,8 @@
 """The values between blocks, and the order in which they are rebuilt.
 
 A ``Value`` stands for one tensor of a chain of blocks. The end of the chain is stored. Every other value has a ``Link``
-that rebuilds it from later values (rule 3 in ``recompute``). ``tag`` leaves the values with a block's output, where the
-next block finds them.
+that rebuilds it from later values (rule 3 in recompute.py). Most links are steps (``Recomputation``); the others are
+``Rearrangement`` and ``DirectRun``. ``tag`` attaches the values to a block's output, where the next block finds them.
 """
 
 import threading
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ThreadState(threading.local):
-    """What a block must know about the code that calls it.
+    """The state of the calling code that a block must know, such as the recording that is running.
 
     Each thread has its own, because several threads may be within a block, as under ``nn.DataParallel``.
     """
@@ -34,18 +34,18 @@ class ThreadState(threading.local):
     storing = False
     """True while blocks store their activations, as under ordinary autograd."""
     noted_sources: "list[weakref.ref[Value]] | None" = None
-    """The ends of nested chains: sources of the steps that were completed within the running branch."""
+    """The sources of all steps completed within the running branch, ends of nested chains among them; else None."""
 
 
 thread_state = ThreadState()
 
-rebuilding = threading.RLock()
+evaluation_lock = threading.RLock()
 """Held during every evaluation of a branch, the first and the second: they read and set generators, buffers and modes
 that all threads share. Blocks of several threads therefore take turns."""
 
 
 class Value(Stored):
-    """One tensor of a chain: stored, or rebuilt by the link that consumed it."""
+    """One tensor of a chain: stored, or rebuilt by ``link``, which dropped it."""
 
     __slots__ = ("link", "pending_reads")
 
@@ -69,6 +69,8 @@ class Value(Stored):
 class Link:
     """Rebuilds its ``targets`` from its ``sources``.
 
+    ``sources`` is None until ``complete``, then the values to rebuild from. When they are no longer needed, it is ().
+
     References point from targets to link to sources. A link refers to its targets weakly, except to those that it
     keeps, which hold no link. There are no cycles, so that reference counting frees everything.
     """
@@ -76,10 +78,10 @@ class Link:
     def __init__(self, targets: Sequence[Value], *, keep: bool = False):
         self.targets = [weakref.ref(value) for value in targets]
         self.kept = targets if keep else ()
-        self.sources: Sequence[Value] | None = None  # None during the forward evaluation
+        self.sources: Sequence[Value] | None = None
 
     def complete(self, sources: Sequence[Value]) -> None:
-        """Let the targets hold this link instead of their tensors, unless they are kept or another link has them."""
+        """Let the targets refer to this link instead of their tensors, unless they are kept or have another link."""
         self.sources = sources
         if not self.kept:
             self._take(self.targets)
@@ -89,11 +91,13 @@ class Link:
         raise NotImplementedError
 
     def _take(self, values: Sequence[weakref.ref[Value]]) -> None:
+        """Drop the tensors of those values that have no link yet. This link rebuilds them."""
         for reference in values:
             if (value := reference()) is not None and value.link is None:
                 value.tensor, value.link = None, self
 
     def _give(self, values: Sequence[weakref.ref[Value]], tensors: Sequence[Tensor | None], keep_graph: bool) -> None:
+        """Store the rebuilt tensors in those values that are still alive and have none."""
         for reference, tensor in zip(values, tensors, strict=True):
             if (value := reference()) is not None and value.tensor is None and tensor is not None:
                 value.store(tensor)
@@ -129,7 +133,7 @@ def rebuild(first: Link, action: Callable[[bool], Any] | None = None) -> Any:
         action: called with ``keep_graph`` in place of ``first.rebuild``. Its result is returned.
     """
     keep_graph, link, result = keeps_graph(), first, None
-    with rebuilding:
+    with evaluation_lock:
         waiting = [(link, _count_readers(link.sources, 1))]
         try:
             while waiting:
@@ -151,6 +155,7 @@ def rebuild(first: Link, action: Callable[[bool], Any] | None = None) -> Any:
 
 
 def _count_readers(values: Sequence[Value], change: int) -> Sequence[Value]:
+    """Add ``change`` to the number of pending reads of each value. Return the values."""
     for value in values:
         value.pending_reads += change
     return values
@@ -172,10 +177,10 @@ def is_storing() -> bool:
 
 
 def dense(x: Tensor) -> Tensor:
-    """Return x, or a copy in the same order of dimensions if x is a view with gaps or overlaps.
+    """Return x, or a dense copy in the same order of dimensions if x is a view with gaps or overlaps.
 
-    A rebuilt tensor has neither gaps nor overlaps, and a kernel may compute other bits or save other tensors for other
-    strides. Compiled code chooses its own kernels and cannot trace the question, so that x is returned as it is.
+    A rebuilt tensor is dense, and kernels may compute other bits or save other tensors for other strides. Compiled code
+    chooses its own kernels, and the compiler cannot trace this check, so there x is returned as it is.
     """
     if torch.compiler.is_compiling() or x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x):
         return x
@@ -183,9 +188,9 @@ def dense(x: Tensor) -> Tensor:
 
 
 def restrided(x: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Return x, or a copy with the strides that the forward evaluation saw, on which kernels depend.
+    """Return x, or a copy with the strides that the forward evaluation saw, because results of kernels depend on them.
 
-    Strides of 0 are not restored: only an elementwise join can have read such a tensor.
+    Strides of 0 are not restored. Only the half that ``couple`` changes can have them, and no branch reads that half.
     """
     if x.stride() == strides or 0 in strides:
         return x
@@ -196,14 +201,15 @@ _TAG = "memcnn.values"
 
 
 class Tag(NamedTuple):
-    """What a block leaves with its output, for the block that receives it.
+    """The values that a block attaches to its output, for the block that receives it.
 
     The references to the values are weak, because the graph outlives rebuilt tensors. Links hold the values they need.
     """
 
     values: Sequence["weakref.ref[Value]"]
     dim: int | None
-    """None if there is one value, that of the tensor itself; else the values are those of its halves along ``dim``."""
+    """None if there is one value, that of the tensor itself. Otherwise the values are those of its halves along
+    ``dim``."""
     grid: Grid | None
     identity: tuple[int, int] | None
 
@@ -212,21 +218,24 @@ _NO_TAG = Tag((), -1, None, None)
 
 
 def tag(y: Tensor, values: Sequence[Value], dim: int | None, grid: Grid | None = None) -> None:
-    """Leave ``values`` with the output y."""
+    """Attach ``values`` to the output y, in the metadata of its graph node."""
     if y.grad_fn is not None:
         metadata: Any = y.grad_fn.metadata  # a dictionary; the stub takes the property for a method
         metadata[_TAG, y.output_nr] = Tag([weakref.ref(value) for value in values], dim, grid, identity(y))
 
 
 def tag_of(x: Tensor) -> Tag:
-    """Return what a block has left with x. Return an empty tag if there is none, or if x was modified since."""
+    """Return what a block has attached to x. Return an empty tag if there is none, or if x was modified since."""
     node: Any = x.grad_fn
     found = node.metadata.get((_TAG, x.output_nr)) if node is not None else None
     return found if found is not None and found.identity == identity(x) else _NO_TAG
 
 
 def value_of_whole(x: Tensor) -> Value | None:
-    """Return the value of x if x is the output of a block and an earlier block needs it, else None."""
+    """Return the value of x as one tensor, not as halves, if a block has attached values to it that are still needed.
+
+    Return None otherwise.
+    """
     found = tag_of(x)
     values = [reference() for reference in found.values]
     if not any(values):
@@ -244,7 +253,7 @@ def value_of_whole(x: Tensor) -> Value | None:
 
 
 def rebuild_from(value: Value, y: Tensor) -> None:
-    """Let the values that a nested block has left with y be rebuilt from ``value``, the value of y."""
+    """Let the values that a nested block has attached to y be rebuilt from ``value``, the value of y."""
     found = tag_of(y)
     if found.values:
         halves = [y] if found.dim is None else y.detach().chunk(2, found.dim)

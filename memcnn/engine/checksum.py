@@ -1,4 +1,4 @@
-"""Sums over the bits of a tensor, which show that it was changed where ``_version`` does not count.
+"""Sums over the bits of a tensor. They reveal changes that ``_version`` does not count.
 
 ``x.data.mul_(2)``, ``x.numpy()[0] = 1`` and kernels of one's own change values without a new version.
 """
@@ -19,7 +19,7 @@ _SMALL = 2**14
 
 
 def fingerprint(x: Tensor) -> Tensor:
-    """Return the sum of the bits of x, taken as integers: a tensor on the device of x, for which nothing waits."""
+    """Return the sum of the bits of x, taken as integers: a tensor on the device of x, without waiting for a GPU."""
     x = torch.view_as_real(x) if x.is_complex() else x
     bits = x.detach().view(_INTEGERS[x.element_size()])
     if bits.dtype is torch.int64:  # values of float64 share zero bits, so that a plain sum soon overflows to 0
@@ -28,7 +28,7 @@ def fingerprint(x: Tensor) -> Tensor:
 
 
 def has_fingerprint(x: Any) -> bool:
-    """Return whether x is an ordinary tensor, whose values exist now."""
+    """Return whether ``fingerprint`` can read x: an ordinary tensor, outside the capture of a CUDA graph."""
     return (
         type(x) in (Tensor, nn.Parameter)
         and x.device.type in ("cpu", "cuda")

@@ -1,6 +1,7 @@
 """``split``, ``couple`` and ``merge``: the three functions that couplings are written with.
 
-They are plain differentiable operations. Within ``recording()`` they forget their activations (see ``recompute``).
+They are plain differentiable operations. Within ``recording()``, ``couple`` saves no activations (see recompute.py),
+and ``split`` and ``merge`` note which tensors are halves of which.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memcnn.engine.arguments import Arguments, refuse_inference
-from memcnn.engine.chain import Rearrangement, Value, dense, rebuilding, tag, tag_of, thread_state, value_of_whole
+from memcnn.engine.chain import Rearrangement, Value, dense, evaluation_lock, tag, tag_of, thread_state, value_of_whole
 from memcnn.engine.checksum import fingerprint
 from memcnn.engine.exact import Grid
 from memcnn.engine.recompute import Recomputation
@@ -64,28 +65,33 @@ def couple(
         a: the half that is changed.
         branch: the module that computes the change.
         b: the other half, the input of ``branch``.
-        forward: called as ``forward(a, h)`` with h = ``branch(b)``; returns a tensor of the shape and dtype of a, or a
-            tuple of such a tensor and further values; nothing is rebuilt from those.
-        inverse: called as ``inverse(out, h)``, returns a.
-        verify: raise a RuntimeError if the recomputation of ``branch(b)`` has other bits.
+        forward: called as ``forward(a, h)`` with h = ``branch(b)``. Returns out, a tensor of the shape and dtype of a,
+            or a tuple whose first item is out. Backward rebuilds a from out alone.
+        inverse: called as ``inverse(out, h)``. Returns a.
+        verify: compare a checksum of the bits of ``branch(b)`` in the forward pass and in the recomputation. If they
+            differ, raise a RuntimeError.
         kwargs: keyword arguments of ``branch``.
     """
     if thread_state.recording is None:
         return forward(a, _evaluated(branch, b, kwargs))
-    return thread_state.recording.couple(a, branch, b, CouplingStep(forward, inverse, verify, kwargs))
+    return thread_state.recording.couple(a, branch, b, Change(forward, inverse, verify, kwargs))
 
 
-class CouplingStep(NamedTuple):
-    """What ``couple`` is given beside the halves and the branch."""
+class Change(NamedTuple):
+    """The change of a half: the arguments of ``couple`` other than the halves and the branch."""
 
-    join: Callable
-    part: Callable
+    forward: Callable
+    inverse: Callable
     verify: bool
     kwargs: Mapping[str, object]
 
 
 def _evaluated(branch: nn.Module, b: Tensor, kwargs: Mapping[str, object]) -> Any:
-    """Return ``branch(b, **kwargs)``. Raise a RuntimeError if it modifies b, which is a half of the input or output."""
+    """Return ``branch(b, **kwargs)``, where b is a half of the block's input or output.
+
+    Raise a RuntimeError if the branch modifies b. That cannot happen if it is given a copy. The compiler cannot trace
+    the check, and a tensor of ``torch.inference_mode()`` has no version to compare.
+    """
     given = dense(b)
     if given is not b or torch.compiler.is_compiling() or b.is_inference():
         return branch(given, **kwargs)
@@ -99,8 +105,8 @@ def _evaluated(branch: nn.Module, b: Tensor, kwargs: Mapping[str, object]) -> An
     return h
 
 
-def misfit(out: Tensor, a: Tensor, branch: nn.Module) -> ValueError:
-    """Return the error for a changed half ``out`` that has not the shape or the dtype of a."""
+def misfit_error(out: Tensor, a: Tensor, branch: nn.Module) -> ValueError:
+    """Return the error for a changed half ``out`` whose shape or dtype is not that of a."""
     return ValueError(
         f"{type(branch).__name__} does not fit its coupling: the half that it changes is {a.dtype} of shape "
         f"{tuple(a.shape)} and would become {out.dtype} of shape {tuple(out.shape)}; let the branch keep both"
@@ -108,7 +114,10 @@ def misfit(out: Tensor, a: Tensor, branch: nn.Module) -> ValueError:
 
 
 def merge(y1: Tensor, y2: Tensor, dim: int, grid: Grid | None = None) -> Tensor:
-    """Return the two halves side by side along ``dim``. They lie on ``grid`` if that is given."""
+    """Return the two halves, concatenated along ``dim``.
+
+    If ``grid`` is given, the caller has rounded both halves to it.
+    """
     y = torch.cat((y1, y2), dim)
     if thread_state.recording is not None:
         thread_state.recording.merge((y1, y2), y, dim % y.dim(), grid)
@@ -116,14 +125,18 @@ def merge(y1: Tensor, y2: Tensor, dim: int, grid: Grid | None = None) -> Tensor:
 
 
 def keep_only(*tensors: Tensor) -> None:
-    """Forget all other tensors: the later blocks of the running recording receive only these."""
+    """Stop tracking every other tensor: later blocks of the running recording receive only ``tensors``."""
     if thread_state.recording is not None:
         thread_state.recording.keep_only(tensors)
 
 
 @contextmanager
 def recording(**options: Any) -> Iterator[None]:
-    """Within this context ``split``, ``couple`` and ``merge`` forget activations. Options as for ``Recomputation``."""
+    """Within this context ``couple`` saves no activations.
+
+    Args:
+        **options: the keyword arguments of ``Recomputation``.
+    """
     previous, thread_state.recording = thread_state.recording, Recording(options)
     try:
         yield
@@ -132,13 +145,14 @@ def recording(**options: Any) -> Iterator[None]:
 
 
 class Recording:
-    """The values of the tensors within one block, or within several that pass on their halves."""
+    """Maps each tensor of one block, or of consecutive blocks that share halves, to its ``Value``."""
 
     def __init__(self, options: dict):
         self.options = options
         self.values: dict[int, tuple[Tensor, Value]] = {}  # the tensor is held, so that its id stays its own
 
     def value(self, x: Tensor) -> Value:
+        """Return the value of x, a new one if x has none."""
         if id(x) not in self.values:
             self.values[id(x)] = x, Value(x)
         return self.values[id(x)][1]
@@ -147,27 +161,30 @@ class Recording:
         self.values = {id(x): (x, self.value(x)) for x in tensors}
 
     def split(self, x: Tensor, halves: Sequence[Tensor], dim: int) -> None:
-        found = tag_of(x)
-        if found.dim == dim:
-            values = [reference() or Value(half) for reference, half in zip(found.values, halves, strict=True)]
-        else:
+        """Note that x was split into ``halves``. If x is the output of a block, relate them to that block's values."""
+        attached = tag_of(x)
+        if attached.dim == dim:  # the block before has merged the same halves: go on with their values
+            values = [reference() or Value(half) for reference, half in zip(attached.values, halves, strict=True)]
+        else:  # the values of x as a whole, if it has any, are rebuilt from these halves
             values = [Value(half) for half in halves]
             if (whole := value_of_whole(x)) is not None:
                 Rearrangement([whole], values, lambda tensors: [torch.cat(tensors, dim)])
         self.values.update((id(half), (half, value)) for half, value in zip(halves, values, strict=True))
 
-    def couple(self, a: Tensor, branch: nn.Module, b: Tensor, how: CouplingStep) -> Any:
+    def couple(self, a: Tensor, branch: nn.Module, b: Tensor, change: Change) -> Any:
+        """Return ``forward(a, branch(b))``, recorded as one step that rebuilds a."""
         source, b = self.value(b), dense(b)
-        with rebuilding:
-            step = CoupledBranch(branch, a, self.value(a), b, how, self.options)
-            result = step.evaluate(step.forward, a, b, how.kwargs)
+        with evaluation_lock:
+            step = CoupledBranch(branch, a, self.value(a), b, change, self.options)
+            result = step.evaluate(step.first_evaluation, a, b, change.kwargs)
         out = result[0] if isinstance(result, tuple) else result
         if out.shape != a.shape or out.dtype != a.dtype:
-            raise misfit(out, a, branch)
+            raise misfit_error(out, a, branch)
         step.complete((self.value(out), source))
         return result
 
     def merge(self, halves: Sequence[Tensor], y: Tensor, dim: int, grid: Grid | None) -> None:
+        """Attach the values of ``halves`` to y. Those that store a tensor now share the memory of y."""
         values = [self.value(half) for half in halves]
         for value, view in zip(values, y.detach().chunk(2, dim), strict=True):
             if value.tensor is not None:
@@ -176,26 +193,32 @@ class Recording:
 
 
 class CoupledBranch(Recomputation):
-    """The step out = join(a, module(b)), undone by a = part(out, module(b)). Its sources are out and b."""
+    """The step out = forward(a, module(b)), undone by a = inverse(out, module(b)). Its sources are out and b.
 
-    def __init__(self, module: nn.Module, a: Tensor, target: Value, b: Tensor, how: CouplingStep, options: dict):
+    ``forward`` and ``inverse`` are those of ``couple``.
+    """
+
+    def __init__(self, module: nn.Module, a: Tensor, target: Value, b: Tensor, change: Change, options: dict):
         super().__init__(module, (a, b), (target,), **options)
-        self.join, self.part, self.verify, kwargs = how
+        self.forward, self.inverse, self.verify, kwargs = change
         self.arguments = Arguments(self.name, (), kwargs) if kwargs else None
         self.fingerprint: Tensor | None = None
 
-    def forward(self, a: Tensor, b: Tensor, kwargs: Mapping[str, object]) -> Tensor | tuple[Tensor, ...]:
+    def first_evaluation(self, a: Tensor, b: Tensor, kwargs: Mapping[str, object]) -> Tensor | tuple[Tensor, ...]:
+        """Return ``forward(a, module(b))``. If ``verify``, note the checksum of the branch's output."""
         h = self.module(b, **kwargs)
         if self.verify:
             self.fingerprint = fingerprint(h)
-        return self.join(a, h)
+        return self.forward(a, h)
 
     def recompute(self, second: SecondEvaluation) -> Sequence[Tensor | None]:
+        """Evaluate the branch again, and return a. Return None for a if nothing needs it."""
         kwargs = self.arguments.read()[1] if self.arguments is not None else NO_KEYWORDS
         out, source = self.sources
         b = self.as_recorded(1, source.read())
         if not second.keep_graph:
-            source.store(b)  # b may be a copy: the view that it replaces would keep a whole output alive
+            # b may be a copy. The tensor that it replaces may be a view, which keeps a whole output alive.
+            source.store(b)
         target = self.targets[0]()
         a = target.read() if target is not None and target.tensor is not None else None
         with self.replay.again():
@@ -206,16 +229,19 @@ class CoupledBranch(Recomputation):
                     "not exact here: use deterministic kernels (torch.use_deterministic_algorithms) and "
                     "the same number of threads in forward and backward, or exact=False"
                 )
-            # a is needed as the target, for the tensors that the join saves, or to compare it (check_inverse)
+            # Rebuild a unless it is stored, if one of these needs it: its value, which another link may read;
+            # ``forward``, if activations are still empty because it saved tensors too; or check_inverse.
             if a is None and (target is not None or not second.is_complete or self.expected):
                 a = self._undone(out.read(), h)
-            if not second.is_complete:  # the join saves tensors too
+            if not second.is_complete:
                 leaf = self.as_recorded(0, a)
-                second.run((leaf, b), self.join, leaf, h)
+                second.run((leaf, b), self.forward, leaf, h)
         return (a,)
 
     def _undone(self, out: Tensor, h: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():  # as in most backward passes, where the context would take as long as the sum
-            return self.part(out, h)
+        """Return ``inverse(out, h)``, without a graph."""
+        # ``no_grad()`` costs as much as the addition, and most backward passes have gradients disabled already
+        if not torch.is_grad_enabled():
+            return self.inverse(out, h)
         with torch.no_grad():
-            return self.part(out, h)
+            return self.inverse(out, h)

@@ -4,12 +4,13 @@ Rounding changes the last bits of a rebuilt value. Where a network amplifies tha
 single step is right. Channels that are constantly 0 are an example: rebuilt they are 1e-8, a BatchNorm multiplies them
 by 316, and the ReLU behind it passes gradients that it should block. State that changed unnoticed shows here as well.
 
-Each branch is watched in its evaluations number 4, 16, 64 and so on, so that the cost vanishes on average. For every
-tensor that autograd saves there, the forward pass notes the norm and the numbers of positive and negative entries. They
-are compared with those of the rebuilt tensor. On a GPU nothing waits: the numbers are read after they have arrived.
+Each branch is watched in its evaluations number 4, 16, 64 and so on, so that the cost vanishes on average. There the
+forward pass notes the norm and the numbers of positive and negative entries of every tensor that autograd saves.
+Backward compares them with those of the rebuilt tensor. On a GPU the numbers are read after they have arrived on the
+CPU, so that nothing waits for them.
 
-A warning names a branch. Each branch is named at most once, and not at all if the warning before, in the same backward
-pass, named one of its kind.
+A warning names a branch, each branch at most once. It is left out if the warning before it, in the same backward pass,
+named a branch with the same class and the same classes of children.
 """
 
 import warnings
@@ -25,7 +26,7 @@ from memcnn.engine.checksum import has_fingerprint
 from memcnn.engine.torch_private import current_backward_pass
 
 SAMPLED = frozenset(4**k for k in range(1, 16))
-"""The evaluations of a branch that are watched, counted from 1. The first three often belong to no training."""
+"""The evaluations of a branch that are watched, counted from 1. The first three are often not part of training."""
 
 
 class Evaluations:
@@ -35,19 +36,19 @@ class Evaluations:
 
 
 evaluations: "weakref.WeakKeyDictionary[nn.Module, Evaluations]" = weakref.WeakKeyDictionary()
-"""The counter of each branch. ``setdefault`` gets it."""
+"""The counter of each branch, made by ``setdefault`` on first use."""
 
 LARGEST_NORM_CHANGE = 0.01
 """Largest relative change of the norm of a saved tensor."""
 LARGEST_SHARE_CHANGE = 0.01
-"""Largest change of the share of positive entries, in a tensor without negative ones: those that a ReLU passes."""
+"""Largest change of the share of positive entries. It applies to tensors without negative entries, as after a ReLU."""
 FEWEST_ENTRIES = 8
-"""Number of entries of a small tensor that may change their sign."""
+"""A change of at most this many positive entries raises no warning, however small the tensor is."""
 LEAST_ROOT_MEAN_SQUARE = 1e-3
-"""Smallest root mean square that a change of norm is related to, because rebuilt zeros are not exactly zero."""
+"""Changes of norm are relative to at least this root mean square, because rebuilt zeros are not exactly zero."""
 
 _covered: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""Branches that a warning has named, or another branch of their kind in the same backward pass."""
+"""Branches that need no warning of their own any more: one named them, or a similar branch in the same pass."""
 _last_warning = ("", -1)
 """The branch that the last warning named, and the number of its backward pass."""
 _GPU = torch.device("cuda")
@@ -56,7 +57,7 @@ _arriving: list[tuple["Drift", "Comparison", Tensor, torch.cuda.Event]] = []
 
 
 class Comparison(NamedTuple):
-    """Numbers and sizes of the saved tensors that are compared."""
+    """The indices and the shapes of the saved tensors that are compared."""
 
     indices: Sequence[int]
     shapes: Sequence[torch.Size]
@@ -77,7 +78,7 @@ class Drift:
         self.then.append(_statistics(tensor))
 
     def note_rebuilt(self, index: int, tensor: Tensor) -> None:
-        """Note the tensor of that number, counted from 0, in the recomputation."""
+        """Note the rebuilt tensor number ``index``, counted from 0."""
         if index < len(self.then) and self.then[index] is not None:
             statistics = _statistics(tensor)
             if statistics is not None and statistics.device == self.then[index].device:
@@ -142,8 +143,8 @@ def read_arrived() -> None:
 def _statistics(x: Tensor) -> Tensor | None:
     """Return the norm and the numbers of positive and negative entries of x, shape (3,), on its device.
 
-    None for a tensor of one dimension: it is no activation, but a statistic. InstanceNorm saves running means, which
-    have moved on in the recomputation and are not used.
+    Return None for a tensor of one dimension: it is no activation, but a statistic. InstanceNorm, for example, saves
+    running means, which are not used and have changed by the time of the recomputation.
     """
     if not has_fingerprint(x) or not x.is_floating_point() or x.dim() < 2 or not x.numel():
         return None

@@ -1,8 +1,8 @@
 """Exact mode: inversion without rounding, so that gradients are bit for bit those of stored activations.
 
-A sum of multiples of 2^-10 (a grid) is exact in float32 up to 2^14: float32 has 24 bits, and up to there it holds every
-multiple. A coupling whose input, F(x2) and G(y1) are rounded to such a grid therefore inverts exactly at any depth.
-Autograd treats the rounding as the identity.
+The multiples of 2^-10 are a grid. float32 has 24 bits, so it represents each multiple up to 2^14 exactly, and sums in
+this range have no rounding error. A coupling whose input, F(x2) and G(y1) are rounded to such a grid therefore inverts
+exactly at any depth. Autograd treats the rounding as the identity.
 """
 
 import math

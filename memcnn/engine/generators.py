@@ -2,9 +2,10 @@
 
 Each kind has a function that reads a state and one that sets it. States are compared by ``==``, or by ``same_state``.
 
-Reading the state of Python's or NumPy's generator takes 15 or 100 us, too long for every evaluation of a branch. Their
-2.5 KB of memory are read in 1 us. NumPy's generator keeps every other number of ``randn`` outside of that memory.
-Therefore its whole state is read at the first evaluation of a module and, if that drew from it, at every later one.
+Reading the state of Python's generator takes 15 us, of NumPy's 100 us: too long for every evaluation of a branch. The
+2.5 KB of memory of either are read in 1 us. But NumPy's generator makes two numbers of ``randn`` at a time and keeps
+the second one outside of that memory. So its whole state is read at the first evaluation of a module and, if that drew
+from it, at every later one.
 """
 
 import ctypes
@@ -53,7 +54,7 @@ def set_rng_state(device: torch.device, state: Tensor) -> None:
 
 
 def same_state(state: Any, other: Any) -> bool:
-    """Return whether two states are the same. They are real tensors, under a mode of fake ones too."""
+    """Return whether two states are the same. States are real tensors even under ``FakeTensorMode``."""
     if isinstance(state, Tensor):
         with disabled_dispatch():
             return torch.equal(state, other)
@@ -64,14 +65,14 @@ def check_drawn(name: str, generators: Sequence[Drawn], initialised: bool) -> No
     """Raise a RuntimeError if a further evaluation has left a generator in another state than the first.
 
     Args:
-        name: the module, for the message.
-        generators: those that the first evaluation drew from.
+        name: the name of the module, for the message.
+        generators: the generators that the first evaluation drew from.
         initialised: whether the first evaluation initialised the module, which a further one does not repeat.
     """
     for source, before, after in generators:
         now = source.read(source.key)
         if initialised and same_state(before, now):
-            continue  # the initialisation drew, and nothing else
+            continue  # only the initialisation drew random numbers
         if after is not None and not same_state(after, now):
             raise RuntimeError(
                 f"{name} drew other random numbers from {source.name} generator in the recomputation than in "
@@ -90,7 +91,7 @@ _PYTHON_LAYOUT = struct.Struct("=i624I")
 
 
 def python_is_readable() -> bool:
-    """Return whether the memory of Python's generator has the layout that is known here, that of CPython."""
+    """Return whether the memory of Python's generator has the layout of CPython, which the functions below read."""
     if type(_PYTHON).__mro__[1].__basicsize__ < object.__basicsize__ + _PYTHON_LAYOUT.size:
         return False
     position, *words = _PYTHON_LAYOUT.unpack(ctypes.string_at(_PYTHON_ADDRESS, _PYTHON_LAYOUT.size))
@@ -123,14 +124,14 @@ _numpy_address = _numpy_default.ctypes.state_address
 
 
 def numpy_memory() -> bytes:
-    """Return the memory of NumPy's generator; its whole state if somebody has set another one."""
+    """Return the memory of NumPy's generator, or its whole state if the user has set another bit generator."""
     if _numpy_bits() is not _numpy_default:
         return _read_numpy()
     return ctypes.string_at(_numpy_address, 2500)
 
 
 def numpy_state_from(memory: bytes) -> bytes:
-    """Return a state with the given memory, and with the number that the generator holds back now."""
+    """Return a state with the given memory. The number that the generator holds back is that of the present state."""
     if len(memory) != _NUMPY_LAYOUT.size:
         return memory
     state = np.random.get_state(legacy=False)
@@ -151,12 +152,12 @@ PYTHON = Source("Python's random", _read_python, _write_python, None)
 NUMPY = Source("NumPy's", _read_numpy, _write_numpy, None)
 
 _without_numpy: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""Modules that have never drawn from NumPy's generator."""
+"""Modules that have not drawn from NumPy's generator in the evaluations so far."""
 _numpy_users: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """Modules that have drawn from it."""
 
 OutsideState = tuple[object, bytes, bytes | None]
-"""The state of Python's generator, the memory of NumPy's, and the latter's whole state if it was read."""
+"""The state of Python's generator, the memory of NumPy's generator, and the whole state of NumPy's if it was read."""
 
 
 def outside_state(module: nn.Module) -> OutsideState:
@@ -165,7 +166,7 @@ def outside_state(module: nn.Module) -> OutsideState:
 
 
 def moved_outside(module: nn.Module, before: OutsideState) -> list[tuple[Source, object]]:
-    """Return those of both generators that ``module`` has drawn from, each with its state before."""
+    """Return which of the two generators ``module`` has drawn from, each with its state before that."""
     python, memory, whole = before
     moved: list[tuple[Source, object]] = []
     if python != _read_python():
@@ -198,7 +199,7 @@ OWNED: dict[type, tuple[str, Callable, Callable]] = {
         lambda g, state: g.set_state(pickle.loads(state)),
     ),
 }
-"""By type: name, functions that read and set the state."""
+"""For each type of generator: its name for messages, and functions that read and set its state."""
 
 
 def owned(generator: object) -> Source:

@@ -1,4 +1,4 @@
-"""Forward hooks of the user: a second evaluation needs the changes that they made, but must not call them twice.
+"""Forward hooks of the user: a second evaluation needs the changes that they made, but must not call the others again.
 
 1. A hook that changes nothing is called in the first evaluation only.
 2. A hook that replaced a value or changed one in place is called in a second evaluation too, even if it was removed
@@ -21,11 +21,11 @@ from memcnn.engine.checksum import fingerprint, has_fingerprint
 from memcnn.engine.torch_private import GLOBAL_FORWARD_HOOKS
 
 Registry = tuple[dict[int, Callable], dict[int, bool]]
-"""Hooks by key, and the keys of those that receive keyword arguments."""
+"""Hooks by key, and the keys of the hooks that receive keyword arguments."""
 
 
 def hooked(modules: Sequence[tuple[nn.Module, bool]]) -> list[Registry]:
-    """Return the registries of forward hooks that run with the modules and are not empty."""
+    """Return the registries that are not empty, of forward hooks and pre-hooks that run when the modules are called."""
     found = [registry for registry in GLOBAL_FORWARD_HOOKS if registry[0]]
     for module, _ in modules:
         if module._forward_pre_hooks:
@@ -46,11 +46,11 @@ class Hooks:
         ]
         self.registries = registries
         self.changing: dict[int, Callable] = {}
-        """By id, hooks that changed a value, which a second evaluation needs."""
+        """The hooks that changed a value, by id. A second evaluation calls them too."""
         self.in_place: list[Callable] = []
-        """Those among them that changed it in place."""
+        """The hooks in ``changing`` that changed a value in place."""
         self.suspects: list[tuple[Callable, Tensor, Tensor]] = []
-        """Hooks with the fingerprints of a tensor before and after the call, to be compared in backward (GPU only)."""
+        """Hooks, each with the fingerprints of a GPU tensor before and after the call. Backward compares these."""
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -88,7 +88,7 @@ class Hooks:
         return result
 
     def check(self) -> None:
-        """Raise a RuntimeError if a hook has changed a value on a GPU unseen."""
+        """Raise a RuntimeError if a hook has changed a value on a GPU in a way that ``call`` could not see."""
         suspects, self.suspects = self.suspects, []
         for hook, then, now in suspects:
             if then != now:
@@ -114,6 +114,13 @@ def restore_hooks(then: Hooks | None, registries: list[Registry], undo: list[tup
 
 
 def _for_second_evaluation(then: Hooks | None, registry: dict, seen: Sequence[tuple[int, Callable, bool]]) -> dict:
+    """Return the hooks by key that a second evaluation finds in ``registry``.
+
+    Args:
+        then: the hooks of the first evaluation, None if there were none.
+        registry: the registry as it is now.
+        seen: key, hook and whether it receives keyword arguments, of each hook that the first evaluation found there.
+    """
     hooks, thread = {}, threading.get_ident()
     for key, hook, _ in seen:
         if key not in registry:
@@ -130,13 +137,14 @@ def _for_second_evaluation(then: Hooks | None, registry: dict, seen: Sequence[tu
 
 
 def _exchange(registry: dict, hooks: dict, undo: list[tuple]) -> None:
+    """Set the content of ``registry`` to ``hooks``. ``undo`` receives the call that undoes this."""
     before = dict(registry)
     undo.append((_set, registry, before))
     _set(registry, hooks)
 
 
 def _set(registry: dict, hooks: dict) -> None:
-    if list(registry) == list(hooks):  # another thread that calls the hooks sees no moment without them
+    if list(registry) == list(hooks):  # the same keys: another thread never finds the registry empty
         registry.update(hooks)
     else:
         registry.clear()
@@ -162,7 +170,7 @@ class _Watched(_Wrapper):
 
 
 class _InThread(_Wrapper):
-    """Calls a hook in one thread only: a hook that was removed, and that a recomputation still needs."""
+    """Calls a hook in one thread only: a removed hook that the recomputation in this thread still needs."""
 
     def __init__(self, hook: Callable, thread: int):
         super().__init__(hook)
@@ -173,14 +181,14 @@ class _InThread(_Wrapper):
 
 
 class _NotInThread(_InThread):
-    """Calls a hook in all threads but one: a hook that changes nothing, and has seen the first evaluation."""
+    """Calls a hook in all threads but one: the thread of a recomputation that must not call it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> object:
         return self.hook(*args, **kwargs) if threading.get_ident() != self.thread else None
 
 
 def name_of(hook: Callable) -> str:
-    """Return the name by which a user finds the hook."""
+    """Return the name of the hook in the user's code, in quotes."""
     hook = _unwrapped(hook)
     return repr(getattr(hook, "__qualname__", None) or type(hook).__qualname__)
 

@@ -1,11 +1,11 @@
-"""Whether a tensor is still the one that was seen: its version and its storage."""
+"""The version and the storage of a tensor, which show whether it was modified or given other values."""
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 
 def identity(x: Tensor) -> tuple[int, int]:
-    """Return another pair after x was modified in place, or was given other values by ``x.data = ...``."""
+    """Return the version and the storage of x. One changes if x is modified in place, the other by ``x.data = ...``."""
     return x._version, x.untyped_storage()._cdata
 
 
@@ -18,7 +18,7 @@ def has_no_version(x: Tensor) -> bool:
 
 
 def refuse_unless_lazy(x: Tensor, what: str) -> None:
-    """Raise a RuntimeError for a tensor without a version, unless it is an uninitialised one of a lazy layer."""
+    """Raise a RuntimeError for a tensor without a version, unless a lazy layer has yet to initialise it."""
     if not is_lazy(x):
         raise RuntimeError(
             f"{what} was made under torch.inference_mode(), so that autograd cannot use it: make or "
@@ -26,6 +26,6 @@ def refuse_unless_lazy(x: Tensor, what: str) -> None:
         )
 
 
-def modified_input(name: str, fix: str = "make its first operation an out-of-place one") -> RuntimeError:
+def modified_input_error(name: str, fix: str = "make its first operation an out-of-place one") -> RuntimeError:
     """Return the error for a module that has changed its input."""
     return RuntimeError(f"{name} modifies its input in place, so that the block cannot be inverted: {fix}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from memcnn.engine.arguments import Arguments, refuse_inference
-from memcnn.engine.chain import Value, dense, rebuild_from, rebuilding, tag, value_of_whole
+from memcnn.engine.chain import Value, dense, evaluation_lock, rebuild_from, tag, value_of_whole
 from memcnn.engine.recompute import Recomputation
 from memcnn.engine.rounding import relative_error
 from memcnn.engine.second import SecondEvaluation
@@ -31,11 +31,11 @@ def call_opaque(
     """Return ``run(*inputs, **kwargs)``, recorded as one step, where ``undo(*outputs, **kwargs)`` returns the inputs.
 
     Streams, that is floating-point and complex tensors among the positional inputs, are rebuilt. Other arguments are
-    kept. Where ``run`` returns fewer values than it takes, ``undo`` also receives the inputs that are no streams.
+    stored. If ``run`` returns fewer values than it takes, ``undo`` also receives the inputs that are no streams.
 
     Args:
-        run: ``module``'s forward or inverse.
-        undo: the other one.
+        run: the forward or the inverse of ``module``.
+        undo: the other of the two.
         module: the block.
         inputs: positional arguments of ``run``.
         kwargs: keyword arguments of both.
@@ -46,10 +46,10 @@ def call_opaque(
     for x in inputs:
         if isinstance(x, Tensor):
             refuse_inference(x, f"an input of {type(module).__name__}")
-    # a kept input has a value of its own, which no nested block forgets
+    # with keep_input each input gets a new value, whose tensor no other block drops
     values = [Value(x) if keep_input else value_of_whole(x) or Value(x) for x in inputs if is_stream(x)]
     inputs = [dense(x) if is_stream(x) else x for x in inputs]
-    with rebuilding:
+    with evaluation_lock:
         step = OpaqueModule(run, undo, module, inputs, kwargs, values, log_det, options | {"keep_input": keep_input})
         result = step.evaluate(run, *inputs, **kwargs)
     step.finish(result)
@@ -57,6 +57,7 @@ def call_opaque(
 
 
 def is_stream(x: object) -> bool:
+    """Return whether x is a tensor that a block rebuilds."""
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
@@ -83,9 +84,11 @@ class OpaqueModule(Recomputation):
         streams = [inputs[i] for i in self.positions]
         self.kinds = [(x.dtype, tuple(x.shape)) for x in streams]
         super().__init__(module, streams, targets, **options)
-        self.results: list = []  # of the forward evaluation: other values than streams, which undo needs
+        self.results: list = []
+        """The outputs of the forward evaluation, with ``_STREAM`` in place of each stream. ``undo`` needs the rest."""
 
     def finish(self, result: object) -> None:
+        """End the forward evaluation: make values for the streams in ``result``, and complete the step."""
         outputs = self._outputs(result)
         streams = [y for y in outputs if is_stream(y)]
         if not streams:
@@ -105,7 +108,7 @@ class OpaqueModule(Recomputation):
 
     def recompute(self, second: SecondEvaluation) -> Sequence[Tensor]:
         arguments, kwargs = self.arguments.read()
-        tensors = [value.read() for value in self.kept] or self._undone(arguments, kwargs)
+        tensors = [value.read() for value in self.kept] or self._inverted(arguments, kwargs)
         draws = bool(self.replay.generators) and not self.kept
         if second.is_wanted or draws:
             leaves = [self.as_recorded(i, tensor) for i, tensor in enumerate(tensors)]
@@ -119,6 +122,7 @@ class OpaqueModule(Recomputation):
         return tensors
 
     def _outputs(self, result: Any) -> list:
+        """Return the outputs in what ``run`` returned, without a log-determinant, as a list."""
         return _as_list(result[0] if self.log_det else result)
 
     def _check_draws(self, streams: Sequence[Tensor]) -> None:
@@ -132,6 +136,7 @@ class OpaqueModule(Recomputation):
                 )
 
     def _arguments_of_undo(self, streams: Sequence[Tensor], arguments: Sequence) -> list:
+        """Return the positional arguments of ``undo``: the outputs and, if they are too few, what is no stream."""
         following = iter(streams)
         outputs = [next(following) if y is _STREAM else y for y in self.results]
         if len(outputs) < len(arguments):
@@ -153,7 +158,8 @@ class OpaqueModule(Recomputation):
         except ValueError:  # a function without a signature
             pass
 
-    def _undone(self, arguments: Sequence, kwargs: Mapping[str, object]) -> Sequence[Tensor]:
+    def _inverted(self, arguments: Sequence, kwargs: Mapping[str, object]) -> Sequence[Tensor]:
+        """Return the streams among the inputs, computed by ``undo`` from the outputs."""
         outputs = self._arguments_of_undo([value.read() for value in self.sources], arguments)
         with self.replay.again(compare=False), torch.no_grad():
             inputs = _as_list(self.undo(*outputs, **kwargs))

@@ -1,10 +1,10 @@
-"""The short replay of a branch that consists of PyTorch's own quiet layers, as most branches do.
+"""The short replay of a quiet branch: one that consists of simple layers of PyTorch, as most branches do.
 
 ``Replay`` allows for everything that a module may do. For small tensors that takes longer than the layers themselves. A
-quiet branch (``survey`` defines the word) moves the running statistics of its BatchNorms and changes nothing else. If
-the branch is as it was in the first evaluation, as it nearly always is, the second evaluation has nothing to check or
-to restore, except that the BatchNorms must not move their statistics again. If anything differs, ``QuietReplay`` hands
-over to a ``Replay`` of the surveys, which restores or refuses what has changed.
+quiet branch (survey.py has the conditions) updates the running statistics of its BatchNorms and changes nothing else.
+If the branch is as it was in the first evaluation, as it nearly always is, the second evaluation has nothing to check
+or to restore, except that the BatchNorms must not update their statistics again. If anything differs, ``QuietReplay``
+makes a ``Replay`` from the surveys, which restores what has changed or raises an error.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from memcnn.engine.again import Again, restore_autocast
 from memcnn.engine.replay import Replay
-from memcnn.engine.survey import ORDINARY, PARTS, Snapshot, snapshot
+from memcnn.engine.survey import ALWAYS_READ, ORDINARY, ParameterStates, Snapshot, take_snapshot
 from memcnn.engine.torch_private import is_observed
 
 
@@ -25,7 +25,7 @@ class QuietReplay:
     Args:
         modules: the roots of the trees.
         inputs: the tensors that they are evaluated on.
-        found: the trees before the first evaluation.
+        snapshot: the trees before the first evaluation.
     """
 
     hooks, generators = None, ()
@@ -33,11 +33,12 @@ class QuietReplay:
     """There is nothing to watch in the first evaluation, and nothing to note after it."""
     sets_parameters = is_initialised_by_it = False
 
-    def __init__(self, modules: Sequence[nn.Module], inputs: Sequence[Tensor], found: Snapshot):
-        self.modules, self.found = modules, found
-        self.marks = [(p.requires_grad, p._version, p.untyped_storage()._cdata) for p in found.parameters]
-        """For each parameter, whether it requires a gradient, its version and its storage."""
-        self.running_statistics = found.running_statistics
+    def __init__(self, modules: Sequence[nn.Module], inputs: Sequence[Tensor], snapshot: Snapshot):
+        self.modules, self.snapshot = modules, snapshot
+        self.parameter_states: ParameterStates = [
+            (p.requires_grad, p._version, p.untyped_storage()._cdata) for p in snapshot.parameters
+        ]
+        self.running_statistics = snapshot.running_statistics
         self.untracked: dict[Any, None] = {}
         kind = inputs[0].device.type
         self.autocast = [
@@ -63,7 +64,7 @@ class QuietReplay:
     def check_unchanged(self, when: str, fix: str) -> None:
         """Survey the tree again. If it has changed, raise a RuntimeError or prepare to restore it."""
         self.changed = None
-        if is_observed() or not self.found.is_unchanged(self.modules, self.marks):
+        if is_observed() or not self.snapshot.is_unchanged(self.modules, self.parameter_states):
             self.changed = self._full_replay()
             self.changed.check_unchanged(when, fix)
 
@@ -73,8 +74,8 @@ class QuietReplay:
             self.changed.restore(undo)
             return
         restore_autocast(self.autocast, undo)
-        for survey in self.found.surveys:
-            for own, _, _ in survey.norms:
+        for survey in self.snapshot.surveys:
+            for own, _, _ in survey.batch_norms:
                 undo.append((own.__setitem__, "track_running_stats", own["track_running_stats"]))
                 own["track_running_stats"] = False
 
@@ -83,23 +84,23 @@ class QuietReplay:
         replay = Replay(nn.Identity(), (), preserve_rng_state=False)
         replay.name, replay.hooks, replay.autocast = self.name, None, self.autocast
         replay.modes.clear()
-        marks = iter(self.marks)
-        for root, then in zip(self.modules, self.found.surveys, strict=True):
-            modules = [root, *then.modules]
-            replay.modes += [(module, values[0]) for module, (_, values) in zip(modules, then.parts, strict=True)]
+        states = iter(self.parameter_states)
+        for root, survey in zip(self.modules, self.snapshot.surveys, strict=True):
+            modules = [root, *survey.modules]
+            replay.modes += [(module, values[0]) for module, (_, values) in zip(modules, survey.values, strict=True)]
             replay.attributes += [
-                (own, names, values[len(PARTS) :])
-                for own, (names, values) in zip(then.attributes, then.parts, strict=True)
+                (own, names, values[len(ALWAYS_READ) :])
+                for own, (names, values) in zip(survey.attributes, survey.values, strict=True)
                 if names
             ]
-            replay.children += then.containers
-            for registry, name, p in zip(then.owned[::3], then.owned[1::3], then.owned[2::3], strict=True):
-                requires_grad, *identity = next(marks)
-                replay.parameters.append((registry, name, p, requires_grad, tuple(identity)))
-                replay.unchanged.append(("parameter", name, p, tuple(identity)))
-            replay.buffers += [(registry, name, b) for _, registry, content in then.norms for name, b in content]
-            norms = {id(own) for own, _, _ in then.norms}
-            replay.untracked |= {module: None for module in modules if id(vars(module)) in norms}
+            replay.children += survey.containers
+            for registry, name, p in survey.parameters:
+                requires_grad, version, storage = next(states)
+                replay.parameters.append((registry, name, p, requires_grad, (version, storage)))
+                replay.unchanged.append(("parameter", name, p, (version, storage)))
+            replay.buffers += [(registry, name, b) for _, registry, items in survey.batch_norms for name, b in items]
+            batch_norms = {id(own) for own, _, _ in survey.batch_norms}
+            replay.untracked |= {module: None for module in modules if id(vars(module)) in batch_norms}
         return replay
 
 
@@ -109,6 +110,6 @@ def replay_of(module: nn.Module, inputs: Sequence[Tensor], preserve_rng_state: b
         if type(x) not in ORDINARY or not (x.is_cpu or x.is_cuda):
             break
     else:
-        if inputs and not is_observed() and (found := snapshot((module,))) is not None:
-            return QuietReplay((module,), inputs, found)
+        if inputs and not is_observed() and (snapshot := take_snapshot((module,))) is not None:
+            return QuietReplay((module,), inputs, snapshot)
     return Replay(module, inputs, preserve_rng_state)

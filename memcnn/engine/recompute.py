@@ -3,30 +3,31 @@
 Rules
 
 1. The forward pass of a branch is the ordinary one. Autograd records it, so that hooks, gradient accumulators and
-   distributed wrappers see the ordinary graph. Runs of blocks of PyTorch's own layers take a shorter way (``direct``).
+   distributed wrappers see the ordinary graph. Up to eight consecutive additive blocks of ``torch.nn`` layers are
+   recorded in a shorter way, without hooks for the tensors that their branches save (direct.py).
 2. The tensors that the graph would save are dropped. ``torch.autograd.graph.saved_tensors_hooks`` saves an empty
-   ``Activation`` in place of each. Leaves that are trained, such as parameters, are saved as they are, because they
-   exist anyway.
+   ``Activation`` in place of each. Leaf tensors with ``requires_grad=True``, such as parameters, and running statistics
+   are saved as they are, because they exist anyway.
 3. A *step* is one evaluation of a branch and what the block does with its output: x1 is replaced by y1 = x1 + F(x2).
    A ``Value`` stands for one tensor of the chain of blocks. After the step, the value of x1 drops its tensor and
    refers to the step, which can compute x1 again from its *sources*, the values of y1 and x2. A chain of any length
    therefore stores only its end.
 4. When backward first asks a step for an activation, the step evaluates its branch once more, on the branch's own
-   input: ``CoupledBranch.recompute`` in ``couple``, by ``SecondEvaluation`` in ``second``. This second evaluation
-   saves the same tensors in the same order, so that each goes to its activation. The step then inverts its sum (or
-   affine map) with the branch's output: x1 = y1 - F(x2). The calls are ``_unpack``, ``chain.rebuild`` (a loop over the
-   steps that are needed first), ``Recomputation.rebuild``, ``CoupledBranch.recompute``.
-5. The second evaluation sees what the first saw: strides, random numbers, autocast, modes, buffers, attributes, hooks
-   (``replay``; ``quiet`` for most branches). If the tensors that it saves differ from those of the first in number,
-   shape or dtype, an error is raised. In a few evaluations their values are compared as well (``drift``).
-   docs/limits.md lists what remains unnoticed.
-6. Blocks may be nested. A chain inside a branch does not store its end: the second evaluation of the branch gives it
-   back.
-7. The engine never writes to inputs, outputs or parameters. Buffers that the first evaluation moved are set back for
-   the second, and then restored. A value refers to its step, and a step to its sources.
-   There are no cycles, so that reference counting frees everything.
-8. Under ``retain_graph=True`` rebuilt tensors are kept until a few further steps were rebuilt (``retained``), and
-   rebuilt again if needed.
+   input. This second evaluation saves the same tensors in the same order, so that each goes to its activation. The
+   step then inverts its sum (or affine map) with the branch's output: x1 = y1 - F(x2). The calls are, in order,
+   ``Recomputation._unpack`` and ``_rebuilt``, ``rebuild`` in chain.py (a loop over the steps that are needed first),
+   ``Recomputation.rebuild``, ``CoupledBranch.recompute`` in couple.py, and ``SecondEvaluation.run`` in second.py.
+5. The second evaluation sees what the first saw: strides, random numbers, autocast, training or evaluation mode,
+   buffers, attributes and hooks (replay.py; quiet.py for most branches). If the tensors that it saves differ from those
+   of the first in number, shape or dtype, an error is raised. In a few evaluations their values are compared as well
+   (drift.py). docs/limits.md lists what remains unnoticed.
+6. Blocks may be nested. A chain inside a branch does not store its output. The second evaluation of the branch computes
+   it again.
+7. The engine never writes to inputs, outputs or parameters. Buffers that the first evaluation updated are set back for
+   the second, and then restored. A value refers to its step, and a step to its sources. There are no cycles, so that
+   reference counting frees everything.
+8. Under ``retain_graph=True`` rebuilt tensors are kept until 8 further steps were rebuilt or the pass ends
+   (``KEPT_LINKS`` in retained.py), and rebuilt again if needed.
 
 Example: an additive block, y1 = x1 + F(x2) and y2 = x2 + G(y1)
 
@@ -57,7 +58,7 @@ from memcnn.engine.capture import refuse_capture
 from memcnn.engine.chain import Link, Value, rebuild, restrided, thread_state
 from memcnn.engine.drift import SAMPLED, Drift, Evaluations, evaluations
 from memcnn.engine.hooks import name_of
-from memcnn.engine.identity import modified_input
+from memcnn.engine.identity import modified_input_error
 from memcnn.engine.quiet import replay_of
 from memcnn.engine.retained import Stored, end_pass, start_link
 from memcnn.engine.rounding import relative_error
@@ -66,7 +67,10 @@ from memcnn.engine.torch_private import current_backward_pass, never_compiled, n
 
 
 class Activation(Stored):
-    """What autograd saves in place of a tensor (rule 2). It lives as long as the graph node that saved it."""
+    """The empty place of any tensor that autograd saves within a branch, until the second evaluation fills it (rule 2).
+
+    It lives as long as the graph node that saved it.
+    """
 
     __slots__ = ("dtype", "shape")
 
@@ -76,13 +80,23 @@ class Activation(Stored):
 
 
 class Recomputation(Link):
-    """A step (rule 3): one evaluation of ``module``. ``CoupledBranch`` and ``OpaqueModule`` define ``recompute``.
+    """A step (rule 3): one evaluation of ``module``, and the link that rebuilds what it was computed from.
+
+    ``CoupledBranch`` and ``OpaqueModule`` are its subclasses. The methods, in the order in which they run:
+
+    =============  ===================================================================================================
+    ``evaluate``   Forward: runs the first evaluation, in which autograd saves empty activations.
+    ``complete``   Forward: lets the targets drop their tensors and refer to this step.
+    ``_rebuilt``   Backward: returns the tensor of one activation that autograd asks for.
+    ``rebuild``    Backward: restores all activations and targets of this step. Its sources have their tensors by then.
+    ``recompute``  The part of ``rebuild`` that a subclass defines: runs the second evaluation and undoes the step.
+    =============  ===================================================================================================
 
     Args:
         module: the branch, or the block.
         inputs: the tensors that the step uses, such as x1 and x2; ``module`` may be evaluated on some of them only.
-            Those that it is evaluated on have no gaps and no overlaps in memory.
-        targets: the values that the step consumes and rebuilds.
+            Those that it is evaluated on are non-overlapping and dense.
+        targets: the values whose tensors the step drops, and later rebuilds.
         keep_input: leave the targets' tensors stored.
         preserve_rng_state: give the recomputation the random numbers of the forward evaluation.
         check_inverse: the largest relative error of rebuilt targets. The targets are stored to compare them.
@@ -108,7 +122,7 @@ class Recomputation(Link):
             )
         self.module, self.inputs = module, inputs
         self.holds = keep_input
-        """Whether saved tensors stay until the forward evaluation ends, so that it may call ``autograd.grad``."""
+        """With ``keep_input``, forward may call ``autograd.grad``: saved tensors stay until it returns."""
         self.check_inverse = check_inverse
         self.expected = [v.tensor for v in targets] if check_inverse is not None and not keep_input else []
         self.activations: list[weakref.ref[Activation]] = []
@@ -150,24 +164,28 @@ class Recomputation(Link):
             if hooks is not None and hooks.in_place:
                 cause = name_of(hooks.in_place[0])
                 fix = f"let the forward hook {cause}, which may be the cause, return a new tensor"
-                raise modified_input(self.name, fix)
-            raise modified_input(self.name)
+                raise modified_input_error(self.name, fix)
+            raise modified_input_error(self.name)
         self.inputs = ()
         return result
 
     def complete(self, sources: Sequence[Value]) -> None:
-        """Forget the targets (rule 3) and the ends of chains within the evaluation (rule 6)."""
+        """Let the targets (rule 3) and the ends of nested chains (rule 6) drop their tensors and refer to this step.
+
+        ``nested`` has the sources of all steps within the evaluation. Those that still store a tensor are the ends of
+        chains. If this step is itself within the branch of another one, note its sources there in the same way.
+        """
         super().complete(sources)
-        if self.nested:  # keep a tensor that was modified in place: ``Value.read`` sees its version, and raises
-            self._take(
-                [
-                    reference
-                    for reference in self.nested
-                    if (value := reference()) is not None
-                    and value.tensor is not None
-                    and value.tensor._version == value.version
-                ]
-            )
+        if self.nested:
+            unmodified_ends = [
+                reference
+                for reference in self.nested
+                if (value := reference()) is not None
+                and value.tensor is not None
+                # a tensor that was modified in place stays: ``Value.read`` sees its new version, and raises
+                and value.tensor._version == value.version
+            ]
+            self._take(unmodified_ends)
         if thread_state.noted_sources is not None:
             thread_state.noted_sources += map(weakref.ref, sources)
 
@@ -197,7 +215,7 @@ class Recomputation(Link):
             tensor = restrided(tensor, self.strides[index])
         return tensor.detach().requires_grad_(self.requires_grad[index])
 
-    def diverged(self, then: str, now: str) -> RuntimeError:
+    def divergence_error(self, then: str, now: str) -> RuntimeError:
         """Return the error for a second evaluation that differs from the first (rule 5)."""
         return RuntimeError(
             f"{self.name} computed something else in the recomputation than in the forward pass "
@@ -220,15 +238,19 @@ class Recomputation(Link):
 
     @never_compiled
     def _pack(self, tensor: Tensor) -> Activation | tuple[Tensor, int] | Tensor:
+        """Return what autograd saves in place of a tensor of the first evaluation.
+
+        Inputs of the step are dropped like all other tensors, although they may be leaves with ``requires_grad=True``.
+        """
         if tensor.requires_grad:
             if tensor.is_leaf:
-                for own in self.inputs:
-                    if tensor is own:
+                for step_input in self.inputs:
+                    if tensor is step_input:
                         break
-                else:  # a trained leaf, such as a parameter
+                else:  # no input, but for example a parameter
                     return tensor, tensor._version
-        elif (norm := self.replay.running_statistics.get(id(tensor))) is not None:
-            self.replay.untracked[norm] = None
+        elif (batch_norm := self.replay.running_statistics.get(id(tensor))) is not None:
+            self.replay.untracked[batch_norm] = None
             return tensor
         activation = Activation(tensor)
         self.activations.append(weakref.ref(activation))
@@ -240,6 +262,7 @@ class Recomputation(Link):
 
     @never_compiled
     def _unpack(self, saved: Any) -> Tensor:
+        """Return the tensor that autograd needs in backward, in place of what ``_pack`` has returned for it."""
         if type(saved) is Activation:
             tensor = self._rebuilt(saved) if saved.tensor is None else saved.tensor
             if tensor._version != saved.version:
@@ -261,6 +284,7 @@ class Recomputation(Link):
 
     @never_compiled_within
     def _rebuilt(self, activation: Activation) -> Tensor:
+        """Return the tensor of an empty activation: have this step rebuilt, after the steps that it needs."""
         if self.sources is None:
             raise RuntimeError(
                 f"{self.name} differentiates within its own forward pass, but a reversible block stores "
@@ -270,7 +294,6 @@ class Recomputation(Link):
             rebuild(self)
             return activation.tensor
         finally:
-            if (
-                current_backward_pass() == -1
-            ):  # read outside of backward (``grad_fn._saved_self``): drop what was rebuilt at once
+            # outside of backward, as for ``grad_fn._saved_self``, no pass ends that would drop the rebuilt tensors
+            if current_backward_pass() == -1:
                 end_pass(-1)

@@ -1,8 +1,8 @@
 """Plain attributes that are tensors, lists or dictionaries: a context, a mask, a cache, a history.
 
-A tensor without a graph is treated as a buffer (``memcnn.engine.buffers``). Of a tensor with a graph we note the values
-alone, because the graph would keep the evaluation before this one alive, that one the evaluation before it, and so on.
-Of a small container we note a copy; the second evaluation gets that, so that what it adds is lost.
+A tensor without a graph is treated as a buffer (buffers.py). For a tensor with a graph we note only its values, because
+the graph would keep the previous evaluation alive, which would keep the one before it alive, and so on. For a small
+container we note a copy. The second evaluation gets this copy, so that what it adds is dropped.
 """
 
 from collections import deque
@@ -23,11 +23,11 @@ HELD_BY_REFERENCE = CONTAINERS | {Tensor}
 
 
 class WithGraph(NamedTuple):
-    """A tensor with a graph.
+    """A plain attribute that is a tensor with a graph.
 
     Attributes:
-        own: the attributes of its module.
-        name: its name.
+        own: ``vars(module)`` of its module.
+        name: the name of the attribute.
         values: the tensor without its graph.
     """
 
@@ -36,7 +36,10 @@ class WithGraph(NamedTuple):
     values: Tensor
 
     def set_again(self, undo: list[tuple]) -> None:
-        """Set the attribute to a tensor of the same values, which is no leaf either. ``undo`` receives the way back."""
+        """Set the attribute to a tensor of the same values, which is no leaf either.
+
+        ``undo`` receives the call that undoes this.
+        """
         if self.name in self.own:
             undo.append((self.own.__setitem__, self.name, self.own[self.name]))
             with torch.enable_grad():
@@ -45,12 +48,12 @@ class WithGraph(NamedTuple):
 
 
 class Container(NamedTuple):
-    """A list, dictionary, set or deque.
+    """A plain attribute that is a list, dictionary, set or deque.
 
     Attributes:
-        own: the attributes of its module.
-        name: its name.
-        content: a copy of it.
+        own: ``vars(module)`` of its module.
+        name: the name of the attribute.
+        content: a copy of the container.
     """
 
     own: dict[str, Any]
@@ -58,14 +61,14 @@ class Container(NamedTuple):
     content: Any
 
     def set_again(self, undo: list[tuple]) -> None:
-        """Set the attribute to a container of the same content. ``undo`` receives the way back."""
+        """Set the attribute to a new copy of the container. ``undo`` receives the call that undoes this."""
         if self.name in self.own:
             undo.append((self.own.__setitem__, self.name, self.own[self.name]))
             self.own[self.name] = self.content.copy()
 
 
 def references(module: nn.Module) -> Iterator[tuple[str, Tensor | Container]]:
-    """Yield name and value of each plain attribute that is a tensor, and a note of each that is a container."""
+    """Yield the plain attributes that are tensors or small containers: the name, and the tensor or a ``Container``."""
     own = vars(module)
     for name, value in islice(own.items(), BASE_ATTRIBUTES, None):
         if type(value) is Tensor:

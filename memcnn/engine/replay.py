@@ -1,11 +1,11 @@
-"""What the second evaluation of a module must see as the first did, and what it must not do again.
+"""Let the second evaluation of a module see what the first one saw, and leave no side effects.
 
-It sees the same random numbers, autocast state, modes, parameters, buffers and attributes. It calls only the
-user's hooks that changed a value. Generators, buffers and counters are afterwards as if it had not been.
+It sees the same random numbers, autocast state, modes, parameters, buffers and attributes. It calls only those hooks of
+the user that changed a value. Generators, buffers and counters are restored afterwards.
 
-``Replay`` surveys the module before the first evaluation, notes afterwards what that changed, and restores everything
-for a further one. ``buffers`` and ``generators`` have its parts; ``again`` is the context of a further evaluation.
-``quiet`` has a shorter way for most branches. The loops are written out, because calls of Python functions take long.
+``Replay`` surveys the module before the first evaluation, notes after it what it has changed, and restores everything
+for a further evaluation, in the context of again.py. buffers.py and generators.py have parts of it. quiet.py has a
+shorter way for most branches. The loops are written out, because calls of Python functions take long.
 """
 
 from collections.abc import Sequence
@@ -69,19 +69,19 @@ class Replay(ReplayedBuffers):
         self.module, self.name = module, type(module).__name__
         self.modes: list[tuple[nn.Module, bool]] = []
         self.children: list[tuple[dict, list[nn.Module | None]]] = []
-        """Registry and children of each module that has some. ``evaluated()`` adds what was built meanwhile."""
+        """Registry and children of each module with children. ``evaluated()`` adds modules that were built since."""
         self.attributes: list[Attributes] = []
-        """Plain attributes of PyTorch's own layers, which do not change them."""
+        """Plain attributes of PyTorch's own layers. The layers do not change them, but the user may."""
         self.users_attributes: list[Attributes] = []
         """Plain attributes of other modules."""
         self.users_modules: list[tuple[nn.Module, int]] = []
-        """Those modules, and how many attributes each has."""
+        """Modules that are not PyTorch's own layers, and the number of attributes of each."""
         self.hidden_defaults: list[tuple[dict, tuple[str, ...]]] = []
-        """Attributes that the first evaluation set on the module, and that hide a default of its class."""
+        """Attributes that the first evaluation set on a module, and that hide a default of its class."""
         self.own_generators: list[object] = []
         """Generators that are attributes of a module."""
         self.is_foreign = False
-        """True if code other than that of PyTorch's layers runs; it may draw from other generators."""
+        """True if code runs that is not of PyTorch's layers. It may draw from Python's and NumPy's generators."""
         self.parameters: list[tuple[dict, str, Tensor, bool, tuple[int, int] | None]] = []
         """Registry, name, tensor, ``requires_grad`` and identity (None: uninitialised) of each parameter."""
         self.buffers: list[tuple[dict, str, Tensor]] = []
@@ -93,9 +93,9 @@ class Replay(ReplayedBuffers):
         self.running_statistics: dict[int, nn.Module] = {}
         self.untracked: dict[nn.Module, None] = {}
         self.sets_parameters = False
-        """True if a layer set its own parameters in the first evaluation."""
+        """True if a layer changed its own parameters in the first evaluation."""
         self.is_initialised_by_it = False
-        """True if the first evaluation set parameters or built modules. A further one does not repeat that."""
+        """True if the first evaluation changed parameters or built modules. A further one does not repeat that."""
         self.moved_attributes: list[Attributes] = []
         """Attributes that the first evaluation changed, as they were before."""
         self.silent: set[int] = set()
@@ -112,7 +112,7 @@ class Replay(ReplayedBuffers):
         captured = {device for device in devices if is_captured(device)}
         self.captured = preserve_rng_state and bool(captured)
         self.generators: list[Drawn] = []
-        """Those that the module may draw from; after ``evaluated()``, those that it drew from."""
+        """The generators that the module may draw from; after ``evaluated()``, those that it drew from."""
         if preserve_rng_state:
             self.generators = [
                 Drawn(Source("PyTorch's", rng_state, set_rng_state, device), rng_state(device), None)
@@ -125,12 +125,12 @@ class Replay(ReplayedBuffers):
                     self.generators.append(Drawn(source, source.read(source.key), None))
         is_watched = preserve_rng_state and (self.is_foreign or self.hooks is not None)
         self.outside = outside_state(module) if is_watched else None
-        """Python's and NumPy's generators before the first evaluation; None after it, or if nobody draws from them."""
+        """Python's and NumPy's generators before the first evaluation. None after it, or if no code may use them."""
 
     def _survey(self, root: nn.Module) -> None:
         """Note the modes, attributes, parameters and buffers of all modules."""
         modules, seen = [root], {root}
-        for module in modules:  # which grows
+        for module in modules:  # ``modules`` grows during this loop
             registry = module._modules
             if registry:
                 content = [*registry.values()]
@@ -158,6 +158,7 @@ class Replay(ReplayedBuffers):
                 self.survey_buffers(module)
 
     def _survey_attributes(self, module: nn.Module) -> None:
+        """Note the plain attributes and the own generators of a module."""
         if (known := known_class(module)) is None:
             self.is_foreign = True
             self.users_attributes.append(noted(module))
@@ -183,7 +184,10 @@ class Replay(ReplayedBuffers):
                 self.survey_tensor(own, name, value)
 
     def watch(self) -> AbstractContextManager:
-        """Return the context of the first evaluation. It notes which hooks change a value."""
+        """Return the context of the first evaluation. It notes which hooks change a value.
+
+        While a CUDA graph is captured, it also refuses random numbers.
+        """
         if self.hooks is None and not self.captured:
             return nullcontext()
         stack = ExitStack()
@@ -194,7 +198,7 @@ class Replay(ReplayedBuffers):
         return stack
 
     def evaluated(self) -> None:
-        """Note what the first evaluation changed, and drop the rest."""
+        """Note what the first evaluation changed, and drop what backward does not need."""
         generators, self.generators = self.generators, []
         for source, before, _ in generators:
             if not same_state(before, after := source.read(source.key)):
@@ -221,8 +225,8 @@ class Replay(ReplayedBuffers):
     def _note_attributes(self) -> None:
         """Note which attributes the first evaluation changed.
 
-        If it has set parameters or built modules, attributes say that this is done: a further evaluation sees them as
-        they are now.
+        If it has changed parameters or built modules, an attribute may say that this is done. A further evaluation then
+        sees the attributes as they are now.
         """
         moved = [then for then in self.users_attributes if have_changed(then)]
         if not self.sets_parameters and (moved or self.generators):
@@ -237,6 +241,7 @@ class Replay(ReplayedBuffers):
                 self.hidden_defaults.append((then[0], names))
 
     def _has_grown(self) -> bool:
+        """Return whether the first evaluation built modules, parameters or buffers."""
         modules = list(self.module.modules())
         return (
             len(modules),
@@ -307,12 +312,12 @@ class Replay(ReplayedBuffers):
         for source, before, _ in self.generators:
             undo.append((source.write, source.key, source.read(source.key)))
             source.write(source.key, before)
-        if self.outside is not None:  # nothing was evaluated before
+        if self.outside is not None:  # ``evaluated()`` was not called
             undo += [(source.write, source.key, source.read(source.key)) for source in (PYTHON, NUMPY)]
         for reference in self.references:
             reference.set_again(undo)
         for _, _, buffer, before, *_ in self.restored:
-            # .data: autograd must not take a value that is put back for a modification
+            # by ``.data``, so that autograd does not count the restored value as a modification
             undo.append((buffer.data.copy_, buffer.clone()))
             if before is not None:
                 buffer.data.copy_(before)

@@ -15,11 +15,11 @@ from torch import Tensor
 from memcnn.engine.torch_private import at_end_of_backward, current_backward_pass, never_compiled
 
 KEPT_LINKS = 8
-"""Number of links whose rebuilt tensors a pass with a retained graph keeps."""
+"""Number of links (see chain.py) whose rebuilt tensors a pass with a retained graph keeps."""
 
 
 class Stored:
-    """Holds a tensor without its graph, which can be dropped and stored again."""
+    """A place that stores a tensor without its graph. The tensor can be dropped and stored again."""
 
     __slots__ = ("__weakref__", "tensor", "version")
 
@@ -37,7 +37,8 @@ class Stored:
 
 
 passes: dict[int, deque[list[tuple[weakref.ref[Stored], int]]]] = {}
-"""For each running backward pass with a retained graph: per link, the tensors that it rebuilt, with their ids."""
+"""For each running backward pass with a retained graph, by its number: a list for each link, of the places that the
+link filled and the ids of their tensors."""
 
 
 def start_link() -> None:
@@ -62,7 +63,7 @@ def drop_later(stored: Stored, number: int | None = None) -> None:
     """Drop the tensor again when the pass has rebuilt ``KEPT_LINKS`` further links, or ends.
 
     Args:
-        stored: what holds the tensor.
+        stored: the place that stores the tensor.
         number: the pass; None means the running one.
     """
     passes[current_backward_pass() if number is None else number][-1].append((weakref.ref(stored), id(stored.tensor)))
@@ -76,7 +77,7 @@ def end_pass(number: int) -> None:
 
 
 def _still_rebuilt(link: list[tuple[weakref.ref[Stored], int]]) -> Iterator[Stored]:
-    """Yield the objects that somebody still holds and that still hold the rebuilt tensor."""
+    """Yield the places that are still alive and still store the tensor that the link has rebuilt."""
     for reference, tensor_id in link:
         if (stored := reference()) is not None and id(stored.tensor) == tensor_id:
             yield stored

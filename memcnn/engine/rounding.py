@@ -1,4 +1,4 @@
-"""How far apart two tensors are."""
+"""The relative error of a tensor."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""The second evaluation of a step: it fills the activations that the first one left empty (rule 4 in ``recompute``)."""
+"""The second evaluation of a step: it fills the activations that the first one left empty (rule 4 in recompute.py)."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -27,10 +27,12 @@ class SecondEvaluation:
     def __init__(self, step: "Recomputation", keep_graph: bool):
         self.step, self.keep_graph = step, keep_graph
         self.pass_number = current_backward_pass()
-        """The backward pass that asked for it. The module may start passes of its own in the meantime."""
+        """The backward pass that asked for this evaluation. The module may start passes of its own in the meantime."""
         self.inputs: Sequence[Tensor] = ()
         self.seen = 0
+        """Number of tensors that this evaluation has saved so far, not counting those that are saved as they are."""
         self.nested_tensors: list[Tensor | None] = []
+        """The tensors of the values in ``step.nested``, in the same order."""
         self.is_wanted = False
         """True if an activation, or the end of a nested chain, still waits for its tensor."""
         for activation in step.activations:  # a loop instead of any(), which would take longer
@@ -72,29 +74,32 @@ class SecondEvaluation:
         if not self.is_wanted:
             return
         if self.seen != len(step.activations):
-            raise step.diverged(f"{len(step.activations)} saved tensors", f"{self.seen}")
+            raise step.divergence_error(f"{len(step.activations)} saved tensors", f"{self.seen}")
         if len(self.nested_tensors) != len(step.nested):
-            raise step.diverged(f"{len(step.nested)} tensors of nested blocks", f"{len(self.nested_tensors)}")
+            raise step.divergence_error(f"{len(step.nested)} tensors of nested blocks", f"{len(self.nested_tensors)}")
         if step.drift is not None:
             step.drift.compare()
         if step.nested:
             step._give(step.nested, self.nested_tensors, self.keep_graph)
-        # a graph that the module keeps, as that of a weight under spectral norm, holds this object by its hooks
+        # the module may keep a graph, such as that of a weight under spectral norm, whose hooks refer to this object
         self.inputs, self.nested_tensors = (), []
 
     @never_compiled
     def _collect(self, tensor: Tensor) -> Tensor | None:
-        """Give the next activation its tensor. Return the tensor that a module sees which differentiates itself."""
+        """Give the next activation its tensor. The counterpart of ``Recomputation._pack``, whose rules it repeats.
+
+        Return the tensor to save if the module differentiates within its own forward, else None.
+        """
         step = self.step
         held = tensor.detach() if step.holds else None
         has_graph = tensor.requires_grad
         if has_graph:
             if tensor.is_leaf:
                 has_graph = False
-                for own in self.inputs:
-                    if tensor is own:
+                for step_input in self.inputs:
+                    if tensor is step_input:
                         break
-                else:  # a trained leaf, such as a parameter
+                else:  # no input, but for example a parameter
                     return tensor if step.holds else None
         elif id(tensor) in step.replay.running_statistics:
             return held
@@ -104,7 +109,7 @@ class SecondEvaluation:
         if self.seen > len(step.activations) or (activation := step.activations[self.seen - 1]()) is None:
             return held
         if tensor.shape != activation.shape or tensor.dtype != activation.dtype:
-            raise step.diverged(
+            raise step.divergence_error(
                 f"{activation.dtype} of shape {tuple(activation.shape)} as saved tensor {self.seen}",
                 f"{tensor.dtype} of shape {tuple(tensor.shape)}",
             )

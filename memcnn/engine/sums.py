@@ -1,6 +1,20 @@
-"""The sum and the difference that additive couplings compute."""
+"""The sum and the difference that additive couplings compute, and the step that consists of one of them."""
 
-from torch import Tensor
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class AdditiveStep(NamedTuple):
+    """One step of an additive coupling: ``branch``, evaluated on one half, is added to the other or subtracted.
+
+    Attributes:
+        branch: F or G.
+        changed: the number of the half that changes: 0 for x1, 1 for x2.
+    """
+
+    branch: nn.Module
+    changed: int
 
 
 def plus(a: Tensor, h: Tensor) -> Tensor:

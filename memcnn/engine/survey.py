@@ -1,36 +1,37 @@
-"""Module trees that consist of PyTorch's own quiet layers, and whether such a tree is still as it was.
+"""Find out whether a module tree is quiet, that is, made of simple layers of PyTorch, and whether it has changed since.
 
-A module tree is *quiet* if all of this holds:
+An evaluation of a quiet tree changes nothing but running statistics, which its result does not depend on. A module tree
+is *quiet* if all of this holds:
 
 1. Every module is one of ``QUIET``, or a subclass of ``nn.Sequential`` that defines nothing but its constructor. Such
    layers draw no random numbers, and set no attribute, parameter or module in their forward function.
-2. No instance has an attribute that its class does not give it, such as another ``forward`` or a compiled call.
-3. No hook is registered, neither on a module nor, for forward, globally, and no mode of ``torch.overrides`` or
-   ``torch.utils._python_dispatch`` is active, since these may do anything. ``nn.Module.__call__`` is PyTorch's own.
-4. All parameters are ordinary ones. The only buffers are running statistics of BatchNorms in training mode: they are
-   moved by the first evaluation and ignored by the second.
+2. No instance has an attribute that its class lacks, such as a replaced ``forward`` or a compiled call.
+3. No module has hooks. Callers also check ``torch_private.is_observed``: global forward hooks, modes of
+   ``torch.overrides`` or ``torch.utils._python_dispatch``, and a patched ``nn.Module.__call__`` may do anything.
+4. All parameters are ordinary ones. The only buffers are running statistics of BatchNorms in training mode. They are
+   updated by the first evaluation; the second neither reads nor updates them.
 
-Whoever knows that a container of his own only calls its children says so with ``quiet_container``.
+If your container only calls its children, decorate its class with ``quiet_container``.
 
 ``Survey`` walks one tree and stops at the first module that is not quiet. A ``Snapshot`` holds the surveys of one tree,
-or of several that are evaluated one after the other, as flat lists. The last snapshot is kept. Before each evaluation,
-the second ones too, all that it found is compared with the trees as they are now, so that nothing can be stale.
+or of several that are evaluated one after the other, as flat lists. The last snapshot is kept. Before each first and
+second evaluation, ``is_unchanged`` compares the snapshot with the modules, so that it is never stale.
 """
 
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from memcnn.engine.attributes import BASE_ATTRIBUTES, known_class
 from memcnn.engine.identity import has_no_version
 
-NORMS = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
+BATCH_NORMS = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
 
-QUIET = NORMS | {
+QUIET = BATCH_NORMS | {
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.Linear, nn.Bilinear, nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.Upsample),
     *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm),
@@ -44,75 +45,100 @@ QUIET = NORMS | {
 """Layers that draw no random numbers and keep no state but running statistics."""
 
 ORDINARY = frozenset({Tensor, nn.Parameter})
-PARTS = (
-    *("training", "_modules", "_parameters", "_buffers"),
+REGISTRIES = (
+    *("_modules", "_parameters", "_buffers"),
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
 )
+ALWAYS_READ = ("training", *REGISTRIES)
+"""The attributes that are read from every module, before those that are watched in its class alone."""
 _PLAIN_DEFINITIONS = frozenset(vars(type("Plain", (nn.Sequential,), {}))) | {
     *("__init__", "__annotations__", "__annotate_func__", "__annotations_cache__", "__firstlineno__"),
     "__static_attributes__",
 }
-"""What a subclass of ``nn.Sequential`` may define without changing what it computes."""
+"""Names that a subclass of ``nn.Sequential`` may define without changing its results."""
 
 Names = tuple[str, ...]
-Marks = list[tuple[bool, int, int]]
 
-_kinds: dict[type, tuple[int, Names, Callable, bool]] = {}
-"""For each class seen: number of attributes of an instance (-1: it is not quiet), names of the watched attributes, what
-gets ``PARTS`` and their values, and whether it is a BatchNorm."""
+ParameterStates = list[tuple[bool, int, int]]
+"""For each parameter: ``requires_grad``, the version, and the address of the storage object."""
+
+
+class ClassEntry(NamedTuple):
+    """The facts about a class of modules that a survey needs.
+
+    Attributes:
+        size: number of attributes of an instance; -1 if the class is not quiet.
+        watched: names of the attributes that are compared, beside ``ALWAYS_READ``.
+        read: an itemgetter that reads ``ALWAYS_READ`` and the watched attributes from ``vars(module)``.
+        is_batch_norm: True for one of ``BATCH_NORMS``.
+    """
+
+    size: int
+    watched: Names
+    read: Callable[[dict], tuple]
+    is_batch_norm: bool
+
+
+_CONTAINER = ClassEntry(BASE_ATTRIBUTES, (), itemgetter(*ALWAYS_READ), is_batch_norm=False)
+_NOT_QUIET = ClassEntry(-1, (), itemgetter(*ALWAYS_READ), is_batch_norm=False)
+
+_entries: dict[type, ClassEntry] = {}
+"""The entry of each class seen."""
 
 _snapshots: "weakref.WeakKeyDictionary[nn.Module, dict[bool, Snapshot | int]]" = weakref.WeakKeyDictionary()
-"""By first tree, the last snapshot of this tree alone (False) and of several (True). In place of a snapshot, the number
-of the tree that was not quiet."""
+"""By first tree, the last snapshot of this tree alone (False), and of several trees that begin with it (True). In place
+of a snapshot, the position of the tree that was not quiet."""
 
 
 class Survey:
     """A quiet module tree as it is now.
 
-    The root itself is not held, so that a survey can be kept for it as long as it lives.
+    A survey has no reference to the root module. The root is the weak key under which a snapshot is kept, and would
+    otherwise live forever.
 
     Attributes:
-        is_quiet: False if a module is not quiet. The lists then end there.
-        attributes: the attributes of each module, the root first. A shared layer stands there as often as it is used;
-            a shared container is not quiet.
+        is_quiet: False if a module is not quiet. The lists then end at that module.
+        attributes: ``vars(module)`` of each module, the root first. A shared layer appears once for each use. A shared
+            container is not quiet.
         modules: the modules below the root, in the same order.
         containers: registry and children of each container.
-        norms: attributes of each BatchNorm with running statistics, with registry, names and tensors of these.
-        owned: registry, name and tensor of each parameter in turn.
-        parts: for each module, the names of its watched attributes, and its ``PARTS`` and their values.
+        batch_norms: for each BatchNorm with running statistics, ``vars(module)``, the registry of its buffers, and
+            their names and tensors.
+        parameters: registry, name and tensor of each parameter.
+        values: for each module, the names of its watched attributes, and the values of ``ALWAYS_READ`` and of these.
     """
 
-    __slots__ = ("attributes", "containers", "is_quiet", "modules", "norms", "owned", "parts")
+    __slots__ = ("attributes", "batch_norms", "containers", "is_quiet", "modules", "parameters", "values")
 
     def __init__(self, root: nn.Module):
         self.modules: list[nn.Module] = []
         self.attributes: list[dict] = []
         self.containers: list[tuple[dict, list[nn.Module]]] = []
-        self.norms: list[tuple[dict, dict, list[tuple[str, Tensor]]]] = []
-        self.owned: list[Any] = []
-        self.parts: list[tuple[Names, tuple]] = []
+        self.batch_norms: list[tuple[dict, dict, list[tuple[str, Tensor]]]] = []
+        self.parameters: list[tuple[dict, str, Tensor]] = []
+        self.values: list[tuple[Names, tuple]] = []
         self.is_quiet = self._note(root)
 
     def _note(self, root: nn.Module) -> bool:
         """Note all modules of the tree. Return whether they are quiet; if not, stop at the first that is not."""
-        modules, known = self.modules, set()
-        for module in chain((root,), modules):  # which grows
+        modules, containers_seen = self.modules, set()
+        for module in chain((root,), modules):  # ``modules`` grows during this loop
             if module is None:
                 return False
             own = vars(module)
-            size, names, get, is_norm = _kinds.get(type(module)) or _kind(module)
+            size, watched, read, is_batch_norm = _entries.get(type(module)) or _entry_of(module)
             if size != len(own):
                 return False
-            values = get(own)
-            training, children, parameters, buffers, *hooks = values[: len(PARTS)]
+            values = read(own)
+            training, children, parameters, buffers, *hooks = values[: len(ALWAYS_READ)]
             if any(hooks):
                 return False
             self.attributes.append(own)
-            self.parts.append((names, values))
+            self.values.append((watched, values))
             if children:
-                if id(children) in known:
+                if id(children) in containers_seen:
                     return False  # a container that is shared, or that contains itself
-                known.add(id(children))
+                containers_seen.add(id(children))
                 content = [*children.values()]
                 self.containers.append((children, content))
                 modules += content
@@ -120,16 +146,17 @@ class Survey:
                 if parameter is not None:
                     if type(parameter) not in ORDINARY:
                         return False
-                    self.owned += (parameters, name, parameter)
+                    self.parameters.append((parameters, name, parameter))
             if buffers:
-                if not is_norm or len(buffers) != 3 or parameters["weight"] is None:
+                # Without a weight, a BatchNorm under autocast saves other dtypes if its running statistics are ignored.
+                if not is_batch_norm or len(buffers) != 3 or parameters["weight"] is None:
                     return False
                 mean, variance, count = buffers.values()
                 if mean is not None or variance is not None or count is not None:
                     ordinary = type(mean) is Tensor and type(variance) is Tensor and type(count) is Tensor
                     if not (ordinary and training and own["track_running_stats"]):
                         return False
-                    self.norms.append((own, buffers, [*buffers.items()]))
+                    self.batch_norms.append((own, buffers, [*buffers.items()]))
         return True
 
 
@@ -137,77 +164,83 @@ class Snapshot:
     """Quiet module trees as they are now.
 
     Attributes:
-        surveys: that of each tree.
-        parameters: those of all trees. A shared parameter stands there as often as it is used.
-        running_statistics: by id, the running statistics of BatchNorms. The values do not matter.
-        plan: what others derive from the snapshot, kept with it.
+        surveys: the survey of each tree.
+        parameters: the parameters of all trees. A shared parameter appears once for each use.
+        running_statistics: the ids of the running statistics of all BatchNorms, as keys. The values have no meaning.
+        plan: the ``direct.Plan`` that was made from the snapshot, kept with it; None if there is none.
     """
 
     plan: Any = None
 
     def __init__(self, roots: Sequence[nn.Module], surveys: Sequence[Survey]):
         self.surveys = surveys
-        self.parameters: list[Tensor] = [p for survey in surveys for p in survey.owned[2::3]]
+        self.parameters: list[Tensor] = [p for survey in surveys for _, _, p in survey.parameters]
         self.running_statistics: dict[int, Any] = {
-            id(b): 0 for survey in surveys for _, _, content in survey.norms for _, b in content[:2]
+            id(b): 0 for survey in surveys for _, _, content in survey.batch_norms for _, b in content[:2]
         }
-        # all that follows is compared in ``is_unchanged``
+        # all that follows is compared in ``is_unchanged``; the roots by their attributes, since they are weak keys
         self.roots = [*map(vars, roots)]
         self.modules = [module for survey in surveys for module in survey.modules]
         self.types = [*map(type, chain(roots, self.modules))]
         self.attributes = [own for survey in surveys for own in survey.attributes]
         self.values = [own.copy() for own in self.attributes]
-        places = [(own, name) for own in self.attributes for name in PARTS[1:]]
-        self.filled = [(own, name) for own, name in places if own[name]]
-        self.registries = [own[name] for own, name in self.filled]
-        self.empty = [own[name] for own, name in places if not own[name]]
-        self.things = [*chain.from_iterable(map(dict.values, self.registries))]
+        registries = [(own, name) for own in self.attributes for name in REGISTRIES]
+        self.filled_places = [(own, name) for own, name in registries if own[name]]
+        """Where each registry that is not empty is found: the attributes of its module, and its name among them."""
+        self.filled_registries = [own[name] for own, name in self.filled_places]
+        self.empty_registries = [own[name] for own, name in registries if not own[name]]
+        self.registered = [*chain.from_iterable(map(dict.values, self.filled_registries))]
+        """The children, parameters and buffers of all modules."""
 
-    def is_unchanged(self, roots: Sequence[nn.Module], marks: Marks | None = None) -> bool:
-        """Return whether a new snapshot of ``roots`` would find the same and, if ``marks`` are given, those marks.
+    def is_unchanged(self, roots: Sequence[nn.Module], states: ParameterStates | None = None) -> bool:
+        """Return whether a new snapshot of ``roots`` would be the same. If given, ``states`` must be the same as well.
 
-        Dictionaries of attributes are compared as a whole, where Python takes identical objects for equal. A registry
-        that holds anything must also be the same object. Empty ones need not be: they are equal as long as both are.
+        Attributes are compared by ``==`` of their dictionaries. That takes identical objects for equal, so tensors are
+        not compared by value. A registry that holds anything must also be the same object; an empty one need not be.
         """
         try:
             return (
                 len(roots) == len(self.roots)
                 and all(map(is_, map(vars, roots), self.roots))
                 and [*map(type, chain(roots, self.modules))] == self.types
-                and all(map(is_, [own[name] for own, name in self.filled], self.registries))
+                and all(map(is_, [own[name] for own, name in self.filled_places], self.filled_registries))
                 and self.attributes == self.values
-                and not any(self.empty)
-                and len(things := [*chain.from_iterable(map(dict.values, self.registries))]) == len(self.things)
-                and all(map(is_, things, self.things))
+                and not any(self.empty_registries)
+                and len(now := [*chain.from_iterable(map(dict.values, self.filled_registries))]) == len(self.registered)
+                and all(map(is_, now, self.registered))
                 and (
-                    marks is None
-                    or [(p.requires_grad, p._version, p.untyped_storage()._cdata) for p in self.parameters] == marks
+                    states is None
+                    or [(p.requires_grad, p._version, p.untyped_storage()._cdata) for p in self.parameters] == states
                 )
             )
         except (KeyError, RuntimeError):  # a registry was deleted, or an attribute is a tensor of several numbers
             return False
 
 
-def snapshot(roots: Sequence[nn.Module]) -> Snapshot | None:
+def take_snapshot(roots: Sequence[nn.Module]) -> Snapshot | None:
     """Return the snapshot of module trees as they are now, or None if one of them is not quiet."""
     if (kept := _snapshots.get(roots[0])) is None:
         kept = _snapshots[roots[0]] = {}
-    last = kept.get(len(roots) > 1)
+    several = len(roots) > 1
+    last = kept.get(several)
     if isinstance(last, Snapshot):
         if last.is_unchanged(roots):
             return last
+    # look first at the tree that was not quiet the last time: as a rule it still is not
     elif last is not None and last < len(roots) and not Survey(roots[last]).is_quiet:
         return None
     surveys: list[Survey] = []
     for root in roots:
-        found = Survey(root)
-        if not found.is_quiet or any(map(has_no_version, found.owned[2::3])):  # which ``Replay`` refuses
-            kept[len(roots) > 1] = len(surveys)
+        survey = Survey(root)
+        # ``Replay`` raises for parameters without a version
+        if not survey.is_quiet or any(has_no_version(p) for _, _, p in survey.parameters):
+            kept[several] = len(surveys)
             return None
-        surveys.append(found)
+        surveys.append(survey)
     new = Snapshot(roots, surveys)
-    if all(root._modules for root in roots):  # else a list of the snapshot may hold the root itself
-        kept[len(roots) > 1] = new
+    # A single layer may be the root of one tree and a part of another: the snapshot would hold its own weak key.
+    if all(root._modules for root in roots):
+        kept[several] = new
     return new
 
 
@@ -215,44 +248,45 @@ def bare_layers(root: nn.Module, *, tracking: bool) -> list[nn.Module]:
     """Return copies of the layers of a quiet tree, in the order in which they run.
 
     All containers of a quiet tree are ``nn.Sequential``. A copy has the tensors of its layer as plain attributes, where
-    Python finds them ten times as fast as in the registries of a module, and has none of the hooks. It stands for the
-    layer as long as the snapshot of the tree is unchanged.
+    Python finds them ten times as fast as in the registries of a module. Call its ``forward``, since it can have no
+    hooks. It may be used as long as the snapshot of the tree is unchanged.
 
     Args:
         root: the tree.
-        tracking: whether BatchNorms move their running statistics.
+        tracking: whether BatchNorms update their running statistics.
     """
     if isinstance(root, nn.Sequential):
         return [layer for child in root for layer in bare_layers(child, tracking=tracking)]
     bare = object.__new__(type(root))
     vars(bare).update(vars(root) | root._parameters | root._buffers)
-    if not tracking and type(root) in NORMS:
+    if not tracking and type(root) in BATCH_NORMS:
         vars(bare)["track_running_stats"] = False
     return [bare]
 
 
 def quiet_container(kind: type[nn.Sequential]) -> type[nn.Sequential]:
-    """Declare that a subclass of ``nn.Sequential`` computes what its base does, though it defines methods. A decorator.
+    """Decorator: declare that a subclass of ``nn.Sequential`` computes what its base does, though it defines methods.
 
     Such a class must draw no random numbers and set no attributes in its forward function.
     """
-    _kinds[kind] = BASE_ATTRIBUTES, (), itemgetter(*PARTS), False
+    _entries[kind] = _CONTAINER
     return kind
 
 
-def _kind(module: nn.Module) -> tuple[int, Names, Callable | None, bool]:
-    """Return the entry of the module's class in ``_kinds``, made if need be."""
-    kind = type(module)
-    entry: tuple[int, Names, Callable, bool] = -1, (), itemgetter(*PARTS), False
+def _entry_of(module: nn.Module) -> ClassEntry:
+    """Return the entry of the module's class. Make it if there is none yet."""
+    kind, entry = type(module), _NOT_QUIET
     if kind in QUIET:
         if (known := known_class(module)) is None:
-            return entry  # this instance is not quiet, another one may be
-        is_norm = kind in NORMS
-        names = known[1] + (("track_running_stats",) if is_norm else ())
-        entry = known[0], names, itemgetter(*PARTS, *names), is_norm
+            return _NOT_QUIET  # this instance is not quiet, another one of its class may be
+        size, watched = known
+        is_batch_norm = kind in BATCH_NORMS
+        if is_batch_norm:
+            watched += ("track_running_stats",)
+        entry = ClassEntry(size, watched, itemgetter(*ALWAYS_READ, *watched), is_batch_norm)
     elif issubclass(kind, nn.Sequential):
         between = kind.__mro__[: kind.__mro__.index(nn.Sequential)]
         if all(vars(base).keys() <= _PLAIN_DEFINITIONS for base in between):
-            entry = BASE_ATTRIBUTES, (), itemgetter(*PARTS), False
-    _kinds[kind] = entry
+            entry = _CONTAINER
+    _entries[kind] = entry
     return entry

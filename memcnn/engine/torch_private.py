@@ -3,15 +3,15 @@
 ``torch.utils._pytree`` and ``torch.utils._python_dispatch``, which PyTorch's documentation itself uses, are imported
 where they are needed.
 
-A private name may change with any release: what breaks then is found here. Three kinds of private attributes are read
-where they are needed, since a function call for each saved tensor would cost more than the work itself:
+A private name may change with any release, and this file is then the place to mend. Three kinds of private attributes
+are read where they are needed, since a function call for each saved tensor would cost more than the work itself:
 
 * ``Tensor._version``: counts in-place modifications. Autograd checks it in the same way.
 * ``UntypedStorage._cdata``: the address of the storage object, which changes with ``x.data = ...``. Unlike the address
   of the memory it stays the same when FSDP frees and refills a parameter.
-* ``nn.Module._modules``, ``_parameters``, ``_buffers`` and ``_forward_hooks`` with its relatives: the registries, in
-  which the replay exchanges entries for the time of a recomputation. The public iterators copy them. Attributes such as
-  ``coupling.Fm`` are found there only after a failed look-up, which takes ten times as long.
+* ``nn.Module._modules``, ``_parameters``, ``_buffers``, ``_forward_hooks`` and the other registries of hooks. The
+  replay exchanges entries of these during a recomputation, and the public iterators only return copies. A look-up such
+  as ``coupling.Fm`` finds its entry only after a failed look-up elsewhere, which takes ten times as long.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -29,10 +29,10 @@ from torch.utils._device import DeviceContext
 
 eval_frame = torch._C._dynamo.eval_frame
 _SKIPPED = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
-"""The compiler runs a function as it is, and looks at the functions that this calls as always."""
+"""Makes the compiler run a function as it is. Functions that it calls are compiled as usual."""
 
 _SKIPPED_WITHIN = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
-"""The compiler runs a function, and all that it calls, as they are."""
+"""Makes the compiler run a function as it is, and all functions that it calls."""
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable)
 
@@ -40,7 +40,7 @@ NormBase = _NormBase
 """The base of BatchNorm and InstanceNorm, whose running statistics change without a new ``_version``."""
 
 BATCH_NORM_FORWARD = _BatchNorm.forward
-"""Tells a plain BatchNorm from a subclass that computes something of its own."""
+"""The forward function of a plain BatchNorm. A subclass that computes something of its own has another one."""
 
 NORM_FORWARDS = (_BatchNorm.forward, SyncBatchNorm.forward, _InstanceNorm.forward)
 """The forward functions whose output in training mode does not depend on the running statistics."""
@@ -74,12 +74,12 @@ _functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_ac
 
 
 def at_end_of_backward(function: Callable[[], None]) -> None:
-    """Have ``function`` run when the running backward pass ends. DDP and FSDP do the same; no public way exists."""
+    """Run ``function`` when the running backward pass ends. DDP and FSDP use the same function; none is public."""
     Variable._execution_engine.queue_callback(function)
 
 
 def wanted_by_pass(nodes: Sequence[tuple[Node | None, int]]) -> list[bool]:
-    """Return for each of a node's ``next_functions`` whether the running backward pass asks for its gradient."""
+    """Return for each of a node's ``next_functions`` whether the running backward pass needs a gradient for it."""
     try:
         return [node is not None and _is_wanted(node) for node, _ in nodes]
     except RuntimeError:
@@ -99,9 +99,9 @@ def _is_asked_for(node: Node) -> bool:
 def gradients_of(edge: GradientEdge, gradient: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """Return the gradients of ``inputs``, given that of the tensor at ``edge``: a fast ``torch.autograd.grad``.
 
-    The gradient may be of a larger shape or another dtype than that tensor, which was broadcast or cast. The pass frees
-    the graph. PyTorch's own function also logs and hands the compiler's settings to other threads, which these graphs
-    do not need.
+    The gradient may have a larger shape or another dtype than that tensor, if the tensor was broadcast or cast after
+    the edge. The pass frees the graph. PyTorch's own function also logs, and passes the compiler's settings on to other
+    threads. These graphs need neither.
     """
     return Variable._execution_engine.run_backward(
         (edge,), (gradient,), False, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
@@ -155,10 +155,11 @@ def is_observed() -> bool:
 
 
 def is_transformed() -> bool:
-    """Return whether torch.func, forward-mode differentiation or torch.export is at work: none saves through hooks.
+    """Return whether torch.func, forward-mode differentiation, torch.export or torch.jit.trace is running.
 
-    The flag of torch.export is read directly, because the compiler of PyTorch 2.11 takes
-    ``torch.compiler.is_exporting()`` for always true, and blocks would store their activations in compiled models.
+    None of these calls the hooks for saved tensors. The flag of torch.export is read directly, because the compiler of
+    PyTorch 2.11 takes ``torch.compiler.is_exporting()`` for always true, and blocks would then store their activations
+    in compiled models.
     """
     return (
         _functorch_is_active()
@@ -179,6 +180,6 @@ def never_compiled(function: AnyFunction) -> AnyFunction:
 
 
 def never_compiled_within(function: AnyFunction) -> AnyFunction:
-    """Do the same for everything that ``function`` calls, except what was compiled by itself."""
+    """Do the same for ``function`` and everything that it calls, except functions that were compiled before."""
     eval_frame.set_code_exec_strategy(function.__code__, _SKIPPED_WITHIN)
     return function

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from memcnn.engine.couple import couple
-from memcnn.engine.direct import Sum, run_directly
+from memcnn.engine.direct import run_directly
 from memcnn.engine.exact import Grid
-from memcnn.engine.sums import minus, plus
+from memcnn.engine.sums import AdditiveStep, minus, plus
 from memcnn.migration import absent_names
 from memcnn.models.coupling import Coupling
 from memcnn.models.keywords import taken
@@ -48,7 +48,7 @@ class AdditiveCoupling(Coupling):
     def uncouple(self, y1: Tensor, y2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self._changed([y1, y2], kwargs, subtract=True)
 
-    def sums(self, *, subtract: bool) -> Sequence[Sum]:
+    def sums(self, *, subtract: bool) -> Sequence[AdditiveStep]:
         """Return the steps of ``couple``, or with ``subtract`` of ``uncouple``, if they are sums and nothing else.
 
         In exact mode, and where a subclass defines its own ``couple``, return an empty tuple.
@@ -57,9 +57,9 @@ class AdditiveCoupling(Coupling):
         plain = self.grid is None and getattr(method, "__func__", None) is own
         return self._steps(subtract) if plain else ()
 
-    def _steps(self, subtract: bool) -> Sequence[Sum]:
+    def _steps(self, subtract: bool) -> Sequence[AdditiveStep]:
         modules: Any = self._modules  # faster than self.Fm
-        steps = Sum(modules["Fm"], 0), Sum(modules["Gm"], 1)
+        steps = AdditiveStep(modules["Fm"], 0), AdditiveStep(modules["Gm"], 1)
         return steps[::-1] if subtract else steps
 
     def _changed(self, halves: list[Tensor], kwargs: dict[str, object], *, subtract: bool) -> tuple[Tensor, Tensor]:
@@ -68,14 +68,14 @@ class AdditiveCoupling(Coupling):
         if self.grid is None and not kwargs and run_directly(steps, halves, subtract=subtract):
             return halves[0], halves[1]
         sums = (self.grid.add, self.grid.sub) if self.grid is not None else (plus, minus)
-        join, part = reversed(sums) if subtract else sums
+        forward, inverse = reversed(sums) if subtract else sums
         for branch, changed in steps:
             halves[changed] = couple(
                 halves[changed],
                 branch,
                 halves[1 - changed],
-                forward=join,
-                inverse=part,
+                forward=forward,
+                inverse=inverse,
                 verify=self.grid is not None,
                 kwargs=taken(branch, kwargs) if kwargs else kwargs,
             )

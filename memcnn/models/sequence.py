@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from memcnn.engine.chain import storing
 from memcnn.engine.couple import keep_only, merge, recording, split
-from memcnn.engine.direct import LONGEST_RUN, Sum, run_directly
+from memcnn.engine.direct import LONGEST_RUN, run_directly
 from memcnn.engine.exact import Grid
+from memcnn.engine.sums import AdditiveStep
 from memcnn.engine.torch_private import is_hooked
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.budget import Budget
@@ -226,9 +227,9 @@ def _changed(
     return merge(y1, y2, coupling.split_dim, coupling.grid)
 
 
-def _sums(blocks: Sequence[InvertibleModuleWrapper], subtract: bool) -> Sequence[Sum]:
+def _sums(blocks: Sequence[InvertibleModuleWrapper], subtract: bool) -> Sequence[AdditiveStep]:
     """Return the steps of the wrapped couplings in order, or an empty list if one of them is no sum."""
-    steps: list[Sum] = []
+    steps: list[AdditiveStep] = []
     for block in blocks:
         coupling = block._modules["_fn"]  # faster than block._fn
         own = coupling.sums(subtract=subtract) if isinstance(coupling, AdditiveCoupling) else ()

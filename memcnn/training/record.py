@@ -48,8 +48,8 @@ class RunRecord:
         clean: whether the package's folder was as committed; None outside a git checkout.
         engine: False when a RevNet ran as plain autograd.
         segments: the execution of each part of the run, in order and without gaps. By default a single segment, made
-            from the record's other fields, as for records of schema 1. These describe only the last part of a run, so
-            an interrupted one may be mixed although ``mixed`` is False.
+            from the record's other fields, as for records of schema 1. Schema 1 knows only a run's last part, so
+            ``mixed`` may be False for an interrupted run that was mixed.
     """
 
     model: str

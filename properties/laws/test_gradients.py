@@ -1,4 +1,7 @@
-"""The law of gradients: those of plain backpropagation through the same block, and those of finite differences."""
+"""The law of gradients: they are those of a network's plain twin, and those of finite differences.
+
+The plain twin is a copy of the network whose wrappers have ``disable = True``: autograd stores every activation.
+"""
 
 import pytest
 import torch

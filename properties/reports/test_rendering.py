@@ -13,7 +13,7 @@ import reports
 from memcnn.needs import INSTALL
 from memcnn.training.recipe import SMOKE
 from memcnn.training.text import clean
-from reports import cells, readme, text
+from reports import cells, notes, readme, text
 from reports.page import SORT
 from reports.render import markdown
 
@@ -267,6 +267,26 @@ def test_how_full_runs_were_computed_is_said_in_every_format(full, tmp_path, put
     for path in reports.write(report, tmp_path / "out"):
         if path.name in ("table.md", "table.html", "table.tex"):
             assert sentence in path.read_text()
+
+
+def test_the_runs_of_a_cell_are_one_sentence_in_the_order_of_the_table(full, tmp_path, put):
+    for seed, execution in enumerate(("bf16", "float32", "float32")):
+        put(tmp_path, full(seed=seed, software={**full().software, "execution": execution}))
+    put(tmp_path, full(model="revnet38", dataset="cifar10", train_seconds=300.0))
+    put(tmp_path, full(dataset="cifar100"))
+    lines = notes.executions(reports.build(tmp_path, tmp_path / "none").runs)
+    device = f"{full().device['name']} (2 threads)"
+    assert lines == [
+        f"ResNet-32 on CIFAR-10: 3 full runs: 1 on {device} (execution: bf16), 2 on {device} (execution: float32).",
+        f"RevNet-38 on CIFAR-10: 1 full run on {device} (execution: float32).",
+        f"ResNet-32 on CIFAR-100: 1 full run on {device} (execution: float32).",
+    ]
+
+
+def test_the_readme_explains_shared_devices_only_if_a_run_shared_its_own(full, tmp_path, put):
+    put(tmp_path, full())
+    assert notes.SHARED not in readme.block(reports.build(tmp_path, tmp_path / "none"))
+    assert notes.SHARED in readme.block(reports.build(reports.RECORDS, reports.RECORDS))
 
 
 def test_the_readme_shows_the_table_of_the_committed_records():

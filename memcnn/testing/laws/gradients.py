@@ -41,7 +41,7 @@ SUBSETS = {
     "a frozen parameter changes no other gradient": gradients_with_frozen_parameters,
     LIKE_PLAIN: like_plain,
 }
-KINDS = "outputs", "gradients of inputs", "gradients of parameters"
+COMPARED = "outputs", "gradients of inputs", "gradients of parameters"
 
 
 def check_gradients(
@@ -55,8 +55,8 @@ def check_gradients(
     """Check that a training step has the gradients of plain backpropagation, for the inputs and every parameter.
 
     Runs on copies, with the same random numbers at every evaluation, so that dropout is compared mask for mask. The
-    limit is that of `memcnn.testing.laws.limits.Limit` for twice the number of blocks. To check training through the
-    inverse, check `memcnn.testing.adapters.Inverted`.
+    limit grows with depth (`memcnn.testing.laws.limits.Limit`). A training step passes each block twice, so the depth
+    is twice the number of blocks. To check training through the inverse, check `memcnn.testing.adapters.Inverted`.
 
     Args:
         module: with ``forward`` and ``inverse``.
@@ -85,17 +85,17 @@ def _results(subject: Subject, finite_differences: bool) -> list[Result]:
     results = [*_like_plain(subject), *second_step_is_plain(subject), *_added(subject)]
     subsets = [guarded("gradients", claim, check, subject, claim) for claim, check in SUBSETS.items()]
     if subject.autocast:
-        return [*results, *_there(subsets)]
+        return [*results, *_applicable(subsets)]
     try:
         exact = settled(subject.in_double())
     except NotRunnable as error:
-        return [*results, Result("gradients", DIFFERENCES, skipped=f"in float64 {error}"), *_there(subsets)]
+        return [*results, Result("gradients", DIFFERENCES, skipped=f"in float64 {error}"), *_applicable(subsets)]
     if subject.dtype != torch.float64:
         results += _like_plain(exact, " in float64")
     if finite_differences:
         results += _like_differences(exact)
     results.append(guarded("gradients", IN_FLOAT64, stay_in_float64, exact, IN_FLOAT64))
-    return [*results, *_there(subsets)]
+    return [*results, *_applicable(subsets)]
 
 
 def _like_differences(subject: Subject) -> list[Result]:
@@ -113,7 +113,8 @@ def _like_differences(subject: Subject) -> list[Result]:
     return results
 
 
-def _there(results: Iterable[Result | None]) -> list[Result]:
+def _applicable(results: Iterable[Result | None]) -> list[Result]:
+    """Return the results of the checks that apply to the module. The others returned None."""
     return [result for result in results if result is not None]
 
 
@@ -122,7 +123,7 @@ def _like_plain(subject: Subject, where: str = "", *, explain: bool = True) -> l
     twin = subject.plain()
     if twin is None:
         return []
-    claims = {kind: f"{kind} = plain backpropagation's{where}" for kind in KINDS}
+    claims = {kind: f"{kind} = plain backpropagation's{where}" for kind in COMPARED}
     which = "plain backpropagation"
     try:
         wanted = subject.run(twin)
@@ -153,14 +154,14 @@ def _like_plain(subject: Subject, where: str = "", *, explain: bool = True) -> l
     output_errors = relative_errors(_numbered(got), _numbered(wanted))
     results = []
     for kind, names, errors, actual, expected in (
-        (KINDS[0], output_errors, output_errors, _numbered(got), _numbered(wanted)),
-        (KINDS[1], wanted.input_gradients, gradient_errors, got.gradients, wanted.gradients),
-        (KINDS[2], wanted.parameter_gradients, gradient_errors, got.gradients, wanted.gradients),
+        (COMPARED[0], output_errors, output_errors, _numbered(got), _numbered(wanted)),
+        (COMPARED[1], wanted.input_gradients, gradient_errors, got.gradients, wanted.gradients),
+        (COMPARED[2], wanted.parameter_gradients, gradient_errors, got.gradients, wanted.gradients),
     ):
         if names:
             name, error = worst({name: errors[name] for name in names})
             explanation = _explain(_readable(name, kind, subject), actual[name], expected[name])
-            if kind == KINDS[0] and error > tolerance(subject.dtype) and _is_right_before_backward(subject, wanted):
+            if kind == COMPARED[0] and error > tolerance(subject.dtype) and _is_right_before_backward(subject, wanted):
                 explanation = f"{name} is right after forward, but backward overwrites it"
             results.append(limit.judge("gradients", claims[kind], error, explanation))
     if explain and any(result.failed for result in results):
