@@ -1,20 +1,36 @@
-"""Plain attributes of modules: numbers, flags, strings and functions, such as a temperature or ``Dropout.p``."""
+"""Plain attributes of modules that are constants: numbers, flags, strings, functions, such as ``Dropout.p``."""
 
+from collections import Counter, OrderedDict, defaultdict, deque
+from enum import Enum
 from itertools import islice
+from numbers import Number
 from operator import is_
 from types import BuiltinFunctionType, FunctionType, NoneType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-_WORDS = {bool, int, float, complex, str, bytes, NoneType}
-_NAMES = {type, FunctionType, BuiltinFunctionType, torch.dtype, torch.device}
-SCALARS = frozenset(_WORDS | _NAMES)
-"""Types of the attributes that are noted. Tuples of such values are noted too.
+_NAMES = {type, FunctionType, BuiltinFunctionType, NoneType, torch.dtype, torch.device}
 
-references.py notes tensors and containers. Other objects are not noted: they could hold tensors, which would then be
-kept alive.
-"""
+
+class _Constants(dict[type, bool]):
+    """Whether the values of a type are constants: numbers, words, flags and functions, of Python or NumPy.
+
+    Constants are noted as they are, and so are tuples and frozen sets of constants. references.py notes tensors and
+    containers. Other objects are not noted: they could hold tensors, which would then be kept alive.
+    """
+
+    def __missing__(self, kind: type) -> bool:
+        self[kind] = is_constant = kind in _NAMES or issubclass(
+            kind, (Number, str, bytes, np.generic, Enum, range, slice)
+        )
+        return is_constant
+
+
+IS_CONSTANT = _Constants()
+CONTAINERS = frozenset({list, dict, OrderedDict, defaultdict, Counter, set, deque, bytearray})
+"""Types of containers whose content may change. references.py copies them."""
 
 BASE_ATTRIBUTES = len(vars(nn.Module()))
 """Number of attributes that ``nn.Module`` itself sets, before all others."""
@@ -37,23 +53,21 @@ def have_changed(then: Attributes) -> bool:
     )
 
 
-def defaults_hidden(then: Attributes, kind: type) -> tuple[str, ...]:
-    """Return the names of attributes set since ``then`` that hide an attribute of the class ``kind``.
+def added(own: dict[str, object], size: int) -> tuple[str, ...]:
+    """Return the names of constants, tensors and containers that were added to a module's attributes.
 
-    An example is ``self.calls += 1``, where the class body has ``calls = 0``.
+    An example is ``self.calls += 1``, where the class body has ``calls = 0``; another one is ``self.state = h`` in the
+    first call.
+
+    Args:
+        own: ``vars(module)``.
+        size: the number of attributes before. A new attribute is the last one in the dictionary.
     """
-    own, names, _ = then
-    return tuple(
-        [
-            name
-            for name, value in islice(own.items(), BASE_ATTRIBUTES, None)
-            if type(value) in SCALARS and name not in names and type(getattr(kind, name, None)) in SCALARS
-        ]
-    )
+    return tuple([name for name, value in islice(own.items(), size, None) if is_data(value)])
 
 
-def expose_defaults(own: dict[str, object], names: tuple[str, ...], undo: list[tuple]) -> None:
-    """Remove attributes that hide attributes of the class. ``undo`` receives the call that undoes this."""
+def remove(own: dict[str, object], names: tuple[str, ...], undo: list[tuple]) -> None:
+    """Remove attributes. ``undo`` receives the call that undoes this."""
     undo.append((own.update, {name: own.pop(name) for name in names if name in own}))
 
 
@@ -66,10 +80,22 @@ def set_again(then: Attributes, undo: list[tuple]) -> None:
     before = {
         name: value
         for name, value in zip(names, values, strict=True)
-        if name in own and (value is not None or type(own[name]) in SCALARS or isinstance(own[name], Tensor))
+        if name in own and (value is not None or is_data(own[name]))
     }
     undo.append((own.update, {name: own[name] for name in before}))
     own.update(before)
+
+
+def is_data(value: object) -> bool:
+    """Return whether a value is a constant, a tensor or a container, and no other object."""
+    return IS_CONSTANT[type(value)] or type(value) in CONTAINERS or isinstance(value, (Tensor, tuple, frozenset))
+
+
+def is_constant(value: object) -> bool:
+    """Return whether a value is a constant, or a tuple or frozen set of constants."""
+    return IS_CONSTANT[type(value)] or (
+        isinstance(value, (tuple, frozenset)) and all(map(IS_CONSTANT.__getitem__, map(type, value)))
+    )
 
 
 known_classes: dict[type, tuple[int, tuple[str, ...]]] = {}
@@ -108,7 +134,7 @@ def noted(module: nn.Module) -> Attributes:
             [
                 name
                 for name, value in islice(own.items(), BASE_ATTRIBUTES, None)
-                if type(value) in SCALARS or (type(value) is tuple and SCALARS.issuperset(map(type, value)))
+                if IS_CONSTANT[type(value)] or is_constant(value)
             ]
         )
     )

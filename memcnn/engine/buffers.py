@@ -1,5 +1,9 @@
 """Note which buffers a module modifies, and which values a second evaluation must find in them."""
 
+import inspect
+import weakref
+from collections.abc import Iterator
+from types import CodeType, FunctionType
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -9,6 +13,12 @@ from memcnn.engine.identity import identity, refuse_unless_lazy
 from memcnn.engine.torch_private import BATCH_NORM_FORWARD, NORM_FORWARDS, NormBase
 
 _STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+
+_READING = _STATISTICS | {"_buffers", "buffers", "eval", "get_buffer", "named_buffers", "state_dict", "train"}
+"""Names that occur in code that may read the running statistics of a norm, or switch its mode."""
+
+_readers: "weakref.WeakKeyDictionary[type, bool]" = weakref.WeakKeyDictionary()
+"""The results of ``reads_statistics``."""
 
 KEPT_BUFFER = 2**20
 """Size in bytes up to which the copy of a buffer on a GPU is kept for backward. Comparing values would wait for it."""
@@ -60,6 +70,8 @@ class ReplayedBuffers:
     has saved the running statistics of each of them in the first evaluation, so they were not compiled: compiled code
     saves other tensors, and would have to be compiled a second time.
     """
+    reads_statistics: bool
+    """True if code of a user's module may read running statistics. Then they are restored like other buffers."""
     silent: set[int]
     """Ids of the registries of norms in training mode. Their buffers change without a new version."""
 
@@ -70,13 +82,13 @@ class ReplayedBuffers:
         forward = type(module).forward if is_norm and "forward" not in vars(module) else None
         is_plain = forward is BATCH_NORM_FORWARD and module.track_running_stats and registry.keys() == _STATISTICS
         # without a float32 weight, autocast would save other dtypes than with running statistics
-        is_plain = is_plain and module.affine
+        is_plain = is_plain and module.affine and not self.reads_statistics
         if is_plain and training:
             self.running_statistics[id(registry["running_mean"])] = module
             self.running_statistics[id(registry["running_var"])] = module
         if is_norm and training:
             self.silent.add(id(registry))
-        ignored = training and forward in NORM_FORWARDS
+        ignored = training and forward in NORM_FORWARDS and not self.reads_statistics
         for name, buffer in registry.items():
             if buffer is not None:
                 self.buffers.append((registry, name, buffer))
@@ -140,3 +152,37 @@ class ReplayedBuffers:
             ):
                 before = None
         self.restored.append(Buffer(registry, name, b, before, value, bits, kind))
+
+
+def reads_statistics(kind: type[nn.Module]) -> bool:
+    """Return whether the forward function of a user's class may read the running statistics of a norm, or set its mode.
+
+    We look for the names of ``_READING`` in its code, and in that of the methods and functions that it calls by name.
+    """
+    if (known := _readers.get(kind)) is None:
+        known = _readers[kind] = any(not _READING.isdisjoint(names) for names in _names_in(kind, kind.forward, set()))
+    return known
+
+
+def _names_in(kind: type, function: object, seen: set[object]) -> Iterator[set[str]]:
+    """Yield the names in the code of a function, and in that of what it calls. ``seen`` has functions to leave out."""
+    function = function.fget if isinstance(function, property) else function
+    function = inspect.unwrap(function) if callable(function) else function
+    if not isinstance(function, FunctionType) or function in seen or function.__module__.startswith("torch."):
+        return
+    seen.add(function)
+    names = set(_words(function.__code__))
+    yield names
+    for name in names:
+        yield from _names_in(kind, getattr(kind, name, None), seen)
+        yield from _names_in(kind, function.__globals__.get(name), seen)
+
+
+def _words(code: CodeType) -> Iterator[str]:
+    """Yield the names and the strings in a function's code, and in functions within it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _words(constant)
+        elif isinstance(constant, str):
+            yield constant

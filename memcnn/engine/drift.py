@@ -130,6 +130,16 @@ class Drift:
         )
 
 
+def drift_of(module: nn.Module) -> Drift | None:
+    """Return the watch of an evaluation of the module.
+
+    Return None for a module with ``RReLU`` in training mode: autograd saves its noise before the noise is drawn.
+    """
+    if any(type(part) is nn.RReLU and part.training for part in module.modules()):
+        return None
+    return Drift(module)
+
+
 def read_arrived() -> None:
     """Check the comparisons whose numbers have arrived from the GPU.
 
@@ -157,7 +167,7 @@ def _difference(before: Sequence[float], after: Sequence[float], size: int) -> s
     """Describe how the statistics differ. Return an empty string if they agree."""
     (norm, positive, negative), (norm_now, positive_now, negative_now) = before, after
     least = LEAST_ROOT_MEAN_SQUARE * size**0.5
-    if abs(norm_now - norm) > LARGEST_NORM_CHANGE * max(norm, least) and norm < float("inf"):
+    if norm < float("inf") and not abs(norm_now - norm) <= LARGEST_NORM_CHANGE * max(norm, least):  # NaN differs
         return f"a norm of {norm_now:.4g} instead of {norm:.4g}"
     change = abs(positive_now - positive)
     if not negative and not negative_now and change > max(LARGEST_SHARE_CHANGE * size, FEWEST_ENTRIES):

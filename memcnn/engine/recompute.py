@@ -56,7 +56,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from memcnn.engine.capture import refuse_capture
 from memcnn.engine.chain import Link, Value, rebuild, restrided, thread_state
-from memcnn.engine.drift import SAMPLED, Drift, Evaluations, evaluations
+from memcnn.engine.drift import SAMPLED, Evaluations, drift_of, evaluations
 from memcnn.engine.hooks import name_of
 from memcnn.engine.identity import modified_input_error
 from memcnn.engine.quiet import replay_of
@@ -132,7 +132,7 @@ class Recomputation(Link):
         self.replay = replay_of(module, inputs, preserve_rng_state)
         counter = evaluations.setdefault(module, Evaluations())
         counter.number += 1
-        self.drift = Drift(module) if counter.number in SAMPLED else None
+        self.drift = drift_of(module) if counter.number in SAMPLED else None
 
     @property
     def name(self) -> str:
@@ -221,7 +221,8 @@ class Recomputation(Link):
             f"{self.name} computed something else in the recomputation than in the forward pass "
             f"({then} then, {now} now): its forward must depend on its input, parameters, buffers and "
             "torch's random numbers alone; if it initialises itself from its first batch, give it one "
-            "before it is wrapped"
+            "before it is wrapped. The default dtype, modes of torch.overrides and caches such as "
+            "parametrize.cached() must be the same in backward"
         )
 
     def _check_inverse(self, tensors: Sequence[Tensor | None]) -> None:

@@ -1,25 +1,35 @@
-"""Plain attributes that are tensors, lists or dictionaries: a context, a mask, a cache, a history.
+"""Plain attributes that are tensors or containers: a context, a mask, a cache, a history, the state of an LSTM.
 
 A tensor without a graph is treated as a buffer (buffers.py). For a tensor with a graph we note only its values, because
 the graph would keep the previous evaluation alive, which would keep the one before it alive, and so on. For a small
-container we note a copy. The second evaluation gets this copy, so that what it adds is dropped.
+container we note a copy, also of the containers in it. The second evaluation gets a copy of this copy, so that what it
+adds is dropped.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from memcnn.engine.attributes import BASE_ATTRIBUTES, SCALARS
+from memcnn.engine.attributes import BASE_ATTRIBUTES, CONTAINERS, is_constant
 
-CONTAINERS = frozenset({list, dict, set, deque})
 MOST_ENTRIES = 64
-"""Largest container that is copied at every evaluation."""
+"""Number of entries, those of inner containers included, up to which a container is copied at every evaluation."""
 
-HELD_BY_REFERENCE = CONTAINERS | {Tensor}
+
+class NotCopied(Exception):
+    """A value is neither a constant, a tensor nor a small container of such values."""
+
+
+class Values:
+    """Stands for a tensor with a graph in the copy of a container: its values."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor.detach()
 
 
 class WithGraph(NamedTuple):
@@ -42,13 +52,11 @@ class WithGraph(NamedTuple):
         """
         if self.name in self.own:
             undo.append((self.own.__setitem__, self.name, self.own[self.name]))
-            with torch.enable_grad():
-                leaf = self.values.detach().requires_grad_()
-                self.own[self.name] = leaf.view_as(leaf)
+            self.own[self.name] = _with_graph(self.values)
 
 
 class Container(NamedTuple):
-    """A plain attribute that is a list, dictionary, set or deque.
+    """A plain attribute that is a container.
 
     Attributes:
         own: ``vars(module)`` of its module.
@@ -64,7 +72,7 @@ class Container(NamedTuple):
         """Set the attribute to a new copy of the container. ``undo`` receives the call that undoes this."""
         if self.name in self.own:
             undo.append((self.own.__setitem__, self.name, self.own[self.name]))
-            self.own[self.name] = self.content.copy()
+            self.own[self.name] = copied(self.content, _given_again)
 
 
 def references(module: nn.Module) -> Iterator[tuple[str, Tensor | Container]]:
@@ -73,7 +81,56 @@ def references(module: nn.Module) -> Iterator[tuple[str, Tensor | Container]]:
     for name, value in islice(own.items(), BASE_ATTRIBUTES, None):
         if type(value) is Tensor:
             yield name, value
-        elif type(value) in CONTAINERS and len(value) <= MOST_ENTRIES:
-            entries = value.values() if type(value) is dict else value
-            if all(type(x) in SCALARS or (type(x) is Tensor and x.grad_fn is None) for x in entries):
-                yield name, Container(own, name, value.copy())
+        elif type(value) in CONTAINERS or (isinstance(value, (tuple, frozenset)) and not is_constant(value)):
+            with suppress(NotCopied):
+                yield name, Container(own, name, copied(value, _noted))
+
+
+def copied(value: Any, of_tensor: Callable[[Any], Any], room: list[int] | None = None) -> Any:
+    """Return a copy of a constant, a tensor or a container, with copies of the containers in it.
+
+    Args:
+        value: the value.
+        of_tensor: its result takes the place of each tensor, or ``Values``, that it is called with.
+        room: a list of one number, of the entries that may still be copied; None for ``MOST_ENTRIES``.
+
+    Raises:
+        NotCopied: another object is in it, or it has too many entries.
+    """
+    kind = type(value)
+    if is_constant(value):
+        return value
+    if kind is Tensor or kind is Values:
+        return of_tensor(value)
+    if kind not in CONTAINERS and not isinstance(value, (tuple, frozenset)):
+        raise NotCopied
+    room = [MOST_ENTRIES] if room is None else room
+    room[0] -= len(value)
+    if room[0] < 0:
+        raise NotCopied
+    if isinstance(value, dict):
+        content = value.copy()  # keeps the default of a defaultdict
+        for key, entry in value.items():
+            content[key] = copied(entry, of_tensor, room)
+        return content
+    if kind is bytearray:
+        return value.copy()
+    entries = [copied(entry, of_tensor, room) for entry in value]
+    if kind is deque:
+        return deque(entries, value.maxlen)
+    return getattr(kind, "_make", kind)(entries)  # named tuples have ``_make``
+
+
+def _noted(tensor: Tensor) -> Tensor | Values:
+    return tensor if tensor.grad_fn is None else Values(tensor)
+
+
+def _given_again(noted: Tensor | Values) -> Tensor:
+    return _with_graph(noted.tensor) if isinstance(noted, Values) else noted
+
+
+def _with_graph(values: Tensor) -> Tensor:
+    """Return a tensor of these values that requires a gradient and is no leaf."""
+    with torch.enable_grad():
+        leaf = values.detach().requires_grad_()
+        return leaf.view_as(leaf)

@@ -17,17 +17,18 @@ from torch import Tensor, nn
 
 from memcnn.engine.again import Again, exchange, restore_autocast
 from memcnn.engine.attributes import (
+    BASE_ATTRIBUTES,
     Attributes,
-    defaults_hidden,
-    expose_defaults,
+    added,
     have_changed,
     known_class,
     known_classes,
     noted,
     present,
+    remove,
     set_again,
 )
-from memcnn.engine.buffers import Buffer, ReplayedBuffers
+from memcnn.engine.buffers import Buffer, ReplayedBuffers, reads_statistics
 from memcnn.engine.capture import NoRandomNumbers, is_captured
 from memcnn.engine.checksum import checksum
 from memcnn.engine.generators import (
@@ -45,7 +46,7 @@ from memcnn.engine.generators import (
 )
 from memcnn.engine.hooks import Hooks, hooked, restore_hooks
 from memcnn.engine.identity import identity, refuse_unless_lazy
-from memcnn.engine.references import HELD_BY_REFERENCE, Container, WithGraph, references
+from memcnn.engine.references import Container, WithGraph, references
 
 _CPU = torch.device("cpu")
 
@@ -76,8 +77,8 @@ class Replay(ReplayedBuffers):
         """Plain attributes of other modules."""
         self.users_modules: list[tuple[nn.Module, int]] = []
         """Modules that are not PyTorch's own layers, and the number of attributes of each."""
-        self.hidden_defaults: list[tuple[dict, tuple[str, ...]]] = []
-        """Attributes that the first evaluation set on a module, and that hide a default of its class."""
+        self.added_attributes: list[tuple[dict, tuple[str, ...]]] = []
+        """Attributes that modules have only since the first evaluation."""
         self.own_generators: list[object] = []
         """Generators that are attributes of a module."""
         self.is_foreign = False
@@ -92,6 +93,9 @@ class Replay(ReplayedBuffers):
         """Plain attributes of users' modules that are containers, or tensors with a graph."""
         self.running_statistics: dict[int, nn.Module] = {}
         self.untracked: dict[nn.Module, None] = {}
+        self.reads_statistics = False
+        self.sets_modes = False
+        """True if the first evaluation left a module in another mode. A further one does the same."""
         self.sets_parameters = False
         """True if a layer changed its own parameters in the first evaluation."""
         self.is_initialised_by_it = False
@@ -161,9 +165,10 @@ class Replay(ReplayedBuffers):
         """Note the plain attributes and the own generators of a module."""
         if (known := known_class(module)) is None:
             self.is_foreign = True
+            self.reads_statistics = self.reads_statistics or reads_statistics(type(module))
             self.users_attributes.append(noted(module))
             self.users_modules.append((module, len(vars(module))))
-            if not HELD_BY_REFERENCE.isdisjoint(map(type, vars(module).values())):
+            if len(vars(module)) > BASE_ATTRIBUTES:
                 self._survey_references(module)
         elif known[1]:
             own = vars(module)
@@ -218,6 +223,7 @@ class Replay(ReplayedBuffers):
                 set_by.add(id(registry))
         self.sets_parameters = self.is_initialised_by_it = bool(set_by)
         if self.is_foreign:
+            self.sets_modes = any(module.training != training for module, training in self.modes)
             self.children = [(registry, [*registry.values()]) for registry, _ in self.children]
             self._note_attributes()
         self.note_buffers(set_by)
@@ -236,9 +242,10 @@ class Replay(ReplayedBuffers):
             self.references = []
             return
         self.moved_attributes = moved
-        for (module, size), then in zip(self.users_modules, self.users_attributes, strict=True):
-            if len(then[0]) != size and (names := defaults_hidden(then, type(module))):
-                self.hidden_defaults.append((then[0], names))
+        for module, size in self.users_modules:
+            own = vars(module)
+            if len(own) != size and (names := added(own, size)):
+                self.added_attributes.append((own, names))
 
     def _has_grown(self) -> bool:
         """Return whether the first evaluation built modules, parameters or buffers."""
@@ -283,7 +290,7 @@ class Replay(ReplayedBuffers):
         """Set everything as the first evaluation found it. ``undo`` receives the calls that undo this."""
         restore_autocast(self.autocast, undo)
         for module, training in self.modes:
-            if module.training != training:
+            if module.training != training or self.sets_modes:
                 undo.append((setattr, module, "training", module.training))
                 module.training = training
         for then in self.attributes:
@@ -295,8 +302,8 @@ class Replay(ReplayedBuffers):
             own, names, values = then
             if id(own) in moved or not all(map(is_, values, map(own.get, names))):
                 set_again(then, undo)
-        for own, names in self.hidden_defaults:
-            expose_defaults(own, names, undo)
+        for own, names in self.added_attributes:
+            remove(own, names, undo)
         for module in self.untracked:
             undo.append((vars(module).__setitem__, "track_running_stats", module.track_running_stats))
             vars(module)["track_running_stats"] = False

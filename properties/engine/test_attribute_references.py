@@ -1,8 +1,10 @@
 """Plain attributes that are tensors, containers or functions are those of the forward pass in the recomputation."""
 
 import gc
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ from properties.support.twin import assert_like_twin, assert_same, block, plain_
 pytestmark = pytest.mark.usefixtures("on_device")
 
 
+Pair = namedtuple("Pair", "scale other")
+
+
 class Contextual(Scaled):
     """Scales by whatever ``context`` is."""
 
@@ -24,14 +29,22 @@ class Contextual(Scaled):
         self.context = None
 
     def scale(self, x):
-        context = self.context
-        if callable(context):
-            return context(x)
-        if isinstance(context, dict):
-            return context["scale"]
-        if isinstance(context, set):
-            return len(context)
-        return context[0] if isinstance(context, list | tuple | deque) else context
+        return scale_of(self.context, x)
+
+
+def scale_of(context, x):
+    """Return a number, or a tensor, that a context of any type gives."""
+    if callable(context):
+        return context(x)
+    if isinstance(context, dict):
+        return scale_of(context["scale"], x)
+    if isinstance(context, set | frozenset):
+        return len(context)
+    if isinstance(context, slice):
+        return context.stop
+    if isinstance(context, list | tuple | deque | bytearray | range):
+        return scale_of(context[0], x)
+    return float(context) if isinstance(context, Fraction | np.number) else context
 
 
 def vector(value: float) -> Tensor:
@@ -53,6 +66,24 @@ CONTEXTS = {
     "dictionary": (lambda: {"scale": 2.0}, lambda then: then.update(scale=5.0) or then),
     "set": (lambda: {1, 2}, lambda then: then.add(3) or then),
     "deque": (lambda: deque([2.0]), lambda then: then.appendleft(5.0) or then),
+    "tuple of tensors": (lambda: (vector(2), vector(3)), lambda _: (vector(5), vector(3))),
+    "tuple of tensors with graphs": (lambda: (graph(0.2), graph(0.3)), lambda _: (graph(0.9), graph(0.3))),
+    "named tuple": (lambda: Pair(2.0, vector(1)), lambda then: then._replace(scale=5.0)),
+    "number of NumPy": (lambda: np.float64(2), lambda _: np.float64(5)),
+    "integer of NumPy": (lambda: np.int64(2), lambda _: np.int64(5)),
+    "fraction": (lambda: Fraction(1, 2), lambda _: Fraction(5, 2)),
+    "size": (lambda: torch.Size([2]), lambda _: torch.Size([5])),
+    "range": (lambda: range(2, 9), lambda _: range(5, 9)),
+    "slice": (lambda: slice(2), lambda _: slice(5)),
+    "frozen set": (lambda: frozenset({1, 2}), lambda then: then | {3}),
+    "array of bytes": (lambda: bytearray([2]), lambda then: then.__setitem__(0, 5) or then),
+    "ordered dictionary": (lambda: OrderedDict(scale=2.0), lambda then: then.update(scale=5.0) or then),
+    "dictionary with a default": (lambda: defaultdict(lambda: 2.0), lambda then: then.update(scale=5.0) or then),
+    "counter": (lambda: Counter(scale=2), lambda then: then.update(scale=3) or then),
+    "list in a dictionary": (lambda: {"scale": [2.0]}, lambda then: then["scale"].__setitem__(0, 5.0) or then),
+    "list in a tuple": (lambda: ([2.0],), lambda then: then[0].__setitem__(0, 5.0) or then),
+    "tensor with a graph in a list": (lambda: [graph(0.2)], lambda _: [graph(0.9)]),
+    "None, later a tuple of tensors": (lambda: lambda x: 2.0, lambda _: (vector(5), vector(3))),
 }
 
 
@@ -126,6 +157,31 @@ class RememberingGraphs(Remembering):
     graph = True
 
 
+class RememberingPairs(Remembering):
+    """As an LSTM does, whose state is a pair. It has no state before the first call, and not even the attribute."""
+
+    def __init__(self):
+        super().__init__()
+        del self.state
+
+    def scale(self, x):
+        hidden, cell = getattr(self, "state", (x.detach(), x.detach()))
+        self.state = (0.5 * hidden + x.detach(), cell.sin())
+        return 1 + (hidden * cell).mean() ** 2
+
+
+class Annealed(Scaled):
+    """Scales by a number of NumPy that every call changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = np.float64(1)
+
+    def scale(self, x):
+        self.temperature = np.maximum(0.25, self.temperature * np.exp(-0.3))
+        return float(self.temperature)
+
+
 @pytest.fixture(autouse=True)
 def graphs_are_forgotten():
     """A module, its state and the graph of that hold each other, through nodes that Python's collector cannot see."""
@@ -135,7 +191,7 @@ def graphs_are_forgotten():
 
 
 @PROGRAMS
-@pytest.mark.parametrize("branch", [Averaging, Remembering, RememberingGraphs])
+@pytest.mark.parametrize("branch", [Averaging, Remembering, RememberingGraphs, RememberingPairs, Annealed])
 def test_what_a_branch_keeps_from_call_to_call_moves_once_a_step_and_is_replayed(program, branch):
     module = chain(branch)
     twin = plain_twin(module)

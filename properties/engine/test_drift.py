@@ -111,14 +111,29 @@ def test_the_remedies_that_the_warning_names_are_some(make):
         sequence_of_instance_norms,
         lambda: nn.Sequential(*(block(conv_branch) for _ in range(8))).float(),
         lambda: block(lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.ReLU())),
+        lambda: block(lambda: nn.Sequential(nn.Linear(8, 8), nn.RReLU(), nn.Linear(8, 8))),
     ],
-    ids=["batch norm", "instance norm", "float32", "dropout"],
+    ids=["batch norm", "instance norm", "float32", "dropout", "noise that is drawn after it is saved"],
 )
 def test_healthy_networks_are_not_warned_of(make):
     module = make()
     shape = {ReversibleSequential: (4, 16, 8, 8), nn.Sequential: (4, 6, 8, 8)}.get(type(module), (64, 16))
     dtype = next(module.parameters()).dtype
     assert not trained(module, lambda seed: images(*shape, dtype=dtype, seed=seed), steps=16)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_values_that_cannot_be_rebuilt_are_warned_of(value):
+    class Masked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x[:1] * value, x[1:]])
+
+    def branch() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+    module = ReversibleSequential(AdditiveCoupling(branch(), branch()), AdditiveCoupling(branch(), Masked()))
+    found = trained(module, lambda seed: images(4, 16, dtype=torch.float32, seed=seed))
+    assert found and "a norm of nan instead of" in found[0]
 
 
 def test_zeros_that_nothing_amplifies_are_not_warned_of():
