@@ -3,10 +3,10 @@
     python -m memcnn.verify mypackage.blocks:make --shape 2,16,8,8
 
 The target is a function or class that is called without arguments, or a module; a path works too: blocks.py:make.
-Prints every law with the largest error found and its limit; for a law that fails, what is wrong in words and the
+Prints every law with the largest error found and its limit. For a law that fails, it also prints an explanation and the
 smallest failing example as code. Exit status: 0 every law holds, 1 one does not, 2 misuse, 3 the verifier itself broke.
 
-A block can be checked on a batch of your own, which torch.save wrote as a tensor or a tuple of tensors:
+To check a block on your own batch, write the batch with torch.save, as a tensor or a tuple of tensors:
 
     python -m memcnn.verify mypackage.blocks:make --input batch.pt
 """
@@ -45,11 +45,12 @@ MODES = {"both": (True, False), "train": (True,), "eval": (False,)}
 
 
 REFUSALS = "the module must", "the inputs must", "an input must"
-"""How the checks begin to say that a module or its inputs cannot be checked."""
+"""Beginnings of the messages with which a check refuses a module or its inputs."""
 
 
 @cli.command("memcnn.verify")
 def main(arguments: list[str] | None = None) -> int:
+    """Verify the target and print the results; return the exit status."""
     args = _parser().parse_args(arguments)
     try:
         return _verify(args)
@@ -86,7 +87,7 @@ def _parser() -> cli.Parser:
         metavar="D,D,...",
         help="dimensions whose size is drawn, smaller and larger, such as 0,2,3 (default: none)",
     )
-    add("--dtype", choices=DTYPES, default="float32", help="of module and inputs (%(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="dtype of module and inputs (%(default)s)")
     add("--device", default="cpu", help="such as cuda (%(default)s)")
     add("--mode", choices=MODES, default="both", help="training mode, eval mode, or %(default)s")
     add(
@@ -101,7 +102,7 @@ def _parser() -> cli.Parser:
         metavar="N",
         help=f"variants for each law (default: {EXAMPLES}, or what {LONGEST} seconds allow, and at least 4)",
     )
-    add("--seed", type=_seed, default=0, help="of the first example (%(default)s)")
+    add("--seed", type=_seed, default=0, help="seed of the first example (%(default)s)")
     add(
         "--as-is",
         action="store_true",
@@ -115,9 +116,9 @@ def _parser() -> cli.Parser:
     add(
         "--no-finite-differences",
         action="store_true",
-        help="for a module whose gradient is no derivative by design, as under spectral norm",
+        help="for a module whose gradient is by design not the derivative, as under spectral norm",
     )
-    add("--json", type=cli.output_file, metavar="FILE", help="write all results there, too")
+    add("--json", type=cli.output_file, metavar="FILE", help="also write all results to this file")
     return parser
 
 
@@ -191,7 +192,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _first_example(args: argparse.Namespace) -> "Example":
-    """Return the example of the shapes or the inputs that the user names."""
+    """Return the first example: inputs of the shapes that the user gives, or those in the user's file."""
     from memcnn.testing.example import Example
 
     if args.input is None:
@@ -205,7 +206,7 @@ def _first_example(args: argparse.Namespace) -> "Example":
 
 
 def _progress(text: str) -> None:
-    """Show what is being done: on a terminal in one line, elsewhere in a line of its own."""
+    """Report progress: on a terminal in one line that is overwritten, elsewhere in a new line each time."""
     if sys.stderr.isatty():
         cli.progress(text)
     else:
@@ -213,7 +214,7 @@ def _progress(text: str) -> None:
 
 
 def _is_refusal(error: TypeError) -> bool:
-    """Return whether a check refuses the module or its inputs in words, as against a mistake in its own code."""
+    """Return True if a check refuses the module or its inputs, False if the check's own code failed."""
     return any(words in str(error) for words in REFUSALS)
 
 

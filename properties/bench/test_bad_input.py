@@ -65,7 +65,7 @@ COMMANDS = {
     "memcnn.convert": [
         ([], "IN, OUT"),
         (["{missing}", "{new}"], "No such file"),
-        (["{file}", "{new}"], "is not a file of tensors alone"),
+        (["{file}", "{new}"], "holds more than tensors"),
         (["{folder}", "{new}"], "wanted a file that torch.save wrote"),
         (["{file}", "{file}"], "exists already; wanted a new file"),
         (["{file}", "{file}/x.pt"], "is not a folder"),
@@ -116,7 +116,7 @@ COMMANDS = {
         (["{baseline}", "{junk}"], "holds no measurements of python -m bench"),
         (["{baseline}", "{list}"], "holds no measurements of python -m bench"),
         (["{folder}", "{baseline}"], "holds no measurements of python -m bench"),
-        (["{baseline}", "{baseline}", "--fail", "median:10%"], "holds bytes and evaluations alone, and no time"),
+        (["{baseline}", "{baseline}", "--fail", "median:10%"], "holds only bytes and evaluations, and no time"),
         (["{baseline}", "{baseline}", "--fail", "nonsense:1%"], "BASE has no case with 'nonsense'"),
         (["{baseline}", "{baseline}", "--fail", "subject:1%"], "BASE has no case with 'subject'"),
         (["{baseline}", "{baseline}", "--fail", "median"], "wanted METRIC:PERCENT%"),

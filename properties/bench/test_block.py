@@ -62,9 +62,9 @@ def by_subject(target: str, depth: int) -> dict[str, block.Block]:
 
 
 def test_a_block_is_wrapped_unless_it_is(target):
-    assert isinstance(block.made(target("coupling")), memcnn.InvertibleModuleWrapper)
-    assert block.made(target("wrapped")).keep_input, "as it is wrapped"
-    assert type(block.made(target("Around"))).__name__ == "Around"
+    assert isinstance(block.make_block(target("coupling")), memcnn.InvertibleModuleWrapper)
+    assert block.make_block(target("wrapped")).keep_input, "as it is wrapped"
+    assert type(block.make_block(target("Around"))).__name__ == "Around"
 
 
 def test_every_subject_computes_the_same_gradients(target):
