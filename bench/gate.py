@@ -118,7 +118,7 @@ def _of_bytes(base: pd.DataFrame, now: pd.DataFrame, metric: str) -> list[dict[s
     """Return, for BASE and for NOW, the values of each case that has this metric."""
     (before, *_), (after, *_) = _kind(base), _kind(now)
     if before != after:
-        raise cli.Misuse(f"BASE ran on {before}, NOW on {after}: their bytes are not comparable; measure both on one")
+        raise cli.Misuse(f"BASE ran on {before}, NOW on {after}: wanted one kind of device, because their bytes differ")
     values = []
     for results in (base, now):
         rows = results[results.group == "memory"]
