@@ -23,9 +23,9 @@ def assert_flat_in_depth(
     """Assert that a training step needs the same peak bytes at two depths, parameters and their gradients apart.
 
     Args:
-        make: makes the network of a depth.
+        make: makes the network of a given depth.
         x: its input.
-        bytes_per_block: what a further block holds by design, such as the fingerprints of exact mode.
+        bytes_per_block: the bytes that each further block holds by design, such as the fingerprints of exact mode.
         depths: the two depths.
     """
     few, many = (step_bytes(make(depth), x) for depth in depths)
