@@ -48,7 +48,7 @@ COMMANDS = {
         ([*SMOKE, "--precision", "int8"], "argument --precision"),
         ([*SMOKE, "--fast", "--precision", "bf16"], "got --fast and --precision"),
         ([*SMOKE, "--runs", "{file}"], "argument --runs"),
-        ([*SMOKE, "--runs", "{file}/below"], "argument --runs: {file} is a file; wanted a folder"),
+        ([*SMOKE, "--runs", "{file}/below"], "argument --runs: {file} is a file; wanted a folder: choose another path"),
         ([*SMOKE, "--runs", LONG], "File name too long; choose a shorter name"),
     ],
     "memcnn.evaluate": [

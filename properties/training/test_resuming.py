@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("tiny_runs")
 
 
 class Killed(BaseException):
-    """Simulates a kill: nothing is saved after it."""
+    """Simulate a kill: nothing is saved after it."""
 
 
 def run_in_parts(runs, parts: list[tuple[int, str]], checkpoint_seconds: float) -> RunRecord:
@@ -141,7 +141,11 @@ LONG_NAME = NAME.replace(RECIPE.name, LONG.name)
 
 
 def killed_after(runs, questions: int) -> int:
-    """Kill the long run after ``questions`` questions whether to stop; return the iteration of its last checkpoint."""
+    """Kill the long run when it has asked whether to stop for the given number of times.
+
+    Returns:
+        The iteration of its last checkpoint.
+    """
     asked = iter(range(questions))
 
     def reason(self, *, needed_seconds):
@@ -255,8 +259,8 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path, uninterrupted, 
 OLD_CHECKPOINT = Path(__file__).parent / "files" / "checkpoint_before_state.pt"
 
 
-def test_a_checkpoint_that_the_code_before_wrote_is_resumed(tmp_path, monkeypatch):
-    """Commit 236d046 wrote the file after 7 iterations of the tiny run. Only the images may differ between machines."""
+def test_a_committed_checkpoint_of_an_earlier_version_is_resumed(tmp_path, monkeypatch):
+    """Commit 236d046 wrote the file after 7 iterations of the tiny run. The images may differ between machines."""
     identity, state = checkpoint.read(OLD_CHECKPOINT)
     assert (identity.model, identity.dataset, identity.seed, identity.engine) == ("resnet32", "cifar10", 0, True)
     assert identity.recipe == RECIPE.to_dict() and identity.official_data is False
