@@ -9,6 +9,8 @@ from memcnn.testing.laws.memory import step_bytes
 from properties.support.twin import plain_twin
 
 LAWS = ("inverse", "gradients", "state")
+FINGERPRINTS = 16
+"""Bytes that a coupling of two branches holds in exact mode: 8 for each branch."""
 
 
 def assert_laws(module: nn.Module, *inputs: Tensor, laws: Collection[str] = LAWS, **options) -> None:
