@@ -224,7 +224,7 @@ def _command_again(arguments: Sequence[str] | None) -> str:
 
 
 def _print_end(record: RunRecord, folder: Path, again: str) -> None:
-    """Print how a run ended and, if it is not complete, why and with which command it is resumed."""
+    """Print the result of a run and, if it is not complete, the reason and the command that resumes it."""
     print(summary(record, folder), end="" if record.reason else "\n")
     if record.reason:
         verb = "try again from the last good checkpoint" if record.status == "failed" else "go on"

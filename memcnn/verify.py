@@ -33,6 +33,7 @@ from memcnn.testing.targets import Factory, load, load_tensors
 
 if TYPE_CHECKING:
     from memcnn.testing.example import Example
+    from memcnn.testing.search import Findings
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTEGERS = {"int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8, "bool": torch.bool}
@@ -123,8 +124,9 @@ def _parser() -> cli.Parser:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    """Check every law, print and write the results, and return the exit status."""
     try:
-        from memcnn.testing.search import search
+        import memcnn.testing.search  # noqa: F401
     except ModuleNotFoundError as error:
         raise cli.Misuse(f"needs {error.name}, which draws the examples: pip install {error.name}") from error
     torch.set_num_threads(1)  # examples are small, and several threads may slow them down a hundredfold
@@ -139,34 +141,8 @@ def _verify(args: argparse.Namespace) -> int:
         flush=True,
     )
 
-    report, findings = Report(()), []
-    try:
-        module = base.module(make)
-        laws = args.laws or [law for law in LAWS if law != "log_det" or has_log_det(module)]
-        for law in laws:
-            _progress(f"{law} ...")
-            found = search(
-                make,
-                base,
-                law,
-                modes=MODES[args.mode],
-                vary=args.vary,
-                first_seed=args.seed,
-                max_examples=1 if law == "memory" else args.examples or EXAMPLES,
-                options=options.get(law, {}),
-                longest=math.inf if args.examples else LONGEST,
-            )
-            findings.append(found)
-            report += found.report
-    except NotRunnable as error:
-        raise cli.Misuse(f"{args.target}: {error}") from error
-    except TypeError as error:
-        if is_ours(error) and not _is_refusal(error):
-            raise
-        raise cli.Misuse(f"{args.target}: {error}") from error
-    finally:
-        cli.progress("")
-
+    findings = _search_all(args, make, base, options)
+    report = sum((found.report for found in findings), Report(()))
     remark = remark_on_constants(base.module(make), base.inputs()) if base.values else ""
     print(report)
     if remark:
@@ -189,6 +165,50 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         _write(args.json, args, base.shapes, report, codes, {found.law: found.examples for found in findings})
     return cli.DONE if report.passed else cli.FAILED
+
+
+def _search_all(args: argparse.Namespace, make: Factory, base: "Example", options: dict[str, dict]) -> list["Findings"]:
+    """Search for a failing example of each law, and return what was found for each.
+
+    Args:
+        args: the arguments of the command.
+        make: makes the module.
+        base: the first example.
+        options: the options of each law's check.
+
+    Raises:
+        cli.Misuse: the module cannot run, or a check refuses it or its inputs.
+    """
+    from memcnn.testing.search import search
+
+    try:
+        module = base.module(make)
+        laws = args.laws or [law for law in LAWS if law != "log_det" or has_log_det(module)]
+        findings = []
+        for law in laws:
+            _progress(f"{law} ...")
+            findings.append(
+                search(
+                    make,
+                    base,
+                    law,
+                    modes=MODES[args.mode],
+                    vary=args.vary,
+                    first_seed=args.seed,
+                    max_examples=1 if law == "memory" else args.examples or EXAMPLES,
+                    options=options.get(law, {}),
+                    longest=math.inf if args.examples else LONGEST,
+                )
+            )
+        return findings
+    except NotRunnable as error:
+        raise cli.Misuse(f"{args.target}: {error}") from error
+    except TypeError as error:
+        if is_ours(error) and not _is_refusal(error):
+            raise
+        raise cli.Misuse(f"{args.target}: {error}") from error
+    finally:
+        cli.progress("")
 
 
 def _first_example(args: argparse.Namespace) -> "Example":
@@ -227,10 +247,12 @@ def _options(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def _shown(options: dict) -> dict:
+    """Return the options that the code of an example contains."""
     return {key: value for key, value in options.items() if key != "chain"}
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
+    """Raise ``cli.Misuse`` if a dimension to vary or the device does not exist."""
     for dimension in args.vary if args.shape else ():
         if not any(-len(shape) <= dimension < len(shape) for shape, _ in args.shape):
             most = max(len(shape) for shape, _ in args.shape)
@@ -268,6 +290,7 @@ def _shape(text: str) -> tuple[tuple[int, ...], tuple[torch.dtype, int] | None]:
 
 
 def _dimensions(text: str) -> tuple[int, ...]:
+    """Return the numbers of dimensions in ``text``, which commas separate."""
     try:
         return tuple(int(dimension) for dimension in text.split(","))
     except ValueError:
@@ -275,6 +298,7 @@ def _dimensions(text: str) -> tuple[int, ...]:
 
 
 def _seed(text: str) -> int:
+    """Return the seed in ``text``: at most nine digits."""
     if not re.fullmatch(r"\d{1,9}", text):
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number from 0 to 999999999")
     return int(text)
@@ -283,6 +307,7 @@ def _seed(text: str) -> int:
 def _write(
     path: Path, args: argparse.Namespace, shapes: tuple, report: Report, codes: dict[str, str], examples: dict
 ) -> None:
+    """Write all results to a JSON file, with the code of failing examples and the number of examples of each law."""
     path.write_text(
         json.dumps(
             {

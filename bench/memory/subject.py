@@ -131,7 +131,7 @@ def largest_batch(subject: Subject, budget_bytes: int) -> dict:
 
 
 def largest_depth(subject: Subject, budget_bytes: int, *, disable: bool, limit: int) -> dict:
-    """Search the largest number of units a stage with which a network's step on CUDA fits.
+    """Search the largest number of units a stage for which a network's step on CUDA fits into memory.
 
     Args:
         subject: one of the six networks.

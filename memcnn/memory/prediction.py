@@ -131,9 +131,9 @@ def training_step(
 
 
 class _FakeCopies(TorchFunctionMode):
-    """A mode in which ``copy.deepcopy`` can copy fake tensors. A coupling that is given only F copies it so, as its G.
+    """A mode in which ``copy.deepcopy`` can copy fake tensors, as a coupling does that is given only F.
 
-    ``Tensor.__deepcopy__`` would copy their ``FakeTensorMode`` as well, and tensors of two modes do not mix.
+    ``Tensor.__deepcopy__`` would copy their ``FakeTensorMode`` too, but tensors of two modes cannot be mixed.
     """
 
     def __torch_function__(

@@ -1,4 +1,4 @@
-"""Assertions that every reference network must meet, whatever it computes."""
+"""Assertions that every reference network must meet."""
 
 from collections.abc import Callable, Collection
 
