@@ -11,7 +11,7 @@ from memcnn.testing.cases import Block, Branch, Chain, Network, Values
 def run_check(
     check: Callable[..., Report], network: Network, device: str = "cpu", *, inverse: bool = False, **options
 ) -> Report:
-    """Return the report of ``check`` on the network, or with ``inverse`` on its inverse and the network's outputs."""
+    """Return the report of ``check`` on the network or, with ``inverse``, on its inverse with drawn inputs."""
     module, x = network.build(device), network.input.build(device)
     if inverse:
         module, x = Inverted(module), network.output.build(device)
@@ -34,7 +34,7 @@ def network(
 
     Args:
         shape: the shape of the input.
-        layers: the names of a branch's layers.
+        layers: the layers of a branch, by their names or as chains.
         kind: the kind of block; branches of affine blocks double the dimension that is split.
         splits: the dimension that each coupling splits.
         composition: how the blocks form a network.

@@ -72,7 +72,7 @@ def test_the_name_of_a_run_is_one_folder_for_every_name_of_a_recipe(tmp_path):
 def test_a_run_that_is_not_complete_is_loaded_only_when_asked_for(runs, tmp_path):
     run(tmp_path, recipe=override(RECIPE, iterations=13), budget_seconds=0)
     (folder,) = tmp_path.iterdir()
-    with pytest.raises(ValueError, match="is partial, 0 of 13 iterations: partial=True"):
+    with pytest.raises(ValueError, match="is partial, 0 of 13 iterations: pass partial=True"):
         memcnn.load_trained(folder.name, runs=tmp_path)
     assert memcnn.load_trained(folder.name, runs=tmp_path, partial=True)
 
