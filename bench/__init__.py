@@ -2,7 +2,7 @@
 
 import sys
 
-if "-m" in sys.orig_argv:  # a command; a worker imports this package where memcnn is another one, or absent
+if "-m" in sys.orig_argv:  # commands only: a worker may run where memcnn is another package, or is not installed
     from memcnn import needs
 
     needs.check()

@@ -1,7 +1,7 @@
 """Measure time and peak memory of training steps: plain, checkpointed, reversible; chains and whole networks.
 
     python -m bench --quick                     about two minutes on two cores
-    python -m bench                             less than ten; renews the report in reports/bench/<device>
+    python -m bench                             less than ten minutes; renews the report in reports/bench/<device>
     python -m bench -k "depth8 and reversible"  only the cases that the expression selects
     python -m bench --block mypkg.blocks:make --shape 8,64,32,32   chains of your own block, against depth
     python -m bench.report FILE.json            tables and figures of the measurements, as Markdown and HTML
@@ -10,7 +10,7 @@
 
 Writes the measurements of pytest-benchmark as JSON into results/bench/<device>, and prints a summary. The report of
 figures and tables goes to --report. By default that is reports/bench/<device> after a run of all cases, and a folder
-beside the JSON after --quick or --block; a run that -k or --budget narrows writes none.
+beside the JSON after --quick or --block. A run with -k or --budget writes no report.
 """
 
 import argparse
@@ -40,13 +40,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--threads",
         type=cli.threads,
         default=1,
-        help="threads of PyTorch on the CPU (default: %(default)s; several "
-        "make small kernels a hundred times slower on a machine that is busy)",
+        help="threads of PyTorch on the CPU (default: %(default)s; on a busy "
+        "machine several threads make small kernels a hundred times slower)",
     )
     add(
         "--clock",
         choices=["wall", "cpu"],
-        help="cpu: seconds of this process alone, for a CPU shared with others; with --threads 1 (default: wall)",
+        help="wall: elapsed time (default); cpu: CPU time of this process, for a busy CPU; needs --threads 1",
     )
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("-k", metavar="EXPRESSION", help="run only the cases that match, as in pytest")
@@ -82,11 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(arguments)
     try:
-        device = folders.chosen(args.device)
+        device = folders.choose_device(args.device)
     except ValueError as error:
         parser.error(f"--{error}")
     if args.clock == "cpu" and (args.threads > 1 or device.type != "cpu"):
-        parser.error("argument --clock: got cpu, wanted it with --device cpu and --threads 1, whose seconds it counts")
+        parser.error("argument --clock: got cpu, which counts one CPU thread; wanted also --device cpu and --threads 1")
     check_block(parser, args, device)
     args.out = args.out or Path("results/bench") / folders.slug(device)
 
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _pytest_options(args: argparse.Namespace, result: Path) -> list[str]:
     """Return the options of pytest for the measurements that the command line asks for."""
     options = [f"--benchmark-json={result}", "--benchmark-quiet", "--verbose", "-p", "no:cacheprovider"]
-    options += ["-W", "default"]  # in a test a warning is an error; it does not end a measurement
+    options += ["-W", "default"]  # the tests' configuration makes warnings errors; they must not end a measurement
     options += [f"--{name}" for name in ("quick", "modes") if getattr(args, name)]
     passed_on = ("device", "threads", "clock", "budget", "block")
     options += [f"--{name}={value}" for name in passed_on if (value := getattr(args, name)) is not None]
@@ -132,14 +132,14 @@ def _show(args: argparse.Namespace, result: Path, device: torch.device) -> None:
 
 
 def _default_report(args: argparse.Namespace, result: Path, device: torch.device) -> Path | None:
-    """Return where the report goes by default: only a run of all cases remakes the committed one."""
+    """Return the default folder of the report, or None. Only a run of all cases replaces the committed report."""
     if args.k or args.budget is not None:
         return None
     return result.with_suffix("") if args.quick or args.block else folders.folder_of(device)
 
 
 def _shown(folder: Path) -> str:
-    """Return the folder relative to the repository if it lies there, so that the report names no path of a machine."""
+    """Return a folder of the repository as a relative path, so that the report shows no path of this machine."""
     root = HERE.parent
     return str(folder.resolve().relative_to(root) if folder.resolve().is_relative_to(root) else folder)
 

@@ -54,7 +54,7 @@ class Block(Case):
 
     @property
     def group(self) -> str:
-        """The depth that the subjects of one comparison share."""
+        """The depth and shape that the subjects of one comparison share."""
         return f"block-depth{self.depth}-{'x'.join(map(str, self.shape))}"
 
     cycle = group
@@ -71,7 +71,7 @@ class Block(Case):
         """Return the chain, with weights from a fixed seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            blocks = [made(self.target) for _ in range(self.depth)]
+            blocks = [make_block(self.target) for _ in range(self.depth)]
         return SUBJECTS[self.subject](blocks).to(device).train()
 
     def step(self, model: nn.Module, device: str | torch.device, autocast: Callable = nullcontext) -> Step:
@@ -82,10 +82,10 @@ class Block(Case):
 
 
 def cases(target: str, shape: tuple[int, ...], depths: Sequence[int]) -> list[Block]:
-    """Return the cases of a block: every subject that is possible with it, at every depth."""
+    """Return the cases of a block: every subject that the block supports, at every depth."""
     subjects = dict(SUBJECTS)
     try:
-        ReversibleSequential(made(target))
+        ReversibleSequential(make_block(target))
     except TypeError:  # it contains wrapped modules, but has no inverse of its own
         del subjects["reversible"]
     return [Block("depth", subject, depth, target, shape) for depth in sorted(set(depths)) for subject in subjects]
@@ -98,7 +98,7 @@ def check(target: str, shape: tuple[int, ...], device: torch.device) -> None:
         Misuse: the block cannot be made, or cannot be chained on an input of this shape.
     """
     case = Block("depth", "wrapped", 1, target, shape)
-    made(target)  # so that a fault of the factory is not reported as one of the shape
+    make_block(target)  # first, so that no error of the factory is blamed on the shape
     try:
         model = case.model(device)
         step = case.step(model, device)
@@ -126,7 +126,7 @@ def check(target: str, shape: tuple[int, ...], device: torch.device) -> None:
         ) from error
 
 
-def made(target: str) -> nn.Module:
+def make_block(target: str) -> nn.Module:
     """Return a new block, wrapped in ``InvertibleModuleWrapper`` unless it contains one.
 
     Raises:

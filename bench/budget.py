@@ -2,17 +2,17 @@
 
     python -m bench.budget                     8 blocks on 4 x 32 x 16 x 16: several minutes
     python -m bench.budget --quick             4 blocks, nothing compiled
-    python -m bench.budget --peers FOLDER      also ckptplan, from a folder that pip installed it into with --target
+    python -m bench.budget --peers FOLDER      also ckptplan, after pip install --target FOLDER ckptplan
     python -m bench.budget --unequal           12 blocks of three kinds, whose costs differ widely
-    python -m bench.budget --prices            ten kinds of branches: the time that a plan estimates, and their time
+    python -m bench.budget --prices            estimated and measured time of ten kinds of branches
 
 All contenders hold the same blocks with the same weights. Every second block is cheap: its convolutions have width 1
-instead of 3. With ``--unequal`` a block is in turn a convolution of width 7, four times tanh, or two convolutions of
-width 1 around a depthwise one: the first takes the most time for the bytes that it stores, the last the least. Times
-are CPU seconds of steps that take turns, relative to plain autograd in the same round. Bytes are those that a step adds
-to parameters, gradients and batch at its worst instant. Two meters count them: one counts tensors, and sees none within
-compiled code; the other asks the allocator, and includes the scratch memory of kernels. A contender that fails is named
-with its reason; the others are measured. Prints Markdown.
+instead of 3. With ``--unequal`` the blocks take turns: a convolution of width 7, four times tanh, two convolutions of
+width 1 around a depthwise one. The first takes the most time per stored byte, the last the least. Times are CPU seconds
+of interleaved steps, relative to plain autograd in the same round. Bytes are the peak of a training step above
+parameters, gradients and batch. Two meters count them: one counts tensors, and sees none within compiled code; the
+other asks the allocator, and includes the scratch memory of kernels. If a contender fails, the command prints its name
+and the reason, and measures the others. Prints Markdown.
 """
 
 import copy
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from bench.cases import Branch, Checkpointed, step_on
 from bench.measure import cpu_seconds_in_turn
-from bench.small_tensors import spread
+from bench.result import spread
 from bench.tables import add_csv_option, publish
 from memcnn import AdditiveCoupling, ReversibleSequential, cli
 from memcnn.memory import allocator_peak_bytes, measure_step_memory, tensor_peak_bytes
@@ -51,7 +51,7 @@ def couplings(depth: int, channels: int = 32) -> list[AdditiveCoupling]:
 
 
 def branch(channels: int, *, cheap: bool) -> nn.Module:
-    """Return F or G of ``bench.cases``, with GroupNorm for BatchNorm, which ckptplan refuses to checkpoint."""
+    """Return F or G of ``bench.cases`` with GroupNorm in place of BatchNorm, which ckptplan refuses to checkpoint."""
     made = Branch(channels)
     for i in (1, 4):
         made[i] = nn.GroupNorm(4, channels)
@@ -90,7 +90,7 @@ UNEQUAL = ("convolution 7", "four times tanh", "inverted bottleneck")
 
 
 def unequal(depth: int) -> list[AdditiveCoupling]:
-    """Return blocks whose branches are in turn those of ``UNEQUAL``."""
+    """Return blocks whose branches cycle through the kinds in ``UNEQUAL``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         kinds = [BRANCHES[UNEQUAL[i % len(UNEQUAL)]] for i in range(depth)]
@@ -98,9 +98,9 @@ def unequal(depth: int) -> list[AdditiveCoupling]:
 
 
 def prices(x: Tensor, rounds: int = 60) -> pd.DataFrame:
-    """Return estimated and measured time for each stored byte of ``BRANCHES``, one row each, the largest first.
+    """Return estimated and measured time per stored byte for each of ``BRANCHES``, the slowest first.
 
-    The measured time is the 10 % quantile of evaluations that take turns, without gradients.
+    The measured time is the 10 % quantile of interleaved evaluations without gradients.
     """
     blocks = {name: AdditiveCoupling(kind(), kind()) for name, kind in BRANCHES.items()}
     with torch.no_grad():
@@ -131,7 +131,7 @@ def prices_table(rows: pd.DataFrame) -> pd.DataFrame:
 def eager(
     depth: int, x: Tensor, couplings: Callable[[int], list] = couplings, shares: Sequence[float] = SHARES
 ) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    """Yield name and maker of each chain that runs eagerly."""
+    """Yield the name of each eager chain, and a function that builds it."""
     blocks = partial(couplings, depth)
     yield "plain autograd", lambda: nn.Sequential(*blocks())
     yield "checkpoint per block", lambda: Checkpointed(*blocks())
@@ -145,7 +145,7 @@ def eager(
 
 
 def compiled(depth: int) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    """Yield name and maker of each compiled chain, with torch's activation memory budget."""
+    """Yield the name of each chain compiled with torch's activation memory budget, and a function that builds it."""
 
     def make(share: float) -> nn.Module:
         return Compiled(nn.Sequential(*couplings(depth)), share)
@@ -155,7 +155,7 @@ def compiled(depth: int) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
 
 
 class Compiled(nn.Module):
-    """A module compiled under a memory budget: 1 stores what plain autograd does, 0 as little as it can.
+    """A module compiled under a memory budget: 1 stores as much as plain autograd does, 0 as little as possible.
 
     The backend partitions forward and backward pass as ``torch.compile`` does by default, and runs the kernels of eager
     mode, so that times differ by recomputation and not by generated code.
@@ -173,7 +173,10 @@ class Compiled(nn.Module):
 
 
 def planned(depth: int, x: Tensor) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    """Yield name and maker of ckptplan's chains. It measures bytes only on CUDA; on a CPU it gets the ones we count."""
+    """Yield the name of each chain of ckptplan, and a function that builds it.
+
+    ckptplan measures bytes only on CUDA. Here it gets those that ``saved_bytes`` counts.
+    """
 
     def make(share: float) -> nn.Module:
         import ckptplan
@@ -215,7 +218,7 @@ def saved_bytes(block: nn.Module, x: Tensor) -> int:
 
 
 def step_bytes(model: nn.Module, x: Tensor, meter: Callable[[Callable[[], object]], int]) -> int:
-    """Return the bytes that a step adds to parameters, gradients and batch at its worst instant."""
+    """Return the peak bytes of a step above parameters, gradients and batch."""
     step = step_on(x.detach().clone(), torch.ones_like(x), model, torch.enable_grad)
     step.run()
     return measure_step_memory(model, step.run, meter=meter).activation_bytes
@@ -238,7 +241,7 @@ def measure(makers: Sequence[tuple[str, Callable[[], nn.Module]]], x: Tensor, ro
             failures.append((name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
     times = cpu_seconds_in_turn(steps, rounds)
     for row in rows:
-        row["time / plain"] = spread(times[row["chain"]] / times["plain autograd"])
+        row["time / plain"] = spread(times[row["chain"]] / times["plain autograd"], None)
         row["ms a step"] = f"{1e3 * times[row['chain']].median():.1f}"
     return pd.DataFrame(rows), failures
 

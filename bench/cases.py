@@ -158,9 +158,8 @@ class Chain(Case):
             torch.manual_seed(0)
             branches = [Branch(self.channels // 2) for _ in range(2 * self.depth)]
         blocks = [AdditiveCoupling(F, G) for F, G in zip(branches[::2], branches[1::2], strict=True)]
-        return SUBJECTS[self.subject](blocks, self.mode != "graph").to(
-            device
-        )  # a captured step cannot restore the generator
+        replay = self.mode != "graph"  # a captured step cannot restore the generator
+        return SUBJECTS[self.subject](blocks, replay).to(device)
 
     def step(self, model: nn.Module, device: str | torch.device, autocast: Callable = nullcontext) -> Step:
         """Return a forward and backward pass with a fixed input and output gradient; the input gets a gradient, too."""

@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen:
         parser.error(f"argument -k: got {options.k!r}, wanted a part of a case's name: {', '.join(map(str, cases()))}")
     try:
-        folders.chosen(options.device)
+        folders.choose_device(options.device)
     except ValueError as error:
         parser.error(f"--{error}")
     with tempfile.TemporaryDirectory() as temporary:

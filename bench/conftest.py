@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--shape", type=cli.shape, metavar="N,C,...", help="input shape of the block")
     group.addoption("--depths", type=cli.counts, default=block.DEPTHS, metavar="A,B,...", help="depths of the chains")
     group.addoption("--device", default=default, help=f"where to run (here: {default})")
-    group.addoption("--clock", choices=list(measure.CLOCKS), default="wall", help="whose seconds (wall)")
+    group.addoption("--clock", choices=list(measure.CLOCKS), default="wall", help="wall or CPU time (default: wall)")
     group.addoption("--budget", type=duration, help="start no case after so much time, such as 3m")
     group.addoption("--threads", type=int, help="threads of PyTorch on the CPU (default: as OMP_NUM_THREADS says)")
 
@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(threads)
     measure.source = measure.CLOCKS[config.getoption("clock")]
     try:
-        folders.chosen(config.getoption("device"))  # streams, counters and the clock take the current device
+        folders.choose_device(config.getoption("device"))  # streams, counters and the clock take the current device
     except ValueError as error:
         raise pytest.UsageError(f"--{error}") from None
     budget = config.getoption("budget")
@@ -60,7 +60,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("not measured: the budget is used up; give a longer --budget, or select cases with -k")
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # before that of pytest-benchmark, which is a wrapper, too
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # must run before the wrapper of pytest-benchmark
 def pytest_sessionfinish(session: pytest.Session):
     """Drop the benchmark that Ctrl-C left without a round: pytest-benchmark would fail on it and save no other."""
     measured = session.config._benchmarksession
@@ -104,7 +104,7 @@ def _parameters(reason: str | None, *values):
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
-    return folders.chosen(pytestconfig.getoption("device"))
+    return folders.choose_device(pytestconfig.getoption("device"))
 
 
 @pytest.fixture(scope="session", autouse=True)

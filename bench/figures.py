@@ -215,7 +215,7 @@ def _line(axes: Axes, subject: str, x, y, spread: list | None = None) -> None:
 
 
 def _ratio_lines(axes: Axes, rows: pd.DataFrame, column: str) -> None:
-    """Draw ratios against a logarithmic axis, contenders slightly apart, so that no error bar hides another."""
+    """Draw ratios against a logarithmic axis. Contenders are slightly shifted, so that no error bar hides another."""
     there = [s for s in STYLES if s in set(rows.subject)]
     for place, subject in enumerate(there):
         one = rows[rows.subject == subject].sort_values(column)
@@ -229,7 +229,7 @@ def _limit(axes: Axes) -> None:
 
 
 def _front(rows: pd.DataFrame, title: str) -> Figure:
-    """Draw contenders by memory (MiB) and ratio, and the front of those that no other beats in both."""
+    """Draw contenders by memory (MiB) and ratio, and the Pareto front."""
     figure, axes = _axes("peak activation memory, MiB", "time of a step / plain autograd")
     for name, row in rows.iterrows():
         colour, marker, _ = {**STYLES, **PEER_STYLES}[name]
@@ -277,13 +277,13 @@ def _finished(figure: Figure, axes: Axes, title: str) -> Figure:
 
 
 def draw(results: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
-    """Return (figure, title) by name, for the figures that the measurements allow."""
+    """Return {name: (figure, title)} for the figures that the measurements allow."""
     drawn = {name: (make(results), title) for name, (make, title) in FIGURES.items()}
     return {name: (figure, title) for name, (figure, title) in drawn.items() if figure is not None}
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as SVG or PNG, as the path's suffix says, the same bytes each time; return the path."""
+    """Write a figure as SVG or PNG (the path's suffix) with reproducible bytes, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context({"svg.hashsalt": "memcnn", "savefig.dpi": 144}):
         figure.savefig(path, metadata={"Date" if path.suffix == ".svg" else "Software": None})

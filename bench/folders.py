@@ -30,12 +30,12 @@ def folder_of(device: torch.device, root: Path = MEASUREMENTS) -> Path:
 
 
 def page_folder(folder: Path) -> Path:
-    """Return the folder of a report's page: that of its data, but one that git ignores if the data is committed."""
+    """Return the folder of a report's page: that of its data, or one that git ignores if the data is committed."""
     folder = folder.resolve()
     return PAGES / folder.relative_to(MEASUREMENTS) if folder.is_relative_to(MEASUREMENTS) else folder
 
 
-def chosen(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
     """Return the device of that name, by default the first GPU or else the CPU, and make it PyTorch's current one.
 
     Streams, memory counters and ``torch.cuda.synchronize`` are those of the current device by default.
@@ -65,21 +65,21 @@ def add_place_options(parser: argparse.ArgumentParser, files: str, *, device: st
     default = device or "cuda where there is one, else cpu"
     parser.add_argument("--device", default=device, help=f"cpu, cuda, cuda:1 ... (default: {default})")
     parser.add_argument(
-        "--out", type=cli.output_folder, metavar="FOLDER", help=f"of {files} (default: reports/bench/<device>)"
+        "--out", type=cli.output_folder, metavar="FOLDER", help=f"folder of {files} (default: reports/bench/<device>)"
     )
 
 
 def place_of(parser: argparse.ArgumentParser, given: argparse.Namespace) -> tuple[torch.device, Path]:
-    """Return the device and the folder that the options ask for; a device that is not there ends the command."""
+    """Return the device and the folder that the options ask for; end the command if there is no such device."""
     try:
-        device = chosen(given.device)
+        device = choose_device(given.device)
     except ValueError as error:
         parser.error(f"--{error}")
     return device, given.out or folder_of(device)
 
 
 def environment(device: torch.device, clock: str) -> dict:
-    """Return device, versions, commit and clock of a measurement, as the files of results name them."""
+    """Return device, versions, commit and clock of a measurement."""
     software = software_versions()
     if device.type == "cuda":
         software["cudnn"] = str(torch.backends.cudnn.version())

@@ -107,7 +107,7 @@ def _lacking(name: str, results: pd.DataFrame, metric: str) -> str:
     """Return the message about a result without a value of a metric."""
     measured = [known for known in EXACT if known in results and results[known].notna().any()]
     if metric in TIME and (results.group == "memory").all():
-        why = ": like the committed baselines it holds bytes and evaluations alone, and no time"
+        why = ": like the committed baselines it holds only bytes and evaluations, and no time"
         fix = "give as BASE a result that python -m bench measured on this machine"
     else:
         why, fix = "", "choose a metric that both measured"
@@ -115,9 +115,10 @@ def _lacking(name: str, results: pd.DataFrame, metric: str) -> str:
 
 
 def _of_bytes(base: pd.DataFrame, now: pd.DataFrame, metric: str) -> list[dict[str, pd.Series]]:
-    """Return the values of each case that has any, in BASE and in NOW."""
-    if (kinds := [_kind(results)[0] for results in (base, now)]) and kinds[0] != kinds[1]:
-        raise cli.Misuse(f"BASE ran on {kinds[0]}, NOW on {kinds[1]}, whose bytes are not comparable")
+    """Return, for BASE and for NOW, the values of each case that has this metric."""
+    (before, *_), (after, *_) = _kind(base), _kind(now)
+    if before != after:
+        raise cli.Misuse(f"BASE ran on {before}, NOW on {after}: wanted one kind of device, because their bytes differ")
     values = []
     for results in (base, now):
         rows = results[results.group == "memory"]
@@ -127,7 +128,7 @@ def _of_bytes(base: pd.DataFrame, now: pd.DataFrame, metric: str) -> list[dict[s
 
 
 def _of_time(base: pd.DataFrame, now: pd.DataFrame, metric: str) -> list[dict[str, pd.Series]]:
-    """Return the repeats of each case that has any, in BASE and in NOW."""
+    """Return, for BASE and for NOW, the repeats of each case that has this metric."""
     column = "median_s" if metric == "median" and _kind(base) == _kind(now) else "ratio"
     values = []
     for results in (base, now):

@@ -101,7 +101,6 @@ def run(stage: Stage, limit_seconds: float, log: Path | None) -> str:
         log: file that receives the last lines of the output; None to write no file.
     """
     command = [sys.executable, "-m", stage.module, *stage.arguments]
-    lines: list[str] = []
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:

@@ -49,7 +49,7 @@ def gradients(net: nn.Module, x: Tensor, *, autocast: bool = False) -> list[Tens
 
 
 def errors(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float]:
-    """Return the worst error of an entry, relative to the largest of its tensor, and the worst of a tensor's norm."""
+    """Return the worst error of an entry, relative to its tensor's largest entry, and the worst error in norm."""
     pairs = list(zip(actual, expected, strict=True))
     return max(relative_error(a, b) for a, b in pairs), max(float((a - b).norm() / b.norm()) for a, b in pairs)
 

@@ -46,7 +46,7 @@ def row(path: Path) -> dict | None:
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """Return the history in a report's folder, oldest first; empty without the file or with another one."""
+    """Return the history in a report's folder, oldest first; empty if the file is missing or has other columns."""
     path = folder / FILE
     table = pd.read_csv(path, dtype={"date": str, "commit": str}) if path.is_file() else pd.DataFrame()
     return table[list(COLUMNS)] if set(COLUMNS) <= set(table) else pd.DataFrame(columns=list(COLUMNS))

@@ -13,14 +13,14 @@ from bench.cases import branches
 from bench.modes import prepared
 from memcnn.memory import CUDA_BLOCK_BYTES, measure_peak_split
 
-ROUND_SECONDS = 0.1  # of one repeat, in as many rounds as fit, but at least one
+ROUND_SECONDS = 0.1  # length of one repeat, which has at least one round
 MOST_ROUNDS = 50
 WARM_SECONDS = 0.2
-QUEUED_SECONDS = 0.02  # of one round on a GPU, which is several steps: the clock waits for the GPU before and after it
+QUEUED_SECONDS = 0.02  # length of one round on a GPU: several steps, because reading the clock waits for the GPU
 
 CLOCKS = {
     "wall": time.perf_counter,
-    "cpu": time.process_time,  # of this process alone: for one thread, on a CPU that is shared with others
+    "cpu": time.process_time,  # CPU time of this process: for one thread on a busy CPU
 }
 source = CLOCKS["wall"]
 
@@ -83,7 +83,7 @@ def cpu_seconds_in_turn(steps: Mapping[str, Callable[[], object]], rounds: int) 
 def memory(case, device: torch.device) -> dict:
     """Return the bytes at the worst instant of a step: of each kind of tensor, and of the allocator.
 
-    The allocator is left out for series that are about tensors alone, because its meter is slow on a thousand blocks.
+    The series "law" and "gate" leave the allocator out: its meter is slow on a thousand blocks.
     """
     model, step = prepared(case, device)
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The laws of a reversible block on the reference networks at the size of real use, by ``python -m memcnn.verify``.
+"""Check the laws of reversible blocks on the reference networks, at realistic sizes, with ``python -m memcnn.verify``.
 
     python -m bench.network_laws                                    all networks: about a quarter of an hour
     python -m bench.network_laws --only glow momentum               some of them
@@ -45,7 +45,7 @@ class Target:
         network: the name of the network.
         what: the part and its size, as text.
         shape: shape of the part's input, as for ``memcnn.verify --shape``.
-        chain: makes the part with a number of blocks (of each stage, if it has stages).
+        chain: makes the part from the number of blocks (in each stage, if it has stages).
         blocks: the number of blocks.
         laws: the laws that apply to the part.
     """
@@ -155,7 +155,7 @@ def verified(name: str) -> list[dict]:
 
 
 def worst(results: Sequence[dict]) -> dict:
-    """Return claim, error, limit and verdict of the result closest to or farthest beyond its limit, and the counts."""
+    """Return the result with the largest error relative to its limit, and the numbers of claims and skipped claims."""
     measured = [result for result in results if result["verdict"] != "SKIP"]
     if not measured:
         return {"claim": results[0]["skipped"], "error": float("nan"), "limit": float("nan"), "verdict": "SKIP"}

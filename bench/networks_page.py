@@ -13,7 +13,8 @@ reports/networks holds the results of these commands:
     python -m bench.grids --csv reports/networks/grids.csv                 exact mode: error against the grid
     python -m bench.reference_peers FOLDER --csv reports/networks/peers.csv
 
-A table stands between ``<!-- NAME -->`` and ``<!-- end -->``; the text outside is kept. Missing measurements are named.
+A table stands between ``<!-- NAME -->`` and ``<!-- end -->``; the text outside is kept. If a file of measurements is
+missing, the command prints its name, and leaves the table as it is.
 """
 
 import re

@@ -91,7 +91,7 @@ def iterations_done(settings: Settings, cell: Cell) -> int:
 
 
 def choose(needs: Iterable[Need], left_seconds: float) -> tuple[Need, bool] | None:
-    """Return the cell to start in the remaining time, and whether it can finish; None if no start is worthwhile."""
+    """Return the cell to start in the remaining time, and True if it can finish; None if no start is worthwhile."""
     needs = list(needs)
     finishing = [need for need in needs if need.together_seconds <= left_seconds]
     if finishing:
@@ -100,7 +100,9 @@ def choose(needs: Iterable[Need], left_seconds: float) -> tuple[Need, bool] | No
     return (min(worth, key=lambda need: need.together_seconds), False) if worth else None
 
 
-def within(needs: Iterable[Need], left_seconds: Callable[[], float], say: Callable[[str], None]) -> Iterator[Cell]:
+def cells_to_start(
+    needs: Iterable[Need], left_seconds: Callable[[], float], say: Callable[[str], None]
+) -> Iterator[Cell]:
     """Yield the cells to start, each when there is room for it. Report the cells that cannot finish or start.
 
     Args:

@@ -2,7 +2,7 @@
 
     python -m bench.reference                                     bytes of all networks at depths 8, 32 and 128
     python -m bench.reference --networks irevnet vit --depths 8   some of them
-    python -m bench.reference --time --depths 8                   also seconds of a step, in turn, as ratios to plain
+    python -m bench.reference --time --depths 8                   also the time of a step, relative to plain
     python -m bench.reference --csv reports/networks/memory.csv   the data of the page docs/networks.md
 
 The depth is the number of blocks: of the first stage, of the first scale, or of a stage of a U-Net. Prints Markdown.
@@ -89,7 +89,7 @@ MAKERS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
 
 
 class CheckpointedBlock(nn.Module):
-    """A block that stores its input alone, and runs again in the backward pass."""
+    """A block that stores only its input, and runs again in the backward pass."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -167,7 +167,7 @@ def references(*, depths: Sequence[int] = (8,), networks: Sequence[str] = tuple(
 
 
 def activation_bytes(case: Reference) -> int:
-    """Return the bytes of tensors that a training step adds to parameters and gradients at its worst instant."""
+    """Return the peak bytes of tensors in a training step, without parameters and gradients."""
     model = case.model("cpu")
     step = case.step(model, "cpu")
     step.run()  # initialises layers such as ActNorm
@@ -183,7 +183,7 @@ def memory_row(network: str, depth: int) -> dict:
 
 
 def relative_times(network: str, depth: int, rounds: int = 7) -> dict[str, float]:
-    """Return the CPU time of each subject relative to plain: the median of rounds in which the subjects take turns."""
+    """Return the CPU time of each subject relative to plain: the median of interleaved rounds."""
     steps = {}
     for subject in THREE:
         case = Reference(network, subject, depth)

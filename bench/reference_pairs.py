@@ -36,7 +36,7 @@ class Contender:
 
 
 def stored(make: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
-    """Return a maker of the same network with all activations stored."""
+    """Return a function that makes the same network, with all activations stored."""
 
     def made(depth: int) -> nn.Module:
         module = make(depth)
@@ -49,7 +49,7 @@ def stored(make: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
 
 
 def momentum() -> tuple[dict[str, Contender], Tensor]:
-    """Momentum networks of the same residual functions, gamma 0.97."""
+    """Return momentum networks with the same residual functions, gamma 0.97, and an input."""
     import momentumnet
 
     def functions(depth: int) -> list[nn.Module]:
@@ -77,7 +77,7 @@ def momentum() -> tuple[dict[str, Contender], Tensor]:
 
 
 def attention() -> tuple[dict[str, Contender], Tensor]:
-    """Chains of the same attention and feed-forward branches, as in a Reformer."""
+    """Return chains of the same attention and feed-forward branches, as in a Reformer, and an input."""
     from reformer_pytorch.reversible import ReversibleSequence
 
     def branches(depth: int) -> list[tuple[nn.Module, nn.Module]]:
@@ -98,7 +98,7 @@ def attention() -> tuple[dict[str, Contender], Tensor]:
 
 
 def unet() -> tuple[dict[str, Contender], Tensor]:
-    """Invertible U-Nets of two resolutions with the same couplings; resampling is each package's own."""
+    """Return invertible U-Nets of two resolutions with the same couplings but their own resampling, and an input."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SyntaxWarning of the package
         import iunets
@@ -153,7 +153,7 @@ class Steps(nn.Module):
 
 
 def subnet(channels_in: int, channels_out: int, hidden: int = 32) -> nn.Module:
-    """Return the network within a coupling of Glow: conv3x3, ReLU, conv1x1, ReLU, conv3x3."""
+    """Return the branch of a coupling in Glow: conv3x3, ReLU, conv1x1, ReLU, conv3x3."""
     return nn.Sequential(
         nn.Conv2d(channels_in, hidden, 3, padding=1),
         nn.ReLU(),
@@ -164,7 +164,7 @@ def subnet(channels_in: int, channels_out: int, hidden: int = 32) -> nn.Module:
 
 
 def glow() -> tuple[dict[str, Contender], Tensor]:
-    """One scale of Glow on 12 x 8 x 8; a step has two coupling layers with hidden layers of 32."""
+    """Return flows like one scale of Glow, and an input. A step has two coupling layers with 32 hidden channels."""
     import FrEIA.modules as freia
     import normflows
 
@@ -207,4 +207,4 @@ PAIRS = {"momentum": momentum, "attention": attention, "unet": unet, "glow": glo
 INPUTS: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {
     ("glow", name): nn.PixelUnshuffle(2) for name in ("normflows 1.7.3", "FrEIA 0.2")
 }
-"""For a peer without the first layers of the network: the function that computes its input."""
+"""Functions that compute the input of a peer that lacks the network's first layer, by (pair, contender)."""

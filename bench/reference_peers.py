@@ -3,11 +3,12 @@
     python -m bench.reference_peers FOLDER               all pairs; pip installed the peers into FOLDER with --target
     python -m bench.reference_peers FOLDER --only glow   some of them
 
-A pair shares its residual functions, or, for flows, the form of their subnetworks, and differs in the engine. Each row
-has the CPU time of a step relative to plain autograd on this project's network (median and quartiles of rounds in which
-all contenders of a pair take turns), the bytes of tensors that a step adds to parameters and gradients at 4 and at 16
-blocks, and the worst error in float32: of gradients against plain autograd in float64, or of inverse(forward(x)) for
-flows and U-Nets. A contender that fails is named with its reason; the others are measured. Prints Markdown.
+The networks of a pair share their residual functions or, for flows, the form of their subnetworks. They differ in the
+engine. Each row has three measurements. The first is the CPU time of a step relative to plain autograd on this
+project's network: median and quartiles of interleaved rounds. The second is the peak bytes of tensors in a step,
+without parameters and gradients, at 4 and at 16 blocks. The third is the worst error in float32: of gradients against
+plain autograd in float64, or of inverse(forward(x)) for flows and U-Nets. If a contender fails, the command prints its
+name and the reason, and measures the others. Prints Markdown.
 
     pip install --target FOLDER --no-deps momentumnet reformer-pytorch local-attention einops \\
         axial-positional-embedding product-key-memory colt5-attention hyper-connections iunets normflows FrEIA
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from bench.measure import cpu_seconds_in_turn
 from bench.reference_pairs import INPUTS, PAIRS, Contender
-from bench.small_tensors import spread
+from bench.result import spread
 from bench.tables import add_csv_option, publish
 from memcnn import cli
 from memcnn.memory import measure_step_memory, tensor_peak_bytes
@@ -32,7 +33,7 @@ from memcnn.testing.tolerances import relative_error
 DEPTHS = (4, 16)
 
 
-def made(contender: Contender, depth: int, x: Tensor) -> tuple[nn.Module, Callable[[], None]]:
+def network_and_step(contender: Contender, depth: int, x: Tensor) -> tuple[nn.Module, Callable[[], None]]:
     """Return a network with the weights of seed 0, and its training step, which has run once to initialise layers."""
     torch.manual_seed(0)
     module = contender.make(depth)
@@ -47,11 +48,11 @@ def made(contender: Contender, depth: int, x: Tensor) -> tuple[nn.Module, Callab
 
 def error_of(contender: Contender, plain: Contender, x: Tensor, depth: int) -> float:
     """Return the relative error of inverse(forward(x)), or the worst one of the gradients."""
-    module, _ = made(contender, depth, x)
+    module, _ = network_and_step(contender, depth, x)
     if contender.inverse is not None:
         with torch.no_grad():
             return relative_error(contender.inverse(module, x), x)
-    reference = made(plain, depth, x)[0].double()
+    reference = network_and_step(plain, depth, x)[0].double()
     gradients = []
     for one, network, given in ((contender, module, x), (plain, reference, x.double())):
         given = given.detach().clone().requires_grad_()
@@ -72,9 +73,9 @@ def compare(pair: str, rounds: int) -> tuple[list[dict], list[tuple[str, str]]]:
         try:
             sizes = []
             for depth in DEPTHS:
-                module, step = made(contender, depth, given)
+                module, step = network_and_step(contender, depth, given)
                 sizes.append(measure_step_memory(module, step, meter=tensor_peak_bytes).activation_bytes)
-            steps[name] = made(contender, DEPTHS[0], given)[1]
+            steps[name] = network_and_step(contender, DEPTHS[0], given)[1]
             rows[name] = {
                 "network": pair,
                 "contender": name,
@@ -88,7 +89,7 @@ def compare(pair: str, rounds: int) -> tuple[list[dict], list[tuple[str, str]]]:
             steps.pop(name, None)
     times = cpu_seconds_in_turn(steps, rounds)
     for name, row in rows.items():
-        row["time / plain"] = spread(times[name] / times["plain autograd"]) if "plain autograd" in times else ""
+        row["time / plain"] = spread(times[name] / times["plain autograd"], None) if "plain autograd" in times else ""
     return list(rows.values()), failures
 
 
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = cli.parser_from("bench.reference_peers", __doc__, whole=True)
     parser.add_argument("folder", type=cli.input_folder, help="where pip installed the peers")
     parser.add_argument("--only", nargs="+", choices=PAIRS, default=list(PAIRS), help="default: all")
-    parser.add_argument("--rounds", type=cli.count, default=9, help="rounds of steps that take turns (%(default)s)")
+    parser.add_argument("--rounds", type=cli.count, default=9, help="interleaved rounds (default: %(default)s)")
     add_csv_option(parser)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)

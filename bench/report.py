@@ -86,7 +86,7 @@ def against_baseline(results: pd.DataFrame) -> Section | None:
 
 
 def per_cent(growth: float) -> str:
-    """Return a change in per cent with its sign and two significant digits, so that only no change looks like zero."""
+    """Return a change in per cent with its sign and two significant digits. Only an unchanged value shows as zero."""
     digits = max(1, 1 - math.floor(math.log10(100 * abs(growth)))) if math.isfinite(growth) else 1
     return number(100 * growth, digits, sign=True)
 
@@ -183,7 +183,7 @@ def _write_page(made: Page, figures: dict, folder: Path) -> list[Path]:
 
 
 def _figures(results: pd.DataFrame) -> dict:
-    """Return (figure, title) by name, that of the peers included."""
+    """Return {name: (figure, title)}, including the figure of the peers."""
     figures = draw(results)
     if PEERS.is_file() and results.target.isna().all():
         peers = json.loads(PEERS.read_text("utf-8"))

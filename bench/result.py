@@ -79,7 +79,7 @@ def _committed(folder: Path) -> pd.DataFrame:
 def ratios(results: pd.DataFrame) -> pd.DataFrame:
     """Return the time measurements with their ``ratio`` to plain autograd; NaN where plain did not run.
 
-    A ratio is that of two subjects in the same repeat, which ran one right after the other.
+    A ratio compares two subjects in the same repeat, which ran one right after the other.
     """
     times = results[results.group == "time"].copy()
     keys = ["comparison", "repeat"]
@@ -110,11 +110,18 @@ def series_of(results: pd.DataFrame, group: str, series: str) -> pd.DataFrame:
     return results[(results.group == group) & (results.series == series)]
 
 
-def spread(values: pd.Series, digits: int = 2) -> str:
-    """Return the median and, in brackets, the quartiles; a dash without any value."""
+def spread(values: pd.Series, digits: int | None = 2) -> str:
+    """Return the median and, in brackets, the quartiles, such as ``1.70 [1.65, 1.78]``; a dash without any value.
+
+    Args:
+        values: the numbers.
+        digits: decimals; None for about three significant digits.
+    """
     low, median, high = values.quantile([0.25, 0.5, 0.75])
     if pd.isna(median):
         return DASH
+    if digits is None:
+        digits = 0 if abs(median) >= 100 else 1 if abs(median) >= 10 else 2
     return f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
@@ -143,7 +150,7 @@ def origin(results: pd.DataFrame) -> str:
     """Return device, threads, load, versions and commit of the measurements as text."""
     if "clean" not in results:
         raise cli.Misuse(
-            "got a baseline of bench.gate, which holds bytes and evaluations alone; wanted a result of python -m bench"
+            "got a baseline of bench.gate, which has only bytes and evaluations; wanted a result of python -m bench"
         )
     first = results.iloc[0]
     device, software = first.device, first.software

@@ -1,15 +1,16 @@
-"""Time training steps on small tensors, where Python and not arithmetic decides.
+"""Time training steps on small tensors, where Python takes more time than arithmetic.
 
     python -m bench.small_tensors            chains and RevNets on the CPU and, where there is one, on the GPU
     python -m bench.small_tensors --quick    short chains and RevNet-38 at batch 1 only
 
 Two tables are printed. The first has a chain of 32 blocks on 2 x 64 x 4 x 4, of this project and its peers. Each
-contender runs in its own process on one thread of the CPU, and its CPU time is measured. A recomputation costs at
-least 4/3 of plain autograd; the last column is what a block takes beyond that, in microseconds. The second table has
-the full training step of the RevNets at batch 1, 8 and 100 with the engine on and off: eagerly and, on a GPU, captured
-in a CUDA graph. All steps of a table take turns, so that drift affects them equally.
+contender runs in its own process on one thread of the CPU, and its CPU time is measured. A step that recomputes takes
+at least 4/3 of the time of plain autograd; the last column is a block's time beyond that, in microseconds. The second
+table has the full training step of the RevNets at batch 1, 8 and 100 with the engine on and off: eagerly and, on a GPU,
+captured in a CUDA graph. All steps of a table are interleaved, so that drift affects them equally.
 
-``python -m bench.peers --install`` installs the peers. A contender that cannot be had is named and left out.
+``python -m bench.peers --install`` installs the peers. If a contender is not installed or fails, the command prints its
+name and the reason, and leaves it out.
 """
 
 import os
@@ -23,6 +24,7 @@ from bench.audit.peer.chains import CONTENDERS, PEERS
 from bench.audit.peers import TINY_BLOCKS, VENV, contenders, measure_time
 from bench.modes import prepared
 from bench.networks import Network
+from bench.result import spread
 from bench.speed.timing import timed
 from memcnn import cli
 from memcnn.models.resnet import MODELS
@@ -30,7 +32,7 @@ from memcnn.models.resnet import MODELS
 CASE = {"batch": 2, "channels": 64, "side": 4}
 BATCHES = 1, 8, 100
 LEFT_OUT = {"upstream"}
-"""MemCNN 1.5.2 is wrong on current PyTorch, so that its time means nothing."""
+"""MemCNN 1.5.2 computes wrong gradients on current PyTorch, so its time means nothing."""
 
 
 def chain_rows(names: list[str], *, blocks: int, rounds: int, failures: list[dict]) -> pd.DataFrame:
@@ -61,9 +63,11 @@ def chain_table(rows: pd.DataFrame, *, blocks: int) -> pd.DataFrame:
         [
             {
                 "contender": name,
-                "ms a step": spread(1e3 * seconds[name]),
-                "/ plain": spread(seconds[name] / seconds["plain"]),
-                "us a block above 4/3 of plain": spread(1e6 * (seconds[name] - 4 / 3 * seconds["plain"]) / blocks),
+                "ms a step": spread(1e3 * seconds[name], None),
+                "/ plain": spread(seconds[name] / seconds["plain"], None),
+                "us a block above 4/3 of plain": spread(
+                    1e6 * (seconds[name] - 4 / 3 * seconds["plain"]) / blocks, None
+                ),
             }
             for name in ordered
         ]
@@ -99,20 +103,13 @@ def network_table(names: list[str], batches: tuple[int, ...], device: torch.devi
                     "mode": mode,
                     "network": name,
                     "batch": batch,
-                    "engine off, ms": spread(1e3 * seconds[name, "plain"]),
-                    "engine on, ms": spread(1e3 * seconds[name, "reversible"]),
-                    "on / off": spread(seconds[name, "reversible"] / seconds[name, "plain"]),
+                    "engine off, ms": spread(1e3 * seconds[name, "plain"], None),
+                    "engine on, ms": spread(1e3 * seconds[name, "reversible"], None),
+                    "on / off": spread(seconds[name, "reversible"] / seconds[name, "plain"], None),
                 }
                 for name in names
             ]
     return pd.DataFrame(rows)
-
-
-def spread(values: pd.Series) -> str:
-    """Return median and quartiles, such as ``1.70 [1.65, 1.78]``."""
-    low, middle, high = values.quantile([0.25, 0.5, 0.75])
-    digits = 0 if abs(middle) >= 100 else 1 if abs(middle) >= 10 else 2
-    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 @cli.command("bench.small_tensors")
@@ -120,7 +117,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure and print both tables. Return 0, or 1 if plain autograd could not be measured."""
     parser = cli.parser_from("bench.small_tensors", __doc__, whole=True)
     parser.add_argument("--quick", action="store_true", help="4 blocks, RevNet-38 at batch 1, three rounds")
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each batch and mode (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="time for each batch and mode (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     blocks, rounds = (4, 3) if options.quick else (TINY_BLOCKS, 15)

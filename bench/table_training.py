@@ -119,7 +119,7 @@ def _fitting(
         else:
             left_out.append(cell)
             _print(f"{cell}  not started: a quarter of the budget is used up for timing other networks")
-    for cell in planning.within(found, settings.remaining_seconds, _print):
+    for cell in planning.cells_to_start(found, settings.remaining_seconds, _print):
         found = [need for need in found if need.cell != cell]
         yield cell
     left_out += [need.cell for need in found]

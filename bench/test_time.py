@@ -5,13 +5,13 @@ import torch
 
 from bench import measure
 
-failed: set = set()  # or running
+failed: set = set()  # cases that are running or have failed
 
 
 @pytest.mark.benchmark(group="time", timer=measure.clock)
 def test_time(labelled, case, repeat: int, device: torch.device) -> None:
     if case in failed:
-        labelled.pedantic(lambda: None)  # pytest-benchmark wants to be used
+        labelled.pedantic(lambda: None)  # pytest-benchmark warns about a fixture that nobody uses
         pytest.skip("failed in its first repeat")
     failed.add(case)
     step, rounds, steps = measure.warmed_up(case, device)

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from bench.cases import THREE
 from bench.reference import as_subject
+from bench.result import GIB
 from bench.tables import add_csv_option, publish
 from memcnn import cli
 from memcnn.memory import largest_that_fits, predict_step_memory
 from memcnn.models.reversible_unet import ReversibleUNet
 
-GIB = 2**30
 FACTOR = 4
 """Sides are multiples of this: the resolution halves twice."""
 

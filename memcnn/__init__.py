@@ -1,4 +1,4 @@
-"""Memory-efficient reversible networks for PyTorch, and the means to verify them and to measure what they cost."""
+"""Memory-efficient reversible networks for PyTorch, with tools that verify them and measure their cost."""
 
 from memcnn import needs  # isort: split
 

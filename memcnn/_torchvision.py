@@ -1,9 +1,9 @@
-"""Import torchvision, also where its compiled operators cannot be loaded.
+"""Import torchvision, even if its compiled operators cannot be loaded.
 
-torchvision's wheel beside a CPU build of torch fails at import: it registers shape functions for operators that its
-extension, linked against CUDA, could not define (https://github.com/pytorch/vision/issues/9077). None of them is used
-here, so the operators that the error names are declared, without an implementation, and the import is tried again.
-Where the extension loads, nothing is declared: declaring an operator that it defines as well aborts the process.
+Beside a CPU build of torch, torchvision's default wheel fails at import. It registers shape functions for operators,
+but its extension is linked against CUDA and cannot define them (https://github.com/pytorch/vision/issues/9077). This
+project uses none of these operators. So we declare the operator that the error names, without an implementation, and
+import again. If the extension loads, we declare nothing: an operator that is declared twice aborts the process.
 """
 
 import importlib
@@ -14,11 +14,11 @@ from types import ModuleType
 import torch
 
 _MISSING = re.compile(r"operator torchvision::(\w+) does not exist")
-_declared: list[torch.library.Library] = []  # libraries live as long as their operators are wanted
+_declared: list[torch.library.Library] = []  # keeps the libraries alive, because operators end with their library
 
 
 def _import_torchvision() -> ModuleType:
-    """The torchvision module; the original error when it is not about a missing operator."""
+    """Return the torchvision module; raise the original error if it is not about a missing operator."""
     names: list[str] = []
     while True:
         try:

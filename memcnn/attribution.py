@@ -13,9 +13,9 @@ _LIBRARIES = tuple(f"{Path(file).parent}/" for file in (__file__, torch.__file__
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn, and name the innermost line that is neither in memcnn nor in PyTorch.
+    """Warn at the innermost line that is neither in memcnn nor in PyTorch.
 
-    Where there is no such line, as in a thread of autograd, the line that calls this function is named.
+    If there is no such line, as in a thread of autograd, warn at the line that calls this function.
 
     Args:
         message: what happened, and what to do.

@@ -2,7 +2,7 @@
 
 import torch
 
-# PyTorch 2.11 cannot trace torch.amp.is_autocast_available, so that each call would split compiled code in two.
+# Called once at import: PyTorch 2.11 cannot trace is_autocast_available, so each call would break a compiled graph.
 _KINDS = frozenset(
     kind
     for kind in ("cpu", "cuda", "hpu", "maia", "mps", "mtia", "xpu", "xla")
@@ -11,7 +11,7 @@ _KINDS = frozenset(
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
-    """Return the dtype of autocast on a type of device; None where autocast is off, or does not exist.
+    """Return the dtype of autocast on a type of device; None if autocast is off or does not exist there.
 
     Args:
         kind: the type of a device, such as ``"cuda"``.

@@ -34,7 +34,7 @@ MOST_THREADS = 1024
 
 
 class Misuse(ValueError):
-    """The request cannot be carried out; the message says what was wanted, and how to ask for it."""
+    """Raised if a request cannot be carried out; the message says what was wanted, and how to ask for it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]  # argparse declares an overload for each kind of namespace
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """Parse all arguments; an argument that the command does not know ends it."""
+        """Parse all arguments; end the command at an unknown one."""
         given, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(self._about_unknown(unknown))
@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _PrintVersion(argparse.Action):
-    """Print the versions, and exit. torch is asked only when the option is given."""
+    """Print the versions of memcnn, torch and Python, and exit."""
 
     def __init__(self, *arguments: Any, **how: Any) -> None:
         super().__init__(*arguments, **{**how, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS})
@@ -101,7 +101,7 @@ def parser_from(prog: str, doc: str, *, whole: bool = False, **how: Any) -> Pars
 
 
 def command(prog: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Return a decorator for a ``main`` that ends with a plain message where the system refuses something.
+    """Return a decorator for ``main`` that turns bad input, system errors and Ctrl-C into a message and an exit status.
 
     Args:
         prog: the name of the command, which starts each message.
@@ -310,5 +310,5 @@ def count_or_all(text: str) -> int | None:
 
 
 def devices() -> list[str]:
-    """Return the names of the devices that there are, the best one first."""
+    """Return the names of the available devices, GPUs first."""
     return [*(f"cuda:{index}" for index in range(torch.cuda.device_count())), "cpu"]

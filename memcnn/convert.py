@@ -2,8 +2,7 @@
 
     python -m memcnn.convert 80000.pt revnet38.pt --unit-pixels
 
-IN is a file that torch.save wrote of a state dict. OUT is one for load_state_dict of a network in
-memcnn.models.resnet.
+IN is a file with a state dict, written by torch.save. OUT receives the state dict of a network in memcnn.models.resnet.
 """
 
 import argparse
@@ -23,9 +22,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser_from("memcnn.convert", __doc__, whole=True)
     parser.add_argument("source", metavar="IN", type=Path, help="state dict of MemCNN 1.5")
     parser.add_argument("target", metavar="OUT", type=Path, help="file to write")
-    parser.add_argument("--model", choices=MODELS, metavar="NAME", help=f"{', '.join(MODELS)} (default: what fits)")
+    parser.add_argument(
+        "--model", choices=MODELS, metavar="NAME", help=f"{', '.join(MODELS)} (default: the one that fits)"
+    )
     parser.add_argument("--unit-pixels", action="store_true", help="scale the first convolution, so that the network "
-                        "takes images as memcnn.data.normalise returns them, not those of 0 to 255")  # fmt: skip
+                        "takes images from memcnn.data.normalise, not pixels from 0 to 255")  # fmt: skip
     return parser
 
 
@@ -41,14 +42,14 @@ def read_state(path: Path) -> dict:
         raise ValueError(f"{path}: {error.strerror or error}; wanted a file that torch.save wrote") from error
     except Exception as error:  # unpicklers raise anything
         raise ValueError(
-            f"{path} is not a file of tensors alone: {type(error).__name__}. If it holds a whole module, load it with "
+            f"{path} holds more than tensors: {type(error).__name__}. If it holds a whole module, load it with "
             "torch.load(..., weights_only=False), which can run code, and save its state_dict()"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         inside = (
             f"a dict of {', '.join(map(repr, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
         )
-        raise ValueError(f"{path} holds {inside}, wanted a state dict: save the part that is one on its own")
+        raise ValueError(f"{path} holds {inside}, wanted a state dict: save only the part that is one")
     return state
 
 

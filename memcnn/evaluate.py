@@ -3,7 +3,7 @@
 
     python -m memcnn.evaluate runs/revnet38-cifar10-published-s0
 
-Exit status: 0 evaluated, 1 the data is missing or damaged, 2 misuse, as a folder without a good record and checkpoint.
+Exit status: 0 evaluated, 1 the data is missing or damaged, 2 misuse, such as a folder without record and checkpoint.
 """
 
 import argparse
@@ -42,12 +42,12 @@ def evaluate(
 
 
 def execution_of(record: RunRecord) -> Execution:
-    """Return how to evaluate a run: at the precision of its last segment, and without what only saves time."""
+    """Return the execution to evaluate a run: the precision of its last segment, and no option that only saves time."""
     return Execution(precision=record.segments[-1].execution.partition(",")[0])
 
 
 def check_folder(folder: Path) -> None:
-    """Raise Misuse if the folder cannot be that of a run."""
+    """Raise Misuse if the path is not the folder of a run."""
     wanted = "wanted the folder of a run, such as runs/revnet38-cifar10-published-s0; see python -m memcnn.train --list"
     if not folder.exists():
         raise cli.Misuse(f"{folder}: there is no such folder; {wanted}")

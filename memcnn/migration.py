@@ -38,8 +38,8 @@ def absent_names(module: str) -> Callable[[str], object]:
     """Return the ``__getattr__`` of a module: it explains which of MemCNN 1.5's names are gone.
 
     Raises:
-        ImportError: the name is one of MemCNN 1.5's. An AttributeError could not explain it, since ``from ... import``
-            replaces the message of one.
+        ImportError: the name is one of MemCNN 1.5's. (``from ... import`` would replace the message of an
+            AttributeError.)
         AttributeError: any other name.
     """
 
@@ -76,7 +76,7 @@ def wrapper_state(state: dict, wrapper: type) -> dict:
     dropout wrong.
 
     Raises:
-        ValueError: the pickle is of a version before 1.5 that wrapped no module.
+        ValueError: the pickle comes from a version before 1.5, whose wrapper held no module.
     """
     if "_fn" not in state.get("_modules", {}):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How far apart two tensors are: see ``memcnn.engine.rounding``."""
+"""The relative error between two tensors, from ``memcnn.engine.rounding``."""
 
 from memcnn.engine.rounding import relative_error
 

@@ -4,9 +4,9 @@
     ./train.py MODEL DATASET            in this folder, or
     python -m memcnn.train MODEL DATASET
     torchrun --nproc-per-node 2 -m memcnn.train MODEL DATASET      one run in several processes
-    python -m memcnn.train --list       the runs that there are
+    python -m memcnn.train --list       lists the runs
 
-Exit status: 0 the run is complete, 3 it was stopped cleanly and can go on (Ctrl-C, SIGTERM, budget), 1 it failed,
+Exit status: 0 the run is complete, 3 it was stopped cleanly and can be resumed (Ctrl-C, SIGTERM, budget), 1 it failed,
 2 misuse.
 """
 
@@ -78,21 +78,21 @@ def build_parser() -> argparse.ArgumentParser:
     option(
         "--threads", type=cli.threads, help=f"CPU threads (default: {torch.get_num_threads()}, PyTorch's choice here)"
     )
-    option("--budget", metavar="TIME", type=cli.duration, help="stop cleanly before this is over: 90s, 9m, 1h30m")
-    option("--fresh", action="store_true", help="begin anew, and move a run that is there already aside")
+    option("--budget", metavar="TIME", type=cli.duration, help="stop cleanly within this time: 90s, 9m, 1h30m")
+    option("--fresh", action="store_true", help="start from the beginning, and move an existing run aside")
     option("--disable", action="store_true", help="train RevNets by plain autograd, with all activations stored")
     add_allow_mixed(option)
     group = parser.add_argument_group("instead of training", "each writes nothing")
     group.add_argument("--list", action="store_true", help="show the runs in the folder of runs, and how far they are")
     group.add_argument("--dry-run", action="store_true", help="show what would run, its memory, arithmetic and time")
-    group.add_argument("--config", action="store_true", help="print all that decides what the run computes, as JSON")
+    group.add_argument("--config", action="store_true", help="print all settings that affect the result, as JSON")
     add_execution_options(parser)
     add_hyper_parameters(parser)
     return parser
 
 
 def _folder_name(text: str) -> str:
-    """Return the name of a folder that exists or can be made; refuse that of a file."""
+    """Return the name of a folder that exists or may be created; refuse the name of a file."""
     cli.folder_or_nothing(text)
     return text
 
@@ -124,7 +124,7 @@ def place_of(given: argparse.Namespace) -> Place:
 
 
 def config(given: argparse.Namespace, recipe: Recipe) -> str:
-    """Return all that decides what the run computes, as JSON."""
+    """Return all settings that affect the result of the run, as JSON."""
     values = {
         "run": job_of(given, recipe).folder(place_of(given), processes=processes()).name,
         "model": given.model,
@@ -164,7 +164,7 @@ def summary(record: RunRecord, folder: Path) -> str:
 
 @cli.command("memcnn.train")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit status. Of several processes only rank 0 prints, and only its status counts."""
+    """Run the command; return the exit status. With several processes, only rank 0 prints and sets the status."""
     try:
         if speaks():
             return run(arguments)
@@ -224,7 +224,7 @@ def _command_again(arguments: Sequence[str] | None) -> str:
 
 
 def _print_end(record: RunRecord, folder: Path, again: str) -> None:
-    """Print how a run ended and, if it is not complete, why and with which command it is resumed."""
+    """Print the result of a run and, if it is not complete, the reason and the command that resumes it."""
     print(summary(record, folder), end="" if record.reason else "\n")
     if record.reason:
         verb = "try again from the last good checkpoint" if record.status == "failed" else "go on"

@@ -3,10 +3,10 @@
     python -m memcnn.verify mypackage.blocks:make --shape 2,16,8,8
 
 The target is a function or class that is called without arguments, or a module; a path works too: blocks.py:make.
-Prints every law with the largest error found and its limit; for a law that fails, what is wrong in words and the
+Prints every law with the largest error found and its limit. For a law that fails, it also prints an explanation and the
 smallest failing example as code. Exit status: 0 every law holds, 1 one does not, 2 misuse, 3 the verifier itself broke.
 
-A block can be checked on a batch of your own, which torch.save wrote as a tensor or a tuple of tensors:
+To check a block on your own batch, write the batch with torch.save, as a tensor or a tuple of tensors:
 
     python -m memcnn.verify mypackage.blocks:make --input batch.pt
 """
@@ -33,6 +33,7 @@ from memcnn.testing.targets import Factory, load, load_tensors
 
 if TYPE_CHECKING:
     from memcnn.testing.example import Example
+    from memcnn.testing.search import Findings
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTEGERS = {"int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8, "bool": torch.bool}
@@ -45,11 +46,12 @@ MODES = {"both": (True, False), "train": (True,), "eval": (False,)}
 
 
 REFUSALS = "the module must", "the inputs must", "an input must"
-"""How the checks begin to say that a module or its inputs cannot be checked."""
+"""Beginnings of the messages with which a check refuses a module or its inputs."""
 
 
 @cli.command("memcnn.verify")
 def main(arguments: list[str] | None = None) -> int:
+    """Verify the target and print the results; return the exit status."""
     args = _parser().parse_args(arguments)
     try:
         return _verify(args)
@@ -86,7 +88,7 @@ def _parser() -> cli.Parser:
         metavar="D,D,...",
         help="dimensions whose size is drawn, smaller and larger, such as 0,2,3 (default: none)",
     )
-    add("--dtype", choices=DTYPES, default="float32", help="of module and inputs (%(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="dtype of module and inputs (%(default)s)")
     add("--device", default="cpu", help="such as cuda (%(default)s)")
     add("--mode", choices=MODES, default="both", help="training mode, eval mode, or %(default)s")
     add(
@@ -101,7 +103,7 @@ def _parser() -> cli.Parser:
         metavar="N",
         help=f"variants for each law (default: {EXAMPLES}, or what {LONGEST} seconds allow, and at least 4)",
     )
-    add("--seed", type=_seed, default=0, help="of the first example (%(default)s)")
+    add("--seed", type=_seed, default=0, help="seed of the first example (%(default)s)")
     add(
         "--as-is",
         action="store_true",
@@ -115,15 +117,16 @@ def _parser() -> cli.Parser:
     add(
         "--no-finite-differences",
         action="store_true",
-        help="for a module whose gradient is no derivative by design, as under spectral norm",
+        help="for a module whose gradient is by design not the derivative, as under spectral norm",
     )
-    add("--json", type=cli.output_file, metavar="FILE", help="write all results there, too")
+    add("--json", type=cli.output_file, metavar="FILE", help="also write all results to this file")
     return parser
 
 
 def _verify(args: argparse.Namespace) -> int:
+    """Check every law, print and write the results, and return the exit status."""
     try:
-        from memcnn.testing.search import search
+        import memcnn.testing.search  # noqa: F401
     except ModuleNotFoundError as error:
         raise cli.Misuse(f"needs {error.name}, which draws the examples: pip install {error.name}") from error
     torch.set_num_threads(1)  # examples are small, and several threads may slow them down a hundredfold
@@ -138,34 +141,8 @@ def _verify(args: argparse.Namespace) -> int:
         flush=True,
     )
 
-    report, findings = Report(()), []
-    try:
-        module = base.module(make)
-        laws = args.laws or [law for law in LAWS if law != "log_det" or has_log_det(module)]
-        for law in laws:
-            _progress(f"{law} ...")
-            found = search(
-                make,
-                base,
-                law,
-                modes=MODES[args.mode],
-                vary=args.vary,
-                first_seed=args.seed,
-                max_examples=1 if law == "memory" else args.examples or EXAMPLES,
-                options=options.get(law, {}),
-                longest=math.inf if args.examples else LONGEST,
-            )
-            findings.append(found)
-            report += found.report
-    except NotRunnable as error:
-        raise cli.Misuse(f"{args.target}: {error}") from error
-    except TypeError as error:
-        if is_ours(error) and not _is_refusal(error):
-            raise
-        raise cli.Misuse(f"{args.target}: {error}") from error
-    finally:
-        cli.progress("")
-
+    findings = _search_all(args, make, base, options)
+    report = sum((found.report for found in findings), Report(()))
     remark = remark_on_constants(base.module(make), base.inputs()) if base.values else ""
     print(report)
     if remark:
@@ -190,8 +167,52 @@ def _verify(args: argparse.Namespace) -> int:
     return cli.DONE if report.passed else cli.FAILED
 
 
+def _search_all(args: argparse.Namespace, make: Factory, base: "Example", options: dict[str, dict]) -> list["Findings"]:
+    """Search for a failing example of each law, and return what was found for each.
+
+    Args:
+        args: the arguments of the command.
+        make: makes the module.
+        base: the first example.
+        options: the options of each law's check.
+
+    Raises:
+        cli.Misuse: the module cannot run, or a check refuses it or its inputs.
+    """
+    from memcnn.testing.search import search
+
+    try:
+        module = base.module(make)
+        laws = args.laws or [law for law in LAWS if law != "log_det" or has_log_det(module)]
+        findings = []
+        for law in laws:
+            _progress(f"{law} ...")
+            findings.append(
+                search(
+                    make,
+                    base,
+                    law,
+                    modes=MODES[args.mode],
+                    vary=args.vary,
+                    first_seed=args.seed,
+                    max_examples=1 if law == "memory" else args.examples or EXAMPLES,
+                    options=options.get(law, {}),
+                    longest=math.inf if args.examples else LONGEST,
+                )
+            )
+        return findings
+    except NotRunnable as error:
+        raise cli.Misuse(f"{args.target}: {error}") from error
+    except TypeError as error:
+        if is_ours(error) and not _is_refusal(error):
+            raise
+        raise cli.Misuse(f"{args.target}: {error}") from error
+    finally:
+        cli.progress("")
+
+
 def _first_example(args: argparse.Namespace) -> "Example":
-    """Return the example of the shapes or the inputs that the user names."""
+    """Return the first example: inputs of the shapes that the user gives, or those in the user's file."""
     from memcnn.testing.example import Example
 
     if args.input is None:
@@ -205,7 +226,7 @@ def _first_example(args: argparse.Namespace) -> "Example":
 
 
 def _progress(text: str) -> None:
-    """Show what is being done: on a terminal in one line, elsewhere in a line of its own."""
+    """Report progress: on a terminal in one line that is overwritten, elsewhere in a new line each time."""
     if sys.stderr.isatty():
         cli.progress(text)
     else:
@@ -213,7 +234,7 @@ def _progress(text: str) -> None:
 
 
 def _is_refusal(error: TypeError) -> bool:
-    """Return whether a check refuses the module or its inputs in words, as against a mistake in its own code."""
+    """Return True if a check refuses the module or its inputs, False if the check's own code failed."""
     return any(words in str(error) for words in REFUSALS)
 
 
@@ -226,10 +247,12 @@ def _options(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def _shown(options: dict) -> dict:
+    """Return the options that the code of an example contains."""
     return {key: value for key, value in options.items() if key != "chain"}
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
+    """Raise ``cli.Misuse`` if a dimension to vary or the device does not exist."""
     for dimension in args.vary if args.shape else ():
         if not any(-len(shape) <= dimension < len(shape) for shape, _ in args.shape):
             most = max(len(shape) for shape, _ in args.shape)
@@ -267,6 +290,7 @@ def _shape(text: str) -> tuple[tuple[int, ...], tuple[torch.dtype, int] | None]:
 
 
 def _dimensions(text: str) -> tuple[int, ...]:
+    """Return the numbers of dimensions in ``text``, which commas separate."""
     try:
         return tuple(int(dimension) for dimension in text.split(","))
     except ValueError:
@@ -274,6 +298,7 @@ def _dimensions(text: str) -> tuple[int, ...]:
 
 
 def _seed(text: str) -> int:
+    """Return the seed in ``text``: at most nine digits."""
     if not re.fullmatch(r"\d{1,9}", text):
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number from 0 to 999999999")
     return int(text)
@@ -282,6 +307,7 @@ def _seed(text: str) -> int:
 def _write(
     path: Path, args: argparse.Namespace, shapes: tuple, report: Report, codes: dict[str, str], examples: dict
 ) -> None:
+    """Write all results to a JSON file, with the code of failing examples and the number of examples of each law."""
     path.write_text(
         json.dumps(
             {

@@ -1,4 +1,4 @@
-"""Trained networks by the names of their runs, and the weights and optimiser states that MemCNN 1.5 wrote."""
+"""Load trained networks by the names of their runs, and convert weights and optimiser states of MemCNN 1.5."""
 
 import re
 from collections.abc import Mapping
@@ -26,9 +26,11 @@ def load_trained(
         runs: the folder of all runs.
         device: where to put the network.
         partial: also accept a run that is not complete, with the weights of its last checkpoint.
+
     Raises:
-        ValueError: for a name that is not a folder's, for a run that is not complete, and in the forms of BadRecord and
-            BadCheckpoint.
+        ValueError: the name is a path and not a folder's name, or the run is not complete.
+        BadRecord: the run's record is missing or cannot be used. This is a ValueError.
+        BadCheckpoint: the run's checkpoint is missing or cannot be used. This is a ValueError.
     """
     if Path(name).name != name or name in ("", ".", ".."):
         raise ValueError(f"name of a run: got {name!r}, wanted a folder's name, like revnet38-cifar10-published-s0")
@@ -36,12 +38,12 @@ def load_trained(
     model, found, _ = load_run(folder, device=device)
     if found.status != "complete" and not partial:
         done = f"{found.iterations} of {found.recipe.iterations} iterations"
-        raise ValueError(f"{folder} is {found.status}, {done}: partial=True takes its last checkpoint")
+        raise ValueError(f"{folder} is {found.status}, {done}: pass partial=True to take its last checkpoint")
     return model
 
 
 def load_run(folder: Path, *, device: torch.device | str = "cpu") -> tuple[nn.Module, RunRecord, int]:
-    """Return the network in a run's folder, in evaluation mode, the run's record, and the iterations it trained for."""
+    """Return a run's network in evaluation mode, its record, and the number of iterations that it trained."""
     found = record.load(folder)
     path = folder / checkpoint.FILE_NAME
     identity, state = checkpoint.read(path, device=device)
@@ -65,14 +67,15 @@ def convert_state_dict(
 ) -> dict[str, Tensor]:
     """Return the state dict of a ResNet or RevNet of MemCNN 1.5 under the names of this version.
 
-    The network computes the same logits with it. MemCNN 1.5 trained on images of 0 to 255 less their mean; this version
-    divides them by 255 first, which ``unit_pixels`` makes up for. For a state of couplings and wrapped blocks alone
-    nothing needs converting, and ``memcnn.models.resnet.ResNet`` takes any state of MemCNN 1.5's ``ResNet`` as it is.
+    The network then computes the same logits. MemCNN 1.5 trained on pixels from 0 to 255 minus their mean. This version
+    divides pixels by 255 first; ``unit_pixels`` compensates for that. States of couplings and wrapped blocks need no
+    conversion, and ``memcnn.models.resnet.ResNet`` loads any state of MemCNN 1.5's ``ResNet`` unchanged.
 
     Args:
-        state: what ``state_dict()`` of MemCNN 1.5's network returned; keys may begin with "module.", as those of
+        state: the result of ``state_dict()`` of MemCNN 1.5's network; keys may begin with "module.", as those of
             ``nn.DataParallel`` do. Values are not copied, except for the scaled ones.
-        model: "revnet38", another name of the six, or the network itself. Not given: the one of the six that fits.
+        model: the name of one of the six networks, such as "revnet38", or the network itself; None for the one of the
+            six that fits.
         unit_pixels: multiply the weights of the first convolution by 255, for images as ``memcnn.data.normalise``
             returns them.
 
@@ -94,11 +97,11 @@ def convert_state_dict(
 def convert_optimizer_state(optimizer_state: Mapping, state: Mapping[str, Tensor], model: nn.Module) -> dict:
     """Return an optimiser state of MemCNN 1.5 with its entries in the order of ``model``'s parameters.
 
-    An optimiser numbers parameters in the order of ``model.parameters()``. MemCNN 1.5 had those of G before those of F,
-    this version has F first, so without this the momentum of F and G would be exchanged.
+    An optimiser numbers parameters in the order of ``model.parameters()``. MemCNN 1.5 had G before F, this version has
+    F before G. Without this conversion, F and G would exchange their momentum.
 
     Args:
-        optimizer_state: what ``state_dict()`` of the optimiser returned; it had all parameters in one group.
+        optimizer_state: the result of ``state_dict()`` of the optimiser; it had all parameters in one group.
         state: the state dict of the network beside it, as MemCNN 1.5 wrote it.
         model: the network of this version: one of the six, or one with the names of MemCNN 1.5.
 
@@ -162,7 +165,7 @@ def _new_name(name: str, state: Mapping[str, Tensor]) -> str | None:
 
 
 def _find_shapes(converted: Mapping[str, Tensor], model: str | nn.Module | None) -> tuple[str, dict[str, torch.Size]]:
-    """Return the name of the model and the shapes of its state; those of the one that fits, if no model is given."""
+    """Return the name of the model and the shapes of its state. Without a model, use the one of the six that fits."""
     if isinstance(model, nn.Module):
         return "the model", _shapes(model)
     if model is not None and model not in MODELS:
@@ -175,7 +178,7 @@ def _find_shapes(converted: Mapping[str, Tensor], model: str | nn.Module | None)
             return name, shapes
     raise ValueError(
         f"the state fits none of {', '.join(MODELS)}: build its network with the arguments that it had from "
-        "memcnn.models.resnet.ResNet and load the state as it is, or hand over a CifarResNet as model"
+        "memcnn.models.resnet.ResNet and load the state as it is, or pass a CifarResNet as model"
     )
 
 

@@ -35,7 +35,7 @@ def hours(minutes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds as "time"."""
+    """Format seconds as "h:mm:ss"."""
     if pd.isna(seconds):
         return DASH
     minutes, rest = divmod(round(seconds), 60)

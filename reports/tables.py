@@ -196,8 +196,8 @@ def gpu_measurements(folder: str | Path = MEASUREMENTS) -> tuple[pd.DataFrame, l
 def step_times(runs: pd.DataFrame, folder: str | Path = MEASUREMENTS) -> tuple[pd.DataFrame, list[str]]:
     """Return the time of a training step at batch 100, for each device and model.
 
-    It is the least of those that ``python -m bench.speed`` measured and those of the full runs that had the device to
-    themselves.
+    It is the smallest time that ``python -m bench.speed`` or a full run measured. Full runs that shared their device
+    do not count.
 
     Args:
         runs: see ``runs_table``.
@@ -225,12 +225,12 @@ def step_times(runs: pd.DataFrame, folder: str | Path = MEASUREMENTS) -> tuple[p
 
 
 def _precision(execution: str) -> str:
-    """Return the number format of the tensors; in tf32 they are float32, and so they are without a named execution."""
+    """Return the tensors' precision, "bf16" or "float32". Tensors of tf32 and of an unnamed execution are float32."""
     return "bf16" if execution.split(",")[0] == "bf16" else "float32"
 
 
 def _as_text(path: Path) -> str:
-    """Return the path with "?" for bytes that are no text: a column of strings may be Arrow's, which refuses them."""
+    """Return the path with "?" for bytes that are no text, because Arrow's string columns refuse them."""
     return str(path).encode("utf-8", "replace").decode("utf-8")
 
 

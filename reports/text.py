@@ -133,7 +133,7 @@ def wrap(line: str, width: int, *, indent: str = "") -> str:
 
 
 def _left(frame: pd.DataFrame) -> list[bool]:
-    """Return which columns are aligned to the left."""
+    """Return True for each column that is aligned to the left."""
     return [name in LEFT for _, name in frame.columns]
 
 

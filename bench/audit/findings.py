@@ -86,7 +86,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def layers(package: str) -> list[dict]:
+def check_layers(package: str) -> list[dict]:
     """Check all layers of a package, and return a row for each layer and mode (``bench.audit.packages.worker``).
 
     If a check ends the process or exceeds the time limit, print the layer's name and continue in a new process.
@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         install(VENV, (*PACKAGES, *NEEDS))
     if not arguments.render:
         with ThreadPoolExecutor(2) as pool:
-            rows = [row for of_package in pool.map(layers, FILES) for row in of_package]
+            rows = [row for of_package in pool.map(check_layers, FILES) for row in of_package]
         result = {
             "started": datetime.now(timezone.utc).isoformat(timespec="minutes"),
             "torch": torch.__version__,

@@ -54,7 +54,7 @@ def cost_table(result: dict) -> pd.DataFrame:
 
 
 def python_table(result: dict) -> pd.DataFrame:
-    """Return the time of a tiny chain above 4/3 of plain's: the time of a contender's Python code, not of kernels."""
+    """Return each contender's time on a tiny chain beyond 4/3 of ``plain``. It is spent in Python, not in kernels."""
     frame = ratios(result["tiny_time"])
     frame["own"] = (frame.seconds - 4 / 3 * frame.plain) / frame.blocks * 1e6
     groups = frame[frame.contender != "plain"].groupby("contender")

@@ -131,7 +131,7 @@ def largest_batch(subject: Subject, budget_bytes: int) -> dict:
 
 
 def largest_depth(subject: Subject, budget_bytes: int, *, disable: bool, limit: int) -> dict:
-    """Search the largest number of units a stage with which a network's step on CUDA fits.
+    """Search the largest number of units a stage for which a network's step on CUDA fits into memory.
 
     Args:
         subject: one of the six networks.
@@ -155,7 +155,7 @@ def largest_depth(subject: Subject, budget_bytes: int, *, disable: bool, limit: 
 def layers(name: str) -> int:
     """Return the layers that one more unit in each of the three stages adds to a network's name.
 
-    A network has so many layers for each unit a stage, and two more: the stem and the classifier.
+    A network's name counts these layers for each unit of a stage, and two more: the stem and the classifier.
     """
     make = DEPTHS[name]
     of_branch = 2 if make.args[0] is basic_branch else 3
@@ -171,7 +171,7 @@ def subject_of(given: Namespace) -> Subject:
     how = {"optimizer": given.optimizer, "dtype": given.dtype}
     if given.model in MODELS:
         if given.shape is not None:
-            raise Unusable(f"argument --shape: got {given.model}, whose images are 3,32,32: wanted --batch instead")
+            raise Unusable(f"argument --shape: got it with {given.model}, whose images are 3,32,32; wanted --batch")
         make_model = partial(MODELS[given.model], given.classes, disable=given.disable)
         return Subject(given.model, make_model, (given.batch or 100, 3, 32, 32), given.classes, **how)
     if given.disable:

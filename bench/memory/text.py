@@ -1,6 +1,7 @@
 """The report that ``python -m bench.memory`` prints."""
 
-MIB = 2**20
+from bench.result import MIB
+
 PARTS = {
     "parameter_bytes": "parameters",
     "gradient_bytes": "gradients",

@@ -30,9 +30,9 @@ def on_devices(
     for number in range(jobs_per_device):
         for device in devices:
             if not device.startswith("cuda"):
-                places.append(Place(settings, device, at_once=1, shared_by=jobs_per_device))
+                places.append(CellProcess(settings, device, at_once=1, shared_by=jobs_per_device))
             elif number == 0:
-                places.append(Place(settings, device, at_once=jobs_per_device, shared_by=1))
+                places.append(CellProcess(settings, device, at_once=jobs_per_device, shared_by=1))
     with settings.stop() as stop, bars(settings) as view:
         try:
             yield from _supply(places, iter(cells), stop, view)
@@ -41,7 +41,7 @@ def on_devices(
                 place.interrupt()
 
 
-def _supply(places: list["Place"], cells: Iterator[Cell], stop: Stop, view: Bars) -> Iterator[Outcome]:
+def _supply(places: list["CellProcess"], cells: Iterator[Cell], stop: Stop, view: Bars) -> Iterator[Outcome]:
     """Give each place a cell when it has room, until all cells are done or there is a stop. Yield the outcomes."""
     while True:
         reason = stop.reason(needed_seconds=0.0)
@@ -63,7 +63,7 @@ def _supply(places: list["Place"], cells: Iterator[Cell], stop: Stop, view: Bars
         view.show([cell for place in places for cell in place.running])
 
 
-class Place:
+class CellProcess:
     """A process that trains cells on one device. It asks for a cell when it has room, and sends the outcome of each.
 
     Args:
@@ -130,7 +130,7 @@ class Place:
             self.connection.send(cell)
 
     def _ended(self) -> Iterator[Outcome]:
-        """Yield the running cells of a process that has ended as lost, unless it was interrupted."""
+        """Yield each running cell of the ended process with ``Lost``, unless the process was interrupted."""
         self.process.join()
         status, left = self.process.exitcode, self.running
         self.connection.close()

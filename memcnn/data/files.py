@@ -1,6 +1,6 @@
 """The files of CIFAR-10 and CIFAR-100: find them, compare their checksums, download them, read their arrays.
 
-The files are pickles. Our unpickler accepts plain numeric arrays and nothing else, whatever the checksums say, so that
+The files are pickles. Our unpickler accepts only plain numeric arrays, even in files with the right checksums, so that
 no file can run code.
 """
 

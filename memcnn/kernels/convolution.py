@@ -37,12 +37,13 @@ _ARGUMENTS = [1, 1], [1, 1], [1, 1], False, [0, 0], 1  # stride, padding, dilati
 
 
 def narrow_conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    """Return ``F.conv2d(x, weight, padding=1)``, whose weight gradient may be our kernel's.
+    """Return ``F.conv2d(x, weight, padding=1)``, and let our kernel compute the weight gradient where that is faster.
 
-    It is ``F.conv2d`` itself, with the same bits, unless a weight gradient is wanted, Triton is installed, and the
-    tensors are plain CUDA tensors in bfloat16 or float16 (under autocast: after the cast), ``x`` in channels_last, with
-    16, 32 or 64 channels in and out. For those, too, only the weight gradient can differ, by rounding. Second
-    derivatives are supported; ``torch.func.vmap`` and forward-mode derivatives are not, and raise.
+    Our kernel supports plain CUDA tensors in bfloat16 or float16 (under autocast: after the cast), with ``x`` in
+    channels_last, and 16, 32 or 64 channels in and out. It needs Triton. Only the weight gradient can then differ from
+    that of ``F.conv2d``, by rounding. For all other tensors, and if no weight gradient is needed, this function is
+    ``F.conv2d`` itself, with the same bits. With our kernel, second derivatives are supported; ``torch.func.vmap`` and
+    forward-mode derivatives are not, and raise.
 
     Args:
         x: images, (N, C_in, H, W).
@@ -120,7 +121,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> Non
 
 
 def _second_derivative(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The weight gradient is linear in each of its inputs, and both derivatives are convolutions."""
+    """Return the derivatives of the weight gradient. It is linear in each input, so both are convolutions."""
     output_gradient, x = ctx.saved_tensors
     of_output_gradient = F.conv2d(x, gradient, padding=1) if ctx.needs_input_grad[0] else None
     of_input = _input_gradient(output_gradient, x, gradient) if ctx.needs_input_grad[1] else None

@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def groups(self) -> tuple[int, int]:
-        """Return the number of programs that share the kernel rows of the same pixels, and that for the columns."""
+        """Return the numbers of programs that share the kernel's rows and its columns, for the same pixels."""
         return (1 if self.row_taps == 4 else 3), (1 if self.column_taps == 4 else 3)
 
     def splits(self, pixels: int, processors: int) -> tuple[int, int]:

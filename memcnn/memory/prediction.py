@@ -78,6 +78,9 @@ def step_flops(
 
     Matrix products and convolutions count, as in ``torch.utils.flop_counter``: a multiplication and an addition are
     two operations. The rest of a step is small beside them. The arguments are those of ``predict_step_memory``.
+
+    Returns:
+        The number of operations.
     """
     with FakeTensorMode() as mode:
         *_, step = training_step(
@@ -128,9 +131,9 @@ def training_step(
 
 
 class _FakeCopies(TorchFunctionMode):
-    """A mode in which ``copy.deepcopy`` can copy fake tensors, as a coupling that gets only F does.
+    """A mode in which ``copy.deepcopy`` can copy fake tensors, as a coupling does that is given only F.
 
-    ``Tensor.__deepcopy__`` would copy their ``FakeTensorMode`` as well, and tensors of two modes do not mix.
+    ``Tensor.__deepcopy__`` would copy their ``FakeTensorMode`` too, but tensors of two modes cannot be mixed.
     """
 
     def __torch_function__(

@@ -67,7 +67,7 @@ class World:
     def in_turn(self, function: Callable[[], T]) -> T:
         """Run ``function()`` on rank 0, then in one process of each other machine, then in the rest.
 
-        Later processes can so read files that an earlier one has written. An exception of one is raised in all.
+        So later processes can read files that an earlier one has written. If one process raises, all raise its error.
 
         Returns:
             This process's own result.

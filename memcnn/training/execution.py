@@ -60,8 +60,8 @@ class Execution:
 
         On a GPU: bf16, graph, compile and our kernel for narrow convolutions together (``python -m bench.speed --fast``
         and ``python -m bench.narrow_conv``); without Triton, bf16 and graph. On a CPU: the plain step. ``python -m
-        bench.speed --clock cpu --tries`` (reports/bench/cpu/speed.md) found bfloat16 11 times slower, and compiled code
-        as fast as the plain step to the spread of the measurement, after minutes of compiling.
+        bench.speed --clock cpu --tries`` (reports/bench/cpu/speed.md) found bfloat16 11 times slower. It found compiled
+        code no faster than the plain step, within the spread of the measurement, after minutes of compiling.
 
         Args:
             device: the device that trains; only its type counts.

@@ -141,8 +141,8 @@ class Run:
     def _prepare(self) -> Turns[str | None]:
         """Compile and capture if the execution asks for it. Return a reason if the run must stop instead, else None.
 
-        Nothing has been trained yet, so that a stop loses nothing. Ctrl-C may also reach the processes of the compiler,
-        so that it fails.
+        A stop loses nothing here, because nothing has been trained yet. Ctrl-C may also reach the compiler's processes
+        and make the compilation fail.
         """
         words = self.training_step.preparation or self.evaluation.preparation
         if not words:

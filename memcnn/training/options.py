@@ -38,7 +38,7 @@ HYPERPARAMETERS = {
 
 def add_hyper_parameters(parser: argparse.ArgumentParser) -> None:
     """Add an option for each field of a recipe but its name."""
-    group = parser.add_argument_group("hyper-parameters", "in place of the recipe's; the run's name says so")
+    group = parser.add_argument_group("hyper-parameters", "replace those of the recipe; the run's name lists them")
     for name, (kind, text) in HYPERPARAMETERS.items():
         defaults = ", ".join(f"{recipe.name} {_spell(getattr(recipe, name))}" for recipe in RECIPES.values())
         how = {"action": argparse.BooleanOptionalAction} if kind is None else {"type": kind}
@@ -60,9 +60,9 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
     option = group.add_argument
     fast = "the fastest measured execution of the device, in place of precision, graph, compile and narrow-convolutions"
     option("--fast", action=argparse.BooleanOptionalAction, help=fast)
-    option("--precision", choices=PRECISIONS, help=f"of F, G and all layers (default: {Execution().precision})")
+    option("--precision", choices=PRECISIONS, help=f"number format of all layers (default: {Execution().precision})")
     option("--graph", action="store_true", help="capture the whole step as a CUDA graph; no effect on a CPU")
-    option("--compile", action="store_true", help="through torch.compile; the first steps take minutes")
+    option("--compile", action="store_true", help="use torch.compile; the first steps take minutes")
     option("--sync-batch-norm", action="store_true", help="under torchrun: statistics of the whole batch (GPUs only)")
     option("--deterministic", action="store_true", help="deterministic kernels, slower on a GPU; CPUs always have them")
     narrow = "our kernel for weight gradients of narrow convolutions, where it is measured to be faster (GPUs, Triton)"

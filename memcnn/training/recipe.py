@@ -21,7 +21,7 @@ class Recipe:
         decay: factor on the learning rate at a milestone.
         momentum: momentum of SGD.
         weight_decay: L2 penalty, on every parameter.
-        pad: pixels by which training images are padded before they are cropped back at random.
+        pad: pixels of padding on each side of a training image, before a random crop to the original size.
         flip: mirror training images at random.
         evaluate_every: iterations between two evaluations; there is one after the last iteration, too.
         test_images: how many test images to evaluate on, from the first; None for all.

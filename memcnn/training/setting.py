@@ -99,8 +99,8 @@ def pick_device(name: str | None, world: World) -> torch.device:
         return torch.device("cuda", 0) if name is None and count else torch.device(name or "cpu")
     if name not in (None, "cuda") or world.local_rank >= count:
         raise BadArgument(
-            f"device: got {name or 'cuda'!r} for process {world.local_rank} of this machine; each process takes a GPU "
-            f"of its own, of which there are {count}: leave the option out, and start a process for each GPU"
+            f"device: got {name or 'cuda'!r} for process {world.local_rank} of this machine; each process takes its "
+            f"own GPU, and there are {count}: leave the option out, and start a process for each GPU"
         )
     return torch.device("cuda", world.local_rank)
 

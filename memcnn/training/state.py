@@ -8,7 +8,7 @@ from memcnn.training.record import PLAIN, RunRecord, Segment
 
 
 class MixedExecution(ValueError):
-    """A run would go on in another execution, or on another type of device, than it was computed with so far."""
+    """Raised if a run would continue with another execution, or on another type of device, than before."""
 
 
 @dataclass(kw_only=True)

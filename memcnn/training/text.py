@@ -2,5 +2,5 @@
 
 
 def clean(text: str) -> str:
-    """Return a text as one line of printable characters, whatever a file from elsewhere contains."""
+    """Return a text as one line of printable characters, so that it cannot control the terminal."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())

@@ -14,7 +14,7 @@ REPEATS = 3
 LIMIT_SECONDS = 1.0
 """Time after which a measurement is not repeated."""
 SLOWER = 1.5
-"""Least ratio of the times with several threads and with one that is reported."""
+"""Warn if several threads take at least this many times as long as one."""
 
 
 def warning(batch_size: int, *, measure: Callable[[int, int], float] | None = None) -> str | None:

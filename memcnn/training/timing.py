@@ -140,7 +140,7 @@ def _round_seconds(copies: list[_Copy]) -> float:
     return (time.perf_counter() - started) / rounds
 
 
-_barrier: Barrier | None = None  # of the processes that time a network at the same time
+_barrier: Barrier | None = None  # shared by the processes that time a network at the same time
 
 
 def _slowest_of_processes(job: Job, execution: Execution, place: Place, device: torch.device, count: int) -> Cost:

@@ -38,7 +38,7 @@ def train_together(
 ) -> Iterator[Outcome]:
     """Train the jobs, ``at_once`` of them at a time; yield each with its record, or with its error, as it ends.
 
-    A run that ends, for whatever reason, makes room for the next job; the others go on. After a stop each run ends as
+    When a run ends, even by an error, the next job takes its place and the others go on. After a stop each run ends as
     it would alone, and no further job begins.
 
     Args:

@@ -96,7 +96,7 @@ def _explaining_disks(folder: Path) -> Iterator[None]:
             raise
         raise CannotWrite(
             f"cannot write in {folder} ({error}). The last checkpoint there, if any, is as it was: when there is "
-            "room and leave to write, the same command goes on from it. --runs FOLDER writes elsewhere."
+            "room and permission to write, the same command goes on from it. --runs FOLDER writes elsewhere."
         ) from error
 
 

@@ -108,7 +108,7 @@ class Clock:
         self._held_seconds = 0.0
 
     def now(self) -> float:
-        """Return seconds for differences of two calls, without those in which the clock was stopped."""
+        """Return the time in seconds; the difference of two calls leaves out the time for which the clock was held."""
         return time.perf_counter() - self._held_seconds
 
     @contextmanager

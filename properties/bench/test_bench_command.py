@@ -20,7 +20,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def run_bench(*arguments: str | Path, threads: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m bench`` in the repository, with so many threads in its environment."""
+    """Run ``python -m bench`` in the repository, with OMP_NUM_THREADS set to ``threads``."""
     return commands.run("-m", "bench", *arguments, env=environment(threads))
 
 
@@ -79,7 +79,7 @@ def test_no_case_is_begun_after_the_budget(tmp_path):
     assert done.returncode == 0 and not (tmp_path / "report").exists()
 
 
-def test_a_report_can_be_asked_for_of_a_narrowed_run(tmp_path):
+def test_a_run_of_some_cases_writes_a_report_only_on_request(tmp_path):
     done = run_narrowed(tmp_path, budget="9m")
     assert done.returncode == 0, done.stderr
     found = folders.read_environment(tmp_path / "report")
@@ -92,7 +92,7 @@ def test_ctrl_c_keeps_what_has_been_measured(tmp_path):
     output = tmp_path / "output"
     process = commands.start(*command, env=environment(1), output=output, errors=os.devnull)
     while process.exitcode is None:
-        # again if it still measures: Python ignores an interrupt in the callback of a weak reference
+        # repeated while it still measures: Python ignores an interrupt in the callback of a weak reference
         if output.exists() and "PASSED" in output.read_text("utf-8"):
             os.kill(process.pid, signal.SIGINT)
             process.join(5)

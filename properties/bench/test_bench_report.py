@@ -128,12 +128,17 @@ def test_a_change_has_a_sign_and_no_change_looks_like_zero(growth, shown):
     assert report.per_cent(growth) == shown
 
 
+@pytest.mark.parametrize(("value", "text"), [(1.234, "1.23"), (12.34, "12.3"), (1234.0, "1234")])
+def test_a_spread_without_given_digits_has_three_significant_ones(value, text):
+    assert result.spread(pd.Series([value] * 3), None) == f"{text} [{text}, {text}]"
+
+
 def test_the_environment_is_named(results):
     assert result.origin(results).startswith("a processor (cpu, 2 cores, 1 thread), load average 0.5 to 0.5")
     assert MACHINE["software"]["torch"] in result.origin(results)
 
 
-def test_a_narrowed_run_without_plain_has_times_and_no_ratio(tmp_path):
+def test_a_run_without_plain_has_times_and_no_ratio(tmp_path):
     rows = [row("time", Chain("tiny", "reversible", 32, 2, 4, 4), 0.032, repeat=0)]
     found = result.load(written(tmp_path / "narrow.json", rows))
     text = summary.render(found)
@@ -156,7 +161,7 @@ def test_no_two_contenders_look_the_same_without_colour():
     assert len({marker for marker, _ in looks}) == len(looks)
 
 
-def test_the_front_leaves_out_who_is_beaten_in_both(results):
+def test_the_pareto_front_leaves_out_a_contender_that_another_beats_in_time_and_memory(results):
     rows = pd.DataFrame(
         {"memory": [1, 2, 3, 4], "ratio": [1.4, 1.5, 1.2, 1.0]}, index=["reversible", "wrapped", "checkpoint", "plain"]
     )

@@ -242,11 +242,11 @@ def gpus(monkeypatch):
 
 
 def test_the_chosen_gpu_becomes_the_current_one_and_names_its_folder(gpus):
-    found = [folders.folder_of(folders.chosen(name)) for name in (None, "cuda", "cuda:1", "cpu")]
+    found = [folders.folder_of(folders.choose_device(name)) for name in (None, "cuda", "cuda:1", "cpu")]
     assert [folder.name for folder in found] == ["nvidia-h100-80gb-hbm3"] * 2 + ["nvidia-h200", "cpu"]
     assert {folder.parent for folder in found} == {ROOT / "reports" / "bench"} and gpus == [0, 0, 1]
     with pytest.raises(ValueError, match="got 'cuda:2', but this PyTorch sees only cpu, cuda:0, cuda:1"):
-        folders.chosen("cuda:2")
+        folders.choose_device("cuda:2")
 
 
 def test_the_environment_of_a_gpu_names_its_libraries_clock_and_commit(gpus):

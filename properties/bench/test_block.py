@@ -61,10 +61,10 @@ def by_subject(target: str, depth: int) -> dict[str, block.Block]:
     return {case.subject: case for case in block.cases(target, SHAPE, [depth])}
 
 
-def test_a_block_is_wrapped_unless_it_is(target):
-    assert isinstance(block.made(target("coupling")), memcnn.InvertibleModuleWrapper)
-    assert block.made(target("wrapped")).keep_input, "as it is wrapped"
-    assert type(block.made(target("Around"))).__name__ == "Around"
+def test_a_block_is_wrapped_unless_it_contains_a_wrapper(target):
+    assert isinstance(block.make_block(target("coupling")), memcnn.InvertibleModuleWrapper)
+    assert block.make_block(target("wrapped")).keep_input, "as it is wrapped"
+    assert type(block.make_block(target("Around"))).__name__ == "Around"
 
 
 def test_every_subject_computes_the_same_gradients(target):
@@ -97,7 +97,7 @@ def test_a_block_without_inverse_around_a_wrapped_one_is_measured_as_it_is(targe
     assert set(by_subject(target("Around"), 2)) == {"plain", "checkpoint", "wrapped"}
 
 
-def test_a_block_is_refused_whose_wrapped_form_cannot_train(target):
+def test_a_block_whose_wrapped_form_cannot_train_is_refused(target):
     block.check(target("coupling"), SHAPE, CPU)
     with pytest.raises(Misuse, match="the backward pass of the wrapped block raised ArithmeticError: no inverse; see"):
         block.check(target("Backward"), SHAPE, CPU)
@@ -116,7 +116,7 @@ def test_the_page_is_that_of_the_projects_own_chains(target, tmp_path):
     assert "Beside other packages" not in page and not (tmp_path / "out" / "history.csv").exists()
 
 
-def test_the_command_hands_block_shape_and_depths_to_the_suite(target, tmp_path):
+def test_the_command_passes_block_shape_and_depths_to_the_suite(target, tmp_path):
     seen = []
     with patch.object(command.pytest, "main", lambda words: seen.extend(words) or 0):
         words = ["--block", target("coupling"), "--shape", "2,4,8,8", "--out", str(tmp_path / "out"), "--quick"]

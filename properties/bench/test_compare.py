@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,24 +9,15 @@ import pytest
 from bench import compare
 from bench.worker import Failed
 from memcnn.cli import Misuse
+from properties.support import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs a checkout: clone it")
 def test_a_commit_is_compared_with_the_working_tree():
-    command = [
-        sys.executable,
-        "-m",
-        "bench.compare",
-        "HEAD",
-        ".",
-        "--rounds=1",
-        "--device=cpu",
-        "-k",
-        "tiny-depth32-2x4x4-eager-rev",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    arguments = "HEAD . --rounds=1 --device=cpu -k tiny-depth32-2x4x4-eager-rev".split()
+    done = commands.run("-m", "bench.compare", *arguments, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "B is working tree" in done.stdout
     assert "tiny-depth32-2x4x4-eager-reversible" in done.stdout and "128, the same" in done.stdout

@@ -19,7 +19,7 @@ def result(verdict: str, claim: str = "inverse(forward(x)) = x", error: object =
 
 
 @pytest.mark.parametrize("file", PROGRAMS, ids=lambda file: file.stem)
-def test_a_finding_is_a_program_of_its_package_and_torch_alone_that_would_notice_a_repair(file):
+def test_a_reproduction_needs_only_its_package_and_torch_and_fails_once_the_package_is_repaired(file):
     tree = ast.parse(file.read_text("utf-8"))
     title = ast.get_docstring(tree).splitlines()[0]
     package = title.split()[0].lower()

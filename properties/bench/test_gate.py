@@ -88,7 +88,7 @@ OTHER = dataclasses.replace(CASE, depth=5)
 
 
 def test_a_missing_case_fails_unless_it_is_allowed(tmp_path, capsys):
-    """A case that was renamed is one that is missing and one that is new."""
+    """A renamed case counts as a missing case and a new one."""
     base, now = (
         written(tmp_path / name, [row("memory", case, peak_bytes=1) for case in cases])
         for name, cases in (("base", (CASE, PLAIN)), ("now", (OTHER, PLAIN)))
@@ -141,7 +141,7 @@ def test_a_slower_ratio_fails_also_on_a_machine_that_is_twice_as_fast(tmp_path, 
     assert run(base, now, "--fail", "ratio:20%") == 0
 
 
-def test_seconds_are_compared_on_equal_machines_alone(tmp_path, capsys):
+def test_seconds_are_compared_only_on_equal_machines(tmp_path, capsys):
     base = timed(tmp_path / "base", [(1.0, 1.3)] * 3)
     assert run(base, timed(tmp_path / "now", [(2.0, 2.6)] * 3), "--fail", "median:10%") == 1
     text = capsys.readouterr().out

@@ -22,7 +22,7 @@ ENVIRONMENT = {
 @pytest.fixture
 def a_gpu(monkeypatch):
     """Let the command find a GPU."""
-    monkeypatch.setattr(folders, "chosen", torch.device)
+    monkeypatch.setattr(folders, "choose_device", torch.device)
     monkeypatch.setattr(folders, "environment", lambda device, clock: ENVIRONMENT)
 
 
@@ -61,5 +61,5 @@ def test_the_stages_are_commands_that_their_programs_understand(tmp_path):
     assert [given.networks for given in parsed] == [[name] for name in MODELS]
     assert all(given.fast and given.group == 4 and given.out == tmp_path for given in parsed)
     (memory,) = [stage for stage in found if stage.kind == "memory"]
-    with pytest.raises(SystemExit):  # understood, and refused for want of that GPU
+    with pytest.raises(SystemExit):  # the options are valid, but there is no such GPU
         measured_memory.main(list(memory.arguments))

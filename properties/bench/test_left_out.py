@@ -68,7 +68,7 @@ def test_a_layer_whose_check_ends_the_process_is_left_out_and_the_next_ones_are_
         return started[-1]
 
     monkeypatch.setattr(findings, "start", start)
-    rows = [(row["layer"], row["mode"]) for row in findings.layers("package")]
+    rows = [(row["layer"], row["mode"]) for row in findings.check_layers("package")]
     assert rows == [(0, "train"), (0, "eval"), (1, "eval"), (2, "train"), (2, "eval")]
     assert "Crashes (train) is left out: package: the process was ended by signal 11" in capsys.readouterr().err
     assert len(started) == 2 and all(worker.ended for worker in started)
@@ -76,7 +76,7 @@ def test_a_layer_whose_check_ends_the_process_is_left_out_and_the_next_ones_are_
 
 def test_a_package_that_cannot_be_imported_is_left_out(monkeypatch, capsys):
     monkeypatch.setattr(findings, "start", lambda package: Scripted(package, fails_at=1))
-    assert findings.layers("package") == []
+    assert findings.check_layers("package") == []
     assert "package is left out: package: the process ended" in capsys.readouterr().err
 
 

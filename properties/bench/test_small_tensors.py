@@ -1,7 +1,6 @@
 """Tests of ``bench.small_tensors``: its figures, and missing peers."""
 
 import pandas as pd
-import pytest
 
 from bench import small_tensors
 
@@ -37,8 +36,3 @@ def test_without_plain_there_is_nothing_to_compare_with(tmp_path, monkeypatch, c
     monkeypatch.setattr(small_tensors, "chain_rows", lambda names, **options: ROWS[ROWS.contender != "plain"])
     assert small_tensors.main(["--quick"]) == 1
     assert "plain autograd failed" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("value", "text"), [(1.234, "1.23"), (12.34, "12.3"), (1234.0, "1234")])
-def test_a_spread_has_three_digits(value, text):
-    assert small_tensors.spread(pd.Series([value] * 3)) == f"{text} [{text}, {text}]"

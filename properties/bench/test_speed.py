@@ -87,7 +87,7 @@ def measured(network: str, ms: float, **more) -> pd.DataFrame:
     )
 
 
-def test_rows_are_added_to_those_of_earlier_runs_and_take_the_place_of_the_same_ones(tmp_path):
+def test_new_rows_are_added_to_earlier_ones_and_replace_those_of_the_same_case(tmp_path):
     speed_text.add(tmp_path, measured("revnet38", 5.0))
     speed_text.add(tmp_path, measured("revnet38", 6.0, group=4))
     speed_text.add(tmp_path, measured("resnet32", 2.0, date="2026-11-28"))

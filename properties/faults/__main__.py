@@ -1,9 +1,9 @@
-"""Try every fault and write how many tries were survived into reports/faults.md.
+"""Try every fault many times, and write a table of the survived tries to reports/faults.md.
 
     python -m properties.faults                    100 kills, and 10 tries of every other fault: ten minutes
-    python -m properties.faults --only disk        those whose name contains the word; nothing is written
+    python -m properties.faults --only disk        only faults whose name contains the word; writes nothing
 
-Exit status: 0 when everything was survived, 1 otherwise.
+Exit status: 0 if every try was survived, 1 otherwise.
 """
 
 import sys
@@ -18,8 +18,8 @@ from memcnn import cli
 from memcnn.training.environment import device_info, software_versions
 from memcnn.training.files import write_by_rename
 from memcnn.training.text import clean
-from properties.faults.ground import INTERVAL, ITERATIONS, ROOT, Ground
 from properties.faults.kills import kill_at_a_file_operation, kill_at_a_random_instant
+from properties.faults.sandbox import INTERVAL, ITERATIONS, ROOT, Sandbox
 from properties.faults.trying import FAULTS, Outcome, attempt
 from reports.text import escape_markdown
 
@@ -29,11 +29,20 @@ KILLS, TRIES, SEED = 100, 10, 0
 
 @cli.command("properties.faults")
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Try the faults that the command line asks for, and return the exit status."""
     parser = cli.parser_from("properties.faults", __doc__, whole=True)
-    parser.add_argument("--only", metavar="WORD", default="", help="faults whose name contains it; nothing is written")
-    parser.add_argument("--tries", metavar="N", type=cli.count, help=f"of each (default: {KILLS} kills, else {TRIES})")
     parser.add_argument(
-        "--seed", metavar="N", type=cli.whole_number, default=SEED, help="of what is random (default: %(default)s)"
+        "--only", metavar="WORD", default="", help="try only faults whose name contains WORD; write nothing"
+    )
+    parser.add_argument(
+        "--tries", metavar="N", type=cli.count, help=f"tries of each fault (default: {KILLS} kills, else {TRIES})"
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=cli.whole_number,
+        default=SEED,
+        help="of random choices (default: %(default)s)",
     )
     given = parser.parse_args(arguments)
     if not any(given.only in fault.__name__ for fault in FAULTS):
@@ -41,14 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"argument --only: got {given.only!r}, wanted a part of one of {known}")
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="memcnn-faults-") as folder:
-        ground = Ground(Path(folder))
-        usual = {kill_at_a_random_instant: KILLS, kill_at_a_file_operation: ground.operations}
+        sandbox = Sandbox(Path(folder))
+        usual = {kill_at_a_random_instant: KILLS, kill_at_a_file_operation: sandbox.operations}
         for fault in FAULTS:
             if given.only in fault.__name__:
                 tries = given.tries or usual.get(fault, TRIES)
-                outcomes.append(attempt(ground, fault, tries, given.seed))
+                outcomes.append(attempt(sandbox, fault, tries, given.seed))
                 print(f"{fault.__name__}: {outcomes[-1]}", flush=True)
-        ground.close()
+        sandbox.close()
     if not given.only:
         write_by_rename(PAGE, page(outcomes, given.seed).encode())
         print(f"Written {PAGE}")
@@ -56,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def page(outcomes: list[Outcome], seed: int) -> str:
+    """Return the page reports/faults.md in Markdown."""
     versions, processor = software_versions(), device_info(torch.device("cpu"))["name"]
     names = ", ".join(f"{name} {versions[name]}" for name in ("memcnn", "python", "torch", "platform"))
     lines = [

@@ -16,39 +16,39 @@ from random import Random
 import torch
 
 from memcnn.training import checkpoint
-from properties.faults.ground import NAME, Ground, small_disk
+from properties.faults.sandbox import NAME, Sandbox, small_disk
 from properties.support.runs import tiny
 
 FALLS_BACK = "Going on from the one before, checkpoint.previous.pt."
 
 
-def full_disk(ground: Ground, rng: Random, tries: int) -> Iterator[str]:
-    """a disk that is full from the start, from some file on, or from some instant on"""
+def full_disk(sandbox: Sandbox, rng: Random, tries: int) -> Iterator[str]:
+    """a disk that is full from the start, from some file on, or from a random instant on"""
     stopped = 0
     for _ in range(tries):
-        with small_disk(ground.folder / f"disk-{ground.made}", mebibytes=4) as is_disk:
-            runs, job = ground.new_runs(ground.folder / f"disk-{ground.made}"), {}
+        with small_disk(sandbox.folder / f"disk-{sandbox.folders_made}", mebibytes=4) as is_disk:
+            runs, job = sandbox.new_runs(sandbox.folder / f"disk-{sandbox.folders_made}"), {}
             if not is_disk:
                 job["largest_file_bytes"] = rng.randrange(30_000)
             elif rng.random() < 0.5:
                 _fill(runs.parent, room=rng.randrange(80_000))
-            process = ground.start(runs, **job)
+            process = sandbox.start(runs, **job)
             if is_disk and rng.random() < 0.5:
-                time.sleep(rng.uniform(0, ground.seconds))
+                time.sleep(rng.uniform(0, sandbox.seconds))
                 _fill(runs.parent, room=0)
-            status = ground.wait(process)
-            assert status in (0, 1), ground.said(runs)
+            status = sandbox.wait(process)
+            assert status in (0, 1), sandbox.output(runs)
             if status:
                 stopped += 1
-                said, why = ground.said(runs), os.strerror(errno.ENOSPC if is_disk else errno.EFBIG)
-                assert f"cannot write in {runs}" in said and why in said, said
-                assert "Traceback" not in said and not list(runs.glob("*/*.tmp"))
-                ground.check_nothing_lost(runs)
+                output, why = sandbox.output(runs), os.strerror(errno.ENOSPC if is_disk else errno.EFBIG)
+                assert f"cannot write in {runs}" in output and why in output, output
+                assert "Traceback" not in output and not list(runs.glob("*/*.tmp"))
+                sandbox.check_nothing_lost(runs)
             for filler in runs.parent.glob("filler-*"):
                 filler.unlink()
-            ground.finishes(runs)
-        how = "a disk of its own" if is_disk else "a limit to the size of files, since no disk may be mounted here"
-        yield f"on {how}; {stopped} runs stopped, the others had room enough"
+            sandbox.check_completes(runs)
+        how = "on a small disk" if is_disk else "with a limit to the size of files, since no disk may be mounted here"
+        yield f"{how}; {stopped} runs stopped, the others had room enough"
 
 
 def _fill(folder: Path, *, room: int) -> None:
@@ -60,20 +60,20 @@ def _fill(folder: Path, *, room: int) -> None:
     os.truncate(name, max(0, name.stat().st_size - room))
 
 
-def read_only_folder(ground: Ground, rng: Random, tries: int) -> Iterator[str]:
+def read_only_folder(sandbox: Sandbox, rng: Random, tries: int) -> Iterator[str]:
     """a results folder that may not be written to: empty, or with a run half done"""
     for _ in range(tries):
-        with small_disk(ground.folder / f"disk-{ground.made}", mebibytes=4) as is_disk:
-            runs = ground.new_runs(ground.folder / f"disk-{ground.made}")
+        with small_disk(sandbox.folder / f"disk-{sandbox.folders_made}", mebibytes=4) as is_disk:
+            runs = sandbox.new_runs(sandbox.folder / f"disk-{sandbox.folders_made}")
             runs.mkdir()
             if rng.random() < 0.5:
-                ground.partial(rng, runs)
+                sandbox.interrupted_run(rng, runs)
             with read_only(runs, is_disk):
-                ground.refuses(runs, status=1, says=f"cannot write in {runs}")
-            ground.finishes(runs)
+                sandbox.check_refusal(runs, status=1, message=f"cannot write in {runs}")
+            sandbox.check_completes(runs)
             with read_only(runs, is_disk):
-                ground.refuses(runs, status=0, says="is already complete")
-        yield "nothing is changed; where it is allowed again, the same command goes on"
+                sandbox.check_refusal(runs, status=0, message="is already complete")
+        yield "nothing is changed; once writing is allowed again, the same command goes on"
 
 
 @contextmanager
@@ -92,23 +92,24 @@ def read_only(runs: Path, is_disk: bool) -> Iterator[None]:
         folder.chmod(0o755)
 
 
-def damaged(ground: Ground, rng: Random, tries: int, damage: Callable[[bytes], bytes]) -> Iterator[str]:
+def damaged(sandbox: Sandbox, rng: Random, tries: int, damage: Callable[[bytes], bytes]) -> Iterator[str]:
+    """Replace the checkpoint of interrupted runs by ``damage`` of its bytes; assert that the run is resumed."""
     for _ in range(tries):
-        runs = ground.partial(rng)
+        runs = sandbox.interrupted_run(rng)
         path = runs / NAME / "checkpoint.pt"
         content = damage(path.read_bytes())
         path.write_bytes(content)
-        ground.finishes(runs, says=FALLS_BACK)
+        sandbox.check_completes(runs, message=FALLS_BACK)
         assert (runs / NAME / checkpoint.DAMAGED).read_bytes() == content
-        yield "the one before is taken, and it is said; the damaged file is kept aside"
+        yield "the run goes on from the checkpoint before, and says so; the damaged file is kept"
 
 
-def truncated_checkpoint(ground: Ground, rng: Random, tries: int) -> Iterator[str]:
+def truncated_checkpoint(sandbox: Sandbox, rng: Random, tries: int) -> Iterator[str]:
     """a checkpoint cut short at a random byte"""
-    return damaged(ground, rng, tries, lambda content: content[: rng.randrange(len(content))])
+    return damaged(sandbox, rng, tries, lambda content: content[: rng.randrange(len(content))])
 
 
-def flipped_checkpoint(ground: Ground, rng: Random, tries: int) -> Iterator[str]:
+def flipped_checkpoint(sandbox: Sandbox, rng: Random, tries: int) -> Iterator[str]:
     """a checkpoint with one to three bits flipped anywhere"""
 
     def flip(content: bytes) -> bytes:
@@ -117,11 +118,11 @@ def flipped_checkpoint(ground: Ground, rng: Random, tries: int) -> Iterator[str]
             changed[place // 8] ^= 1 << place % 8
         return bytes(changed)
 
-    return damaged(ground, rng, tries, flip)
+    return damaged(sandbox, rng, tries, flip)
 
 
-def foreign_checkpoint(ground: Ground, rng: Random, tries: int) -> Iterator[str]:
-    """something else in a checkpoint's place: weights, an archive, a pickle, an image, text, nothing"""
+def foreign_checkpoint(sandbox: Sandbox, rng: Random, tries: int) -> Iterator[str]:
+    """something else in place of a checkpoint: weights, an archive, a pickle, an image, text, nothing"""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("a.txt", "a")
@@ -130,53 +131,53 @@ def foreign_checkpoint(ground: Ground, rng: Random, tries: int) -> Iterator[str]
         checkpoint.seal(saved({"identity": 3, "state": {}})), archive.getvalue(), checkpoint.seal(archive.getvalue()),
         pickle.dumps({"state": {}}), b"\x89PNG\r\n\x1a\n", b"text", b"",
     ]  # fmt: skip
-    return damaged(ground, rng, tries, lambda _: rng.choice(contents))
+    return damaged(sandbox, rng, tries, lambda _: rng.choice(contents))
 
 
-def two_damaged_checkpoints(ground: Ground, rng: Random, tries: int) -> Iterator[str]:
+def two_damaged_checkpoints(sandbox: Sandbox, rng: Random, tries: int) -> Iterator[str]:
     """both checkpoints damaged"""
     for _ in range(tries):
-        runs = ground.partial(rng)
+        runs = sandbox.interrupted_run(rng)
         for name in ("checkpoint.pt", "checkpoint.previous.pt"):
             path = runs / NAME / name
             path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
-        says = "checkpoint.pt cannot be read ... checkpoint.previous.pt cannot be read ... --fresh"
-        ground.refuses(runs, status=2, says=says)
-        ground.finishes(runs, "--fresh")
-        yield "refused, both are named; --fresh begins anew and keeps them"
+        message = "checkpoint.pt cannot be read ... checkpoint.previous.pt cannot be read ... --fresh"
+        sandbox.check_refusal(runs, status=2, message=message)
+        sandbox.check_completes(runs, "--fresh")
+        yield "refused; both are named. --fresh begins anew and keeps them"
 
 
-def hostile_checkpoint(ground: Ground, rng: Random, tries: int) -> Iterator[str]:
-    """a checkpoint, under a right seal, that would run code when unpickled"""
+def hostile_checkpoint(sandbox: Sandbox, rng: Random, tries: int) -> Iterator[str]:
+    """a checkpoint with a valid seal that would run code when unpickled"""
 
     class Harm:
         def __reduce__(self):
             return os.mkdir, (str(harm),)
 
     for _ in range(tries):
-        harm = ground.folder / f"harm-{ground.made}"
+        harm = sandbox.folder / f"harm-{sandbox.folders_made}"
         hostile = checkpoint.seal(saved({"identity": {}, "state": {"model": Harm()}}))
-        yield from damaged(ground, rng, 1, lambda _, hostile=hostile: hostile)
+        yield from damaged(sandbox, rng, 1, lambda _, hostile=hostile: hostile)
         assert not harm.exists()
 
 
-def another_runs_checkpoint(ground: Ground, rng: Random, tries: int) -> Iterator[str]:
+def another_runs_checkpoint(sandbox: Sandbox, rng: Random, tries: int) -> Iterator[str]:
     """the checkpoint of another recipe, seed, engine or model"""
     others = {
         "recipe is": ["--weight-decay", "0.5"], "seed is 7 there, 0 here": ["--seed", "7"],
         "engine is False there, True here": ["--disable"], "model is 'revnet38' there, 'resnet32' here": [],
     }  # fmt: skip
     for _ in range(tries):
-        says, words = rng.choice(list(others.items()))
-        runs, other = ground.partial(rng), ground.new_runs()
-        assert ground.run(other, *words) == 0, ground.said(other)
+        message, words = rng.choice(list(others.items()))
+        runs, other = sandbox.interrupted_run(rng), sandbox.new_runs()
+        assert sandbox.run(other, *words) == 0, sandbox.output(other)
         (folder,) = other.iterdir()
         identity, state = checkpoint.read(folder / "checkpoint.pt")
         if not words:
             identity = replace(identity, model="revnet38")
         checkpoint.save(runs / NAME, identity, state)
-        ground.refuses(runs, status=2, says=f"checkpoint.pt belongs to another run: {says}")
-        yield "refused, with what differs"
+        sandbox.check_refusal(runs, status=2, message=f"checkpoint.pt belongs to another run: {message}")
+        yield "refused; the differences are named"
 
 
 def saved(values: object) -> bytes:

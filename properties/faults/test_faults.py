@@ -1,12 +1,12 @@
-"""A few tries of every fault; `python -m properties.faults` tries each many times and writes reports/faults.md."""
+"""Try every fault a few times; ``python -m properties.faults`` tries each many times and writes reports/faults.md."""
 
 import os
 from random import Random
 
 import pytest
 
-from properties.faults.ground import Ground
 from properties.faults.kills import kill_at_a_file_operation, kill_at_a_random_instant
+from properties.faults.sandbox import Sandbox
 from properties.faults.trying import FAULTS
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="processes are forked and killed; run on Linux or macOS")
@@ -16,13 +16,13 @@ TRIES = 10 if THOROUGH else 1
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory):
-    ground = Ground(tmp_path_factory.mktemp("faults"))
-    yield ground
-    ground.close()
+def sandbox(tmp_path_factory):
+    sandbox = Sandbox(tmp_path_factory.mktemp("faults"))
+    yield sandbox
+    sandbox.close()
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.__name__ for fault in FAULTS])
-def test_nothing_is_lost(ground, fault):
+def test_every_try_of_a_fault_is_survived(sandbox, fault):
     tries = {kill_at_a_random_instant: KILLS, kill_at_a_file_operation: KILLS // 2}.get(fault, TRIES)
-    assert len(list(fault(ground, Random(0), tries))) == tries
+    assert len(list(fault(sandbox, Random(0), tries))) == tries

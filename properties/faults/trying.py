@@ -1,23 +1,23 @@
-"""All faults, and how one is tried."""
+"""List all faults, and try one of them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 
 from properties.faults import data_files, disks, kills
-from properties.faults.ground import Ground
+from properties.faults.sandbox import Sandbox
 
-Fault = Callable[[Ground, Random, int], Iterator[str]]
-"""A generator that tries a fault a number of times, and yields a text after each try that was survived.
+Fault = Callable[[Sandbox, Random, int], Iterator[str]]
+"""A generator that tries a fault a given number of times, and yields a text after each try that was survived.
 
-The docstring names the fault in the table; the last text describes the outcome."""
+Its docstring names the fault in the table; the last text describes the outcome there."""
 
 FAULTS: tuple[Fault, ...] = (*kills.FAULTS, *disks.FAULTS, *data_files.FAULTS)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The number of survived and lost tries. The tries end with the first lost one, which ``text`` describes."""
+    """The numbers of survived and lost tries of a fault. The first lost try ends them; then ``text`` is its error."""
 
     fault: str
     tries: int
@@ -26,12 +26,13 @@ class Outcome:
     text: str
 
 
-def attempt(ground: Ground, fault: Fault, tries: int, seed: int) -> Outcome:
+def attempt(sandbox: Sandbox, fault: Fault, tries: int, seed: int) -> Outcome:
+    """Try the fault at most ``tries`` times, and return the outcome."""
     texts, lost = [""], 0
     try:
-        for text in fault(ground, Random(f"{fault.__name__} {seed}"), tries):
-            texts.append(text)  # noqa: PERF402 - a fault that raises later has kept those before
-    except Exception as error:  # whatever ails one fault, the others are tried
+        for text in fault(sandbox, Random(f"{fault.__name__} {seed}"), tries):
+            texts.append(text)  # noqa: PERF402 - keeps the texts from before an exception
+    except Exception as error:  # the other faults are tried all the same
         lost = 1
         texts.append(f"{type(error).__name__}: {error}")
     survived = len(texts) - 1 - lost

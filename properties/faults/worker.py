@@ -1,9 +1,9 @@
-"""A warm interpreter that starts a process a job, so that each can really be killed and torch is imported once.
+"""Run each job in a fork of one interpreter, so that torch is imported once and each process can really be killed.
 
     python -m properties.faults.worker
 
-Reads lines of JSON: {"start": JOB} forks a process that runs JOB and answers with its id; {"wait": ID} answers with its
-exit status, -9 for one that was killed. JOB is what `work` takes.
+Reads lines of JSON: {"start": JOB} forks a process that runs JOB, and answers with its id; {"wait": ID} answers with
+its exit status, or -9 if it was killed. JOB holds the arguments of ``work``.
 """
 
 import json
@@ -29,13 +29,20 @@ from memcnn.training import environment
 from memcnn.training.recipe import Recipe
 from memcnn.training.step import EVALUATION_BATCHES
 
-EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.truncate")  # of sys.addaudithook: what touches a folder
-LONGEST_SECONDS = 120  # a process that waits for ever is ended by the alarm, with exit status -14
+EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.truncate")
+"""Events of ``sys.addaudithook`` that change files or folders."""
+LONGEST_SECONDS = 120
+"""An alarm ends a longer process, with exit status -14."""
 IMAGES = images.generate(10, train=40, test=50)
 
 
 class Tiny(nn.Module):
-    """A reversible network of a few milliseconds. `spoil` stands for what made the next training loss no number."""
+    """A reversible network that takes a few milliseconds.
+
+    Attributes:
+        spoil: a number that is added to the logits in training, times -5 to 4; it makes the loss NaN or infinite.
+        pause_seconds: the time for which each forward pass sleeps.
+    """
 
     spoil: float | None = None
     pause_seconds = 0.0
@@ -75,12 +82,19 @@ def work(
     pause_seconds: float = 0.0,
     official: dict[str, str] | None = None,
 ) -> int:
-    """Run `python -m memcnn.train WORDS` in this process; its exit status.
+    """Run ``python -m memcnn.train WORDS`` in this process, and return its exit status.
 
-    log: a file for what it says. tally: a file of two int64, the iteration it is in and the file operations so far.
-    stop_at: the iteration before which it gets a SIGTERM. spoil: an iteration, and the number that is added to its
-    logits. kill_at_operation: which operation on the folder of runs it does not live to do. clock_seed: of a wall
-    clock that jumps by years. official: MD5 by file name, in place of CIFAR-10's.
+    Args:
+        words: the arguments of the command.
+        log: a file for its output.
+        tally: a file of two int64: the iteration that it is in, and the number of its operations on files.
+        stop_at: the iteration before which it gets a SIGTERM.
+        spoil: an iteration, and the number that spoils its logits (see ``Tiny``).
+        kill_at_operation: the number of the operation on the folder of runs before which it is killed; from 1.
+        largest_file_bytes: a limit to the size of files.
+        clock_seed: seed of a wall clock that jumps by decades.
+        pause_seconds: the time for which each forward pass sleeps.
+        official: checksums (MD5) by file name, in place of CIFAR-10's.
     """
     signal.alarm(LONGEST_SECONDS)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -109,7 +123,7 @@ def work(
 
 
 def _watch_iterations(numbers: mmap.mmap, stop_at: int | None, spoil: tuple[int, str] | None) -> None:
-    """Record the iteration whenever a step asks for its learning rate."""
+    """Whenever a step asks for its learning rate, write its iteration to the tally, and spoil or stop it."""
     original = Recipe.learning_rate_after
 
     def asked(recipe: Recipe, iterations: int) -> float:
@@ -123,6 +137,7 @@ def _watch_iterations(numbers: mmap.mmap, stop_at: int | None, spoil: tuple[int,
 
 
 def _watch_operations(numbers: mmap.mmap, runs: Path, kill_at: int | None) -> None:
+    """Count the operations on files below ``runs`` in the tally, and kill this process before number ``kill_at``."""
     operations = count(1)
 
     def operation(event: str, arguments: tuple) -> None:
@@ -136,6 +151,7 @@ def _watch_operations(numbers: mmap.mmap, runs: Path, kill_at: int | None) -> No
 
 
 def _cifar(official: dict[str, str]) -> type:
+    """Return CIFAR-10's class with other checksums."""
     source = files.DATASETS["cifar10"]
     lists = {
         name: [[file, official[file]] for file, _ in getattr(source, name)] for name in ("train_list", "test_list")
@@ -145,11 +161,12 @@ def _cifar(official: dict[str, str]) -> type:
 
 
 def main() -> None:
+    """Read orders from standard input until it ends, and answer each."""
     torch.set_num_threads(1)
     MODELS["resnet32"] = Tiny
     images.generate = lambda num_classes: IMAGES
     EVALUATION_BATCHES["cpu"] = 20
-    environment.git_state = lambda: {"commit": None, "clean": None}  # three processes of git a run otherwise
+    environment.git_state = lambda: {"commit": None, "clean": None}  # git would take three processes a run
     print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)

@@ -34,7 +34,7 @@ LIMITS = {torch.float32: 1e-6, torch.bfloat16: 2**-7}  # largest error, to the l
 
 
 def images(n: int, channels: int, height: int, width: int, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Return images in channels_last that lie between two others, which are NaN, so that a stray read shows."""
+    """Return images in channels_last between two images of NaN in memory, which a read out of bounds would spread."""
     padded = torch.full((n + 2, channels, height, width), torch.nan, dtype=dtype)
     padded = padded.contiguous(memory_format=torch.channels_last)
     padded[1:-1] = torch.randn(n, channels, height, width)
@@ -54,13 +54,13 @@ def error(result: Tensor, expected: Tensor) -> float:
 
 
 def kernel_wins(runs: dict) -> dict[str, float]:
-    """Act as a timer by which each plan is faster than the library, and the last one fastest."""
+    """Stand in for a timer: each plan is faster than the library, and the last plan is the fastest."""
     return {name: float(len(runs) - index) for index, name in enumerate(runs)}
 
 
 @pytest.fixture
 def chosen():
-    """Let the kernel, which is slow under the interpreter, be chosen for every shape."""
+    """Choose the kernel for every shape, although it is slow under the interpreter."""
     with kernels.choosing(kernels.Choices(kernel_wins)) as choices:
         yield choices
 
@@ -81,7 +81,7 @@ def test_kernel_against_float64(shape, dtype):
 
 @pytest.mark.parametrize("processors", [1, 132])
 def test_every_split_of_the_pixels_gives_the_same_gradient(processors):
-    """The number of programs, and the tiles of the last one, which has fewer pixels, change nothing but rounding."""
+    """The number of programs changes only the rounding, although the last program has fewer pixels."""
     x, gradient = (images(5, 16, 7, 9, dtype=torch.float32) for _ in range(2))
     for pixels in (16, 64):
         plan = replace(weight_gradient.plans(16, 16)[0], pixels=pixels, occupancy=1)
@@ -92,7 +92,7 @@ def test_every_split_of_the_pixels_gives_the_same_gradient(processors):
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_gradients_are_those_of_conv2d(chosen, memory_format):
-    """Output and data gradient have the same bits. The output gradient may have any strides."""
+    """Output and data gradient equal the library's bit for bit. The output gradient may have any strides."""
     x, weight = images(3, 16, 5, 6).requires_grad_(), torch.randn(32, 16, 3, 3).bfloat16().requires_grad_()
     gradient = torch.randn(3, 32, 5, 6).bfloat16().contiguous(memory_format=memory_format)
     results = []
@@ -155,7 +155,7 @@ def test_compiled_without_a_graph_break(chosen, autocast):
         results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, weight))))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     assert [gradient.dtype for gradient in results[0][1:]] == [dtype, dtype]
-    assert len(chosen.measured()) == 1  # when it ran: a compiler sees no values to measure with
+    assert len(chosen.measured()) == 1  # measured when it ran, because compiling has no values to measure with
 
 
 def test_in_a_reversible_network(chosen):
@@ -176,7 +176,7 @@ def test_in_a_reversible_network(chosen):
 
 
 class Short(weight_gradient.Plan):
-    """A plan that leaves out all but the first tile."""
+    """A wrong plan that uses only the first tile."""
 
     def splits(self, pixels: int, processors: int) -> tuple[int, int]:
         return 1, 1
@@ -216,7 +216,7 @@ def test_one_thread_measures_for_all():
     assert plans == [weight_gradient.plans(16, 16)[-1]] * 4
 
 
-def test_swapped_module_computes_by_the_kernel(chosen):
+def test_swapped_module_uses_the_kernel(chosen):
     layer = nn.Conv2d(16, 16, 3, padding=1, bias=False).bfloat16()
     kernels.use_narrow_convolutions(layer)
     layer(images(1, 16, 3, 3)).sum().backward()

@@ -19,7 +19,7 @@ def test_layers_of_a_network(network, layers):
     assert narrow_conv.shapes(network, batch=5) == layers
 
 
-def test_savings_count_chosen_layers_alone():
+def test_savings_count_only_chosen_layers():
     first, second = (5, 16, 16, 32, 32), (5, 64, 64, 8, 8)
     table = [
         {"shape": first, "cuDNN, us": 72.0, "saved": 62.0},

@@ -1,4 +1,4 @@
-"""Narrow convolutions: the library's own where the kernel cannot run, and the kernel only where it was measured to win.
+"""Narrow convolutions use the library where the kernel cannot run, and the kernel only where it was measured to win.
 
 The kernel itself is tested on a CPU by ``interpreted.py``, in a process of its own, and on a GPU here.
 """
@@ -86,7 +86,7 @@ def test_kernel_compiles_for_an_h100(channels, size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(2, 16, 5, 6), (1, 32, 1, 1), (2, 8, 4, 4)])
 def test_on_a_cpu_it_is_conv2d(shape, dtype):
-    """Same bits, same graph, nothing measured."""
+    """Bits and graph equal those of conv2d, and nothing is measured."""
     x = torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
     weight = torch.randn(16, shape[1], 3, 3, dtype=dtype, requires_grad=True)
     results = []
@@ -118,7 +118,7 @@ def test_the_fastest_is_chosen(times, chosen):
     assert fastest(times) == chosen
 
 
-def test_nothing_is_measured_during_a_capture_or_where_determinism_is_wanted(monkeypatch):
+def test_nothing_is_measured_during_a_capture_or_in_deterministic_mode(monkeypatch):
     def timer(runs: dict) -> dict[str, float]:
         raise AssertionError("measured")
 
@@ -185,8 +185,8 @@ def test_other_convolutions_stay(options):
     assert kernels.use_narrow_convolutions(nn.Conv2d(3, 16, 3, padding=1, bias=False)) == []
 
 
-def test_a_module_that_changed_after_the_swap_stays_right():
-    """One that is given a bias or a stride later computes what it says."""
+def test_a_module_that_is_changed_after_the_swap_stays_right():
+    """A module that is given a bias or a stride later uses them."""
     layer = nn.Conv2d(16, 16, 3, padding=1, bias=False)
     plain = copy.deepcopy(layer)
     kernels.use_narrow_convolutions(layer)
@@ -229,7 +229,7 @@ def test_on_a_gpu_a_captured_gradient_is_the_eager_one():
         torch.randn(4, 16, 8, 8, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
         for _ in range(2)
     )
-    conv3x3_weight_gradient(gradient[:1], x[:1])  # libraries set themselves up
+    conv3x3_weight_gradient(gradient[:1], x[:1])  # initialises the libraries
     torch.cuda.synchronize()
     for measured in (0, 1):
         with kernels.choosing(

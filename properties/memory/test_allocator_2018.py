@@ -17,11 +17,11 @@ def test_the_allocator_of_2018_rounds_and_does_not_split_small_rests():
         assert meter.allocated_bytes == 2048 + 4096 * 1024 + 13 * 2**17
         held.clear()
         assert meter.allocated_bytes == 0
-        held.append(kilobytes(1100))  # in the smallest free block that is large enough, of 13 units, and whole
+        held.append(kilobytes(1100))  # takes the smallest free block that is large enough, 13 units, and all of it
         assert meter.allocated_bytes == 13 * 2**17
-        held.append(kilobytes(1500))  # out of 4096, of which more than 1024 remain
+        held.append(kilobytes(1500))  # takes a part of the block of 4096, because more than 1024 remain
         assert meter.allocated_bytes == 13 * 2**17 + 12 * 2**17
         del held[1]
-        held.append(kilobytes(3500))  # its rest has come together with it again, and 596 are not split off
+        held.append(kilobytes(3500))  # the freed part has joined the rest of its block; the surplus of 596 stays in it
         assert meter.allocated_bytes == 13 * 2**17 + 4096 * 1024
         assert meter.current_bytes == 4600 * 1024

@@ -12,7 +12,7 @@ from memcnn.memory import largest_that_fits
     share=st.floats(0, 1.2),
     shift=st.integers(-1, 1),
 )
-def test_what_fits_is_the_most_that_fits(steps, start, share, shift):
+def test_the_result_is_the_largest_size_that_fits(steps, start, share, shift):
     sizes = {n: sum(steps[:n]) for n in range(1, len(steps) + 1)}  # any growing curve
     budget = int(share * sizes[len(steps)]) + shift
     found = largest_that_fits(sizes.__getitem__, budget, start=start, limit=len(steps))
@@ -22,6 +22,6 @@ def test_what_fits_is_the_most_that_fits(steps, start, share, shift):
     assert found["next_peak_bytes"] == sizes.get(n + 1)
 
 
-def test_where_memory_is_affine_four_evaluations_do():
+def test_four_evaluations_are_enough_where_memory_is_affine():
     found = largest_that_fits(lambda n: 1000 + 37 * n, 10**8, start=100, limit=2**24)
     assert found["largest"] == (10**8 - 1000) // 37 and found["evaluations"] == 4

@@ -33,7 +33,7 @@ class Meter:
     block_bytes: int = 1
 
     def sum(self, *sizes: int) -> int:
-        """The bytes that it counts for storages of these sizes."""
+        """Return the bytes that it counts for storages of these sizes."""
         return sum(in_blocks(size, self.block_bytes) for size in sizes)
 
 
@@ -103,7 +103,7 @@ def test_a_view_keeps_its_whole_storage_alive(meter):
     assert meter.peak_bytes(run) == meter.sum(5000, 300)
 
 
-def test_a_meter_of_one_kind_of_device_counts_tensors_there_alone():
+def test_a_meter_for_one_type_of_device_counts_only_tensors_on_it():
     with TensorMeter(device_type="meta") as meter:
         held = torch.empty(25, device="meta"), torch.empty(10), torch.empty(5, device="meta")
         meter.count([torch.empty(3)], "other")
@@ -112,7 +112,7 @@ def test_a_meter_of_one_kind_of_device_counts_tensors_there_alone():
     assert meter.current_bytes == 0
 
 
-def test_a_freed_tensor_drops_out_at_once():
+def test_a_freed_tensor_is_no_longer_counted():
     with TensorMeter() as meter:
         x = block(1000)
         assert meter.current_bytes == 1000
@@ -130,7 +130,7 @@ def test_a_planted_leak_adds_its_bytes_for_every_step(meter, steps):
     def run(leak):
         for _ in range(steps):
             x = block(1000, meter.device)
-            leak.append(x[:0])  # an empty view, but of a storage that stays
+            leak.append(x[:0])  # an empty view, which keeps the whole storage alive
 
     class Sieve(list):
         def append(self, _):
@@ -142,9 +142,9 @@ def test_a_planted_leak_adds_its_bytes_for_every_step(meter, steps):
 
 
 @both_meters
-def test_what_existed_at_entry_is_not_counted_even_when_freed(meter):
+def test_tensors_that_exist_at_entry_are_not_counted_even_when_freed(meter):
     held = [block(7000, meter.device)]
-    # the profiler forgets the first, and remembers the second
+    # the profiler of this measurement has seen only the second
     meter.peak_bytes(lambda: held.append(block(6000, meter.device)))
 
     def run():
@@ -154,7 +154,7 @@ def test_what_existed_at_entry_is_not_counted_even_when_freed(meter):
         del view
         block(500, meter.device)
 
-    if meter is CUDA_ALLOCATOR:  # its counters know no names: what is freed makes room for what comes
+    if meter is CUDA_ALLOCATOR:  # its counters do not tell allocations apart: freed bytes make room for new ones
         assert meter.peak_bytes(run) == 0
     else:
         assert meter.peak_bytes(run) == 500
@@ -253,15 +253,15 @@ def test_nested_tensor_meters_each_count_from_their_own_entry():
     assert outer.peak_bytes == 2050
 
 
-def test_the_allocator_meter_says_when_a_profiler_is_in_its_way():
+def test_the_allocator_meter_refuses_a_running_profiler_and_other_devices():
     with pytest.raises(RuntimeError, match="profiler is already running"):
         allocator_peak_bytes(lambda: allocator_peak_bytes(lambda: None))
     with pytest.raises(ValueError, match="no allocator meter for device 'meta'"):
         allocator_peak_bytes(lambda: None, device="meta")
 
 
-def test_garbage_that_was_there_at_entry_makes_no_room(monkeypatch):
-    """CUDA's allocator is simulated. The measured function collects 700 bytes in a reference cycle."""
+def test_garbage_that_exists_at_entry_does_not_lower_the_count(monkeypatch):
+    """CUDA's allocator is simulated. The measured function frees 700 bytes that a reference cycle holds."""
     allocated, peak = 700, 0
 
     def allocate(size: int) -> None:

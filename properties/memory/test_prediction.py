@@ -65,7 +65,10 @@ def test_engine_dropout_and_optimisers_are_predicted_too(options, optimizer):
     def make():
         return chain(**options)
 
-    assert predict_step_memory(make, maps, optimizer=optimizer) == computed(make, maps, optimizer=optimizer)
+    state = torch.get_rng_state()
+    predicted = predict_step_memory(make, maps, optimizer=optimizer)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert predicted == computed(make, maps, optimizer=optimizer)
 
 
 def tied() -> nn.Module:
@@ -120,13 +123,7 @@ def test_a_copy_of_a_computed_tensor_is_refused_as_always():
         predict_step_memory(make, maps)
 
 
-def test_a_prediction_leaves_generators_and_engine_as_they_were():
-    state = torch.get_rng_state()
-    predict_step_memory(chain, maps)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_for_cuda_memory_comes_in_blocks_and_optimisers_take_all_parameters_at_once():
+def test_on_cuda_memory_comes_in_blocks_and_optimisers_update_all_parameters_at_once():
     predicted = predict_step_memory(chain, maps, device="cuda")
     assert predicted == computed(chain, maps, all_at_once=True, block_bytes=512)
     assert all(getattr(predicted, name) % 512 == 0 for name in BYTES)
@@ -138,7 +135,7 @@ def test_for_cuda_memory_comes_in_blocks_and_optimisers_take_all_parameters_at_o
     def batch():
         return torch.ones(1, 300), torch.zeros(1, dtype=torch.int64)
 
-    one = 4 * 300 * 300  # weights, gradients and momentum of five, and what an update works on
+    one = 4 * 300 * 300  # five weights, gradients and momenta make 15; an update needs one more, or five at once
     assert predict_step_memory(make, batch, device="cuda").peak_bytes // one == 15 + 5
     assert predict_step_memory(make, batch, device="cpu").peak_bytes // one == 15 + 1
 
@@ -162,11 +159,11 @@ def test_arithmetic_is_what_a_count_by_hand_gives():
         return nn.Sequential(nn.Linear(64, 64), *blocks)
 
     plain, engine = (step_flops(lambda off=off: reversible(off), linear()[1]) for off in (True, False))
-    assert engine - plain == 6 * 2 * 5 * 32 * 32  # each branch once more
+    assert engine - plain == 6 * 2 * 5 * 32 * 32  # the engine evaluates each branch once more
 
 
-def test_a_step_is_the_trainers():
-    """Logits and loss stay until its end, and gradients of the last step until its loss is there."""
+def test_a_step_needs_the_memory_of_the_trainers_step():
+    """Logits and loss live until the end of the step, and earlier gradients until the loss is computed."""
     make, batch = linear(rows=500)
     model, optimizer, (x, y), step = training_step(make, batch)
 

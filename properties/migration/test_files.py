@@ -19,6 +19,7 @@ from memcnn.convert import main as convert
 from memcnn.models.resnet import MODELS, CifarResNet, ResNet, RevBasicBlock, basic_branch, revnet38
 from properties.migration import write_files
 from properties.migration.write_files import FILES, NETWORKS, images, made_up_state, small_input
+from properties.support.runs import without
 
 NETWORK_FACTS = json.loads(gzip.decompress((FILES / "networks.json.gz").read_bytes()))
 REVNET = (basic_branch, (2, 1, 1), (4, 4, 4, 8), 3)
@@ -42,7 +43,7 @@ def trained() -> dict:
 
 
 @pytest.mark.parametrize("name", pickled())
-def test_a_pickled_module_computes_what_it_did(name):
+def test_a_pickled_module_computes_the_same_as_in_1_5(name):
     row = pickled()[name]
     module, x = row["module"], (images() if name in NETWORKS else small_input()).requires_grad_()
     y = module(x)
@@ -57,7 +58,7 @@ def test_a_pickled_module_inverts_trains_and_is_saved_again(name):
     module = pickled()[name]["module"].train()
     for method in ("__repr__", "state_dict", "parameters"):
         getattr(module, method)()
-    if name not in ("chain", "dropout"):  # their masks would be drawn in another order, or there is no inverse
+    if name not in ("chain", "dropout"):  # a Sequential has no inverse; dropout's would draw other masks
         assert memcnn.is_invertible_module(module, (2, 4, 4, 4), torch.float64, 1e-8)
     again = pickle.loads(pickle.dumps(module))
     torch.manual_seed(0)
@@ -67,7 +68,7 @@ def test_a_pickled_module_inverts_trains_and_is_saved_again(name):
     assert torch.equal(again(small_input()), y)
 
 
-def test_settings_that_1_5_lacked_have_their_defaults_and_those_that_it_had_are_kept():
+def test_settings_of_1_5_are_kept_and_newer_ones_have_their_defaults():
     rows = pickled()
     fresh = InvertibleModuleWrapper(memcnn.AdditiveCoupling(nn.Identity()))
     assert vars(rows["additive"]["module"]).keys() == vars(fresh).keys()
@@ -122,14 +123,14 @@ def test_a_state_that_1_5_trained_loads_into_either_network(trained):
 
 
 def old_names(state: dict, network: nn.Module) -> dict[str, str]:
-    """Return MemCNN 1.5's name for each of the network's entries."""
+    """Return the name that MemCNN 1.5 gave to each entry of the network's state."""
     numbered = {name: torch.full_like(value, number) for number, (name, value) in enumerate(state.items())}
     return {new: list(state)[int(value.flatten()[0])] for new, value in convert_state_dict(numbered, network).items()}
 
 
 @pytest.mark.parametrize("converted", [False, True], ids=["ResNet", "CifarResNet"])
-def test_momentum_goes_to_the_parameter_that_it_is_of(trained, converted):
-    """F and G have equal shapes, so nothing else would notice that they are exchanged."""
+def test_each_parameter_keeps_its_momentum(trained, converted):
+    """F and G have equal shapes, so no other test would find that their momenta are exchanged."""
     network = CifarResNet(*REVNET, reversible=True) if converted else ResNet(**OLD_REVNET)
     old = old_names(trained["model"], network) if converted else {name: name for name in trained["model"]}
     optimizer = torch.optim.SGD(network.parameters(), lr=1, momentum=0.5)
@@ -139,7 +140,7 @@ def test_momentum_goes_to_the_parameter_that_it_is_of(trained, converted):
     assert norms == pytest.approx(trained["momentum_norms"], rel=1e-5)
 
 
-def test_an_optimiser_state_that_does_not_belong_is_refused(trained):
+def test_an_optimiser_state_of_another_model_is_refused(trained):
     network = ResNet(**OLD_REVNET)
     with pytest.raises(ValueError, match="the optimiser state is of .* parameters, the model has"):
         convert_optimizer_state(trained["optimizer"], trained["model"], revnet38())
@@ -168,10 +169,6 @@ def test_unit_pixels_take_images_of_0_to_1(state):
         network.load_state_dict(convert_state_dict(state, unit_pixels=unit_pixels))
         logits.append(network(x))
     torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-9 * logits[0].abs().max().item())
-
-
-def without(state: dict, name: str) -> dict:
-    return {key: value for key, value in state.items() if key != name}
 
 
 @pytest.mark.parametrize(("change", "model", "message"), [
@@ -203,7 +200,7 @@ def test_the_command_converts_a_file(state, tmp_path, capsys):
 
 @pytest.mark.parametrize(("content", "message"), [
     (None, "No such file or directory; wanted a file that torch.save wrote"),
-    (b"text", "is not a file of tensors alone"),
+    (b"text", "holds more than tensors"),
     (nn.Linear(1, 1), r"If it holds a whole module, load it with torch.load\(..., weights_only=False\)"),
     ({"model": {}, "epoch": 3}, "holds a dict of 'model', 'epoch', wanted a state dict"),
     ([1], "holds list, wanted a state dict"),
@@ -229,7 +226,7 @@ def test_the_command_overwrites_nothing(state, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_network_pickled_before_revop_was_split_is_found_by_the_name_in_it():
+def test_a_pickle_that_names_the_former_module_revop_can_be_read():
     stages = type(revnet38().stages[0])
     pickled = f"cmemcnn.models.revop\n{stages.__name__}\n.".encode()
     assert pickle.loads(pickled) is stages
@@ -238,7 +235,7 @@ def test_a_network_pickled_before_revop_was_split_is_found_by_the_name_in_it():
 @pytest.mark.skipif(not (ENVIRONMENT / "bin" / "python").exists(), reason="needs an environment with MemCNN 1.5.2: "
                     "python -m bench.peers --install makes one, or MEMCNN_1_5 names its folder")  # fmt: skip
 def test_memcnn_1_5_2_writes_these_files(tmp_path):
-    """On demand: what the committed files hold is what MemCNN 1.5.2 writes today."""
+    """MemCNN 1.5.2 writes today what the committed files hold."""
     command = [ENVIRONMENT / "bin" / "python", "-W", "ignore", "-I", write_files.__file__, tmp_path]
     subprocess.run(command, check=True, cwd=tmp_path)
     assert json.loads((tmp_path / "names.json").read_text()) == json.loads((FILES / "names.json").read_text())

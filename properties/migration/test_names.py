@@ -39,7 +39,7 @@ def test_the_names_that_the_tests_of_1_5_import_are_among_its_public_ones():
 
 
 @pytest.mark.parametrize(("module", "name"), [row for row in NAMES if not is_absent(*row)], ids=".".join)
-def test_a_name_is_where_it_was(module, name):
+def test_a_name_can_be_imported_from_its_former_module(module, name):
     assert callable(getattr(importlib.import_module(module), name))
 
 
@@ -57,7 +57,7 @@ def test_importing_a_module_that_is_gone_says_what_to_use(module):
         importlib.import_module(module)
 
 
-def test_every_replacement_is_there():
+def test_every_replacement_exists():
     texts = [
         *migration.ABSENT_MODULES.values(),
         *(text for names in migration.ABSENT.values() for text in names.values()),
@@ -69,7 +69,7 @@ def test_every_replacement_is_there():
         assert hasattr(importlib.import_module(module), last), name
 
 
-def test_other_names_and_modules_fail_as_ever():
+def test_other_missing_names_and_modules_raise_the_usual_errors():
     with pytest.raises(AttributeError, match=r"module 'memcnn\.models\.revop' has no attribute 'nothing'"):
         _ = importlib.import_module("memcnn.models.revop").nothing
     with pytest.raises(ModuleNotFoundError, match=r"^No module named 'memcnn\.nothing'"):
@@ -147,7 +147,7 @@ def test_weights_are_drawn_by_hes_rule():
     assert weight.std().item() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
 
 
-def test_unfitting_arguments_say_what_was_wanted():
+def test_bad_arguments_are_refused_with_the_wanted_ones():
     with pytest.raises(TypeError, match=r"got 'basic_branch'; .* is a memcnn\.models\.resnet\.CifarResNet"):
         ResNet(resnet.basic_branch, (2, 2), 10)
     with pytest.raises(ValueError, match="strides must name the stem and each of the 2 stages, so 3 numbers: got 2"):

@@ -30,7 +30,7 @@ FILES = Path(__file__).resolve().parent / "files"
 
 
 def uniform(key: int, shape: tuple) -> torch.Tensor:
-    """Return float64 values in [0, 1): a function of the arguments alone, in every version of numpy and PyTorch."""
+    """Return float64 values in [0, 1) that depend only on the arguments, in every version of numpy and PyTorch."""
     bits = np.random.Philox(key=np.array([152, key], dtype=np.uint64)).random_raw(math.prod(shape))
     return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(shape)
 
@@ -185,13 +185,14 @@ def names() -> dict:
 
 
 def save(value: object, path: Path) -> None:
-    """``torch.save``, compressed, since a file of small tensors is mostly padding."""
+    """Write a value with ``torch.save``, compressed, because a file of small tensors is mostly padding."""
     file = io.BytesIO()
     torch.save(value, file)
     path.write_bytes(gzip.compress(file.getvalue(), mtime=0))
 
 
 def main(folder: Path = FILES) -> None:
+    """Write all files to ``folder``."""
     import memcnn
 
     if memcnn.__version__ != "1.5.2":

@@ -29,7 +29,7 @@ def test_the_first_pass_in_training_normalises_its_result(wrapped, direction):
 
 
 def test_a_recomputation_does_not_initialise_again():
-    """Parameters, and gradients, are those of the twin that never recomputes, in the first steps of training."""
+    """In the first steps of training, parameters and gradients equal those of the twin, which never recomputes."""
 
     def steps(module, x):
         optimiser = torch.optim.SGD(module.parameters(), 0.1)
@@ -45,7 +45,7 @@ def test_a_recomputation_does_not_initialise_again():
     assert_like_twin(chain, steps, x.requires_grad_(), depth=6)
 
 
-def test_the_first_pass_may_be_one_without_gradients():
+def test_the_first_pass_may_run_without_gradients():
     layer = InvertibleModuleWrapper(ActNorm(6).double())
     with torch.no_grad():
         layer(5 + 3 * data(4, 6, 5, 4))
@@ -65,7 +65,7 @@ def test_in_evaluation_nothing_is_initialised():
     assert not layer.initialised
 
 
-def test_being_initialised_is_part_of_the_state():
+def test_the_state_contains_whether_it_is_initialised():
     layer = ActNorm(6)
     layer(data(4, 6, 5, 4, dtype=torch.float32))
     file = io.BytesIO()
@@ -88,7 +88,7 @@ def test_a_constant_channel_keeps_its_scale(constant):
     assert relative_error(y[:, 0], torch.zeros(4, 5, 4), least_scale=1) <= tolerance(x.dtype)
 
 
-def test_a_channel_that_is_constant_but_for_a_rounding_keeps_its_scale():
+def test_a_channel_that_is_constant_up_to_rounding_keeps_its_scale():
     layer = ActNorm(2)
     x = data(4, 2, 5, 4, dtype=torch.float32)
     x[:, 0] = 1000
@@ -97,7 +97,7 @@ def test_a_channel_that_is_constant_but_for_a_rounding_keeps_its_scale():
     assert layer.log_scale[0] == 0 and layer.log_scale[1] != 0
 
 
-def test_statistics_of_inputs_in_half_precision_are_those_of_the_parameters_precision():
+def test_statistics_of_half_precision_inputs_are_computed_in_the_parameters_precision():
     x = (5 + data(4, 2, 5, 4, dtype=torch.float32)).bfloat16()
     layer, wanted = ActNorm(2), ActNorm(2)
     layer(x)

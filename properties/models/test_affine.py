@@ -27,7 +27,7 @@ adapters = pytest.mark.parametrize(
 
 
 def branch(outputs: int = 1, channels: int = 3) -> nn.Sequential:
-    """A branch whose result has ``outputs`` times the channels of its input."""
+    """Return a branch whose result has ``outputs`` times the channels of its input."""
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1),
         nn.BatchNorm2d(channels),
@@ -47,7 +47,7 @@ def test_the_equations_and_the_adapters_numerics_are_those_of_1_5_2():
 
     F, G = branch(2).double().eval(), branch(2).double().eval()
     f, y1 = F(x2), torch.empty_like(x1)
-    for channel in range(3):  # shift and scale by turns, the shift first
+    for channel in range(3):  # channels 2c of the result are shifts, and channels 2c + 1 are scales
         y1[:, channel] = x1[:, channel] / (1 + torch.exp(-2 - f[:, 2 * channel + 1])) + f[:, 2 * channel]
     g, y2 = G(y1), torch.empty_like(x2)
     for channel in range(3):
@@ -95,7 +95,7 @@ def test_the_branches_are_evaluated_twice_a_step(adapter, outputs, direction):
 
 
 def affine_chain(depth: int, channels: int = 4) -> ReversibleSequential:
-    """Return couplings of which any number nearly keeps the size of its input."""
+    """Return a chain of couplings whose activations keep about the same size at any depth."""
     adapter = partial(AffineAdapterExp, bound=0.1)
     return ReversibleSequential(
         *(AffineCoupling(branch(2, channels), branch(2, channels), adapter) for _ in range(depth))
@@ -177,7 +177,7 @@ def test_names_and_order_of_arguments_are_those_of_1_5_2():
 
 
 def test_a_branch_that_returns_no_pair_is_refused_and_the_message_names_adapters():
-    x = images()  # two samples: unpacking the branch's result would even succeed
+    x = images()  # two samples, so that unpacking the branch's result would succeed
     with pytest.raises(TypeError, match=r"a pair \(scale, shift\): got Tensor; .*adapter=AffineAdapterNaive"):
         AffineCoupling(branch()).double()(x)
 

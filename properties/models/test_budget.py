@@ -17,7 +17,7 @@ WIDTH, DEPTH = 4, 3
 
 
 class Branch(nn.Module):
-    """Linear, normalisation, dropout, tanh, linear, with a hidden layer of ``hidden``."""
+    """Linear, normalisation, dropout, tanh, linear, with a hidden layer of ``hidden`` values."""
 
     def __init__(self, hidden: int = 8, p: float = 0.2):
         super().__init__()
@@ -139,7 +139,7 @@ def test_below_the_minimum_is_an_error_that_names_it():
         chain(1)(X)
 
 
-def test_each_size_and_mode_has_a_plan_of_its_own():
+def test_each_size_and_mode_has_its_own_plan():
     module = chain(LEAST + (MOST - LEAST) // 2, depth=2)
     with torch.no_grad():
         module(X)
@@ -172,7 +172,7 @@ def test_masks_and_autocast_are_part_of_the_prediction():
     assert plain.peak_bytes != half.peak_bytes
 
 
-def test_the_prediction_is_invisible():
+def test_the_prediction_has_no_side_effects():
     module, x = chain(LEAST), X.detach().requires_grad_()
     state, packed = torch.get_rng_state(), []
     gradient = torch.ones_like(x)
@@ -210,7 +210,7 @@ class Reading(nn.Module):
         return x * 2 if x.sum() > 0 else x
 
 
-def test_what_cannot_be_planned_is_refused():
+def test_a_chain_that_cannot_be_planned_is_refused():
     with pytest.raises(RuntimeError, match="budget_bytes needs a prediction of the step.*use keep_every"):
         ReversibleSequential(AdditiveCoupling(Reading()), budget_bytes=10**6)(X)
     inner = chain(10**6, depth=1)
@@ -220,11 +220,11 @@ def test_what_cannot_be_planned_is_refused():
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, "2", True])
-def test_other_values_are_refused(wrong):
+def test_a_budget_that_is_no_number_of_bytes_is_refused(wrong):
     with pytest.raises(ValueError, match="budget_bytes must be None or a whole number of bytes"):
         chain(wrong)
 
 
-def test_one_dial_at_a_time():
+def test_keep_every_and_budget_bytes_exclude_each_other():
     with pytest.raises(ValueError, match="got keep_every=2 and budget_bytes=10.*leave one out"):
         chain(10, keep_every=2)

@@ -45,7 +45,7 @@ def test_a_layer_takes_any_number_of_spatial_dimensions(name):
 # The 1x1 convolution
 
 
-def test_shapes_can_be_had_without_computing():
+def test_shapes_can_be_computed_on_the_meta_device():
     with torch.device("meta"):
         layer, x = InvertibleConv1x1(4), torch.empty(2, 4, 5, 3)
     assert layer.inverse(layer(x)).shape == x.shape
@@ -56,7 +56,7 @@ def test_the_weight_starts_orthogonal_and_its_inverse_is_exact_to_rounding(chann
     torch.manual_seed(seed)
     layer = InvertibleConv1x1(channels).double()
     W, identity = layer.weight(), torch.eye(channels, dtype=torch.float64)
-    assert relative_error(W @ W.T, identity) <= tolerance(torch.float32)  # it was rounded to float32 when it was made
+    assert relative_error(W @ W.T, identity) <= tolerance(torch.float32)  # initialisation rounds it to float32
     assert relative_error(layer.inverse_weight() @ W, identity) <= tolerance(torch.float64)
 
 
@@ -180,12 +180,12 @@ def test_an_input_that_does_not_fit_is_refused(layer, shape, message):
 
 
 @pytest.mark.parametrize("order", [[0, 0], [1, 2], [0, 2]])
-def test_what_is_no_permutation_is_refused(order):
+def test_an_order_that_is_no_permutation_is_refused(order):
     with pytest.raises(ValueError, match="every channel from 0 to 1 once"):
         ChannelPermutation(order)
 
 
 @pytest.mark.parametrize("factor", [0, -2, 2.0])
-def test_what_is_no_factor_is_refused(factor):
+def test_a_factor_that_is_no_positive_integer_is_refused(factor):
     with pytest.raises(ValueError, match="factor must be a positive integer"):
         SpaceToDepth(factor)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
+from bench.reference import NegativeLogLikelihood
 from memcnn.models.glow import Glow, bits_per_dimension, glow_cifar
 from memcnn.testing.tolerances import relative_error, tolerance
 from properties.support.reference import assert_flat_in_depth, assert_laws
@@ -20,17 +21,6 @@ def small(depth: int = 1, scales: int = 2, size: int = 4, **options) -> Glow:
     for parameter in flow.parameters():
         nn.init.normal_(parameter, std=0.2)
     return flow
-
-
-class Likelihood(nn.Module):
-    """The negative log-likelihood as a module."""
-
-    def __init__(self, flow: Glow):
-        super().__init__()
-        self.flow = flow
-
-    def forward(self, x: Tensor) -> Tensor:
-        return -self.flow.log_prob(x)
 
 
 @settings(max_examples=2)
@@ -46,7 +36,7 @@ def test_the_likelihood_trains_as_its_twins():
         y.sum().backward()
         return y
 
-    assert_like_twin(Likelihood(small(2)).double(), program, data(3, 1, 4, 4), depth=12)
+    assert_like_twin(NegativeLogLikelihood(small(2)).double(), program, data(3, 1, 4, 4), depth=12)
 
 
 def test_the_flow_leaves_state_as_a_plain_step_does():
@@ -54,7 +44,7 @@ def test_the_flow_leaves_state_as_a_plain_step_does():
 
 
 def test_the_density_integrates_to_one():
-    """Importance sampling over images of four values, from a normal distribution that is wider than the flow's."""
+    """The integral is estimated by importance sampling of images of four values, from a wide normal distribution."""
     torch.manual_seed(0)
     flow = small(1, scales=1, size=2, bound=0.5).double().eval()
     nn.init.constant_(dict(flow.named_parameters())["scales.0.1._fn.log_scale"], 0.3)  # adds 1.2 to log|det|
@@ -69,11 +59,11 @@ def test_the_density_integrates_to_one():
 
 
 def test_memory_is_flat_in_depth():
-    assert_flat_in_depth(lambda depth: Likelihood(small(depth, scales=1)), torch.randn(16, 1, 4, 4))
+    assert_flat_in_depth(lambda depth: NegativeLogLikelihood(small(depth, scales=1)), torch.randn(16, 1, 4, 4))
 
 
-def test_bits_per_dimension_of_a_flow_that_does_nothing():
-    """With z = x - 1/2 up to order and orthogonal matrices, the mean is known in closed form."""
+def test_bits_per_dimension_of_a_new_flow_have_the_known_mean():
+    """A new flow maps x to x - 1/2, up to order and orthogonal matrices, which gives the mean in closed form."""
     torch.manual_seed(0)
     images = torch.randint(256, (512, 1, 4, 4), dtype=torch.uint8)
     flow = Glow((1, 4, 4), 2, 1, 4).eval()
@@ -84,7 +74,7 @@ def test_bits_per_dimension_of_a_flow_that_does_nothing():
     assert five_bits == pytest.approx(expected - 3, abs=0.01)
 
 
-def test_a_few_steps_lower_the_bits_of_images_that_have_a_pattern():
+def test_a_few_training_steps_lower_the_bits_per_dimension():
     torch.manual_seed(0)
     images = (40 * torch.rand(64, 1, 1, 1) + torch.arange(16).view(1, 1, 4, 4)).to(torch.uint8)
     flow = Glow((1, 4, 4), 2, 2, 8)
@@ -109,7 +99,7 @@ def test_temperature_scales_the_latent_values():
     assert relative_error(2 * latents[1], latents[2]) <= tolerance(torch.float32, depth=6)
 
 
-def test_what_does_not_fit_is_refused():
+def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match=r"2\*\*3 must divide height and width of the images: got \(3, 8, 12\)"):
         Glow((3, 8, 12), 3)
     with pytest.raises(ValueError, match=r"made for images \(N, \(1, 4, 4\)\): got \(2, 1, 8, 8\)"):

@@ -13,10 +13,8 @@ from memcnn.models.rearrange import SpaceToDepth
 from memcnn.testing import check_all
 from memcnn.testing.laws.twin import plain_twin, run
 from memcnn.testing.tolerances import relative_error, tolerance
-from properties.support.reference import assert_flat_in_depth, assert_laws
+from properties.support.reference import FINGERPRINTS, assert_flat_in_depth, assert_laws
 from properties.support.twin import assert_like_twin, backward, data
-
-FINGERPRINTS = 16  # bytes of a block in exact mode: 8 a branch
 
 VARIANTS = {
     "bijective": dict(),
@@ -83,7 +81,7 @@ def test_memory_is_flat_in_depth():
     assert_flat_in_depth(lambda depth: IRevNet((depth,)), torch.rand(4, 3, 8, 8))
 
 
-def test_a_block_of_an_exact_encoder_holds_its_fingerprints_alone():
+def test_a_block_of_an_exact_encoder_holds_only_its_fingerprints():
     make = partial(IRevNet, **VARIANTS["injective, zeros"])
     x = torch.rand(4, 3, 8, 8)
     assert_flat_in_depth(lambda depth: make((depth,)), x, bytes_per_block=FINGERPRINTS, depths=(4, 8))
@@ -115,13 +113,13 @@ def test_further_channels_are_zeros_or_copies():
         (lambda: IRevNet((1,))(torch.zeros(1, 3, 5, 4)), "space to depth by 2"),
     ],
 )
-def test_what_does_not_fit_is_refused(make, message):
+def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_halves_are_down_sampled_each_by_itself():
-    """As in the paper, which samples x and x~ down, each with its own channels."""
+def test_each_half_is_down_sampled_separately():
+    """The paper samples x and x~ down, each with its own channels."""
     x1, x2 = torch.rand(2, 2, 4, 4), torch.rand(2, 2, 4, 4)
     S: nn.Module = SpaceToDepth()
     assert torch.equal(S(torch.cat((x1, x2), 1)), torch.cat((S(x1), S(x2)), 1))

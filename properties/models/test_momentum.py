@@ -13,10 +13,8 @@ from memcnn.models.resnet import basic_branch
 from memcnn.testing import check_all
 from memcnn.testing.laws.twin import plain_twin, run
 from memcnn.testing.tolerances import relative_error, tolerance
-from properties.support.reference import assert_flat_in_depth, assert_laws
+from properties.support.reference import FINGERPRINTS, assert_flat_in_depth, assert_laws
 from properties.support.twin import assert_like_twin, backward, data
-
-FINGERPRINTS = 16  # bytes of a block in exact mode: 8 a branch
 
 
 def branch(width: int = 4) -> nn.Module:
@@ -84,7 +82,7 @@ def test_exact_gradients_are_those_of_stored_activations_and_others_are_not():
 
 
 def test_inversion_is_exact_on_every_grid_and_a_finer_grid_is_nearer_to_the_unrounded_network():
-    """With smooth functions the error is that of the grid: a grid 16 times as fine has a sixteenth of it."""
+    """With smooth functions the error comes from the grid: a grid 16 times as fine has a sixteenth of the error."""
 
     x = data(64, 4)
 
@@ -101,8 +99,8 @@ def test_inversion_is_exact_on_every_grid_and_a_finer_grid_is_nearer_to_the_unro
         assert 8 < coarse / fine < 32, errors
 
 
-def test_other_strides_move_values_by_steps_of_the_grid_which_is_not_called_wrong():
-    """Another kernel rounds otherwise, and a value between two multiples may then be rounded to the other one."""
+def test_rounding_to_the_next_multiple_under_other_strides_is_not_called_wrong():
+    """The kernel for other strides rounds differently, so a value may be rounded to the next multiple of the grid."""
     torch.manual_seed(2)
     net = MomentumNet(*(basic_branch(8, 8) for _ in range(8)), gamma=0.5)
     report = check_all(net.blocks, torch.randn(2, 16, 8, 8), laws=["inverse"], wrap=False, deepest=0)
@@ -126,7 +124,7 @@ def test_memory_is_flat_in_depth():
     assert_flat_in_depth(lambda depth: small(depth, 8), x, bytes_per_block=FINGERPRINTS, depths=(4, 8))
 
 
-def test_what_does_not_fit_is_refused():
+def test_bad_arguments_are_refused():
     for gamma in (0.0, 1.0, -0.5):
         with pytest.raises(ValueError, match=f"gamma must lie between 0 and 1, .*: got {gamma}"):
             small(1, gamma=gamma)

@@ -28,7 +28,7 @@ class Field(nn.Module):
 
 
 class Pendulum(nn.Module):
-    """x'' = -x, or as a system of first order (x, v)' = (v, -x)."""
+    """The equation x'' = -x, as a system of first order: (x, v)' = (v, -x)."""
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         return -y if y.shape[1] == 1 else torch.stack((y[:, 1], -y[:, 0]), 1)
@@ -108,7 +108,7 @@ def test_half_the_step_has_a_quarter_of_the_error(solver):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_many_steps_are_taken_back(solver):
+def test_many_steps_are_inverted(solver):
     net, y = solver(Field(), 100).double(), data(4, 3)
     with torch.no_grad():
         last = net.solve(y) if solver is ReversibleHeun else net(y)
@@ -116,7 +116,7 @@ def test_many_steps_are_taken_back(solver):
     assert relative_error(first[0], y) <= tolerance(torch.float64, depth=100)
 
 
-def test_f_is_evaluated_once_more_than_there_are_steps():
+def test_f_is_evaluated_once_a_step_and_once_more():
     calls = []
     f = Field()
     f.register_forward_hook(lambda *_: calls.append(1))
@@ -149,6 +149,6 @@ def test_state_can_be_an_image():
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.0])
-def test_what_is_no_number_of_steps_is_refused(steps):
+def test_a_bad_number_of_steps_is_refused(steps):
     with pytest.raises(ValueError, match=f"steps must be a whole number of at least 1: got {steps}"):
         ReversibleHeun(Field(), steps)

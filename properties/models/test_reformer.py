@@ -22,7 +22,7 @@ def small(depth: int = 2, **options) -> ReversibleLM:
 
 
 class OfEmbeddings(nn.Module):
-    """The network behind the embedding, which takes floating-point inputs."""
+    """The layers after the embedding, which take floating-point inputs."""
 
     def __init__(self, model: ReversibleLM):
         super().__init__()
@@ -56,7 +56,7 @@ def test_memory_is_flat_in_depth():
     assert_flat_in_depth(lambda depth: OfEmbeddings(small(depth)), torch.randn(2, 6, 8))
 
 
-def test_a_block_with_stochastic_depth_holds_the_state_of_a_generator_and_no_activation():
+def test_a_block_with_stochastic_depth_holds_a_generators_state_and_no_activation():
     """The bytes of a further block do not depend on the number of samples."""
     held = [step_bytes(OfEmbeddings(small(depth, drop=0.5)), torch.randn(n, 6, 8)) for n in (2, 8) for depth in (2, 6)]
     assert held[1] - held[0] == held[3] - held[2] <= 4 * 8192
@@ -82,7 +82,7 @@ def test_embedding_and_logits_share_their_weight():
 
 
 @pytest.mark.parametrize("pieces", [[4], [1, 1, 1], [2, 3], [3, 1, 2]])
-def test_with_a_cache_logits_are_those_of_the_whole_text(pieces):
+def test_logits_with_a_cache_equal_those_of_the_whole_text(pieces):
     model = small().double().eval()
     tokens, cache = torch.randint(11, (2, sum(pieces))), KeyValueCache()
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_with_a_cache_logits_are_those_of_the_whole_text(pieces):
     assert error <= tolerance(torch.float64, depth=2)
 
 
-def test_generation_is_the_greedy_choice_of_the_whole_text_each_time():
+def test_generation_chooses_the_likeliest_token_each_time():
     model, text = small().double(), TOKENS[:, :2]
     generated = model.generate(text, 5, temperature=0)
     assert model.training
@@ -113,7 +113,7 @@ def test_draws_follow_the_generator_and_the_temperature():
     assert torch.equal(drawn[3], model.generate(TOKENS, 6, temperature=0))
 
 
-def test_what_does_not_fit_is_refused():
+def test_bad_arguments_are_refused():
     model = reformer_small(11, depth=1, context=6, disable=True)
     with pytest.raises(ValueError, match="the model has 6 positions: got 7"):
         model(torch.zeros(1, 7, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""Which blocks ``to_reversible`` converts and which it refuses: sums in every form, and reasons."""
+"""``to_reversible`` converts blocks with sums in every form, and refuses other blocks with the reason."""
 
 import random
 
@@ -12,7 +12,7 @@ from properties.support.residual import Residual, convert, residual_block
 
 
 class WithIdentity(Residual):
-    """A residual block of timm's form: the shortcut goes through a layer that does nothing."""
+    """A residual block as in timm: its shortcut is an identity layer."""
 
     def __init__(self):
         super().__init__(p=0.0)
@@ -22,7 +22,7 @@ class WithIdentity(Residual):
         return self.function(x) + self.shortcut(x)
 
 
-def test_an_identity_on_the_shortcut_is_passed_over_unless_a_hook_is_on_it():
+def test_an_identity_on_the_shortcut_is_ignored_unless_it_has_a_hook():
     block, x = WithIdentity(), torch.randn(4, 6)
     assert relative_error(convert(block)(x), block(x)) <= tolerance(x.dtype, depth=2)
     block.shortcut.register_forward_hook(lambda module, args, y: 2 * y)
@@ -31,7 +31,7 @@ def test_an_identity_on_the_shortcut_is_passed_over_unless_a_hook_is_on_it():
 
 
 class Inside(nn.Module):
-    """Both forms of a sum in place, and a sum of three."""
+    """A block with both forms of a sum in place, and a sum of three terms."""
 
     def __init__(self):
         super().__init__()
@@ -128,7 +128,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)
-def test_what_is_not_residual_is_refused_with_its_reason(make, reason):
+def test_a_block_that_is_not_residual_is_refused_with_the_reason(make, reason):
     with pytest.raises(
         ValueError, match=r"1 of 2 blocks cannot be made reversible; .*keep_others=True:\n  1: "
     ) as error:
@@ -137,7 +137,7 @@ def test_what_is_not_residual_is_refused_with_its_reason(make, reason):
 
 
 class Fickle(nn.Module):
-    """Computes something else in each call."""
+    """A block that computes something else in each call."""
 
     calls = 0
 
@@ -153,7 +153,7 @@ class Fickle(nn.Module):
         (nn.ReLU(inplace=True), "its residual function modifies its input in place"),
     ],
 )
-def test_what_only_the_sample_shows_is_refused(child, reason):
+def test_a_fault_that_only_the_sample_shows_is_refused(child, reason):
     block = residual_block(forward=lambda self, x: x + self.function(self.child(x)))
     block.child = child
     with pytest.raises(ValueError, match=reason):

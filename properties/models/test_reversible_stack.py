@@ -48,7 +48,7 @@ def test_one_transformer_layer_computes_the_same_with_masks_and_dropout(batch_fi
     assert relative_error(causal, plain) > 1e-2, "the mask has an effect"
 
 
-def test_a_long_stack_computes_the_two_streams_of_the_docstring():
+def test_a_long_stack_computes_the_two_documented_streams():
     blocks, x = [Residual(p=0.0) for _ in range(5)], torch.randn(4, 6)
     stack = convert(*copy.deepcopy(blocks))
     y1 = y2 = x
@@ -62,7 +62,7 @@ def test_a_long_stack_computes_the_two_streams_of_the_docstring():
     )
 
 
-def test_parameters_are_the_blocks_own_and_each_is_there_once():
+def test_the_stack_has_the_blocks_own_parameters_each_once():
     blocks = [Residual(), Residual(), Residual()]
     stack = convert(*blocks)
     assert {id(p) for p in stack.parameters()} == {id(p) for block in blocks for p in block.parameters()}
@@ -70,7 +70,7 @@ def test_parameters_are_the_blocks_own_and_each_is_there_once():
     assert len(stack.state_dict()) == sum(len(block.state_dict()) for block in blocks)
 
 
-def test_gradients_and_state_are_those_of_the_twin():
+def test_gradients_and_state_equal_the_twins():
     assert_like_twin(convert(*(Residual() for _ in range(5))).double(), backward, data(4, 6), depth=8)
 
 
@@ -140,7 +140,7 @@ class WithReLU(Residual):
         return F.relu(x + self.function(x))
 
 
-def test_a_pickle_from_before_the_modules_had_a_file_of_their_own_is_read():
+def test_a_pickle_that_names_the_former_module_is_read():
     blocks, x = [WithReLU(p=0.0) for _ in range(3)], torch.randn(4, 6)
     stack, report = memcnn.to_reversible(blocks, x, move_relu=True, measure=False)
     new = pickle.dumps((stack.eval(), report), protocol=2)
@@ -164,7 +164,7 @@ class Masked(Residual):
         return x + self.function(x if mask is None else x * mask)
 
 
-def test_keyword_arguments_of_the_sample_are_those_of_the_result():
+def test_the_stack_takes_the_keyword_arguments_of_the_sample():
     blocks, mask, x = nn.Sequential(Masked(p=0.0), Residual(p=0.0)), torch.arange(6.0), torch.randn(4, 6)
     stack, _ = memcnn.to_reversible(blocks, x, {"mask": mask}, measure=False)
     blocks.eval(), stack.eval()
@@ -260,7 +260,7 @@ def test_a_block_that_returns_a_tuple_is_refused_before_the_next_block_gets_it()
         convert(InTuple(), Residual())
 
 
-def test_a_block_before_and_one_after_its_normalisation_stand_in_one_stack():
+def test_blocks_with_the_normalisation_first_or_last_can_form_one_stack():
     before, after, x = Residual(p=0.0), WithReLU(p=0.0), torch.randn(4, 6)
     stack, report = memcnn.to_reversible([before, after], x, move_relu=True, measure=False)
     assert relative_error(stack(x), after(before(x))) <= tolerance(x.dtype, depth=2)
@@ -280,7 +280,7 @@ def test_a_block_before_and_one_after_its_normalisation_stand_in_one_stack():
         ([Residual()], torch.ones(2, 6).double(), ValueError, "block 0: Residual fails on the sample: RuntimeError: "),
     ],
 )
-def test_what_is_no_stack_is_refused(module, sample, error, message):
+def test_modules_that_form_no_stack_are_refused(module, sample, error, message):
     with pytest.raises(error, match=message):
         memcnn.to_reversible(module, sample)
 

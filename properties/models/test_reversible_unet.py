@@ -53,7 +53,7 @@ def test_memory_is_flat_in_the_blocks_of_a_stage(kind):
     assert_flat_in_depth(make, torch.randn(2, 4, 8, 8), depths=(8, 32))
 
 
-def test_each_scale_sees_all_values_that_do_not_skip_it():
+def test_each_scale_gets_all_values_that_do_not_skip_it():
     net = InvertibleUNet(4, 3, 0)
     x = torch.randn(2, 4, 4, 4)
     seen = []
@@ -74,6 +74,6 @@ def test_each_scale_sees_all_values_that_do_not_skip_it():
         (lambda: InvertibleUNet(4)(torch.zeros(1, 4, 6, 6)), "space to depth by 2"),
     ],
 )
-def test_what_does_not_fit_is_refused(make, message):
+def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -23,7 +23,7 @@ def test_the_blocks_meet_the_laws(depth, seed):
 
 
 def test_stochastic_depth_is_replayed():
-    """A later ``inverse`` of several blocks draws anew, so that the law of inverse does not apply."""
+    """A later ``inverse`` draws other samples to drop, so the law of the inverse does not apply."""
     blocks = small(2, drop_path=0.5).blocks
     assert_laws(blocks, torch.randn(6, 4, 16), laws=("gradients", "state"), finite_differences=False)
 
@@ -49,7 +49,7 @@ def test_with_exact_streams_gradients_are_the_twins_bit_for_bit():
 
 
 def test_a_mask_keeps_tokens_apart():
-    """If token 0 attends to itself alone in every block, the other patches cannot change it."""
+    """If token 0 attends only to itself in every block, the other tokens cannot change it."""
     blocks, x = small(2).blocks, torch.randn(2, 4, 16)
     other = torch.cat((x[:, :1], torch.randn(2, 3, 16)), 1)
     mask = torch.eye(4, dtype=torch.bool)
@@ -92,7 +92,7 @@ def test_the_published_sizes():
         (lambda: small(drop_path=1.0), "must be at least 0 and less than 1: got 1.0"),
     ],
 )
-def test_what_does_not_fit_is_refused(make, message):
+def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

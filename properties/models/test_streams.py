@@ -62,6 +62,6 @@ LM = ReversibleLM(8, 1, 8, 2, context=4)
         ),
     ],
 )
-def test_wrong_arguments_are_named_with_what_was_wanted(call, error, message):
+def test_wrong_arguments_are_refused_with_the_wanted_ones(call, error, message):
     with pytest.raises(error, match=message):
         call()

@@ -61,6 +61,7 @@ UNFINISHED = "Only a part of its tests has met this mutant"
 
 @cli.command("properties.mutation")
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Test the mutants of the files on the command line, and return the exit status."""
     parser = cli.parser_from("properties.mutation", __doc__.splitlines()[0], whole=True)
     parser.add_argument(
         "files",
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="test N mutants of FILE ..., drawn at random, and skip the others (default: test all)",
     )
     parser.add_argument("--seed", type=cli.whole_number, default=0, help="seed of the sample (default: %(default)s)")
-    parser.add_argument("--table", action="store_true", help="print what is known so far and run nothing")
+    parser.add_argument("--table", action="store_true", help="print the results so far and run nothing")
     parser.add_argument(
         "--seconds",
         type=cli.seconds,
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             copy_to(Path(folder))
             os.chdir(folder)
             record = recorded(TESTS, MUTATED, WORK / "tests")
-            in_a_fork(lambda: pytest.main([*OPTIONS, "--collect-only", *TESTS]))  # compiles them, as mutants do not
+            in_a_fork(lambda: pytest.main([*OPTIONS, "--collect-only", *TESTS]))  # writes the bytecode of the tests
             find_mutants(given.files, given.sample, given.seed)
             test(given.files, record, given.seconds, given.seed)
             os.chdir(ROOT)
@@ -133,7 +134,7 @@ def session(file: Path) -> Path:
 
 
 def test(files: list[Path], record: dict, seconds: float, seed: int) -> None:
-    """Test every mutant that waits, in random order, so that the results of an interrupted run are a fair sample."""
+    """Test every untested mutant, in random order, so that the results of an interrupted run are a fair sample."""
     waiting = []
     for file in files:
         with use_db(str(session(file))) as db:
@@ -200,7 +201,7 @@ def table(files: list[Path]) -> int:
 
 
 def results(files: list[Path]) -> tuple[list[tuple[WorkItem, WorkResult]], int]:
-    """Return the tested mutants of ``files`` with their results, and the number of mutants that wait."""
+    """Return the tested mutants of ``files`` with their results, and the number of untested ones."""
     done, waiting = [], 0
     for file in files:
         with use_db(str(session(file))) as db:

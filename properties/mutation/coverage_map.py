@@ -13,7 +13,7 @@ from properties.mutation.selection import OPTIONS, in_a_fork
 
 
 class Recorder:
-    """A pytest plugin that labels what each test executes with its name, and measures its processor seconds."""
+    """A pytest plugin that records the lines that each test executes, and measures its processor seconds."""
 
     def __init__(self, recording: coverage.Coverage):
         self.recording = recording

@@ -1,7 +1,8 @@
-"""The mutations: one of Cosmic Ray's for each operator of the language, and what it lacks, the deletions.
+"""The mutations: one of Cosmic Ray's for each operator of the language, and deletions, which it lacks.
 
-An operator says where in a tree it can mutate, and mutates there: see ``cosmic_ray.operators.operator``. Messages, type
-hints and docstrings are not mutated. A deletion asks the most of the tests: that everything written is needed.
+An operator returns the places of a syntax tree that it can mutate, and mutates one of them: see
+``cosmic_ray.operators.operator``. Messages, type hints and docstrings are not mutated. Deletions are the hardest
+mutations for the tests, which must show that all code is needed.
 """
 
 import parso
@@ -14,7 +15,7 @@ REPLACED = {
     "ReplaceComparisonOperator": "Eq_NotEq NotEq_Eq Lt_LtE LtE_Lt Gt_GtE GtE_Gt Is_IsNot IsNot_Is",
     "ReplaceUnaryOperator": "Delete_USub Delete_Not",
 }
-"""Cosmic Ray puts every operator in the place of every other: one exchange for each is enough, or a bound moved."""
+"""Cosmic Ray replaces every operator by every other. One replacement for each is enough here."""
 OTHERS = [
     "AddNot",
     "ReplaceTrueWithFalse",
@@ -27,9 +28,10 @@ OTHERS = [
 
 
 class Deletion(Operator):
-    """A subclass names, for a node, pairs of a part of it and the code that is left of the node without that part."""
+    """An operator that deletes parts of nodes. Subclasses define ``remainders``."""
 
     def remainders(self, node):
+        """Yield a pair for each part of the node that can be deleted: the part, and the node's code without it."""
         raise NotImplementedError
 
     def mutation_positions(self, node):
@@ -46,7 +48,7 @@ class Deletion(Operator):
 
 
 class DeleteStatement(Deletion):
-    """``pass`` in the place of a call, a return, a raise, or an assignment to what had a value before."""
+    """Put ``pass`` in place of a call, a return, a raise, a del, or an assignment that changes an earlier value."""
 
     def remainders(self, node):
         if node.type != "simple_stmt" or not parso.python.tree.search_ancestor(node, "funcdef"):
@@ -59,7 +61,7 @@ class DeleteStatement(Deletion):
 
 
 class DropOperand(Deletion):
-    """``a and b`` without a, and without b; likewise for ``or``."""
+    """Turn ``a and b`` into ``a``, or into ``b``; likewise for ``or``."""
 
     def remainders(self, node):
         if node.type in ("and_test", "or_test"):
@@ -70,7 +72,7 @@ class DropOperand(Deletion):
 
 
 class DropKeyword(Deletion):
-    """A call without one of its keyword arguments, but for zip's strict=False, which is its default."""
+    """Delete a keyword argument of a call; not ``strict=False`` of zip, which is its default."""
 
     def remainders(self, node):
         if node.type != "trailer" or node.children[0].value != "(" or len(node.children) != 3:
@@ -83,7 +85,7 @@ class DropKeyword(Deletion):
 
 
 class DropFilter(Deletion):
-    """A comprehension without its condition."""
+    """Delete the condition of a comprehension."""
 
     def remainders(self, node):
         is_loop = isinstance(node, PythonNode) and node.type in ("comp_for", "sync_comp_for")
@@ -92,7 +94,7 @@ class DropFilter(Deletion):
 
 
 def choose() -> None:
-    """Leave Cosmic Ray these operators alone."""
+    """Leave Cosmic Ray only these operators."""
     core = OPERATOR_PROVIDERS["core"]
     names = OTHERS + [f"{kind}_{exchange}" for kind, exchanges in REPLACED.items() for exchange in exchanges.split()]
     OPERATOR_PROVIDERS.clear()
@@ -102,7 +104,7 @@ def choose() -> None:
 
 
 def _between_terms(operator: type[Operator]) -> type[Operator]:
-    """Without the star of ``def f(x, *, option)``, which Cosmic Ray takes for a product."""
+    """Return the operator without the star of ``def f(x, *, option)``, which Cosmic Ray takes for a product."""
 
     class BetweenTerms(operator):
         def mutation_positions(self, node):
@@ -113,7 +115,7 @@ def _between_terms(operator: type[Operator]) -> type[Operator]:
 
 
 def _changes_something(assignment) -> bool:
-    """Not the first assignment of a local name, without which the next line fails."""
+    """Return False for the first assignment to a local name: without it, the next line would just fail."""
     targets, value = assignment.children[0], assignment.children[-1]
     if assignment.children[1].type == "annassign" and len(assignment.children[1].children) < 4:
         return False

@@ -1,4 +1,4 @@
-"""The tests of a mutated line, and their run in a process of its own until one fails."""
+"""Choose the tests of a mutated line, and run them in a new process until one fails."""
 
 import ast
 import os
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
-import hypothesis.extra.pytestplugin  # noqa: F401  what a forked process need not import again: no part of memcnn
+import hypothesis.extra.pytestplugin  # noqa: F401  imported here so that forked processes need not do it again
 import pytest
 import torch._dynamo  # noqa: F401
 
@@ -24,30 +24,38 @@ FIRST_BATCH = 25
 """Number of tests that are collected and run before all others are collected."""
 
 OPTIONS = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-"""Options of every run of pytest here. We ignore the warning that hypothesis is imported already: it is meant."""
+"""Options of every run of pytest here. The ignored warning says that hypothesis is imported already, as intended."""
 
 MOST_BYTES = 64 << 30
 """Limit of the address space, which stops a mutant that allocates without end."""
 
 LEAST_LIMIT_S, STARVED_S = 10.0, 1800
-"""Smallest limit of a test's processor time, which is else ten times the usual; and the limit of its waiting time."""
+"""A test may take ten times its usual processor time, or the first of these if that is more; and STARVED_S in all."""
 
 
 def tests_of(file: str, source: str, line: int, recorded: dict, kills: Counter) -> list[str]:
-    """Return the tests that execute the statement around ``line`` of ``file`` (text ``source``); killers first."""
+    """Return the tests that execute the statement around a line. Those that have found most mutants come first.
+
+    Args:
+        file: the path of the file as ``recorded`` has it.
+        source: its text.
+        line: the number of the line.
+        recorded: the tests of each line, and the seconds of each test; see ``coverage_map``.
+        kills: the number of mutants that each test has found.
+    """
     lines = statement_lines(source, line)
     executing = {test for number, tests in recorded["tests"][file].items() if number in lines for test in tests}
     return sorted(executing, key=lambda test: (-kills[test], recorded["seconds"][test]))
 
 
 def quickest(tests: list[str], computing: dict[str, float], seconds: float) -> list[str]:
-    """Return the first of ``tests`` that together compute for at most ``seconds``; at least one."""
+    """Return the first ``tests`` that take at most ``seconds`` of processor time together; at least one."""
     until = accumulate(computing[test] for test in tests)
     return tests[: max(1, sum(total <= seconds for total in until))]
 
 
 def statement_lines(source: str, line: int) -> range:
-    """Return the lines of the smallest statement around ``line``; all lines of the file if its import executes it."""
+    """Return the lines of the smallest statement around ``line``, or of the whole file outside of functions."""
     around = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt) and line in _lines(node)]
     if not any(isinstance(node, ast.FunctionDef) for node in around):
         return range(1, 1 + source.count("\n"))
@@ -91,7 +99,7 @@ def forget_project() -> None:
 
 
 def failing(tests: list[str], seconds: dict[str, float]) -> tuple[bool, str]:
-    """Return True if one of ``tests`` fails in this folder or does not end, and the end of pytest's output."""
+    """Return whether one of ``tests`` fails or does not end in this folder, and the end of pytest's output."""
     status, output = in_a_fork(lambda: _run(tests, seconds))
     if (os.WIFEXITED(status) and os.WEXITSTATUS(status) == 70) or "ERROR: not found:" in output:
         raise RuntimeError(f"{output}\nThe tests were not run: if they have changed, remove build/mutation")
@@ -104,7 +112,7 @@ def failed_test(output: str) -> str | None:
 
 
 class TimeLimit:
-    """A pytest plugin that ends the process with a test that computes for much longer than without a mutation."""
+    """A pytest plugin that ends the process if a test computes for much longer than without the mutation."""
 
     def __init__(self, seconds: dict[str, float]):
         self.seconds = seconds
@@ -115,7 +123,8 @@ class TimeLimit:
 
 def _run(tests: list[str], seconds: dict[str, float]) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
-    sys.dont_write_bytecode = True  # two mutants of the same second look alike to what reads it
+    # Python would use the bytecode of another mutant that was written in the same second
+    sys.dont_write_bytecode = True
     options = [
         *OPTIONS,
         "-x",

@@ -1,3 +1,5 @@
+"""Fixtures that make records of runs, and write them to folders."""
+
 import dataclasses
 
 import pytest

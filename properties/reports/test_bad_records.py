@@ -1,3 +1,5 @@
+"""A record or a curve that cannot be used is named with the reason, and all others count."""
+
 import json
 import os
 import sys
@@ -17,7 +19,7 @@ anything = st.recursive(
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory, full, put):
-    """The report of one good run and one whose record.json is the given bytes; its folder name too."""
+    """Return a function that builds a report of a good run and of one whose record.json has the given bytes."""
 
     def make(content: bytes):
         root = tmp_path_factory.mktemp("runs")
@@ -32,7 +34,7 @@ def build(tmp_path_factory, full, put):
 
 
 def left_out(report) -> bool:
-    """The spoilt record is named with a reason, and the good one alone counts."""
+    """Return True if the report names the spoilt record with a reason; check that only the good one counts."""
     assert len(report.runs) == 1 and report.results.loc[("cifar10", "resnet32"), "mean_percent"] == 91.23
     [problem] = report.problems
     return "spoilt/record.json: " in problem and not problem.endswith(": ")

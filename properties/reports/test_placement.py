@@ -109,12 +109,10 @@ def test_the_command_trains_on_the_devices_it_is_given(tmp_path, capsys):
     [
         (["--device=cpu", "--devices=cpu"], "got --device and --devices: wanted one of them"),
         (["--devices=cpu", "--cluster=local"], "got --devices and --cluster: wanted one of them"),
-        (["--plan"], "got --plan and --train"),
         (["--devices=0,1"], "--devices: got 'cuda:0', but this PyTorch sees only cpu"),
         (["--devices=cpu,gpu"], "--devices: got 'gpu', but this PyTorch sees only cpu"),
         (["--device=cuda:7"], "--device: got 'cuda:7', but this PyTorch sees only cpu"),
         (["--devices=cpu,cpu"], "--devices: cpu is named twice; --jobs-per-device N"),
-        (["--devices=,"], "wanted devices like 0,1 or cpu"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="names GPUs that do not exist: run it on a machine without a GPU")

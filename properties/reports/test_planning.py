@@ -1,4 +1,4 @@
-"""A plan says what each missing cell needs, and a budget begins the longest cells that can finish."""
+"""A plan shows the time that each missing cell needs. A budget goes to the longest cells that can finish."""
 
 import itertools
 from dataclasses import replace
@@ -8,7 +8,7 @@ import torch
 
 from bench import planning
 from bench.placement import Cell, Settings, cells, devices, in_turns, on_devices
-from bench.planning import Need, Needs, choose, simulate, within
+from bench.planning import Need, Needs, cells_to_start, choose, simulate
 from bench.reproduce_table import main
 from memcnn.training import timing
 from memcnn.training.execution import Execution
@@ -52,9 +52,9 @@ def test_the_plan_is_what_training_within_the_budget_does(budget, lanes, whole, 
     assert {cell.model for cell, what in fate.items() if what == "whole"} == whole
     assert [cell.model for cell, what in fate.items() if what == "part"] == ([part] if part else [])
     assert budget is None or end <= seconds
-    if lanes == 1:  # a clock that goes on by what each cell needs
+    if lanes == 1:  # the clock advances by the time that each cell needs
         now, said, begun = [0.0], [], []
-        for cell in within(NEEDS, lambda: (seconds or 1e9) - now[0], said.append):
+        for cell in cells_to_start(NEEDS, lambda: (seconds or 1e9) - now[0], said.append):
             begun.append(cell.model)
             now[0] += next(one.together_seconds for one in NEEDS if one.cell == cell)
         assert begun[: len(whole)] == sorted(whole, key=lambda name: -next(
@@ -136,7 +136,7 @@ def test_each_network_is_timed_once_and_a_cells_done_iterations_count(tiny_runs,
 def test_cells_of_a_gpu_share_one_process_and_those_of_a_cpu_have_their_own(tmp_path, monkeypatch):
     places = []
 
-    class Place:
+    class FakeProcess:
         connection, asks, has_room, running = None, False, False, ()
 
         def __init__(self, settings, device, *, at_once, shared_by) -> None:
@@ -145,7 +145,7 @@ def test_cells_of_a_gpu_share_one_process_and_those_of_a_cpu_have_their_own(tmp_
         def interrupt(self) -> None:
             pass
 
-    monkeypatch.setattr(devices, "Place", Place)
+    monkeypatch.setattr(devices, "CellProcess", FakeProcess)
     list(on_devices([], settings(tmp_path), ["cuda:0", "cuda:1", "cpu"], 3))
     assert sorted(places) == [*[("cpu", 1, 3)] * 3, ("cuda:0", 3, 1), ("cuda:1", 3, 1)]
 

@@ -1,3 +1,5 @@
+"""The report in every format: complete, well-formed, and safe against hostile text in records."""
+
 import io
 import re
 import shutil
@@ -67,7 +69,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="session")
 def report_with(tmp_path_factory, full, put):
-    """A report whose records say `words` wherever a record takes free text."""
+    """Return a function that builds a report whose records have ``words`` in every field of free text."""
 
     def make(words, curve=None):
         root = tmp_path_factory.mktemp("runs")
@@ -85,7 +87,7 @@ def report_with(tmp_path_factory, full, put):
 
 @pytest.fixture(scope="session")
 def rendered(report_with, tmp_path_factory):
-    """The text of each written file by name, for such a report."""
+    """Return a function that writes such a report, and returns the text of each file by name."""
 
     def make(words, curve=None):
         paths = reports.write(report_with(words, curve), tmp_path_factory.mktemp("out"))
@@ -176,7 +178,7 @@ def test_a_wide_terminal_shows_a_table_a_data_set_and_a_narrow_one_a_card_a_mode
 
 
 def unescaped(latex):
-    """LaTeX without its comments and without escaped characters."""
+    """Return LaTeX without comments and escaped characters."""
     return re.sub(r"\\.", "", re.sub(r"(?m)^%.*$", "", latex))
 
 
@@ -258,7 +260,7 @@ def test_both_tables_of_a_terminal_have_the_same_column_names(full, tmp_path, pu
     assert "92.85     1  0:04:03" in shown
 
 
-def test_how_full_runs_were_computed_is_said_in_every_format(full, tmp_path, put):
+def test_every_format_names_device_and_execution_of_full_runs(full, tmp_path, put):
     device = {"type": "cuda", "name": "NVIDIA H200", "count": 1, "threads": 16}
     put(tmp_path, full(device=device, software={**full().software, "execution": "bf16, graph, compile"}))
     report = reports.build(tmp_path, tmp_path / "none")

@@ -1,3 +1,5 @@
+"""The tables of results, runs and memory: which runs count, and the numbers computed from them."""
+
 from pathlib import Path
 
 import pandas as pd
@@ -25,7 +27,7 @@ GENERATED = {"official": False, "checksums": {"generated": "0" * 32}}
 SHORT = override(PUBLISHED, iterations=1500)
 RENAMED = override(PUBLISHED, learning_rate=0.05)
 
-# What makes a run no full run, and the words that the table must have for it.
+# Changes that keep a run from being full, and the words that the table must have for each.
 BROKEN_OFF = dict(iterations=900, test_iteration=500)
 FLAWS = {
     "partial": (dict(status="partial", reason="budget exhausted", **BROKEN_OFF), "partial: budget exhausted"),
@@ -102,7 +104,7 @@ def test_a_run_that_is_not_full_says_why_and_leaves_the_main_table_empty(full, f
 
 @st.composite
 def drawn_runs(draw):
-    """Changes to a full run, for up to twelve different folders; some keep it full."""
+    """Draw changes of a full run, for up to twelve different folders. Some of the changed runs are still full."""
     made = {}
     for _ in range(draw(st.integers(0, 12))):
         flaws = draw(st.lists(st.sampled_from(sorted(FLAWS)), max_size=2, unique=True))
@@ -212,7 +214,7 @@ def test_every_duration_reads_as_hours_minutes_and_seconds(seconds, shown):
 
 
 def in_parts(full, *parts, **changes):
-    """A full run whose parts were executed as given: (iterations done by then, execution, runs that shared)."""
+    """Return a full run with these parts: (iterations done at its end, execution, runs that shared the device)."""
     gpu, first, segments = {"type": "cuda", "name": "GPU", "count": 1, "threads": 1}, 0, []
     for last, execution, shared_by in parts:
         origin = {"device": gpu, "software": full().software, "commit": None, "clean": None}
@@ -231,7 +233,7 @@ def in_parts(full, *parts, **changes):
     )
 
 
-def test_a_mixed_run_is_marked_and_stands_beside_no_pure_one(full):
+def test_a_mixed_run_is_marked_and_listed_under_the_other_runs(full):
     pure = in_parts(full, (80_000, "bf16, graph", 1), seed=1)
     mixed = in_parts(full, (400, "bf16", 1), (600, "bf16", 1), (80_000, "float32", 1), test_accuracy=99.0)
     runs, results = tables(pure, mixed)

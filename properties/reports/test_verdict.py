@@ -1,3 +1,5 @@
+"""The rule of the verdict: its interval, and the cases of too few runs, too wide an interval, and rounding."""
+
 import math
 
 import numpy as np
@@ -12,7 +14,7 @@ spreads = st.floats(0, 30)
 
 
 def probability_within(t: float, degrees: int) -> float:
-    """P(|T| < t) for Student's distribution, by Simpson's rule on its density."""
+    """Return P(|T| < t) for Student's distribution, by Simpson's rule on its density."""
     scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
     x = np.linspace(-t, t, 4001)
     density = scale * (1 + x**2 / degrees) ** (-(degrees + 1) / 2)

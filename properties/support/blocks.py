@@ -41,4 +41,4 @@ def refused(error: type[Exception], *words: str):
 
 
 class Notes(list):
-    """A list that the engine does not set back for the recomputation, where modules note each evaluation."""
+    """A list in which modules note each evaluation. The engine does not restore it for the recomputation."""

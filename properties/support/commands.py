@@ -23,7 +23,7 @@ from properties.support.pages import ROOT
 
 IMPORTED = ["torch._dynamo", "torch.distributed.fsdp", "pandas", "matplotlib.pyplot",
             "scipy.stats", "tensorboardX", "jinja2", "tabulate", "tqdm"]  # fmt: skip
-"""What the server imports: packages of others, on which most commands spend their first seconds."""
+"""Packages that the server imports: they take most of a command's first seconds, and none belongs to this project."""
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Judging reports on drawn networks, and the largest errors that they contain."""
+"""Judge reports on drawn networks, and keep the largest errors that they contain."""
 
 from hypothesis import assume, currently_in_test_context, target
 
@@ -16,8 +16,8 @@ def assert_holds(report: Report, network: Network, label: str) -> None:
 
     Args:
         report: the report of a check of the network.
-        network: names the kind of block and the precision in the table of largest errors.
-        label: names the law there.
+        network: the network; the table of largest errors names its kind of block and its precision.
+        label: the name of the law in that table.
     """
     precision = "bfloat16 autocast" if network.autocast else str(network.dtype).removeprefix("torch.")
     for result in report:
@@ -33,7 +33,7 @@ def assert_holds(report: Report, network: Network, label: str) -> None:
 
 
 def remember(key: tuple[str, str, str], error: float, limit: float) -> None:
-    """Keep the error if it is closer to its limit than the one that is kept for this law, block and precision."""
+    """Keep the error if no earlier error of this law, block and precision is closer to its limit."""
     before = LARGEST.get(key)
     if before is None or not error / limit <= before[0] / before[1]:
         LARGEST[key] = error, limit

@@ -1,4 +1,4 @@
-"""Chains that nearly keep the size of their input at any depth."""
+"""Chains whose activations keep about the same size at any depth."""
 
 from functools import partial
 

@@ -23,8 +23,8 @@ def assert_flat(make: memory.MakeChain, *, least_maps: int, depths: tuple[int, i
     """Assert that a further block adds less than a hundredth of what it adds under plain backpropagation.
 
     Args:
-        make: makes a chain of a number of blocks, of which ``plain_twin`` gives a chain that stores everything.
-        least_maps: the number of activations that plain backpropagation must store for a block.
+        make: makes a chain of a given number of blocks; its ``plain_twin`` stores all activations.
+        least_maps: the number of activations that plain backpropagation must store for a block, at least.
         depths: the numbers of blocks that are compared.
         passes: the number of backward passes over a retained graph.
     """
@@ -36,7 +36,7 @@ def assert_flat(make: memory.MakeChain, *, least_maps: int, depths: tuple[int, i
 def linear(
     dtype: torch.dtype = torch.float32, *, rows: int = 5
 ) -> tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tensor]]]:
-    """Return a maker of a linear layer from 64 to 32 values, and one of a batch for it, labels included."""
+    """Return a function that makes a linear layer from 64 to 32 values, and one that makes its batch with labels."""
 
     def make():
         return nn.Linear(64, 32, dtype=dtype)

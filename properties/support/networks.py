@@ -1,4 +1,4 @@
-"""Networks on which the engine was wrong once, and how the checks are run on a described network."""
+"""Networks on which the engine was wrong once, and a function that runs a check on a described network."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from memcnn.testing.cases import Block, Branch, Chain, Network, Values
 def run_check(
     check: Callable[..., Report], network: Network, device: str = "cpu", *, inverse: bool = False, **options
 ) -> Report:
-    """Return the report of ``check`` on the network, or with ``inverse`` on its inverse and values for that."""
+    """Return the report of ``check`` on the network or, with ``inverse``, on its inverse with drawn inputs."""
     module, x = network.build(device), network.input.build(device)
     if inverse:
         module, x = Inverted(module), network.output.build(device)
@@ -30,7 +30,18 @@ def network(
     dtype: torch.dtype = torch.float64,
     **options,
 ) -> Network:
-    """Return couplings of branches of ``layers`` that split along ``splits``; affine ones double that dimension."""
+    """Return a chain of couplings, one for each of ``splits``, whose branches consist of ``layers``.
+
+    Args:
+        shape: the shape of the input.
+        layers: the layers of a branch, by their names or as chains.
+        kind: the kind of block; branches of affine blocks double the dimension that is split.
+        splits: the dimension that each coupling splits.
+        composition: how the blocks form a network.
+        layout: the memory layout of the input.
+        dtype: the type of the input.
+        options: further fields of ``Network``.
+    """
     blocks = []
     for dim in splits:
         half = tuple(size // 2 if i == dim else size for i, size in enumerate(shape))

@@ -1,4 +1,4 @@
-"""Assertions that every reference network must meet, whatever it computes."""
+"""Assertions that every reference network must meet."""
 
 from collections.abc import Callable, Collection
 
@@ -9,6 +9,8 @@ from memcnn.testing.laws.memory import step_bytes
 from properties.support.twin import plain_twin
 
 LAWS = ("inverse", "gradients", "state")
+FINGERPRINTS = 16
+"""Bytes that a coupling of two branches holds in exact mode: 8 for each branch."""
 
 
 def assert_laws(module: nn.Module, *inputs: Tensor, laws: Collection[str] = LAWS, **options) -> None:
@@ -23,9 +25,9 @@ def assert_flat_in_depth(
     """Assert that a training step needs the same peak bytes at two depths, parameters and their gradients apart.
 
     Args:
-        make: makes the network of a depth.
+        make: makes the network of a given depth.
         x: its input.
-        bytes_per_block: what a further block holds by design, such as the fingerprints of exact mode.
+        bytes_per_block: the bytes that each further block holds by design, such as the fingerprints of exact mode.
         depths: the two depths.
     """
     few, many = (step_bytes(make(depth), x) for depth in depths)

@@ -1,4 +1,4 @@
-"""A training run that takes milliseconds, and functions that read its files."""
+"""A training run that takes milliseconds, and functions that read and compare its files."""
 
 import csv
 import struct
@@ -19,15 +19,17 @@ from memcnn.data import images
 from memcnn.models.resnet import MODELS
 from memcnn.training.execution import Execution
 from memcnn.training.recipe import SMOKE, override
-from memcnn.training.record import RunRecord, run_name
+from memcnn.training.record import RunRecord, load, run_name
 from memcnn.training.step import EVALUATION_BATCHES
 from memcnn.training.stopping import Stop
 from memcnn.training.trainer import PLAIN, Job, Place, train
 
 DATA = cifar_data.generate(10, train=40, test=50)
-# five iterations an epoch; evaluations after 5, 10 and 12 iterations, in three parts; a milestone inside an epoch
+# Five iterations an epoch; evaluations after 5, 10 and 12 iterations, in three parts; a milestone inside an epoch
 RECIPE = override(SMOKE, batch_size=8, iterations=12, milestones=(7, 11), evaluate_every=5, test_images=45)
 NAME = run_name("resnet32", "cifar10", RECIPE, 0, data="generated")
+OF_A_SESSION = ("train_seconds", "interruptions", "commit", "clean", "segments")
+"""Fields of a record that depend on the sessions in which a run was trained."""
 
 
 def tiny(num_classes: int = 10, *, disable: bool = False) -> nn.Module:
@@ -119,6 +121,24 @@ def scalars(folder: Path) -> list[tuple[str, int, float]]:
                 shown = [entry for entry in shown if entry[1] < event.step]
             shown += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
     return sorted(shown)
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    """Assert that two folders hold the same weights, momenta, curve, record and points of TensorBoard, to the bit.
+
+    Times and other values that depend on the sessions may differ.
+
+    Args:
+        folder: the folder of a run.
+        expected: the folder of the run that it should equal.
+    """
+    state, wanted = checkpoint_of(folder), checkpoint_of(expected)
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(state[part], wanted[part], rtol=0, atol=0)
+    rows, wanted_rows = curve_of(folder), curve_of(expected)
+    assert [without(row, "train_seconds") for row in rows] == [without(row, "train_seconds") for row in wanted_rows]
+    assert without(vars(load(folder)), *OF_A_SESSION) == without(vars(load(expected)), *OF_A_SESSION)
+    assert scalars(folder) == scalars(expected)
 
 
 def without(values: dict, *names: str) -> dict:

@@ -1,4 +1,4 @@
-"""A branch that a subclass completes by state of some kind, and a program whose state moves on before backward."""
+"""A branch whose subclasses add a state, and a program that changes this state before its backward pass."""
 
 import pytest
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ def chain(branch, **options) -> nn.Module:
 
 
 def twice(module: nn.Module, x: Tensor) -> Tensor:
-    """Two forward passes before the one backward pass: state has moved on when the first is rebuilt."""
+    """Run two forward passes and one backward pass: when the first pass is rebuilt, the state has changed."""
     y = module(x) + module(x + 1)
     weighted_sum(y).backward()
     return y

@@ -1,4 +1,4 @@
-"""Comparing a program on a reversible module with the same program on its plain twin, and blocks to do it with."""
+"""Compare a program on a reversible module with the same program on its plain twin; make small blocks for this."""
 
 from collections.abc import Callable
 
@@ -50,7 +50,7 @@ def backward(module: nn.Module, *inputs: Tensor) -> Tensor:
 
 
 class Container(nn.Sequential):
-    """A user's own container, which knows nothing of ours."""
+    """An invertible container as a user would write it, without the classes of memcnn."""
 
     def inverse(self, y: Tensor) -> Tensor:
         for module in reversed(self):
@@ -61,7 +61,7 @@ class Container(nn.Sequential):
 def conv_branch(channels: int = 3) -> nn.Sequential:
     """Return convolution, normalisation, activation, convolution: (N, channels, H, W) to the same shape.
 
-    The first convolution has no bias: before a normalisation its gradient is 0, and what is computed is rounding alone.
+    The first convolution has no bias: before a normalisation its gradient is 0, so only rounding would be compared.
     """
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1, bias=False),

@@ -12,7 +12,7 @@ from properties.support.cifar_files import one_image
 
 
 @given(seed=st.integers(0, 2**32), batch=st.integers(1, 7), pad=st.integers(0, 4), draw=st.data())
-def test_a_batch_is_what_each_image_would_be_alone(seed, batch, pad, draw):
+def test_a_batch_equals_its_images_augmented_one_by_one(seed, batch, pad, draw):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (batch, 3, 32, 32), generator=generator, dtype=torch.uint8)
     mean = torch.rand(3, 32, 32, generator=generator)
@@ -45,7 +45,7 @@ def test_a_training_batch_follows_the_plan(seed, epoch, index):
 
 
 @given(seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**63 - 1), state=st.integers(0, 2**32 - 1))
-def test_the_plan_depends_on_seed_and_epoch_alone(seed, epoch, state):
+def test_the_plan_depends_only_on_seed_and_epoch(seed, epoch, state):
     def plan(seed, epoch):
         return list(vars(cifar.epoch_plan(seed, epoch, 64, pad=2, flip=True)).values())
 
@@ -80,7 +80,7 @@ def test_without_flip_and_pad_nothing_is_moved():
 
 
 def example(device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A training batch whose images have all values of a pixel, and its labels."""
+    """Return a training batch whose images have all values of a pixel, and its labels."""
     data = cifar.generate(10, train=100, test=1)
     data.train_images.view(-1)[:256] = torch.arange(256)
     plan = cifar.epoch_plan(1, 2, 100, pad=2, flip=True)
@@ -94,7 +94,7 @@ def test_a_batch_has_the_same_bits_on_cuda():
 
 
 class DividingAsCuda(TorchDispatchMode):
-    """Simulates CUDA's division by a Python number: it multiplies by the inverse."""
+    """Simulate CUDA's division by a Python number, which multiplies by the inverse."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten.div_.Tensor and not isinstance(args[1], torch.Tensor):

@@ -61,7 +61,7 @@ def cell(make, execution: Execution, *, seed: int = 0, num_classes: int = 10, st
 
 @pytest.mark.parametrize(
     ("make", "graphs_of_it", "execution"),
-    # of a RevNet: begin, end, the unit that strides, the branches without activation in front, and those with it
+    # the graphs of a RevNet: begin, end, the strided unit, branches without a leading activation, branches with one
     [
         (tiny_resnet, 1, BOTH),
         (tiny_revnet, 5, BOTH),
@@ -107,7 +107,7 @@ def test_preparing_a_step_has_no_effect_on_training(graphs, make, execution):
     assert len(graphs) == 2 * execution.graph
 
 
-def test_a_step_says_what_it_has_to_prepare():
+def test_a_step_names_its_preparations():
     def words(execution: Execution) -> str:
         return TrainingStep(tiny_resnet(), SMALL, DATA, execution).preparation
 
@@ -116,7 +116,7 @@ def test_a_step_says_what_it_has_to_prepare():
 
 
 def test_a_step_that_loads_a_state_is_captured_again(graphs):
-    """The graph would go on with the momenta that it was captured with."""
+    """A graph that is not captured again would keep using the momenta of its capture."""
     source = cell(tiny_resnet, PLAIN)
     steps = [cell(tiny_resnet, execution, steps=1) for execution in (GRAPH, PLAIN)]
     for step in steps:
@@ -128,8 +128,8 @@ def test_a_step_that_loads_a_state_is_captured_again(graphs):
 
 
 @needs_compiler
-def test_nothing_is_said_while_compiling():
-    """The test uses the compiler of training, and all kinds of units of a RevNet."""
+def test_compiling_emits_no_warning():
+    """The test uses the compiler that training uses, and all kinds of units of a RevNet."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = CifarResNet(basic_branch, (1,), (8, 8), reversible=True).to(memory_format=torch.channels_last)
@@ -143,7 +143,7 @@ def test_nothing_is_said_while_compiling():
     assert [str(warning.message) for warning in said] == []
 
 
-def test_what_is_no_resnet_is_compiled_as_a_whole(graphs):
+def test_a_model_that_is_no_resnet_is_compiled_as_a_whole(graphs):
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
     x = torch.randn(2, 3)
     torch.testing.assert_close(compiled(model)(x), model(x))
@@ -169,7 +169,7 @@ def test_a_graph_is_captured_on_the_callers_stream_or_beside_the_default_one(gra
     assert total == 1
 
 
-def test_a_failure_in_a_capture_is_shown_and_the_capture_is_over(graphs):
+def test_an_error_in_a_capture_is_raised_and_ends_the_capture(graphs):
     calls = []
 
     def update() -> None:
@@ -181,4 +181,4 @@ def test_a_failure_in_a_capture_is_shown_and_the_capture_is_over(graphs):
         captured(update, [torch.zeros(())])
     before = len(graphs[0].calls)
     torch.zeros(()).add_(1)
-    assert len(graphs[0].calls) == before, "operations are captured no more"
+    assert len(graphs[0].calls) == before, "operations are still captured"

@@ -13,7 +13,7 @@ from memcnn import data as loading
 from memcnn.data import files
 
 
-def test_missing_files_offline_say_where_and_how(tmp_path, no_network):
+def test_without_network_missing_files_are_named_with_the_fix(tmp_path, no_network):
     wanted = tmp_path / "nowhere"
     with pytest.raises(files.DataNotFound) as raised:
         loading.load("cifar10", wanted)
@@ -74,7 +74,7 @@ def test_the_folder_comes_from_the_environment_by_default(tmp_path, small_source
 
 
 @given(images=st.integers(1, 60), seed=st.integers(0, 9))
-def test_the_mean_is_that_of_the_training_images(images, seed):
+def test_the_mean_is_taken_over_the_training_images(images, seed):
     data = loading.generate(10, train=images, test=5, seed=seed)
     expected = (data.train_images.double() / 255).mean(0)
     assert data.mean.dtype == torch.float32
@@ -93,7 +93,7 @@ def test_generated_images_are_never_official(name, classes):
     assert data.train_labels.unique().tolist() == list(range(classes))
 
 
-def test_generating_again_gives_the_same_images_quickly():
+def test_generated_images_are_the_same_each_time_and_made_quickly():
     state = torch.get_rng_state()
     started = time.process_time()
     first = loading.generate(10)

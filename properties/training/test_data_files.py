@@ -56,7 +56,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, place):
         with pytest.raises(files.BadData, match="test_batch is not a batch .* which no plain array needs"):
             read(tmp_path, places[place])
         assert not harm.exists()
-        pickle.loads(places["alone"])  # it would have
+        pickle.loads(places["alone"])  # unpickled directly, it does harm
         assert harm.exists()
         harm.rmdir()
 
@@ -82,7 +82,7 @@ def test_whatever_a_file_holds_it_is_a_batch_or_named(tmp_path_factory, content)
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_arrays_come_out_as_numpy_would_read_them(tmp_path, protocol, order):
+def test_arrays_are_read_as_numpy_reads_them(tmp_path, protocol, order):
     pixels = np.random.default_rng(0).integers(256, size=(4, 3072), dtype=np.uint8)
     content = pickle.dumps({"data": np.asarray(pixels, order=order), "labels": [1, 9, 0, 3]}, protocol=protocol)
     images, labels = read(tmp_path, content)
@@ -123,7 +123,7 @@ def test_a_wrong_checksum_is_refused_and_nothing_is_downloaded_over_it(tmp_path,
         loading.load("cifar10", tmp_path)
 
 
-def test_unofficial_files_are_read_when_asked_for_and_not_passed_off_as_official(tmp_path, small_source):
+def test_unofficial_files_are_read_only_on_request_and_marked(tmp_path, small_source):
     sums = small_source(tmp_path)
     assert loading.load("cifar10", tmp_path, unofficial=True).official
     (tmp_path / FOLDER / "test_batch").write_bytes(batch())
@@ -134,7 +134,7 @@ def test_unofficial_files_are_read_when_asked_for_and_not_passed_off_as_official
     assert {name for name in sums if sums[name] != data.checksums[name]} == {"test_batch"}
 
 
-def test_the_official_files_come_out_as_torchvision_reads_them(cifar):
+def test_the_official_files_are_read_as_torchvision_reads_them(cifar):
     for name, source in files.DATASETS.items():
         for train in (True, False):
             images, labels = files.read(name, cifar, train=train)
@@ -143,8 +143,8 @@ def test_the_official_files_come_out_as_torchvision_reads_them(cifar):
             assert labels.tolist() == theirs.targets
 
 
-def test_bytes_of_other_encodings_are_not_looked_up(tmp_path):
-    """A pickle may name a codec to import; the one that is used is always latin1."""
+def test_no_codec_that_a_file_names_is_imported(tmp_path):
+    """A pickle may name a codec to import; the reader always uses latin1."""
     images, _ = read(tmp_path, batch())
     spoilt = batch().replace(b"latin1", b"rot_13")
     assert spoilt != batch() and codecs.lookup("rot_13")

@@ -1,4 +1,4 @@
-"""An evaluation, captured or not, interleaved or not, gives the sums of one pass over the test images."""
+"""An evaluation, captured or interleaved with others, gives the sums of one pass over the test images."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def in_one_pass(model, count: int) -> tuple[float, float]:
 @pytest.mark.parametrize("make", [small_revnet, small_resnet])
 @pytest.mark.parametrize("execution", EXECUTIONS, ids=str)
 @pytest.mark.parametrize(("count", "batch"), [(45, 20), (40, 20), (7, 20), (50, 50)])
-def test_an_evaluation_is_that_of_one_pass_over_the_images(graphs, make, execution, count, batch):
+def test_an_evaluation_equals_one_pass_over_the_images(graphs, make, execution, count, batch):
     model = trained(make)
     loss, correct = in_one_pass(model, count)
     evaluation = Evaluation(model, DATA, execution, images=count, batch=batch)
@@ -60,7 +60,7 @@ def test_an_evaluation_is_that_of_one_pass_over_the_images(graphs, make, executi
     assert len(graphs) == execution.graph
 
 
-def test_a_captured_evaluation_sees_weights_and_statistics_that_came_later(graphs):
+def test_a_captured_evaluation_uses_weights_and_statistics_that_are_loaded_later(graphs):
     model, later = trained(small_resnet), trained(small_resnet, seed=1)
     evaluation = Evaluation(model, DATA, GRAPH, images=45, batch=20)
     before = evaluation.result()
@@ -81,7 +81,7 @@ def test_evaluations_of_several_models_can_take_turns(graphs):
         assert evaluation.totals.tolist() == pytest.approx([45 * loss, 45 * accuracy / 100])
 
 
-def test_one_that_is_given_up_leaves_the_model_in_its_mode():
+def test_an_abandoned_evaluation_restores_the_models_mode():
     model = trained(small_resnet)
     turns = Evaluation(model, DATA, PLAIN, images=45, batch=20).turns()
     next(turns)

@@ -1,4 +1,4 @@
-"""Options choose an execution. Options without effect are named, impossible ones refused, and settings restored."""
+"""Options choose an execution. Those without effect are reported, impossible ones refused, and settings restored."""
 
 import argparse
 
@@ -40,7 +40,7 @@ def test_fast_is_the_fastest_execution_of_the_device(monkeypatch):
     assert execution_of(parsed("--no-fast")) == execution_of(parsed("")) == Execution()
 
 
-def test_fast_does_without_what_needs_triton_where_there_is_none(monkeypatch):
+def test_without_triton_fast_leaves_out_the_options_that_need_it(monkeypatch):
     monkeypatch.setattr("memcnn.training.execution.has_triton", lambda: False)
     assert execution_of(parsed("--fast --device cuda")) == Execution(precision="bf16", graph=True)
     effective, without_effect = Execution(narrow_convolutions=True).on(torch.device("cuda"))
@@ -51,12 +51,12 @@ def test_fast_does_without_what_needs_triton_where_there_is_none(monkeypatch):
 
 @pytest.mark.parametrize("device", [CPU, torch.device("cuda")], ids=str)
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_fastest_execution_can_be_had(device, processes):
+def test_the_fastest_execution_is_possible(device, processes):
     fastest = Execution.fastest(device, processes=processes)
     assert fastest.on(device, processes=processes) == (fastest, [])
 
 
-def test_fast_is_refused_beside_what_it_chooses():
+def test_fast_is_refused_with_an_option_that_it_chooses_itself():
     for words, named in (
         ("--graph", "--graph"),
         ("--precision float32", "--precision"),
@@ -67,7 +67,7 @@ def test_fast_is_refused_beside_what_it_chooses():
     assert explicit_execution(parsed("--deterministic")) == []
 
 
-def test_what_has_no_effect_on_a_cpu_is_said_and_left_out(tmp_path, capsys):
+def test_options_without_effect_on_a_cpu_are_reported_and_left_out(tmp_path, capsys):
     nothing = Execution(
         precision="tf32", graph=True, sync_batch_norm=True, deterministic=True, narrow_convolutions=True
     )
@@ -78,7 +78,7 @@ def test_what_has_no_effect_on_a_cpu_is_said_and_left_out(tmp_path, capsys):
         assert f"{name} has no effect" in said
 
 
-def test_narrow_convolutions_take_the_place_of_plain_ones_only_where_asked_for():
+def test_narrow_convolutions_replace_plain_ones_only_on_request():
     plain, narrow = (small_revnet() for _ in range(2))
     TrainingStep(plain, SMALL, DATA, Execution())
     TrainingStep(narrow, SMALL, DATA, Execution(narrow_convolutions=True))
@@ -86,7 +86,7 @@ def test_narrow_convolutions_take_the_place_of_plain_ones_only_where_asked_for()
     assert any(isinstance(module, NarrowConv2d) for module in narrow.modules())
 
 
-def test_what_cannot_be_had_is_refused():
+def test_impossible_executions_are_refused():
     with pytest.raises(ValueError, match="got deterministic and narrow-convolutions"):
         Execution(deterministic=True, narrow_convolutions=True).on(torch.device("cuda"))
     with pytest.raises(ValueError, match="precision: got 'fp8', wanted one of float32, tf32, bf16"):

@@ -21,7 +21,7 @@ from memcnn.training.step import TrainingStep
 from properties.devices import needs_cuda, waiting_is_an_error
 from properties.support.capture import graphs_on_cpu
 from properties.support.executions import BF16, COMPILED, CPU, GRAPH, PLAIN, SMALL, Reading, small_resnet, small_revnet
-from properties.support.runs import DATA, NAME, RECIPE, checkpoint_of, curve_of, run, stopped_after, without
+from properties.support.runs import DATA, NAME, RECIPE, assert_same_run, checkpoint_of, run, stopped_after
 
 pytestmark = [
     pytest.mark.usefixtures("tiny_runs"),
@@ -86,7 +86,7 @@ def test_a_step_is_captured_once_and_then_replayed(executable):
 
 
 @pytest.mark.parametrize("make", [small_revnet, small_resnet])
-def test_bf16_changes_losses_by_its_rounding_alone(executable, make):
+def test_bf16_changes_losses_only_by_rounding(executable, make):
     losses, _ = train_steps(make, BF16)
     plain_losses, _ = train_steps(make, PLAIN)
     error = relative_error(losses, plain_losses)
@@ -134,14 +134,10 @@ def test_resuming_gives_the_same_bits_however_steps_are_executed(tmp_path, execu
     record = run(tmp_path / "parts", execution=execution)
     assert (record.status, record.interruptions) == ("complete", 1)
 
-    state, expected = (checkpoint_of(tmp_path / name / NAME) for name in ("parts", "whole"))
-    torch.testing.assert_close(state["model"], expected["model"], rtol=0, atol=0)
-    torch.testing.assert_close(state["optimizer"], expected["optimizer"], rtol=0, atol=0)
-    rows, expected_rows = (curve_of(tmp_path / name / NAME) for name in ("parts", "whole"))
-    assert [without(row, "train_seconds") for row in rows] == [without(row, "train_seconds") for row in expected_rows]
+    assert_same_run(tmp_path / "parts" / NAME, tmp_path / "whole" / NAME)
 
 
-def test_compiling_and_capturing_are_announced_and_are_no_training_time(tmp_path, executable, capsys, monkeypatch):
+def test_capturing_is_announced_and_is_not_training_time(tmp_path, executable, capsys, monkeypatch):
     prepare = TrainingStep.prepare
 
     def slow(self, *arguments):
@@ -155,7 +151,7 @@ def test_compiling_and_capturing_are_announced_and_are_no_training_time(tmp_path
     assert "Capturing resnet32 ..." in said and re.search(r"Capturing resnet32: \d s", said)
 
 
-@pytest.mark.parametrize("fails", [False, True], ids=["compiler goes on", "compiler fails of the signal as well"])
+@pytest.mark.parametrize("fails", [False, True], ids=["the compiler goes on", "the signal stops the compiler too"])
 def test_a_signal_while_compiling_stops_the_run_and_loses_nothing(tmp_path, executable, fails):
     prepare = TrainingStep.prepare
 

@@ -21,7 +21,14 @@ HOST = socket.gethostname()
 
 
 def put(runs, name, content, *, holder=None):
-    """Make a run's folder with a record, or a text instead of it, and with the process and host that hold its lock."""
+    """Make the folder of a run.
+
+    Args:
+        runs: the folder of runs.
+        name: the name of the new folder.
+        content: a record, or a text to write in its place; None writes none.
+        holder: the id and host of the process that holds the lock, if one does.
+    """
     folder = runs / name
     folder.mkdir()
     if isinstance(content, str):
@@ -37,7 +44,7 @@ def test_the_list_shows_the_progress_of_every_run(tmp_path, capsys):
     child = os.fork()
     if child == 0:
         os._exit(0)
-    os.waitpid(child, 0)  # a process that is no more
+    os.waitpid(child, 0)  # the process has ended
     put(tmp_path, "a", FULL)
     put(tmp_path, "b", PARTIAL)
     put(tmp_path, "c", FAILED)
@@ -68,7 +75,7 @@ def test_the_list_shows_the_progress_of_every_run(tmp_path, capsys):
     assert said[-1].startswith(f"left out: {tmp_path / 'k' / 'record.json'}: schema is None")
 
 
-def test_the_list_of_nothing_says_so(tmp_path):
+def test_the_list_of_an_empty_folder_says_that_there_are_no_runs(tmp_path):
     assert list_runs(tmp_path / "none") == f"no runs in {tmp_path / 'none'}"
 
 
@@ -81,7 +88,7 @@ def test_hostile_text_cannot_steer_the_terminal(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"pid": "x"}', '{"pid": 1, "host": 2, "since": 3}', "[" * 9999])
-def test_a_lock_that_says_nothing_is_nobodys(tmp_path, content):
+def test_an_unreadable_holder_file_names_nobody(tmp_path, content):
     (tmp_path / files.HOLDER).write_text(content)
     assert files.holder(tmp_path) is None
     with files.locked(tmp_path) as dead:
@@ -89,7 +96,7 @@ def test_a_lock_that_says_nothing_is_nobodys(tmp_path, content):
     assert files.holder(tmp_path) is None
 
 
-def test_the_configuration_is_all_of_the_recipe(capsys):
+def test_the_configuration_contains_the_whole_recipe(capsys):
     assert command.main(["revnet38", "cifar100", "--config", "--seed", "3", "--pad", "1", "--disable"]) == 0
     values = json.loads(capsys.readouterr().out)
     recipe = Recipe.from_dict(values["recipe"])
@@ -116,7 +123,7 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(tmp_path, monkeypatch, c
     assert "for 12 iterations of " in said and "steps just timed" in said
 
 
-def test_a_dry_run_sees_where_the_run_is_and_how_long_one_like_it_took(tiny_runs, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_shows_the_state_of_the_run_and_the_time_of_a_similar_one(tiny_runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cifar_data, "generate", lambda num_classes, **sizes: DATA)
 
     def printed(name: str) -> str:

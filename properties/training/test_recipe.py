@@ -1,4 +1,4 @@
-"""The recipe: the published values, names that keep runs apart, and refusals at the door."""
+"""The recipe: the published values, names that keep runs apart, and values that are refused."""
 
 import json
 from dataclasses import fields, replace
@@ -52,7 +52,7 @@ def test_two_recipes_have_the_same_name_only_if_they_are_the_same(base, first, s
 
 
 @given(base=st.sampled_from(list(RECIPES.values())), first=changes, second=changes)
-def test_changes_in_two_goes_are_named_like_changes_in_one(base, first, second):
+def test_changes_in_two_steps_are_named_like_changes_in_one(base, first, second):
     assert override(override(base, **first), **second) == override(base, **{**first, **second})
 
 

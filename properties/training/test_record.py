@@ -37,7 +37,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path, written):
 
 
 @pytest.mark.parametrize("folder", sorted((Path(reports.__file__).parent / "records").glob("*/record.json")), ids=str)
-def test_the_committed_records_are_read_and_lie_where_their_name_says(folder):
+def test_the_committed_records_are_valid_and_their_folders_have_their_names(folder):
     assert load(folder).name == folder.parent.name
 
 
@@ -50,7 +50,7 @@ def test_only_a_complete_published_run_on_official_data_with_the_engine_is_full(
     assert not changed(FULL, device=two).is_full, "each process normalises by its own half of a batch"
     assert changed(FULL, device=two, software={**FULL.software, "execution": "bf16, sync-batch-norm"}).is_full
     for change in ({"pad": 3}, {"test_images": 100}, {"evaluate_every": 100}, {"learning_rate": 0.2}):
-        recipe = replace(PUBLISHED, **change)  # the same name: it is the values that count
+        recipe = replace(PUBLISHED, **change)  # the name is unchanged, but the values count
         assert not changed(FULL, recipe=recipe).is_full
 
 
@@ -89,7 +89,7 @@ paths = st.sampled_from(
 
 
 @given(path=paths, value=json_values, remove=st.booleans())
-def test_whatever_a_field_holds_the_record_is_valid_or_refused(tmp_path_factory, path, value, remove):
+def test_a_record_with_a_random_field_is_valid_or_refused(tmp_path_factory, path, value, remove):
     folder = tmp_path_factory.mktemp("run")
     values = json.loads(FULL.write(folder).read_text())
     parent = values
@@ -110,7 +110,7 @@ def test_whatever_a_field_holds_the_record_is_valid_or_refused(tmp_path_factory,
 
 
 @given(content=st.binary(max_size=40))
-def test_whatever_a_file_holds_nothing_but_bad_record_is_raised(tmp_path_factory, content):
+def test_a_file_of_random_bytes_raises_only_bad_record(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("run") / "record.json"
     path.write_bytes(content)
     with pytest.raises(BadRecord, match="record.json"):
@@ -148,7 +148,7 @@ def test_different_runs_have_different_folders(one, two):
     assert run_name("revnet38", "cifar10", PUBLISHED, 0) == "revnet38-cifar10-published-s0"
 
 
-def test_what_is_computed_otherwise_has_a_folder_of_its_own():
+def test_runs_that_compute_something_else_have_their_own_folders():
     ways = list(product(record.DATA_SUFFIXES, (True, False), (1, 2, 12)))
     names = [
         run_name("revnet38", "cifar10", PUBLISHED, 0, data=data, engine=engine, processes=processes)
@@ -196,7 +196,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_disk_that_takes_no_more_is_named_and_nothing_is_left_on_it(tmp_path, monkeypatch, step):
+def test_on_a_full_disk_the_error_names_the_file_and_no_other_file_is_left(tmp_path, monkeypatch, step):
     path, previous = tmp_path / "record.json", tmp_path / "previous"
     path.write_text("old")
 

@@ -45,13 +45,13 @@ def test_an_unknown_model_or_data_set_is_refused_with_the_choices(tmp_path):
 
 
 def another_run(runs, name):
-    """Make a folder with the tiny run's name and the files of another run; return the expected part of the message."""
+    """Give another run's files the tiny run's folder, and return the expected part of the message."""
     if name == "seed":
         run(runs, seed=1)
         (runs / NAME.replace("s0", "s1")).rename(runs / NAME)
         return "seed is 1 there, 0 here"
     if name == "official data":
-        with pytest.MonkeyPatch.context() as patch:  # the same images, passed off as the real ones
+        with pytest.MonkeyPatch.context() as patch:  # the same images, but marked as official
             patch.setattr(cifar_data, "load", lambda dataset, data: replace(DATA, official=True))
             run(runs, data="elsewhere")
         (runs / NAME.removesuffix("-generated")).rename(runs / NAME)
@@ -68,7 +68,7 @@ def another_run(runs, name):
 
 @pytest.mark.parametrize("name", ["seed", "engine", "recipe", "official data"])
 @pytest.mark.parametrize("finished", [True, False], ids=["record", "checkpoint"])
-def test_another_runs_folder_is_refused_by_what_differs(tmp_path, name, finished):
+def test_another_runs_folder_is_refused_and_the_difference_is_named(tmp_path, name, finished):
     message = another_run(tmp_path, name)
     if not finished:
         (tmp_path / NAME / "record.json").unlink()
@@ -111,7 +111,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     with pytest.raises(BadCheckpoint, match="no checkpoint .UnpicklingError.; .*no checkpoint .UnpicklingError."):
         run(tmp_path)
     assert not (tmp_path / "harm").exists()
-    torch.load(tmp_path / NAME / "checkpoint.pt", weights_only=False)  # it would have
+    torch.load(tmp_path / NAME / "checkpoint.pt", weights_only=False)  # unpickled directly, it does harm
     assert (tmp_path / "harm").exists()
 
 
@@ -145,7 +145,7 @@ def test_a_busy_folder_names_its_holder(tmp_path):
             run(tmp_path)
 
 
-def test_a_folder_that_is_moved_aside_meanwhile_is_not_the_one_that_is_held(tmp_path, monkeypatch):
+def test_a_folder_that_is_moved_aside_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
     """Between opening the lock and locking it, another process may begin the run anew."""
     folder, flock = tmp_path / "run", fcntl.flock
     (folder / "tensorboard").mkdir(parents=True)
@@ -164,7 +164,7 @@ def test_a_folder_that_is_moved_aside_meanwhile_is_not_the_one_that_is_held(tmp_
     assert files.holder(tmp_path / "run.old-1") is None
 
 
-def test_a_folder_that_is_set_aside_is_held_by_nobody(tmp_path):
+def test_nobody_holds_the_folders_of_ended_runs(tmp_path):
     run(tmp_path)
     assert run(tmp_path, fresh=True).interruptions == 0
     assert {path.name for path in tmp_path.iterdir()} == {NAME, f"{NAME}.old-1"}
@@ -174,8 +174,8 @@ def test_a_folder_that_is_set_aside_is_held_by_nobody(tmp_path):
         pass
 
 
-def test_a_lock_outlives_no_process_and_the_dead_one_is_named(tmp_path):
-    """A killed process leaves its name, and no lock."""
+def test_a_killed_process_loses_its_lock_and_is_named(tmp_path):
+    """The file with the holder's name stays, but the lock ends with the process."""
     code = f"""
 import time
 from pathlib import Path

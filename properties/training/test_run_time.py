@@ -1,4 +1,4 @@
-"""The seconds of a run: training time leaves out the rest and adds up over interruptions, and budgets are kept."""
+"""The times of a run: training time excludes all else and adds up over interruptions, and budgets are kept."""
 
 import time
 
@@ -47,7 +47,7 @@ def test_an_evaluation_that_would_exceed_the_budget_is_left_for_the_next_time(tm
     assert [row["iteration"] for row in curve_of(tmp_path / NAME)] == ["5", "10", "12"]
 
 
-def test_training_time_leaves_out_evaluation_and_start_up(tmp_path, monkeypatch):
+def test_training_time_excludes_evaluation_and_start(tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "resnet32", lambda num_classes, *, disable: Slow(evaluation_seconds=0.2))
     started = time.monotonic()
     record = run(tmp_path)

@@ -23,7 +23,7 @@ from properties.support.records import (
 from properties.support.runs import without
 
 
-def test_a_run_in_one_segment_says_so():
+def test_a_new_record_has_one_segment():
     (part,) = changed(FULL, software={**FULL.software, "execution": "bf16, compile"}).segments
     assert (part.first, part.last, part.train_seconds, part.shared_by) == (0, 80_000, 6660.0, 1)
     assert (part.device, part.software, part.commit, part.clean) == (FULL.device, VERSIONS, "c0ffee", True)
@@ -31,7 +31,7 @@ def test_a_run_in_one_segment_says_so():
     assert FULL.segments[0].execution == "float32", "the execution of records that name none"
 
 
-def test_a_run_is_mixed_when_its_parts_were_executed_differently_and_then_it_is_not_full():
+def test_a_run_whose_segments_were_executed_differently_is_mixed_and_not_full():
     on_cpu = replace(TWO, device=FULL.device)
     elsewhere = replace(TWO, device={**GPU, "name": "another GPU"}, software={**VERSIONS, "torch": "3"})
     unused = replace(OTHER, last=30_000, train_seconds=0.0)
@@ -51,7 +51,7 @@ def test_a_run_is_mixed_when_its_parts_were_executed_differently_and_then_it_is_
     assert replace(MIXED, data=GENERATED).mark == " (generated data) (mixed execution)"
 
 
-def test_a_run_was_shared_by_as_many_as_trained_at_once_in_any_of_its_parts():
+def test_shared_by_is_the_largest_number_of_any_segment():
     assert FULL.shared_by == 1
     assert in_segments(ONE, TWO).shared_by == 4
     assert in_segments(replace(ONE, shared_by=1), TWO).shared_by == 2
@@ -109,7 +109,7 @@ BAD_SEGMENTS = [
 
 
 @pytest.mark.parametrize(("message", "spoil"), BAD_SEGMENTS, ids=[message for message, _ in BAD_SEGMENTS])
-def test_segments_that_cannot_be_are_refused_with_the_reason(tmp_path, message, spoil):
+def test_impossible_segments_are_refused_with_the_reason(tmp_path, message, spoil):
     values = json.loads(PURE.write(tmp_path).read_text())
     values["segments"] = spoil(*values["segments"])
     (tmp_path / "record.json").write_text(json.dumps(values))
@@ -117,5 +117,5 @@ def test_segments_that_cannot_be_are_refused_with_the_reason(tmp_path, message, 
         load(tmp_path)
 
 
-def test_a_segment_comes_back_from_its_dictionary():
+def test_a_segment_survives_a_dictionary():
     assert Segment.from_dict(json.loads(json.dumps(asdict(ONE)))) == ONE

@@ -19,7 +19,7 @@ def test_the_warning_names_both_times_and_the_fix(four_threads):
 
 
 @pytest.mark.parametrize("several", [0.005, 0.02, 0.029])
-def test_threads_that_help_or_hardly_hurt_are_not_reported(four_threads, several):
+def test_threads_that_are_faster_or_hardly_slower_are_not_reported(four_threads, several):
     assert threads.warning(100, measure=lambda batch, count: several if count == 4 else 0.02) is None
 
 

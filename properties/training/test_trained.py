@@ -52,18 +52,18 @@ def test_trained_weights_are_loaded_by_name(runs):
 
 
 @pytest.mark.parametrize("name", ["../runs", "a/b", "..", ".", "", "/etc", f"x/../{NAME}", f"{NAME}/", f"./{NAME}"])
-def test_a_name_does_not_lead_out_of_the_folder_of_runs(runs, name):
+def test_a_name_that_is_not_one_folders_is_refused(runs, name):
     with pytest.raises(ValueError, match="name of a run: got .*, wanted a folder's name"):
         memcnn.load_trained(name, runs=runs)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "/etc", "a\\b", "a\0b", "", "a b", "ü", "a\nb"])
-def test_a_recipe_has_no_name_that_leads_out_of_the_folder_of_runs(name):
+def test_a_recipe_name_with_unsafe_characters_is_refused(name):
     with pytest.raises(ValueError, match="recipe name: got "):
         replace(RECIPE, name=name)
 
 
-def test_the_name_of_a_run_is_one_folders_whatever_the_recipe_is_called(tmp_path):
+def test_the_name_of_a_run_is_one_folder_for_every_name_of_a_recipe(tmp_path):
     for name in ("..", ".", "...", "-", "+"):
         path = tmp_path / record.run_name("resnet32", "cifar10", replace(RECIPE, name=name), 0)
         assert path.resolve().parent == tmp_path.resolve()
@@ -72,7 +72,7 @@ def test_the_name_of_a_run_is_one_folders_whatever_the_recipe_is_called(tmp_path
 def test_a_run_that_is_not_complete_is_loaded_only_when_asked_for(runs, tmp_path):
     run(tmp_path, recipe=override(RECIPE, iterations=13), budget_seconds=0)
     (folder,) = tmp_path.iterdir()
-    with pytest.raises(ValueError, match="is partial, 0 of 13 iterations: partial=True"):
+    with pytest.raises(ValueError, match="is partial, 0 of 13 iterations: pass partial=True"):
         memcnn.load_trained(folder.name, runs=tmp_path)
     assert memcnn.load_trained(folder.name, runs=tmp_path, partial=True)
 
@@ -113,7 +113,7 @@ def test_misuse_and_missing_data_have_the_statuses_of_training(runs, tmp_path, m
 
 
 def _status(words: list[str]) -> int:
-    """Return the exit status of the command: its parser exits, and other misuse is returned."""
+    """Return the exit status of the command, which it raises as SystemExit for misuse that its parser finds."""
     try:
         return command.main(words)
     except SystemExit as stop:

@@ -20,8 +20,8 @@ from properties.support.runs import DATA, NAME, RECIPE, checkpoint_of, curve_of,
 pytestmark = pytest.mark.usefixtures("tiny_runs")
 
 
-def test_training_is_the_recipe_written_out(tmp_path):
-    """Against SGD by hand on images augmented one by one, and evaluation of the whole test set at once."""
+def test_training_follows_the_recipe(tmp_path):
+    """Compare with SGD written by hand, images augmented one by one, and evaluations of all test images at once."""
     record = run(tmp_path, seed=3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -76,7 +76,7 @@ def test_training_is_the_recipe_written_out(tmp_path):
     assert record.train_seconds == float(curve[-1]["train_seconds"])
 
 
-def test_the_initial_weights_are_the_seeds_and_the_callers_generator_is_left_alone(tmp_path):
+def test_the_seed_determines_the_initial_weights_and_the_callers_generator_is_unchanged(tmp_path):
     for seed in (0, 7):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -103,7 +103,7 @@ def test_the_record_holds_model_data_and_memory(tmp_path):
     assert load(tmp_path / NAME) == record
 
 
-def test_the_record_and_the_curve_are_there_at_every_evaluation(tmp_path, monkeypatch):
+def test_record_curve_and_checkpoint_are_written_at_every_evaluation(tmp_path, monkeypatch):
     written, write = [], RunRecord.write
 
     def spy(self, folder):
@@ -118,7 +118,7 @@ def test_the_record_and_the_curve_are_there_at_every_evaluation(tmp_path, monkey
 
 
 class Counting(nn.Module):
-    """The tiny network, which can fail in a given training step; the count of steps is part of its state."""
+    """The tiny network, which can fail in a given training step. Its state contains the number of steps."""
 
     def __init__(self, *, loss_fails_at: int = 0, buffer_fails_at: int = 0) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Counting(nn.Module):
 
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "at the next evaluation"])
 def test_a_loss_that_is_no_number_ends_the_run_with_its_iteration(tmp_path, monkeypatch, late):
-    if late:  # as on a device whose losses are not looked at in every step
+    if late:  # as on a GPU, whose losses are not read in every step
         step = Run.step
 
         def blind_step(self):
@@ -192,7 +192,7 @@ def test_fresh_moves_the_old_run_aside(tmp_path):
         assert len(list(csv.DictReader(file))) == 3
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
+def test_the_same_seed_gives_the_same_run_and_other_seeds_give_others(tmp_path):
     results = [
         (without(vars(run(tmp_path / str(number), seed=seed)), "train_seconds", "commit", "clean", "segments"), seed)
         for number, seed in enumerate((0, 0, 1))

@@ -37,8 +37,8 @@ def test_in_exact_mode_the_curve_and_the_weights_are_the_twins_bit_for_bit(devic
 
 
 def test_otherwise_the_curve_is_the_twins_up_to_rounding(device):
-    """Training amplifies a rounding some hundredfold every few steps: float64 leaves room for fifty of them."""
+    """Training multiplies a rounding error by about 100 every few steps, so the comparison needs float64."""
     losses, _ = losses_and_weights(device, torch.float64)
     twin_losses, _ = losses_and_weights(device, torch.float64, disable=True)
-    assert not torch.equal(losses, twin_losses), "an engine without rounding is no engine"
+    assert not torch.equal(losses, twin_losses), "equal bits: the engine, which rounds, was not used"
     assert relative_error(losses, twin_losses) <= 1e-6

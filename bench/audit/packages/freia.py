@@ -41,7 +41,7 @@ class Estimated(Adapter):
 
 
 class NoLogDet(nn.Module):
-    """An adapter for layers that declare to have no log-determinant."""
+    """An adapter for layers without a log-determinant; FrEIA takes ``jac=False`` for them."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()

@@ -1,4 +1,4 @@
-"""zuko: calling a lazy transform returns a transform that is called, and has ``inv`` and ``call_and_ladj``."""
+"""zuko: a lazy transform returns a transform ``t`` when called; use ``t(x)``, ``t.inv`` and ``t.call_and_ladj(x)``."""
 
 import zuko
 from torch import Tensor

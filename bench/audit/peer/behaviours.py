@@ -1,4 +1,4 @@
-"""Programs whose results a contender must get right: they are compared with the results under plain autograd."""
+"""Programs that every contender runs. Their results must equal those under plain autograd."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

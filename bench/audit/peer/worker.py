@@ -56,12 +56,12 @@ class Contender:
         return {}
 
     def step(self, repeat: int = 1) -> dict:
-        """Return the seconds of each of ``repeat`` training steps, and those that the processor spent on them."""
+        """Return wall-clock seconds and CPU seconds of each of ``repeat`` training steps."""
         seconds, cpu_seconds = zip(*(self._timed() for _ in range(repeat)), strict=True)
         return {"seconds": seconds, "cpu_seconds": cpu_seconds}
 
     def memory(self) -> dict:
-        """Return the peak bytes of a step, without parameters, input and output gradient, with all other gradients."""
+        """Return the bytes of the parameters' gradients, and a step's peak above parameters, input, output gradient."""
         peak_bytes = memory.allocator_peak_bytes(self._fresh_step())
         return {"peak_bytes": peak_bytes, "gradient_bytes": sum(p.nbytes for p in self.model.branches.parameters())}
 
