@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 
 _MISSING = re.compile(r"operator torchvision::(\w+) does not exist")
-_declared: list[torch.library.Library] = []  # keeps the libraries alive, because operators end with their library
+declared: list[torch.library.Library] = []  # keeps the libraries alive, because operators end with their library
 
 
 def _import_torchvision() -> ModuleType:
@@ -32,7 +32,7 @@ def _import_torchvision() -> ModuleType:
             del sys.modules[module]
         library = torch.library.Library("torchvision", "FRAGMENT")
         library.define(f"{names[-1]}(...) -> ...")
-        _declared.append(library)
+        declared.append(library)
 
 
 torchvision = _import_torchvision()

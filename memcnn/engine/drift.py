@@ -52,7 +52,7 @@ _covered: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _last_warning = ("", -1)
 """The branch that the last warning named, and the number of its backward pass."""
 _GPU = torch.device("cuda")
-_arriving: list[tuple["Drift", "Comparison", Tensor, torch.cuda.Event]] = []
+arriving: list[tuple["Drift", "Comparison", Tensor, torch.cuda.Event]] = []
 """Comparisons on GPUs whose numbers have not arrived on the CPU yet."""
 
 
@@ -99,7 +99,7 @@ class Drift:
                 host.copy_(numbers, non_blocking=True)
                 arrived = torch.cuda.Event()
                 arrived.record(torch.cuda.current_stream(device))
-                _arriving.append((self, what, host, arrived))
+                arriving.append((self, what, host, arrived))
         read_arrived()
 
     def check(self, what: Comparison, numbers: Tensor) -> None:
@@ -145,8 +145,8 @@ def read_arrived() -> None:
 
     During the capture of a CUDA graph nothing is checked, because asking an event would make the capture fail.
     """
-    while _arriving and not is_captured(_GPU) and _arriving[0][3].query():
-        drift, what, numbers, _ = _arriving.pop(0)
+    while arriving and not is_captured(_GPU) and arriving[0][3].query():
+        drift, what, numbers, _ = arriving.pop(0)
         drift.check(what, numbers)
 
 

@@ -46,10 +46,10 @@ def git_state() -> dict:
 
     Outside a git checkout of the package, as in a Docker image, the commit is that of ``MEMCNN_COMMIT``.
     """
-    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
         return {"commit": os.environ.get("MEMCNN_COMMIT") or None, "clean": None}
-    changes = _git("status", "--porcelain", "--", ".")
-    return {"commit": _git("rev-parse", "HEAD"), "clean": None if changes is None else changes == ""}
+    changes = git("status", "--porcelain", "--", ".")
+    return {"commit": git("rev-parse", "HEAD"), "clean": None if changes is None else changes == ""}
 
 
 def segment_from(iteration: int, *, execution: str, device: torch.device, processes: int, shared_by: int) -> Segment:
@@ -74,7 +74,8 @@ def segment_from(iteration: int, *, execution: str, device: torch.device, proces
     )
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
+    """Return what git prints for the package's folder. Return None without git, or outside of a checkout."""
     try:
         done = subprocess.run(["git", "-C", str(_PACKAGE), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

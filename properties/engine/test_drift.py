@@ -195,7 +195,7 @@ def test_on_a_gpu_the_numbers_are_read_when_they_have_arrived(monkeypatch):
     arrived = SimpleNamespace(query=lambda: ready)
     watch = drift.Drift(nn.Linear(2, 2))
     what = drift.Comparison([0], [torch.Size([100])])
-    monkeypatch.setattr(drift, "_arriving", [(watch, what, torch.tensor([[1.0, 50, 50], [2.0, 50, 50]]), arrived)])
+    monkeypatch.setattr(drift, "arriving", [(watch, what, torch.tensor([[1.0, 50, 50], [2.0, 50, 50]]), arrived)])
     ready = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -207,4 +207,4 @@ def test_on_a_gpu_the_numbers_are_read_when_they_have_arrived(monkeypatch):
             drift.read_arrived()
     with pytest.warns(UserWarning, match="the branch Linear: .* a norm of 2 instead of 1"):
         drift.read_arrived()
-    assert not drift._arriving
+    assert not drift.arriving

@@ -44,7 +44,7 @@ def test_a_change_of_the_code_keeps_the_layer_of_the_requirements():
 
 
 def test_outside_a_checkout_the_commit_is_that_of_the_image(monkeypatch):
-    monkeypatch.setattr(environment, "_git", lambda *words: None)
+    monkeypatch.setattr(environment, "git", lambda *words: None)
     monkeypatch.setenv("MEMCNN_COMMIT", "0123abcd")
     assert environment.git_state() == {"commit": "0123abcd", "clean": None}
     monkeypatch.delenv("MEMCNN_COMMIT")

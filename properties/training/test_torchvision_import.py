@@ -20,9 +20,9 @@ for name in {names}:
 """
 PROGRAM = """
 import torch
-from memcnn._torchvision import _declared, torchvision
+from memcnn._torchvision import declared, torchvision
 assert torchvision.loaded and torchvision.extension.count == 1, "a half-imported module was left in place"
-print(len(_declared))
+print(len(declared))
 """
 
 
