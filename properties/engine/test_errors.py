@@ -178,6 +178,13 @@ def test_a_module_that_modifies_its_input_is_refused(make):
         make()(rows().sin())
 
 
+def test_a_hook_that_changes_nothing_is_not_named_as_the_cause():
+    module = block(TimesTwoInPlace)
+    module._fn.Fm.register_forward_hook(lambda *_: None)
+    with refused(RuntimeError, "TimesTwoInPlace modifies its input in place", "make its first operation an out-of"):
+        module(rows().sin())
+
+
 class ReturnsDict(Doubling):
     def forward(self, x):
         return {"y": super().forward(x)}

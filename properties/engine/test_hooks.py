@@ -6,7 +6,12 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_full_backward_hook,
+    register_module_full_backward_pre_hook,
+)
 
 from memcnn import ReversibleSequential
 from properties.support.twin import (
@@ -106,10 +111,20 @@ def test_a_hook_registered_after_the_forward_pass_is_not_called_by_backward():
     handle.remove()
 
 
-@pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
-def test_global_hooks_see_each_module_once(register):
+@pytest.mark.parametrize(
+    "register",
+    [
+        register_module_forward_hook,
+        register_module_forward_pre_hook,
+        register_module_full_backward_hook,
+        register_module_full_backward_pre_hook,
+    ],
+    ids=lambda register: register.__name__,
+)
+@pytest.mark.parametrize("chain", [block, lambda: ReversibleSequential(block(), block())], ids=["block", "sequence"])
+def test_global_hooks_see_each_module_once(register, chain):
     seen = Counter()
-    module = block()
+    module = chain()
     handle = register(lambda m, *_: seen.update([id(m)]))
     try:
         weighted_sum(module(images())).backward()
