@@ -141,6 +141,22 @@ def test_a_hook_may_be_a_builtin_without_a_module():
     assert list(seen) == [module._fn.Fm]
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_a_hook_may_be_given_a_quantized_tensor():
+    class Quantized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.reading = nn.Linear(3, 3), nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q = torch.quantize_per_tensor(x.detach().float(), 0.1, 0, torch.qint8)
+            return self.linear(x) * self.reading(q).dequantize()
+
+    module = block(Quantized)
+    module._fn.Fm.reading.register_forward_hook(lambda *_: None)
+    assert_like_twin(module, backward, images(4, 6))
+
+
 def test_a_hook_may_be_a_partial_of_a_function():
     seen = Counter()
     module = block()

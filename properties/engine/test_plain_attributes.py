@@ -1,11 +1,13 @@
 """Plain attributes and arguments in containers are those of the forward pass in the recomputation."""
 
+import io
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
-from properties.support.blocks import net, refused, rows, wrapped
+from properties.support.blocks import Notes, net, refused, rows, wrapped
 from properties.support.scaled import PROGRAMS, Scaled, chain, twice
 from properties.support.twin import assert_like_twin, assert_same, backward, block, plain_twin, run, weighted_sum
 
@@ -129,6 +131,26 @@ def test_an_attribute_that_the_first_forward_pass_sets_is_none_in_the_recomputat
     module = chain(lambda: Remembering(value))
     assert_like_twin(module, backward, rows())
     assert all(type(wrapped._fn.Gm.noted) is type(value) for wrapped in module)
+
+
+def test_an_object_that_the_first_forward_pass_opens_is_opened_once():
+    class Logging(Scaled):
+        """Opens a log in its first forward pass."""
+
+        def __init__(self):
+            super().__init__()
+            self.log, self.opened = None, Notes()
+
+        def scale(self, x):
+            if self.log is None:
+                self.opened.append(None)
+                self.log = io.StringIO()
+            return 1.0
+
+    module = block(Logging)
+    weighted_sum(module(rows())).backward()
+    for branch in (module._fn.Fm, module._fn.Gm):
+        assert isinstance(branch.log, io.StringIO) and len(branch.opened) == 1
 
 
 class Lazy(Scaled):
