@@ -9,6 +9,7 @@ from hypothesis import given
 from torch import nn
 
 from memcnn import AdditiveCoupling, AffineAdapterNaive, AffineCoupling, InvertibleModuleWrapper, ReversibleSequential
+from memcnn.engine.chain import Value
 from memcnn.testing.cases import Network
 from memcnn.testing.strategies import networks
 from properties.support.held import held_bytes, living
@@ -62,6 +63,7 @@ def test_a_retained_graph_holds_no_more_after_a_pass_than_before_it():
     before = held_bytes()
     loss.backward(retain_graph=True)
     assert held_bytes() == before > 0
+    assert all(value.pending_reads == 0 for value in living(Value))
 
 
 @pytest.mark.parametrize("switch", ["disable", "enable"])
