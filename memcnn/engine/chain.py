@@ -50,7 +50,6 @@ class Value(Stored):
     __slots__ = ("link", "pending_reads")
 
     def __init__(self, tensor: Tensor):
-        super().__init__()
         self.link: Link | None = None
         self.pending_reads = 0
         self.store(tensor)

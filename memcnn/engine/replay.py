@@ -250,11 +250,13 @@ class Replay(ReplayedBuffers):
     def _has_grown(self) -> bool:
         """Return whether the first evaluation built modules, parameters or buffers."""
         modules = list(self.module.modules())
+        registries = {id(m._buffers) for m in modules}
+        buffers = sum(id(registry) in registries for registry, _, _ in self.buffers)  # the others are plain attributes
         return (
             len(modules),
             sum(p is not None for m in modules for p in m._parameters.values()),
             sum(b is not None for m in modules for b in m._buffers.values()),
-        ) != (len(self.modes), len(self.parameters), len(self.buffers))
+        ) != (len(self.modes), len(self.parameters), buffers)
 
     def again(self, *, compare: bool = True) -> Again:
         """Return the context of a further evaluation.

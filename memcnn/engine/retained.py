@@ -23,13 +23,11 @@ class Stored:
 
     __slots__ = ("__weakref__", "tensor", "version")
 
+    tensor: Tensor | None
+    version: int
+    """The version of the tensor when it was stored."""
     pending_reads = 0
     """Number of links that are waiting to be rebuilt from this tensor."""
-
-    @never_compiled
-    def __init__(self) -> None:
-        self.tensor: Tensor | None = None
-        self.version = 0
 
     @never_compiled
     def store(self, tensor: Tensor) -> None:

@@ -78,12 +78,15 @@ def at_end_of_backward(function: Callable[[], None]) -> None:
     Variable._execution_engine.queue_callback(function)
 
 
-def wanted_by_pass(nodes: Sequence[tuple[Node | None, int]]) -> list[bool]:
-    """Return for each of a node's ``next_functions`` whether the running backward pass needs a gradient for it."""
+def wanted_by_pass(nodes: Sequence[tuple[Node, int]]) -> list[bool]:
+    """Return for each of a node's ``next_functions`` whether the running backward pass needs a gradient for it.
+
+    All inputs of the node require gradients, so that none of the functions is None.
+    """
     try:
-        return [node is not None and _is_wanted(node) for node, _ in nodes]
+        return [_is_wanted(node) for node, _ in nodes]
     except RuntimeError:
-        return [node is not None and _is_asked_for(node) for node, _ in nodes]
+        return [_is_asked_for(node) for node, _ in nodes]
 
 
 _is_wanted: Callable[[Node], bool] = torch._C._will_engine_execute_node

@@ -166,14 +166,14 @@ def bits_per_dimension(flow: Glow, images: Tensor, levels: int = 256) -> Tensor:
 
     Raises:
         TypeError: the images are not uint8.
-        ValueError: ``levels`` does not divide 256.
+        ValueError: ``levels`` is no power of two from 2 to 256.
     """
     if images.dtype != torch.uint8:
         raise TypeError(
             f"images must be uint8, pixel values from 0 to 255: got {images.dtype}; for others use -flow.log_prob(x)"
         )
-    if levels < 1 or 256 % levels:
-        raise ValueError(f"levels must be a power of two, at most 256: got {levels}")
+    if levels < 2 or 256 % levels:
+        raise ValueError(f"levels must be a power of two from 2 to 256: got {levels}")
     x = torch.div(images, 256 // levels, rounding_mode="floor").to(next(flow.parameters()).dtype)
     x = (x + torch.rand_like(x)) / levels - 0.5
     dimensions = math.prod(images.shape[1:])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from memcnn.engine.recompute import Activation
-from properties.support.blocks import net, refused, rows
+from properties.support.blocks import Notes, net, refused, rows
 from properties.support.held import living
 from properties.support.twin import assert_like_twin, backward, block, weighted_sum
 
@@ -62,3 +62,18 @@ def test_kept_activations_are_dropped_when_the_evaluation_ends():
     made = [activation for activation in living(Activation) if id(activation) not in before]
     assert made and all(activation.tensor is None for activation in made)
     weighted_sum(y).backward()
+
+
+def test_a_branch_that_differentiates_itself_in_the_recomputation_alone_is_refused():
+    class Late(Hamiltonian):
+        def __init__(self):
+            super().__init__()
+            self.seen = Notes()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(None)
+            return self.net(x).expand_as(x) if len(self.seen) == 1 else super().forward(x)
+
+    y = block(Late)(rows())
+    with refused(RuntimeError, "Late differentiates within its own forward pass in the recomputation", "keep_input"):
+        weighted_sum(y).backward()

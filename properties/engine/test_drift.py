@@ -12,6 +12,7 @@ from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequenti
 from memcnn.engine import drift
 from memcnn.testing.tolerances import relative_error
 from properties.engine.test_overhead import Operators
+from properties.support.blocks import Notes, refused
 from properties.support.twin import block, conv_branch, images, plain_twin, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -208,3 +209,38 @@ def test_on_a_gpu_the_numbers_are_read_when_they_have_arrived(monkeypatch):
     with pytest.warns(UserWarning, match="the branch Linear: .* a norm of 2 instead of 1"):
         drift.read_arrived()
     assert not drift.arriving
+
+
+@pytest.mark.parametrize(("share", "warns"), [(0.005, False), (0.02, True)])
+def test_the_share_of_positive_entries_that_may_change_is_one_of_all_entries(share, warns):
+    then = torch.zeros(100, 100)
+    then[:50] = 1
+    now = then.clone()
+    now.view(-1)[-round(share * now.numel()) :] = 1e-6
+    watch = drift.Drift(nn.ReLU())
+    watch.note(then)
+    watch.note_rebuilt(0, now)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        watch.compare()
+        read_all()
+    expected = [True] if warns else []
+    assert ["has 52.0 % positive entries instead of 50.0 %" in str(warning.message) for warning in caught] == expected
+
+
+def test_a_watched_branch_that_saves_something_else_in_the_recomputation_is_an_error():
+    """Its tensor of one dimension has no statistics that the watch could compare."""
+
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = Notes()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(None)
+            return x.flatten().tanh().view_as(x) if len(self.seen) == STEPS + 1 else x.tanh()
+
+    module = InvertibleModuleWrapper(AdditiveCoupling(Flat(), nn.Identity()))
+    outputs = [module(images(8, 16, dtype=torch.float32)) for _ in range(STEPS)]
+    with refused(RuntimeError, "Flat computed something else in the recomputation"):
+        weighted_sum(outputs[-1]).backward()

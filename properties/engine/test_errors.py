@@ -144,6 +144,12 @@ def test_a_branch_that_changes_the_shape_is_refused(function, got, disable):
         block(returning(function), disable=disable)(rows())
 
 
+@pytest.mark.parametrize("disable", [False, True], ids=["engine", "disabled"])
+def test_a_branch_that_changes_the_shape_is_refused_by_the_inverse(disable):
+    with refused(ValueError, "must keep the shape of a half, (4, 3)", "got shape (2, 4, 3)"):
+        block(returning(lambda x: torch.stack((x, x))), disable=disable).inverse(rows())
+
+
 def test_a_branch_that_raises_the_precision_of_the_stream_is_refused():
     with refused(ValueError, "Branch does not fit its coupling", "float32", "would become torch.float64"):
         block(returning(Tensor.double)).float()(rows().float())
@@ -176,6 +182,13 @@ class DoublingInPlace(Doubling):
 def test_a_module_that_modifies_its_input_is_refused(make):
     with refused(RuntimeError, "modifies its input in place", "out-of-place"):
         make()(rows().sin())
+
+
+def test_a_hook_that_changes_nothing_is_not_named_as_the_cause():
+    module = block(TimesTwoInPlace)
+    module._fn.Fm.register_forward_hook(lambda *_: None)
+    with refused(RuntimeError, "TimesTwoInPlace modifies its input in place", "make its first operation an out-of"):
+        module(rows().sin())
 
 
 class ReturnsDict(Doubling):

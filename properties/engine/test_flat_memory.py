@@ -98,3 +98,12 @@ def test_an_input_with_gaps_or_overlaps_is_given_its_gradient(view):
 
     for module in (block(), InvertibleModuleWrapper(OnlyInvertible(block()._fn))):
         assert_like_twin(nn.Sequential(module, block()), program, images(2, 6, 5, 4))
+
+
+def test_a_pass_that_retains_its_graph_keeps_the_tensors_of_the_last_links_and_no_more():
+    chain = wrapped(2 * retained.KEPT_LINKS)
+    x = images(2, 8, 5, 4, dtype=torch.float32)
+    kept = []
+    x.register_hook(lambda _: kept.extend(len(links) for links in retained.passes.values()))
+    weighted_sum(chain(x)).backward(retain_graph=True)
+    assert kept == [retained.KEPT_LINKS]

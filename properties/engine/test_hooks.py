@@ -6,7 +6,12 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_full_backward_hook,
+    register_module_full_backward_pre_hook,
+)
 
 from memcnn import ReversibleSequential
 from properties.support.twin import (
@@ -106,10 +111,20 @@ def test_a_hook_registered_after_the_forward_pass_is_not_called_by_backward():
     handle.remove()
 
 
-@pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
-def test_global_hooks_see_each_module_once(register):
+@pytest.mark.parametrize(
+    "register",
+    [
+        register_module_forward_hook,
+        register_module_forward_pre_hook,
+        register_module_full_backward_hook,
+        register_module_full_backward_pre_hook,
+    ],
+    ids=lambda register: register.__name__,
+)
+@pytest.mark.parametrize("chain", [block, lambda: ReversibleSequential(block(), block())], ids=["block", "sequence"])
+def test_global_hooks_see_each_module_once(register, chain):
     seen = Counter()
-    module = block()
+    module = chain()
     handle = register(lambda m, *_: seen.update([id(m)]))
     try:
         weighted_sum(module(images())).backward()
@@ -124,6 +139,22 @@ def test_a_hook_may_be_a_builtin_without_a_module():
     module._fn.Fm.register_forward_pre_hook(seen.__setitem__)
     weighted_sum(module(images())).backward()
     assert list(seen) == [module._fn.Fm]
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_a_hook_may_be_given_a_quantized_tensor():
+    class Quantized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.reading = nn.Linear(3, 3), nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q = torch.quantize_per_tensor(x.detach().float(), 0.1, 0, torch.qint8)
+            return self.linear(x) * self.reading(q).dequantize()
+
+    module = block(Quantized)
+    module._fn.Fm.reading.register_forward_hook(lambda *_: None)
+    assert_like_twin(module, backward, images(4, 6))
 
 
 def test_a_hook_may_be_a_partial_of_a_function():

@@ -1,7 +1,9 @@
 """Options of a block: check its inverse, keep its input, and the test whether a module is invertible."""
 
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 import memcnn
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper
 from properties.devices import rng_state
+from properties.support.blocks import net, rows
 from properties.support.twin import assert_like_twin, backward, block, conv_branch, images, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -140,6 +143,17 @@ def test_asking_moves_neither_generators_nor_buffers():
     assert all(torch.equal(b, buffers[name]) for name, b in module.named_buffers())
 
 
+def test_asking_moves_the_generators_of_python_and_numpy_no_more():
+    class Drawing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * random.random() + np.random.rand()
+
+    before = random.getstate(), np.random.get_state(legacy=False)
+    assert is_invertible_module(AdditiveCoupling(Drawing(), conv_branch()), (2, 6, 5, 4), atol=1e-5)
+    assert random.getstate() == before[0]
+    np.testing.assert_equal(np.random.get_state(legacy=False), before[1])
+
+
 class Sharing(nn.Module):
     """Identity whose results share memory with the inputs as ``forward`` and ``inverse`` of the arguments do."""
 
@@ -198,3 +212,8 @@ def test_one_tensor_returned_twice_is_warned_of_and_halves_of_one_tensor_are_not
 def test_what_is_no_shape_is_refused(shape):
     with pytest.raises(ValueError, match="test_input_shape must be a shape"):
         is_invertible_module(Swap(), shape)
+
+
+def test_an_empty_batch_passes_a_check():
+    module = InvertibleModuleWrapper(AdditiveCoupling(net(), net()), check_inverse=1e-6).double()
+    assert_like_twin(module, backward, rows(0, 6))

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from torch import nn
 
-from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
+from memcnn import AdditiveCoupling, AffineAdapterNaive, AffineCoupling, InvertibleModuleWrapper, ReversibleSequential
+from memcnn.engine.chain import Value
 from memcnn.testing.cases import Network
 from memcnn.testing.strategies import networks
 from properties.support.held import held_bytes, living
@@ -62,6 +63,7 @@ def test_a_retained_graph_holds_no_more_after_a_pass_than_before_it():
     before = held_bytes()
     loss.backward(retain_graph=True)
     assert held_bytes() == before > 0
+    assert all(value.pending_reads == 0 for value in living(Value))
 
 
 @pytest.mark.parametrize("switch", ["disable", "enable"])
@@ -79,3 +81,35 @@ def test_nothing_is_forgotten_where_nothing_needs_a_gradient():
     module = InvertibleModuleWrapper(AdditiveCoupling(nn.Conv2d(3, 3, 1))).double().requires_grad_(False)
     y = module(images(requires_grad=False))
     assert not y.requires_grad and not living()
+
+
+def test_running_statistics_are_not_copied_for_backward():
+    channels = 211
+    module = block(lambda: nn.Sequential(nn.BatchNorm1d(channels), nn.Dropout(0.5)))
+
+    def vectors() -> set[int]:
+        return {id(x) for x in living(torch.Tensor, nn.Parameter) if x.shape == (channels,)}
+
+    before = vectors()
+    y = module(images(4, 2 * channels))
+    assert vectors() == before
+    assert y.grad_fn is not None
+
+
+def test_a_graph_of_the_recomputation_that_a_module_keeps_holds_no_half_that_is_no_part_of_it():
+    """Such as a penalty that is collected in forward."""
+    collected = []
+
+    class Collecting(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = super().forward(x)
+            collected.append(h)
+            return h
+
+    module = InvertibleModuleWrapper(AffineCoupling(Collecting(3, 3), Collecting(3, 3), AffineAdapterNaive)).double()
+    weighted_sum(module(images(1021, 6, requires_grad=False))).backward()
+    of_the_recomputation = collected[2:]
+    collected.clear()
+    assert len(of_the_recomputation) == 2
+    halves = [x for x in living(torch.Tensor) if x.shape == (1021, 3)]
+    assert len(halves) == 3, "the two results, and the leaf that the gradient of G's input goes to"

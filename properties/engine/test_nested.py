@@ -159,6 +159,12 @@ def test_a_container_of_wrapped_blocks_may_be_wrapped_too(blocks, program, outer
     assert_like_twin(chain, program, images(2, 4, 5, 4), depth=16)
 
 
+@pytest.mark.parametrize("channels", [6, 8])
+def test_the_output_of_a_wrapped_container_is_halved_whatever_its_width(channels):
+    blocks = [block(partial(conv_branch, channels // 2)) for _ in range(2)]
+    assert_like_twin(InvertibleModuleWrapper(Container(*blocks)), backward, images(2, channels, 5, 4), depth=8)
+
+
 def test_a_wrapped_container_of_one_block_costs_no_further_evaluation():
     wrapped = inner()
     calls = Counter()

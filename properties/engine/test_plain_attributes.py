@@ -1,13 +1,15 @@
 """Plain attributes and arguments in containers are those of the forward pass in the recomputation."""
 
+import io
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
-from properties.support.blocks import net, refused, rows, wrapped
+from properties.support.blocks import Notes, net, refused, rows, wrapped
 from properties.support.scaled import PROGRAMS, Scaled, chain, twice
-from properties.support.twin import assert_like_twin, assert_same, block, plain_twin, run, weighted_sum
+from properties.support.twin import assert_like_twin, assert_same, backward, block, plain_twin, run, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -82,6 +84,14 @@ class Counting(Scaled):
         return self.calls / 3 * (1 if self.positive else -1)
 
 
+class CountingBesideATensor(Counting):
+    """Has a tensor among its attributes, which is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.mask = torch.ones(3)
+
+
 class CountingFromTheClass(Counting):
     """Begins with attributes of its class."""
 
@@ -93,7 +103,7 @@ class CountingFromTheClass(Counting):
 
 
 @PROGRAMS
-@pytest.mark.parametrize("branch", [Counting, CountingFromTheClass])
+@pytest.mark.parametrize("branch", [Counting, CountingBesideATensor, CountingFromTheClass])
 def test_a_count_of_calls_moves_once_a_step_and_is_replayed(program, branch):
     module = chain(branch)
     twin = plain_twin(module)
@@ -101,6 +111,46 @@ def test_a_count_of_calls_moves_once_a_step_and_is_replayed(program, branch):
         assert_same(run(module, program, [rows()]), run(twin, program, [rows()]), limit=1e-10)
         for got, wanted in zip(module, twin, strict=True):
             assert (got._fn.Fm.calls, got._fn.Fm.positive) == (wanted._fn.Fm.calls, wanted._fn.Fm.positive)
+
+
+class Remembering(Scaled):
+    """Notes something in its first forward pass, in an attribute that is None before."""
+
+    def __init__(self, value: object):
+        super().__init__()
+        self.value, self.noted = value, None
+
+    def scale(self, x):
+        scale = 1.0 if self.noted is None else 2.0
+        self.noted = self.value.clone() if isinstance(self.value, Tensor) else self.value
+        return scale
+
+
+@pytest.mark.parametrize("value", [3, 0.5, True, "word", torch.ones(2)], ids=lambda value: type(value).__name__)
+def test_an_attribute_that_the_first_forward_pass_sets_is_none_in_the_recomputation_too(value):
+    module = chain(lambda: Remembering(value))
+    assert_like_twin(module, backward, rows())
+    assert all(type(wrapped._fn.Gm.noted) is type(value) for wrapped in module)
+
+
+def test_an_object_that_the_first_forward_pass_opens_is_opened_once():
+    class Logging(Scaled):
+        """Opens a log in its first forward pass."""
+
+        def __init__(self):
+            super().__init__()
+            self.log, self.opened = None, Notes()
+
+        def scale(self, x):
+            if self.log is None:
+                self.opened.append(None)
+                self.log = io.StringIO()
+            return 1.0
+
+    module = block(Logging)
+    weighted_sum(module(rows())).backward()
+    for branch in (module._fn.Fm, module._fn.Gm):
+        assert isinstance(branch.log, io.StringIO) and len(branch.opened) == 1
 
 
 class Lazy(Scaled):

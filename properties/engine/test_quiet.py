@@ -134,6 +134,14 @@ def test_a_mode_and_a_global_hook_ask_for_the_full_replay():
         handle.remove()
 
 
+def test_a_module_that_has_become_quiet_has_the_short_replay_again():
+    module = quiet_branch()
+    handle = module[0].register_forward_hook(lambda *_: None)
+    assert kind(module) is kind(module) is Replay
+    handle.remove()
+    assert kind(module) is kind(module) is QuietReplay
+
+
 class Counting(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))

@@ -1,5 +1,7 @@
 """An error in a forward pass, a recomputation or a hook leaves everything in order for what comes after."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torch.nn.modules import module as torch_module
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.engine import retained
+from memcnn.engine.again import Again
 from memcnn.engine.chain import Value, thread_state
 from memcnn.testing.tolerances import tolerance
 from properties.devices import rng_state
@@ -174,3 +177,22 @@ def test_an_error_of_a_hook_between_blocks_leaves_everything_in_order(retain_gra
     assert surroundings(module) == before
     assert held_bytes() <= held
     assert_in_order(module, twin)
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["after the evaluation", "before it"])
+def test_an_error_while_something_is_put_back_does_not_keep_the_rest_from_it(at_once):
+    """The state that an evaluation sets for a while has many parts, and Ctrl-C may come at any of them."""
+    put_back = []
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def restore(undo: list[tuple]) -> None:
+        undo += [(put_back.append, 1), (interrupt,), (put_back.append, 2), (interrupt,), (put_back.append, 3)]
+        if at_once:
+            raise ArithmeticError
+
+    replay = SimpleNamespace(check_unchanged=lambda *_: None, restore=restore, generators=(), sets_parameters=False)
+    with pytest.raises(KeyboardInterrupt), Again(replay, compare=True):
+        pass
+    assert put_back == [3, 2, 1]

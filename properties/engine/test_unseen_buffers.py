@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from memcnn.engine.checksum import fingerprint, has_fingerprint
 from properties.support.blocks import refused, rows
 from properties.support.scaled import PROGRAMS, Scaled, chain
 from properties.support.twin import assert_like_twin, block, weighted_sum
@@ -108,3 +109,19 @@ def test_a_parameter_that_is_removed_before_backward_is_put_back_for_the_recompu
         return y
 
     assert_like_twin(block(Weighted), program, rows())
+
+
+DTYPES = (
+    *(torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_changed_entry_of_any_dtype_changes_the_fingerprint(dtype):
+    x = torch.arange(8).to(dtype)
+    assert has_fingerprint(x)
+    for i in range(8):
+        y = x.clone()
+        y[i] = not y[i]
+        assert not torch.equal(fingerprint(x), fingerprint(y))

@@ -5,12 +5,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from memcnn import AdditiveCoupling, InvertibleModuleWrapper
+from memcnn.engine.chain import thread_state
 from memcnn.testing import check_all, check_gradients, check_inverse
 from memcnn.testing.laws.differences import DIFFERENCES
 from memcnn.testing.laws.gradients import IN_FLOAT64
+from memcnn.testing.laws.growth import growth
 from memcnn.testing.laws.result import NEEDS_NO_INVERSE, NOT_DETERMINISTIC, TOO_LITTLE
+from memcnn.testing.laws.subject import NotRunnable, Subject
 from memcnn.testing.laws.twin import relative_errors
 from memcnn.testing.tolerances import distance
+from properties.support.blocks import refused
 
 
 class Centred(nn.Module):
@@ -188,3 +193,72 @@ def test_finite_differences_see_two_swapped_entries(seed):
     """Along steps of one length the errors of the two would cancel at some seeds."""
     report = check_gradients(Swapping(), torch.randn(3, 2, generator=torch.Generator().manual_seed(seed)), seed=seed)
     assert report.of("gradients").failures
+
+
+def test_a_block_whose_outputs_are_wrong_is_told_so_of_its_outputs():
+    class Wrong(AdditiveCoupling):
+        def couple(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+            y1, y2 = super().couple(x1, x2)
+            return (1.5 * y1 if thread_state.recording is not None else y1), y2
+
+    report = check_gradients(
+        InvertibleModuleWrapper(Wrong(nn.Linear(2, 2))), torch.randn(3, 4), finite_differences=False
+    )
+    (result,) = [result for result in report if result.claim == "outputs = plain backpropagation's"]
+    assert result.failed and result.explanation.startswith("output 0"), report
+
+
+class Forgetful(nn.Module):
+    """Its inverse loses ``share`` of x at every block."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1 * x
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return (1 - self.share) * y
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        (0.1, "the inverse of one block alone is off by 0.1 times"),
+        (0.003, "fails (1 % of the input) at a depth of about"),
+    ],
+)
+def test_how_the_error_of_a_chain_grows_is_told_from_that_of_one_block(share, words):
+    assert words in growth(Subject(Forgetful(share), (torch.ones(3, 4),)))
+
+
+def test_an_odd_dimension_has_no_halves_that_could_be_swapped():
+    class Rotated(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+        def inverse(self, y: Tensor) -> Tensor:
+            return (y / 2).roll(1, 1)
+
+    x = torch.randn(4, 3)
+    assert "halves along dimension 1 swapped" in str(check_inverse(Rotated(), torch.randn(4, 2)))
+    assert "swapped" not in str(check_inverse(Rotated(), x))
+
+
+@pytest.mark.parametrize(("inputs", "words"), [((), "at least one: got ()"), ((3,), "at least one: got (int)")])
+def test_inputs_that_are_no_tensors_are_refused(inputs, words):
+    with refused(TypeError, "the inputs must be tensors, ", words):
+        check_inverse(AdditiveCoupling(nn.Linear(2, 2)), *inputs)
+
+
+def test_a_module_that_returns_no_tensor_is_told_to_be_adapted():
+    class Named(nn.Module):
+        def forward(self, x: Tensor) -> dict:
+            return {"y": x}
+
+        def inverse(self, y: dict) -> Tensor:
+            return y["y"]
+
+    with refused(NotRunnable, "must return a tensor or a tuple of tensors: got (dict); check an adapter that does"):
+        check_inverse(Named(), torch.randn(2, 2))

@@ -16,7 +16,7 @@ from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.rounding import Rounding, condition_numbers, named
 from memcnn.testing.laws.subject import Subject
 from memcnn.testing.laws.twin import NamedTensors
-from memcnn.testing.tolerances import tolerance
+from memcnn.testing.tolerances import describe, tolerance
 from properties.support.errors import LARGEST, assert_holds, table
 
 
@@ -156,3 +156,8 @@ def test_an_example_that_cannot_be_decided_does_not_count(hopeless: bool):
     if hopeless:
         assert_holds(Report((judged(0.1, condition=1e9),)), chain_of("additive"), "a law")
         pytest.fail("it counted")
+
+
+def test_a_limit_says_what_it_consists_of():
+    assert describe(torch.float32).endswith(" roundings of float32, 1.2e-07")
+    assert describe(torch.float32, depth=3, autocast=torch.bfloat16).endswith("e-07 and 4 of bfloat16, x 3 blocks")

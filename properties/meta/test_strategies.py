@@ -35,6 +35,19 @@ def test_a_tensor_has_the_shape_and_layout_that_it_is_drawn_with(values: Values)
     assert torch.ops.aten.is_non_overlapping_and_dense(x) == (not gaps and not repeats)
 
 
+@given(networks())
+def test_inputs_are_of_size_one_by_default(network: Network):
+    assert network.input.scale == 1.0 and network.input.build().count_nonzero()
+
+
+@given(networks(layers=("linear", "tanh"), layouts=["contiguous"], split_batch=False, mix_samples=False))
+def test_samples_are_not_mixed_where_they_must_not_be(network: Network):
+    module, x = network.build().eval(), network.input.build()
+    with torch.no_grad():
+        one_by_one = torch.cat([module(sample) for sample in x.split(1)])
+        torch.testing.assert_close(module(x), one_by_one)
+
+
 def of_network(network: Network) -> set[str]:
     """Return all the names in a network."""
 

@@ -219,3 +219,10 @@ def test_a_branch_that_does_not_double_is_refused(outputs):
 def test_a_bound_that_is_not_positive_is_refused(bound):
     with pytest.raises(ValueError, match="bound must be positive"):
         AffineAdapterExp(branch(2), bound=bound)
+
+
+@adapters
+def test_the_first_block_of_a_network_trains_on_an_input_without_a_gradient(adapter, outputs):
+    """There forward saves fewer tensors: the half that requires no gradient is not needed for one."""
+    module = InvertibleModuleWrapper(AffineCoupling(branch(outputs), branch(outputs), adapter)).double()
+    assert_like_twin(module, backward, images(requires_grad=False))

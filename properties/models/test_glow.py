@@ -70,8 +70,9 @@ def test_bits_per_dimension_of_a_new_flow_have_the_known_mean():
     expected = math.log2(256) + (0.5 / 12 + 0.5 * math.log(2 * math.pi)) / math.log(2)
     with torch.no_grad():
         assert bits_per_dimension(flow, images).item() == pytest.approx(expected, abs=0.01)
-        five_bits = bits_per_dimension(flow, images, levels=32).item()
-    assert five_bits == pytest.approx(expected - 3, abs=0.01)
+        for levels in (32, 2):
+            bits = bits_per_dimension(flow, images, levels=levels).item()
+            assert bits == pytest.approx(expected - 8 + math.log2(levels), abs=0.01)
 
 
 def test_a_few_training_steps_lower_the_bits_per_dimension():

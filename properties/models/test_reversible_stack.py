@@ -97,7 +97,8 @@ def test_the_report_predicts_what_it_measures():
     parameters = sum(p.numel() for p in stack.parameters())
     assert report.parameters == (parameters, parameters)
     for line in ("reversible now, 4:", "8 residual functions work on two streams in turn", f"{parameters:,} before",
-                 f"measured: {report.measured_bytes[0]:,} bytes before"):  # fmt: skip
+                 f"measured: {report.measured_bytes[0]:,} bytes before",
+                 f"difference of the output for the sample: {report.output_difference:.1e}"):  # fmt: skip
         assert line in str(report)
 
 

@@ -58,6 +58,14 @@ def test_a_mask_keeps_tokens_apart():
         assert not torch.equal(blocks(x)[:, 0], blocks(other)[:, 0])
 
 
+@pytest.mark.parametrize("causal", [None, False, True])
+def test_a_token_attends_to_later_ones_unless_it_must_not(causal):
+    layer = Attention(8, 2) if causal is None else Attention(8, 2, causal=causal)
+    x = torch.randn(1, 3, 8)
+    changed = torch.cat((x[:, :2], torch.randn(1, 1, 8)), 1)
+    assert torch.equal(layer(x)[:, :2], layer(changed)[:, :2]) is bool(causal)
+
+
 def test_memory_is_flat_in_depth():
     assert_flat_in_depth(small, torch.rand(2, 3, 8, 8))
 

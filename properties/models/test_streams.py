@@ -58,7 +58,7 @@ LM = ReversibleLM(8, 1, 8, 2, context=4)
         (
             lambda: bits_per_dimension(FLOW, torch.zeros(1, 3, 4, 4, dtype=torch.uint8), levels=100),
             ValueError,
-            "levels must be a power of two, at most 256: got 100",
+            "levels must be a power of two from 2 to 256: got 100",
         ),
     ],
 )

@@ -48,7 +48,7 @@ WORK = ROOT / "build" / "mutation"
 MUTATED = ("memcnn/engine", "memcnn/models", "memcnn/testing")
 TESTS = [
     str(path)
-    for folder in ("engine", "laws", "models", "meta", "")
+    for folder in ("engine", "laws", "models", "migration", "meta", "")
     for path in sorted(Path("properties", folder).glob("test_*.py"))
 ]
 NOT_COPIED = {"build", "data", "results"}
