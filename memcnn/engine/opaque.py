@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -118,22 +119,69 @@ class OpaqueModule(Recomputation):
             with self.replay.again():
                 result = second.run(leaves, self.run, *arguments, **kwargs)
             if draws:
-                self._check_draws([y for y in self._outputs(result) if is_stream(y)])
+                self._check_draws(result)
         return tensors
 
     def _outputs(self, result: Any) -> list:
         """Return the outputs in what ``run`` returned, without a log-determinant, as a list."""
         return _as_list(result[0] if self.log_det else result)
 
-    def _check_draws(self, streams: Sequence[Tensor]) -> None:
-        """Raise a RuntimeError if the inverse used the random numbers of the forward pass in another order."""
+    def _check_draws(self, result: Any) -> None:
+        """Raise a RuntimeError if outputs computed again from rebuilt inputs are further off than rounding explains.
+
+        Then the inverse used the random numbers of the forward pass in another order, or autocast's rounding is large.
+        """
+        error = self._excess(result, self._autocast)
+        if not error:
+            return
+        if self._autocast is not None and self._is_right_without_autocast():
+            raise RuntimeError(
+                f"under autocast the inverse of {self.name} does not undo its forward pass, and without autocast it "
+                f"does: outputs computed again are {error:.1e} off, relative to the largest entry; compute scales and "
+                "shifts in float32 (.float()), disable autocast within the block, or use keep_input=True"
+            )
+        raise RuntimeError(
+            f"{self.name} draws random numbers (dropout), and its inverse does not undo its forward pass "
+            "with the same numbers: let both draw them in the same order, use keep_input=True, or "
+            "build the block from a coupling, such as AdditiveCoupling, whose branches may draw"
+        )
+
+    @property
+    def _device(self) -> str:
+        """The type of the streams' device."""
+        return self.sources[0].read().device.type
+
+    @property
+    def _autocast(self) -> torch.dtype | None:
+        """The dtype of autocast in the forward pass; None where it was off."""
+        states = self.replay.autocast
+        return next((dtype for kind, dtype, enabled, _ in states if enabled and kind == self._device), None)
+
+    def _excess(self, result: Any, lower: torch.dtype | None) -> float:
+        """Return the largest relative error in ``result``, outputs computed again, that rounding does not explain.
+
+        It is 0 where rounding to the streams' dtypes or to ``lower`` explains all. NaN is not looked at: it is loud.
+        """
+        streams = [y for y in self._outputs(result) if is_stream(y)]
+        found = [0.0]
         for got, value in zip(streams, self.sources, strict=True):
-            if relative_error(got, wanted := value.read()) > torch.finfo(wanted.dtype).eps ** 0.5:  # NaN is loud anyway
-                raise RuntimeError(
-                    f"{self.name} draws random numbers (dropout), and its inverse does not undo its forward pass "
-                    "with the same numbers: let both draw them in the same order, use keep_input=True, or "
-                    "build the block from a coupling, such as AdditiveCoupling, whose branches may draw"
-                )
+            error = relative_error(got, wanted := value.read())
+            if error > max(torch.finfo(dtype).eps for dtype in (wanted.dtype, lower or wanted.dtype)) ** 0.5:
+                found.append(error)
+        return max(found)
+
+    def _is_right_without_autocast(self) -> bool:
+        """Return whether forward undoes the inverse, with the same random numbers, where autocast is off."""
+        try:
+            arguments, kwargs = self.arguments.read()
+            tensors = self._inverted(arguments, kwargs, autocast=False)
+            arguments, kwargs = self.arguments.read()
+            for position, tensor in zip(self.positions, tensors, strict=True):
+                arguments[position] = tensor
+            with self.replay.again(compare=False), torch.autocast(self._device, enabled=False), torch.no_grad():
+                return not self._excess(self.run(*arguments, **kwargs), None)
+        except Exception:  # such as one for dtypes that do not fit each other without autocast
+            return False
 
     def _arguments_of_undo(self, streams: Sequence[Tensor], arguments: Sequence) -> list:
         """Return the positional arguments of ``undo``: the outputs and, if they are too few, what is no stream."""
@@ -158,20 +206,36 @@ class OpaqueModule(Recomputation):
         except ValueError:  # a function without a signature
             pass
 
-    def _inverted(self, arguments: Sequence, kwargs: Mapping[str, object]) -> Sequence[Tensor]:
-        """Return the streams among the inputs, computed by ``undo`` from the outputs."""
+    def _inverted(
+        self, arguments: Sequence, kwargs: Mapping[str, object], *, autocast: bool = True
+    ) -> Sequence[Tensor]:
+        """Return the streams among the inputs, computed by ``undo`` from the outputs; without autocast if asked."""
         outputs = self._arguments_of_undo([value.read() for value in self.sources], arguments)
-        with self.replay.again(compare=False), torch.no_grad():
+        off = nullcontext() if autocast else torch.autocast(self._device, enabled=False)
+        with self.replay.again(compare=False), off, torch.no_grad():
             inputs = _as_list(self.undo(*outputs, **kwargs))
         if len(inputs) == len(arguments):
             inputs = [inputs[i] for i in self.positions]
         kinds = [(x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
         if kinds != self.kinds:
-            raise RuntimeError(
-                f"{self.name} does not invert itself: it was given {self.kinds} and its inverse returned {kinds}; "
-                "let the inverse return tensors of the shapes and dtypes of the inputs, in their order"
-            )
+            raise self._kinds_error(kinds)
         return inputs
+
+    def _kinds_error(self, kinds: Sequence) -> RuntimeError:
+        """Return the exception for an inverse whose results have other dtypes or shapes than the inputs."""
+        lower = self._autocast
+        shapes = [kind[1] for kind in kinds if isinstance(kind, tuple)]
+        if lower in [kind[0] for kind in kinds] and shapes == [shape for _, shape in self.kinds]:
+            wanted = ", ".join(dict.fromkeys(str(dtype) for dtype, _ in self.kinds))
+            return RuntimeError(
+                f"under autocast the inverse of {self.name} returned {lower} where forward was given {wanted}: "
+                "let the inverse return tensors of the inputs' dtype, as with x.to(y.dtype) for an output y of that "
+                "dtype, disable autocast within the block, or use keep_input=True"
+            )
+        return RuntimeError(
+            f"{self.name} does not invert itself: it was given {self.kinds} and its inverse returned {kinds}; "
+            "let the inverse return tensors of the shapes and dtypes of the inputs, in their order"
+        )
 
 
 def _as_list(values: object) -> list:

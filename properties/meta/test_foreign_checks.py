@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from memcnn import ReversibleSequential
 from memcnn.testing import Report, check_gradients, check_inverse, check_state
 
 AUTOCAST = "products keep autocast's dtype in backward"
@@ -88,6 +89,34 @@ class Stream(Linear):
 
     def inverse(self, y: Tensor) -> Tensor:
         return y @ self.W
+
+
+class Backwards(Linear):
+    """Autocast makes the result of the inverse bfloat16, but not that of forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.W).float()
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y @ torch.inverse(self.W)
+
+
+class Refusing(Backwards):
+    def inverse(self, y: Tensor) -> Tensor:
+        x = super().inverse(y)
+        if x.dtype == torch.bfloat16:
+            raise RuntimeError("bfloat16 is not supported")
+        return x
+
+
+class Constant(nn.Module):
+    """Its output requires no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach() + 1
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y - 1
 
 
 class Again(torch.autograd.Function):
@@ -186,9 +215,30 @@ def test_the_derivative_of_a_matrix_inverse_under_autocast_is_no_fault():
 
 
 def test_a_stream_that_autocast_makes_bfloat16_is_not_judged():
-    report = check_state(Stream(), drawn(4, 5))
-    assert "keep the stream in float32" in of(report, AUTOCAST).skipped, report
-    assert report.passed, report
+    for block, words in {
+        Stream(): "forward of Stream returns bfloat16 for inputs of float32",
+        Backwards(): "inverse of Backwards returns bfloat16 for outputs of float32",
+        ReversibleSequential(Backwards(), Backwards()): "inverse of Backwards returns bfloat16",
+    }.items():
+        result = of(check_state(block, drawn(4, 5)), AUTOCAST)
+        assert words in result.skipped and "keep the stream in float32" in result.skipped, result
+
+
+def test_an_inverse_that_refuses_autocast_is_not_judged_under_it():
+    result = of(check_state(Refusing(), drawn(4, 5)), AUTOCAST)
+    assert "under autocast inverse of Refusing raised RuntimeError: bfloat16 is not supported" in result.skipped, result
+
+
+def test_an_inverse_that_is_wrong_without_autocast_too_is_judged_under_it(monkeypatch):
+    def broken(self, y: Tensor) -> Tensor:
+        raise RuntimeError("not written yet")
+
+    monkeypatch.setattr(Backwards, "inverse", broken)
+    assert of(check_state(Backwards(), drawn(4, 5)), AUTOCAST).failed
+
+
+def test_an_output_without_a_gradient_is_not_judged_under_autocast():
+    assert "requires" in (result := of(check_state(Constant(), drawn(4, 5)), AUTOCAST)).skipped, result
 
 
 def test_an_engine_that_computes_again_without_autocast_is_seen():

@@ -22,7 +22,7 @@ from memcnn import (
 )
 from memcnn.models.resnet import CifarResNet, basic_branch, bottleneck_branch
 from properties.support.twin import Container
-from properties.zoo import corners, flows, signs
+from properties.zoo import corners, flows, signs, users
 from properties.zoo.engine import Engine, Pair, chain_of
 from properties.zoo.specimen import LARGE, Own, Specimen, branch, dropping, normalised
 
@@ -154,6 +154,7 @@ HEALTHY = [
     *corners.HEALTHY,
     *flows.HEALTHY,
     *signs.HEALTHY,
+    *users.HEALTHY,
 ]
 
 

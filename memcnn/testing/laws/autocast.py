@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memcnn.models.revop import InvertibleModuleWrapper
+from memcnn.testing.adapters import inverse_of
+from memcnn.testing.laws.guard import described
 from memcnn.testing.laws.result import Result, nothing_differs
 from memcnn.testing.laws.subject import Subject, as_tuple
 
@@ -53,17 +55,14 @@ def products_keep_their_dtype(subject: Subject, claim: str) -> Result:
                 outputs = as_tuple(module(*leaves))
         except Exception as error:
             return Result("state", claim, skipped=f"does not run under autocast: {type(error).__name__}: {error}")
-        if _rebuilds(module) and {y.dtype for y in outputs} - {x.dtype for x in leaves}:
-            return Result(
-                "state",
-                claim,
-                skipped="under autocast the output is of lower precision than the input, "
-                "which no inverse rebuilds from it; keep the stream in float32",
-            )
+        if _rebuilds(module) and (reason := _why_not_rebuilt(subject)):
+            return Result("state", claim, skipped=reason)
         calls: Counter[str] = Counter()
         for part in module.modules():
             part.register_forward_pre_hook(lambda *_: calls.update(["in backward"]))
         loss = subject.loss([y.float() for y in outputs])
+        if not loss.requires_grad:
+            return Result("state", claim, skipped="no output requires a gradient")
         with backward:
             loss.backward()
     if not forward.dtypes:
@@ -79,6 +78,63 @@ def products_keep_their_dtype(subject: Subject, claim: str) -> Result:
             for dtype in strange
         ],
     )
+
+
+def _why_not_rebuilt(subject: Subject) -> str:
+    """Explain why autocast keeps the inverse from rebuilding inputs of the dtypes that forward was given; "" if not.
+
+    The module is looked at, and every part of it that has an inverse.
+    """
+    module, calls = subject.fresh(), []
+    blocks = [part for part in module.modules() if callable(getattr(part, "inverse", None))]
+
+    def record(part: nn.Module, inputs: tuple, outputs: object) -> None:
+        calls.append((part, inputs, outputs))
+
+    hooks = [part.register_forward_hook(record) for part in blocks]
+    with torch.no_grad(), torch.autocast(subject.inputs[0].device.type, torch.bfloat16):
+        module(*(x.detach().clone() for x in subject.inputs))
+        for hook in hooks:
+            hook.remove()
+        reasons = (_of_call(part, inputs, outputs) for part, inputs, outputs in calls)
+        return next(filter(None, reasons), "")
+
+
+def _of_call(part: nn.Module, inputs: Sequence, outputs: object) -> str:
+    """Explain why the inverse of a block, under autocast, gives no inputs of their dtypes; "" if it does."""
+    name, given, wanted = type(part).__name__, _dtypes(outputs), _dtypes(inputs)
+    if lower := sorted(given - wanted):
+        return (
+            f"under autocast forward of {name} returns {lower[0]} for inputs of {', '.join(sorted(wanted))}, and no "
+            "inverse rebuilds the digits that are lost: keep the stream in float32, with return y.to(x.dtype)"
+        )
+    values = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+    try:
+        returned = _dtypes(inverse_of(part)(*values))
+    except Exception as error:
+        return f"under autocast inverse of {name} raised {described(error)}" if _runs(part, values) else ""
+    if lower := sorted(returned - wanted):
+        return (
+            f"under autocast inverse of {name} returns {lower[0]} for outputs of {', '.join(sorted(given))}: keep the "
+            "stream in float32, with return x.to(y.dtype)"
+        )
+    return ""
+
+
+def _runs(part: nn.Module, values: Sequence) -> bool:
+    """Return whether the inverse of a block runs without autocast. A part may want other arguments, as conditions."""
+    try:
+        with torch.autocast(next(x.device.type for x in values if isinstance(x, Tensor)), enabled=False):
+            inverse_of(part)(*values)
+    except Exception:
+        return False
+    return True
+
+
+def _dtypes(values: object) -> set[str]:
+    """Return the names of the dtypes of the floating-point and complex tensors among ``values``."""
+    values = values if isinstance(values, (tuple, list)) else [values]
+    return {_dtype(x.dtype) for x in values if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())}
 
 
 def _rebuilds(module: nn.Module) -> bool:
