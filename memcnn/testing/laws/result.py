@@ -9,8 +9,23 @@ MOST_LISTED = 3
 BADLY_CONDITIONED = "right, but badly conditioned: "
 NEEDS_NO_INVERSE = "with keep_input=True, which needs no inverse, it is right"
 NOT_DETERMINISTIC = "forward is not deterministic"
-TOO_LITTLE = "which is too little to show in float32"
+TOO_LITTLE = (
+    "which is too little to show in float32: look for a cast, a constant of float32, or an iteration that stops early"
+)
+WITHIN_LIMIT = "which the limit of float32 allows: look for an iteration that stops early, an eps, or a cast"
+FEW_ROUNDINGS = 1e-6
+"""An error of up to so much may be that of a few values of float32. Beyond that, it is not."""
 HOPELESS = "rounding may be as large as the values: "
+
+
+def of_float64_alone(error: float) -> str:
+    """Explain an error in float64 that the limit of float32 would allow."""
+    return TOO_LITTLE if error <= FEW_ROUNDINGS else WITHIN_LIMIT
+
+
+def is_small(explanation: str) -> bool:
+    """Return whether an explanation is that of an error that float64 alone shows."""
+    return TOO_LITTLE in explanation or WITHIN_LIMIT in explanation
 
 
 @dataclass(frozen=True)
@@ -94,7 +109,7 @@ class Report:
         return beginning + "; ".join(found)
 
     def _first_failure(self) -> str:
-        large = [result for result in self.failures if TOO_LITTLE not in result.explanation]
+        large = [result for result in self.failures if not is_small(result.explanation)]
         result = (large or self.failures)[0]
         return result.explanation or f"{result.claim} does not hold: error {result.error:.2g}, limit {result.limit:.2g}"
 

@@ -21,8 +21,8 @@ from memcnn.testing.laws.twin import NamedTensors, is_finite, relative_errors, w
 LIKE_PLAIN = "second derivatives = plain backpropagation's"
 LIKE_DIFFERENCES = "second derivatives = finite differences in float64, or an error"
 REMEDY = (
-    "an engine without second derivatives marks its backward with torch.autograd.function.once_differentiable, so that "
-    "they are an error"
+    "a torch.autograd.Function whose backward has no derivative marks it with "
+    "torch.autograd.function.once_differentiable, so that second derivatives are an error"
 )
 NO_GRAPH = (
     f"with create_graph=True the gradients have no graph, so that a gradient penalty is silently ignored: {REMEDY}"
@@ -60,7 +60,8 @@ def like_plain(subject: Subject, claim: str) -> Result | None:
 def like_differences(subject: Subject, claim: str) -> Result:
     """Compare the gradients of a penalty on the inputs' gradients with finite differences of the penalty.
 
-    It is for modules with an engine of their own. One that refuses a second derivative with an error is right too.
+    A function of one's own may have a wrong second derivative, which the plain twin shares. A module that refuses
+    second derivatives with an error is right too.
 
     Args:
         subject: in float64, with right first derivatives.
