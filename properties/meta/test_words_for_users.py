@@ -144,7 +144,7 @@ def test_a_largest_value_does_not_make_the_condition_number_infinite():
     assert next(iter(condition_numbers(subject, gradient))) < 100
 
 
-@pytest.mark.parametrize("operation", [torch.amax, torch.amin, lambda x: x.sort().values, lambda x: x.topk(2).values])
+@pytest.mark.parametrize("operation", [torch.amax, torch.amin])
 def test_a_chosen_value_is_not_rounded(operation):
     class Chosen(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
