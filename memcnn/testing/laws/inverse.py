@@ -158,8 +158,9 @@ def _any_strides(subject: Subject) -> Result:
     limit = Limit(subject.dtype, subject.depth, subject.autocast, conditions)
     module = subject.fresh()
     without_dropout(module)
-    values_of = {"forward": [x.contiguous() for x in subject.inputs]}
-    y = values_of["inverse"] = subject.evaluated(module, values_of["forward"])
+    values_of: dict[str, Sequence[Tensor]] = {"forward": [x.contiguous() for x in subject.inputs]}
+    y = subject.evaluated(module, values_of["forward"])
+    values_of["inverse"] = y
     if not is_finite(y) or not _deterministic(subject):
         return Result("inverse", STRIDES, skipped="forward gives no values that could be compared")
     try:

@@ -16,7 +16,7 @@ from memcnn.testing.laws.rounding import condition_numbers
 from memcnn.testing.laws.settled import settled
 from memcnn.testing.laws.slopes import LIMIT, Differentiated, along_random_steps, compared_alone
 from memcnn.testing.laws.subject import Subject
-from memcnn.testing.laws.twin import NamedTensors, is_finite, relative_errors, worst
+from memcnn.testing.laws.twin import NamedTensors, duplicate, is_finite, relative_errors, worst
 
 LIKE_PLAIN = "second derivatives = plain backpropagation's"
 LIKE_DIFFERENCES = "second derivatives = finite differences in float64, or an error"
@@ -105,20 +105,23 @@ def like_differences(subject: Subject, claim: str) -> Result:
 
 
 class Penalty:
-    """The sum of squares of the inputs' gradients, as a function of the tensors in ``inputs`` and of the parameters."""
+    """The sum of squares of the inputs' gradients, as a function of the tensors in ``inputs`` and of the parameters.
+
+    Each evaluation runs a copy of the module, so that none sees what an earlier one stored, such as an old weight.
+    """
 
     def __init__(self, subject: Subject):
         self.subject = subject
         self.module = subject.trained()
         self.inputs = tuple(x.detach().clone() for x in subject.inputs)
-        self.buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
 
     def __call__(self) -> float:
-        with torch.no_grad():
-            for buffer, before in self.buffers:
-                buffer.copy_(before)
         subject = replace(self.subject, inputs=self.inputs)
-        return subject.run(self.module, lambda module, *inputs: _penalty(subject, module, inputs)).results[0].item()
+        return (
+            subject.run(duplicate(self.module), lambda module, *inputs: _penalty(subject, module, inputs))
+            .results[0]
+            .item()
+        )
 
     def compared_with(self, gradients: NamedTensors) -> list[Differentiated]:
         """Return name, value and gradient of each tensor that may be moved. Moving the value changes the penalty."""
