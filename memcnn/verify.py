@@ -76,7 +76,7 @@ def _parser() -> cli.Parser:
         action="append",
         type=_shape,
         metavar="N,C,...[:DTYPE<N]",
-        help="shape of an input; once for every input; 4:int64<10 for integers from 0 to 9",
+        help="shape of an input; once for every input; 4:int64<10 for integers from 0 to 9, beside an input of floats",
     )
     shapes.add_argument(
         "--input", type=Path, metavar="FILE", help="inputs that torch.save wrote, instead of drawn ones"
@@ -119,6 +119,11 @@ def _parser() -> cli.Parser:
         action="store_true",
         help="for a module whose gradient is by design not the derivative, as under spectral norm",
     )
+    add(
+        "--no-gradients-through-inverse",
+        action="store_true",
+        help="for a module whose inverse is not meant to be differentiated, as a bisection under torch.no_grad()",
+    )
     add("--json", type=cli.output_file, metavar="FILE", help="also write all results to this file")
     return parser
 
@@ -135,8 +140,8 @@ def _verify(args: argparse.Namespace) -> int:
     _check_arguments(args)
     base = _first_example(args)
     print(
-        f"{args.target}: {args.dtype} inputs {', '.join('x'.join(map(str, shape)) for shape in base.shapes)} on "
-        f"{args.device}, {'training and eval' if args.mode == 'both' else args.mode} mode\n"
+        f"{args.target}: {_described_inputs(args, base)} on {args.device}, "
+        f"{'training and eval' if args.mode == 'both' else args.mode} mode\n"
         f"memcnn {__version__}, torch {torch.__version__}, seed {args.seed}\n",
         flush=True,
     )
@@ -211,6 +216,17 @@ def _search_all(args: argparse.Namespace, make: Factory, base: "Example", option
         cli.progress("")
 
 
+def _described_inputs(args: argparse.Namespace, base: "Example") -> str:
+    """Return the inputs for the heading: their sizes, and the dtypes of those that are not of ``--dtype``."""
+    if base.values:
+        others = ["" if x.is_floating_point() else str(x.dtype).removeprefix("torch.") for x in base.values]
+    else:
+        others = [str(integers[0]).removeprefix("torch.") if integers else "" for integers in base.integers]
+    sizes = ["x".join(map(str, shape)) for shape in base.shapes]
+    words = [f"{size} of {dtype}" if dtype else size for size, dtype in zip(sizes, others, strict=True)]
+    return f"{args.dtype} inputs {', '.join(words)}" if "" in others else f"inputs {', '.join(words)}"
+
+
 def _first_example(args: argparse.Namespace) -> "Example":
     """Return the first example: inputs of the shapes that the user gives, or those in the user's file."""
     from memcnn.testing.example import Example
@@ -243,6 +259,8 @@ def _options(args: argparse.Namespace) -> dict[str, dict]:
     wrap = {"wrap": False} if args.as_is else {}
     chain = {"chain": load(args.chain)} if args.chain else {}
     differences = {"finite_differences": False} if args.no_finite_differences else {}
+    if args.no_gradients_through_inverse:
+        differences |= {"through_inverse": False}
     return {"gradients": wrap | differences, "state": wrap, "memory": wrap | chain, "log_det": differences}
 
 

@@ -31,10 +31,10 @@ UNWRAPPED = ("inverse", "log_det")
 """Laws about the module itself, with whatever engine it runs."""
 OPTIONS = {
     "inverse": ("deepest", "autocast"),
-    "gradients": ("finite_differences", "autocast"),
+    "gradients": ("finite_differences", "autocast", "through_inverse"),
     "state": ("autocast",),
     "memory": ("depths", "chain", "passes", "allowance"),
-    "log_det": ("finite_differences",),
+    "log_det": ("finite_differences", "through_inverse"),
 }
 """The options of the laws' checks, beside ``seed`` and ``wrap``."""
 

@@ -1,6 +1,6 @@
 """All faults of the zoo."""
 
-from properties.zoo import corners, flows, gradients, inverses, log_dets, memories, ours, signs, states, upstream
+from properties.zoo import corners, flows, gradients, inverses, log_dets, memories, ours, signs, states, upstream, users
 
 FAULTS = [
     *inverses.FAULTS,
@@ -13,4 +13,5 @@ FAULTS = [
     *corners.FAULTS,
     *flows.FAULTS,
     *signs.FAULTS,
+    *users.FAULTS,
 ]

@@ -54,7 +54,7 @@ def products_keep_their_dtype(subject: Subject, claim: str) -> Result:
             with torch.autocast(device, torch.bfloat16), forward:
                 outputs = as_tuple(module(*leaves))
         except Exception as error:
-            return Result("state", claim, skipped=f"does not run under autocast: {type(error).__name__}: {error}")
+            return Result("state", claim, skipped=f"under autocast forward raised {described(error)}")
         if _rebuilds(module) and (reason := _why_not_rebuilt(subject)):
             return Result("state", claim, skipped=reason)
         calls: Counter[str] = Counter()

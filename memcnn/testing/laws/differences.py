@@ -159,7 +159,7 @@ def like_finite_differences_when_mirrored(subject: Subject) -> Result:
     return like_finite_differences_when_moved(subject, claim, when=when, move=mirrored)
 
 
-def through_inverse(subject: Subject, claim: str) -> Result:
+def like_finite_differences_through_inverse(subject: Subject, claim: str) -> Result:
     """Check the gradients of the inverse, without an engine around the block."""
     module = subject.plain() or subject.fresh()
     without_dropout(module)

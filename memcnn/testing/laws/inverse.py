@@ -26,7 +26,7 @@ from memcnn.testing.laws.moved import (
     used_and_moved,
     with_buffers_of,
 )
-from memcnn.testing.laws.result import NOT_DETERMINISTIC, TOO_LITTLE, Report, Result
+from memcnn.testing.laws.result import NOT_DETERMINISTIC, Report, Result, of_float64_alone
 from memcnn.testing.laws.rounding import condition_numbers
 from memcnn.testing.laws.settled import settled
 from memcnn.testing.laws.signs import why_not_undone
@@ -42,6 +42,7 @@ FORTH = "inverse(forward(x)) = x"
 BACK = "forward(inverse(y)) = y"
 DIFFERS = f"{NOT_DETERMINISTIC}: the same input and seed give another output"
 IN_FLOAT64 = " in float64"
+CONTIGUOUS = "for contiguous values it is right"
 STRIDES = "the strides of a tensor do not matter"
 NEW_PARAMETERS = "after an optimiser step both directions use the new parameters"
 NO_INVERSE = "values between outputs have no inverse here"
@@ -77,7 +78,8 @@ def check_inverse(
             results.append(exact)
         except NotRunnable as error:
             results.append(Result("inverse", FORTH + IN_FLOAT64, skipped=f"in float64 {error}"))
-    results.append(_checked(STRIDES, _any_strides, subject))
+    strides = _checked(STRIDES, _any_strides, subject)
+    results = [_of_strides(result, strides) for result in results] + [strides]
     results.append(_checked(ANOTHER_SIZE, another_size_leaves_no_trace, subject, _both_directions))
     if forth.verdict == "PASS" and any(p.requires_grad for p in module.parameters()):
         after = settled(moved(subject))
@@ -86,6 +88,13 @@ def check_inverse(
         if hides_a_sign(module) and results[-2].verdict == "PASS":
             results.append(_checked(FORTH + WHEN_MIRRORED, _inverse_undoes_mirrored_forward, subject))
     return Report(tuple(results))
+
+
+def _of_strides(result: Result, strides: Result) -> Result:
+    """Return a failure that contiguous values do not have with the cause that the claim about strides names."""
+    if result.failed and strides.failed and CONTIGUOUS in result.explanation:
+        return _with(result, f"{strides.explanation}: {result.explanation}")
+    return result
 
 
 def _checked(claim: str, check: Callable[..., Result], *arguments: object) -> Result:
@@ -144,12 +153,14 @@ def _new_parameters_are_used(subject: Subject, after: Subject) -> Result:
 
 
 def _any_strides(subject: Subject) -> Result:
-    """Compare both directions with those for inputs that lie otherwise in memory."""
+    """Compare both directions for contiguous values with those for values that lie otherwise in memory."""
     conditions = condition_numbers(subject, _both_directions, proportional=not subject.is_exact)
     limit = Limit(subject.dtype, subject.depth, subject.autocast, conditions)
     module = subject.fresh()
     without_dropout(module)
-    y = subject.evaluated(module, subject.inputs)
+    values_of: dict[str, Sequence[Tensor]] = {"forward": [x.contiguous() for x in subject.inputs]}
+    y = subject.evaluated(module, values_of["forward"])
+    values_of["inverse"] = y
     if not is_finite(y) or not _deterministic(subject):
         return Result("inverse", STRIDES, skipped="forward gives no values that could be compared")
     try:
@@ -157,15 +168,20 @@ def _any_strides(subject: Subject) -> Result:
     except Exception:  # another claim reports it
         return Result("inverse", STRIDES, skipped="inverse raises an exception")
     largest, explanation = 0.0, ""
-    for name, lay_out in OTHER_STRIDES.items():
-        for direction, values, wanted in ("forward", subject.inputs, y), ("inverse", y, x):
+    strided = next((x for x in subject.inputs if not x.is_contiguous()), None)
+    given = {} if strided is None else {f"values of shape {tuple(strided.shape)}, strides {strided.stride()}": None}
+    for name, lay_out in (given | OTHER_STRIDES).items():
+        for direction, wanted in ("forward", y), ("inverse", x):
+            if lay_out is None and direction == "inverse":
+                continue
+            values = [lay_out(value) for value in values_of[direction]] if lay_out else subject.inputs
             module = subject.fresh()
             without_dropout(module)
             if direction == "inverse":
                 subject.evaluated(module, subject.inputs)
             function = module if direction == "forward" else inverse_of(module)
             try:
-                got = subject.evaluated(function, [lay_out(value) for value in values])
+                got = subject.evaluated(function, values)
             except Exception as exception:
                 if direction == "forward":
                     continue  # it refuses such inputs
@@ -174,11 +190,11 @@ def _any_strides(subject: Subject) -> Result:
                     STRIDES,
                     math.inf,
                     0.0,
-                    explanation=f"inverse raised {described(exception)} for {name} values",
+                    explanation=f"inverse raised {described(exception)} for {name}",
                 )
             error = distance(got, wanted) if _kinds(got) == _kinds(wanted) else math.inf
             if not error <= largest:
-                largest, explanation = error, f"{direction} gives other results for {name} values"
+                largest, explanation = error, f"{direction} gives other results for {name}"
     result = limit.judge("inverse", STRIDES, largest, explanation)
     varied = without_constants(subject) if result.failed else None
     if varied is not None and not _any_strides(varied).failed:
@@ -204,8 +220,8 @@ def _with_gaps(x: Tensor) -> Tensor:
 
 
 OTHER_STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
-    "channels_last": _channels_last,
-    "non-contiguous": _with_gaps,
+    "channels_last values": _channels_last,
+    "non-contiguous values": _with_gaps,
 }
 
 
@@ -226,7 +242,7 @@ def _inverse_undoes_forward(subject: Subject, where: str = "") -> Result:
     if result.explanation:
         return result
     if where == IN_FLOAT64 and result.error <= tolerance(torch.float32) and _deterministic(subject):
-        return _with(result, f"in float64 the inverse is {result.error:.1g} off, {TOO_LITTLE}")
+        return _with(result, f"in float64 the inverse is {result.error:.1g} off, {of_float64_alone(result.error)}")
     return _with(
         result, _what_it_does_instead(subject, module, x, y, back) + _but_right_elsewhere(subject, x, result.error)
     )
@@ -297,6 +313,8 @@ def _what_it_does_instead(
         return "inverse gives values that are not finite"
     if not _deterministic(subject):
         return DIFFERS
+    if all(map(_is_constant, y)) and not all(map(_is_constant, x)):
+        return f"forward returns the same value, {y[0].flatten()[0].item():.6g}, in all entries"
     same_shape = [t.shape for t in x] == [t.shape for t in y]
     if same_shape and distance(back, y) <= close:
         return "inverse returns its argument unchanged"
@@ -308,6 +326,10 @@ def _what_it_does_instead(
             if distance([torch.cat([second, first], dim)], x) <= close:
                 return f"inverse returns the halves along dimension {dim} swapped"
     return f"inverse gives something else than x{_where(x[0], back[0]) if len(x) == 1 else ''}"
+
+
+def _is_constant(x: Tensor) -> bool:
+    return x.numel() > 1 and bool((x == x.flatten()[0]).all())
 
 
 def _deterministic(subject: Subject) -> bool:
@@ -345,6 +367,9 @@ def _but_right_elsewhere(subject: Subject, x: Sequence[Tensor], error: float) ->
     other = "eval" if subject.module.training else "training"
     if right(subject.fresh().train(not subject.module.training), x):
         return f"; in {other} mode it is right"
+    dense = [value.contiguous() for value in x]
+    if any(not value.is_contiguous() for value in x) and right(subject.fresh(), dense):
+        return f"; {CONTIGUOUS}"
     if right(subject.fresh(), [0.01 * value if value.is_floating_point() else value for value in x]):
         return "; for inputs a hundredth as large it is right"
     return ""

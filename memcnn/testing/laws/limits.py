@@ -52,11 +52,15 @@ class Limit:
         for changes, condition in enumerate(() if error <= limit else copy(self.conditions), 1):
             limit, source = limit_of(condition=condition), source_of(condition=condition)
             if limit >= 1:
-                return Result(
-                    law, claim, error, limit, source, skipped=f"{HOPELESS}the condition number is {condition:.2g}"
-                )
+                return Result(law, claim, error, limit, source, skipped=f"{HOPELESS}{_explain(condition)}")
             if error <= limit or error > FAR_BEYOND.get(changes, math.inf) * limit or changes == max(FAR_BEYOND):
                 break
         if error <= limit:
             return Result(law, claim, error, limit, source)
         return Result(law, claim, error, limit, source, explanation() if callable(explanation) else explanation)
+
+
+def _explain(condition: float) -> str:
+    if math.isfinite(condition):
+        return f"the condition number is {condition:.2g}"
+    return "the condition number could not be estimated, since values overflow or are not finite once they are rounded"

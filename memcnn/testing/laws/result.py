@@ -1,6 +1,7 @@
 """The results of a check: one `Result` for each claim, and a `Report` of many."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -9,8 +10,21 @@ MOST_LISTED = 3
 BADLY_CONDITIONED = "right, but badly conditioned: "
 NEEDS_NO_INVERSE = "with keep_input=True, which needs no inverse, it is right"
 NOT_DETERMINISTIC = "forward is not deterministic"
-TOO_LITTLE = "which is too little to show in float32"
+TOO_LITTLE = "which is too little to show in float32: look for a cast, a constant, or an iteration that stops early"
+WITHIN_LIMIT = "which the limit of float32 allows: look for an iteration that stops early, an eps, or a cast"
+FEW_ROUNDINGS = 1e-6
+"""An error of up to so much may be that of a few values of float32. Beyond that, it is not."""
 HOPELESS = "rounding may be as large as the values: "
+
+
+def of_float64_alone(error: float) -> str:
+    """Explain an error in float64 that the limit of float32 would allow."""
+    return TOO_LITTLE if error <= FEW_ROUNDINGS else WITHIN_LIMIT
+
+
+def is_small(explanation: str) -> bool:
+    """Return whether an explanation is that of an error that float64 alone shows."""
+    return TOO_LITTLE in explanation or WITHIN_LIMIT in explanation
 
 
 @dataclass(frozen=True)
@@ -85,18 +99,28 @@ class Report:
         right = [law for law in ("inverse", "gradients") if law in held]
         beginning = f"the {right[0]} {'is' if right[0] == 'inverse' else 'are'} right, but " if right else ""
         found: list[str] = []
-        for law in dict.fromkeys(result.law for result in self.failures):
-            words = self.of(law)._first_failure()
+        for words in self._causes():
             if NEEDS_NO_INVERSE in words and "inverse" in self.failed_laws:
                 continue  # it follows from the inverse
             if not any(_core(words) in earlier for earlier in found):  # a step that raises fails several laws
                 found.append(words)
         return beginning + "; ".join(found)
 
-    def _first_failure(self) -> str:
-        large = [result for result in self.failures if TOO_LITTLE not in result.explanation]
-        result = (large or self.failures)[0]
-        return result.explanation or f"{result.claim} does not hold: error {result.error:.2g}, limit {result.limit:.2g}"
+    def _causes(self) -> list[str]:
+        """Return what is wrong, in words: the first failure of each law, but of the law of state several.
+
+        The claims of the law of state do not follow from each other, as those of the other laws do.
+        """
+        causes = []
+        for law in dict.fromkeys(result.law for result in self.failures):
+            failures = self.of(law).failures
+            large = [result for result in failures if not is_small(result.explanation)]
+            several = law == "state" and "inverse" not in self.failed_laws
+            causes += [
+                r.explanation or f"{r.claim} does not hold: error {r.error:.2g}, limit {r.limit:.2g}"
+                for r in (large or failures)[: MOST_LISTED if several else 1]
+            ]
+        return causes
 
     def to_dicts(self) -> list[dict]:
         """Return the results with their verdicts, for JSON. Errors that are not finite become text."""
@@ -122,6 +146,7 @@ class Report:
         ]
         remarks: dict[str, str] = {}  # by text: of results that say the same, only the first is shown
         left_out = 0
+        same = Counter(_core(r.explanation) for r in self.failures if " raised " in f" {r.explanation}")
         for r in self.results:
             text = r.skipped or r.explanation
             source = f"\n     limit: {r.limit_from}" if r.failed and r.limit_from else ""
@@ -129,7 +154,8 @@ class Report:
                 if r.failed and sum(remark.startswith("FAIL") for remark in remarks.values()) >= MOST_LISTED:
                     left_out += 1
                     continue
-                remarks[key] = f"{r.verdict} {r.law}, {r.claim}:\n     {text}{source}"
+                others = f", and {same[key] - 1} more rows" if r.failed and same[key] > 2 else ""
+                remarks[key] = f"{r.verdict} {r.law}, {r.claim}{others}:\n     {text}{source}"
         if left_out:
             rows_left = f"{left_out} more rows fail" if left_out > 1 else "1 more row fails"
             remarks["left out"] = f"{rows_left}, not explained here: correct what is, and run the checks again"

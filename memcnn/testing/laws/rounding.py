@@ -31,13 +31,15 @@ HALF_OF_THE_DIGITS = 1e-8
 """An inverse that is further off than this in float64 has lost its values without the help of any engine."""
 EXACT = frozenset(
     """
-    cat clone constant_pad_nd copy detach embedding fill flip gather index index_put index_select masked_fill max
-    maximum min minimum neg pixel_shuffle pixel_unshuffle relu roll scatter select_backward slice_backward stack
-    threshold_backward where zero _to_copy _unsafe_view
+    amax amin aminmax cat clone constant_pad_nd copy cummax cummin detach embedding fill flip gather index index_put
+    index_select kthvalue masked_fill max maximum median min minimum nanmedian neg pixel_shuffle pixel_unshuffle relu
+    roll scatter select_backward slice_backward sort stack threshold_backward topk where zero _to_copy _unsafe_view
     empty_like full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like zeros_like
 """.split()
 )
-"""Operations that do not round: they move or choose values, or make a tensor with the shape of another."""
+"""Operations that do not round: they move or choose values, or make a tensor with the shape of another.
+
+The derivative of a largest value looks for the entries that equal it. It is NaN if the value was changed."""
 
 Computation = Callable[[Subject], NamedTensors]
 """Runs a subject afresh and returns tensors by name, each of which is compared relative to its own largest entry."""

@@ -88,7 +88,11 @@ class Subject:
                 f"the inputs must be tensors, at least one: got ({', '.join(type(x).__name__ for x in self.inputs)})"
             )
         if not any(x.is_floating_point() for x in self.inputs):
-            raise TypeError(f"an input must be of floating point: got {', '.join(str(x.dtype) for x in self.inputs)}")
+            raise TypeError(
+                "an input must be of floating point, since the laws compare gradients and rounding: got "
+                f"{', '.join(str(x.dtype) for x in self.inputs)}; give integers beside such an input, and check a "
+                "block of integers or complex numbers through an adapter that takes and returns real tensors"
+            )
         try:
             with torch.no_grad():
                 self.evaluated(self.fresh(), self.inputs)
