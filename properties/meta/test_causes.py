@@ -1,5 +1,7 @@
 """A check names a cause only where a test separates it from others."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +10,16 @@ from torch import Tensor, nn
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper
 from memcnn.engine.chain import thread_state
 from memcnn.testing import check_all, check_gradients, check_inverse
+from memcnn.testing.laws.constant import without_constants
 from memcnn.testing.laws.differences import DIFFERENCES
-from memcnn.testing.laws.gradients import IN_FLOAT64
+from memcnn.testing.laws.gradients import IN_FLOAT64, SUBSETS
 from memcnn.testing.laws.growth import growth
-from memcnn.testing.laws.result import NEEDS_NO_INVERSE, NOT_DETERMINISTIC, TOO_LITTLE
+from memcnn.testing.laws.guard import described, is_ours
+from memcnn.testing.laws.inverse import BACK, FORTH
+from memcnn.testing.laws.inverse import IN_FLOAT64 as IN_64
+from memcnn.testing.laws.result import NEEDS_NO_INVERSE, NOT_DETERMINISTIC, TOO_LITTLE, Report, Result
 from memcnn.testing.laws.subject import NotRunnable, Subject
-from memcnn.testing.laws.twin import relative_errors
+from memcnn.testing.laws.twin import relative_errors, worst
 from memcnn.testing.tolerances import distance
 from properties.support.blocks import refused
 
@@ -239,7 +245,7 @@ def test_an_odd_dimension_has_no_halves_that_could_be_swapped():
             return 2 * x
 
         def inverse(self, y: Tensor) -> Tensor:
-            return (y / 2).roll(1, 1)
+            return (y / 2).roll(-1, 1)
 
     x = torch.randn(4, 3)
     assert "halves along dimension 1 swapped" in str(check_inverse(Rotated(), torch.randn(4, 2)))
@@ -262,3 +268,90 @@ def test_a_module_that_returns_no_tensor_is_told_to_be_adapted():
 
     with refused(NotRunnable, "must return a tensor or a tuple of tensors: got (dict); check an adapter that does"):
         check_inverse(Named(), torch.randn(2, 2))
+
+
+def test_a_healthy_coupling_meets_every_claim_and_none_is_left_out():
+    branch = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    report = check_all(AdditiveCoupling(branch), torch.randn(3, 4), laws=["inverse", "gradients", "state"])
+    assert {result.verdict for result in report} == {"PASS"}, report
+    claims = {result.claim for result in report}
+    assert {FORTH, BACK, FORTH + IN_64, DIFFERENCES} <= claims
+    for suffix in (" after an optimiser step", " with parameters of the other sign"):
+        assert {FORTH + suffix, DIFFERENCES + suffix} <= claims
+    assert SUBSETS.keys() <= claims
+
+
+def test_a_wrong_gradient_is_seen_beside_an_input_as_large_as_a_million():
+    class Identity(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient: Tensor) -> Tensor:
+            return 1.01 * gradient
+
+    class Wrong(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Identity.apply(x)
+
+        def inverse(self, y: Tensor) -> Tensor:
+            return y.clone()
+
+    report = check_gradients(Wrong(), 1e7 * torch.randn(3, 4))
+    assert DIFFERENCES in {result.claim for result in report.failures}, report
+
+
+def test_constant_channels_are_filled_for_a_second_look():
+    x = torch.randn(5, 3)
+    x[:, 1] = 2.0
+    subject = without_constants(Subject(Forgetful(0.0), (x,)))
+    assert len(subject.inputs[0][:, 1].unique()) == 5 and torch.equal(subject.inputs[0][:, ::2], x[:, ::2])
+    assert without_constants(Subject(Forgetful(0.0), (torch.randn(5, 3),))) is None
+
+
+@pytest.mark.parametrize("names", ["abc", "bca", "cab"])
+def test_a_nan_is_the_largest_error(names):
+    errors = {"a": 0.5, "b": float("nan"), "c": float("inf")}
+    assert worst({name: errors[name] for name in names})[0] == "b"
+
+
+def test_a_gradient_of_another_shape_or_dtype_is_an_infinite_error():
+    x = torch.ones(1, 3)
+    for other in (x[0], x.double(), x.expand(2, 3)):
+        assert relative_errors({"x": other}, {"x": x}) == {"x": float("inf")}
+
+
+def test_an_exception_is_described_with_the_line_of_the_users_code():
+    def fails(text: str) -> None:
+        json.loads(text)
+
+    with pytest.raises(json.JSONDecodeError) as caught:
+        fails("{")
+    line = fails.__code__.co_firstlineno + 1
+    assert described(caught.value).endswith(f" (test_causes.py, line {line})")
+    assert not is_ours(TypeError("was never raised"))
+
+
+def test_a_table_shows_errors_and_limits_of_what_was_decided():
+    report = Report((Result("state", "decided", 0.5, 0.25), Result("state", "open", skipped="nobody knows")))
+    decided, undecided = str(report).splitlines()[1:3]
+    assert decided.split() == ["FAIL", "state", "decided", "0.5", "0.25"] and undecided.split() == [
+        "SKIP",
+        "state",
+        "open",
+    ]
+
+
+def test_a_module_that_runs_in_float32_alone_is_not_checked_in_float64():
+    class Single(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dtype != torch.float32:
+                raise ValueError("float32 alone")
+            return 2 * x
+
+        def inverse(self, y: Tensor) -> Tensor:
+            return y / 2
+
+    (result,) = [result for result in check_inverse(Single(), torch.randn(3, 4)) if result.claim == FORTH + IN_64]
+    assert "float32 alone" in result.skipped
