@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper
 from memcnn.engine.chain import thread_state
-from memcnn.testing import check_all, check_gradients, check_inverse
+from memcnn.testing import check_all, check_gradients, check_inverse, check_log_det, check_training
 from memcnn.testing.laws.constant import without_constants
 from memcnn.testing.laws.differences import DIFFERENCES
 from memcnn.testing.laws.gradients import IN_FLOAT64, SUBSETS
@@ -17,6 +17,7 @@ from memcnn.testing.laws.growth import growth
 from memcnn.testing.laws.guard import described, is_ours
 from memcnn.testing.laws.inverse import BACK, FORTH
 from memcnn.testing.laws.inverse import IN_FLOAT64 as IN_64
+from memcnn.testing.laws.passes import two_steps_do_not_mix
 from memcnn.testing.laws.result import NEEDS_NO_INVERSE, NOT_DETERMINISTIC, TOO_LITTLE, Report, Result
 from memcnn.testing.laws.subject import NotRunnable, Subject
 from memcnn.testing.laws.twin import relative_errors, worst
@@ -355,3 +356,45 @@ def test_a_module_that_runs_in_float32_alone_is_not_checked_in_float64():
 
     (result,) = [result for result in check_inverse(Single(), torch.randn(3, 4)) if result.claim == FORTH + IN_64]
     assert "float32 alone" in result.skipped
+
+
+class Stretching(nn.Module):
+    """Its log-determinant is right for scales from 1/2 on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y / self.scale
+
+    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self(x), self.scale.clamp(min=0.5).log().sum().expand(len(x))
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_log_determinant_that_is_wrong_for_negative_scales_alone_is_called_so(samples):
+    report = check_log_det(Stretching(), torch.randn(samples, 2))
+    assert report.failures and all(
+        result.claim.endswith("with parameters of the other sign")
+        and result.explanation.startswith("with parameters of the other sign")
+        for result in report.failures
+    ), report
+
+
+def test_steps_without_finite_gradients_or_values_are_not_compared():
+    class WithoutGradient(Forgetful):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (x - x).sqrt()
+
+    class TooLarge(Forgetful):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 1e30 * 1e30
+
+    x = torch.randn(3, 4)
+    assert two_steps_do_not_mix(Subject(WithoutGradient(0.0), (x,)), "steps").verdict == "SKIP"
+    (result,) = check_training(TooLarge(0.0), x)
+    assert result.verdict == "SKIP" and "not finite" in result.skipped
