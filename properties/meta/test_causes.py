@@ -15,9 +15,11 @@ from memcnn.testing.laws.differences import DIFFERENCES
 from memcnn.testing.laws.gradients import IN_FLOAT64, SUBSETS
 from memcnn.testing.laws.growth import growth
 from memcnn.testing.laws.guard import described, is_ours
-from memcnn.testing.laws.inverse import BACK, FORTH
+from memcnn.testing.laws.inverse import BACK, FORTH, STRIDES
 from memcnn.testing.laws.inverse import IN_FLOAT64 as IN_64
-from memcnn.testing.laws.passes import two_steps_do_not_mix
+from memcnn.testing.laws.moved import is_special
+from memcnn.testing.laws.passes import graphs_can_be_retained, two_steps_do_not_mix
+from memcnn.testing.laws.precision import stay_in_float64
 from memcnn.testing.laws.result import NEEDS_NO_INVERSE, NOT_DETERMINISTIC, TOO_LITTLE, Report, Result
 from memcnn.testing.laws.subject import NotRunnable, Subject
 from memcnn.testing.laws.twin import relative_errors, worst
@@ -398,3 +400,84 @@ def test_steps_without_finite_gradients_or_values_are_not_compared():
     assert two_steps_do_not_mix(Subject(WithoutGradient(0.0), (x,)), "steps").verdict == "SKIP"
     (result,) = check_training(TooLarge(0.0), x)
     assert result.verdict == "SKIP" and "not finite" in result.skipped
+
+
+def test_results_that_depend_on_strides_are_wrong_beside_constant_channels_too():
+    class Strided(Forgetful):
+        def forward(self, x: Tensor) -> Tensor:
+            return (2.0 if x.is_contiguous() else 3.0) * x
+
+        def inverse(self, y: Tensor) -> Tensor:
+            return y / 2
+
+    x = torch.randn(5, 3)
+    x[:, 1] = 2.0
+    (result,) = [result for result in check_inverse(Strided(0.0), x) if result.claim == STRIDES]
+    assert result.verdict == "FAIL", result
+
+
+def test_a_step_that_uses_the_mask_of_another_is_seen():
+    class Masked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor, module: nn.Module) -> Tensor:
+            ctx.module = module
+            return x * module.mask
+
+        @staticmethod
+        def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+            return gradient * ctx.module.mask, None
+
+    class Keeping(Forgetful):
+        def forward(self, x: Tensor) -> Tensor:
+            self.mask = 1 + torch.rand_like(x)
+            return Masked.apply(x, self)
+
+    result = two_steps_do_not_mix(Subject(Keeping(0.0), (torch.randn(3, 4),)), "steps")
+    assert result.verdict == "FAIL" and "keeps a pass's values on itself" in result.explanation
+
+
+def test_a_graph_that_nobody_could_differentiate_twice_is_no_fault():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            ctx.used = False
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient: Tensor) -> Tensor:
+            if ctx.used:
+                raise ValueError("once alone")
+            ctx.used = True
+            return gradient
+
+    class Single(Forgetful):
+        def forward(self, x: Tensor) -> Tensor:
+            return Once.apply(x)
+
+    result = graphs_can_be_retained(Subject(Single(0.0), (torch.randn(3, 4),)), "retained")
+    assert result.verdict == "SKIP" and "once alone" in result.skipped
+
+
+def test_a_mistake_of_the_verifier_itself_is_not_taken_for_one_of_the_block():
+    class Broken:
+        @property
+        def lower_precisions(self) -> dict:
+            raise NameError("a mistake")
+
+    with refused(NameError, "a mistake"):
+        stay_in_float64(Broken(), "a claim")
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        (torch.zeros(4), True),
+        (torch.ones(4), True),
+        (torch.arange(4.0), True),
+        (torch.arange(1.0, 5.0), False),
+        (torch.ones(1), False),
+        (torch.zeros(4, dtype=torch.int64), False),
+    ],
+)
+def test_values_at_which_functions_like_to_have_kinks_are_zeros_and_those_that_repeat(x, expected):
+    assert is_special(x) is expected
