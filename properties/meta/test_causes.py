@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper
 from memcnn.engine.chain import thread_state
-from memcnn.testing import check_all, check_gradients, check_inverse, check_log_det, check_training
+from memcnn.testing import check_all, check_gradients, check_inverse, check_log_det, check_memory, check_training
 from memcnn.testing.laws.constant import without_constants
 from memcnn.testing.laws.differences import DIFFERENCES
 from memcnn.testing.laws.gradients import IN_FLOAT64, SUBSETS
@@ -18,7 +18,13 @@ from memcnn.testing.laws.guard import described, is_ours
 from memcnn.testing.laws.inverse import BACK, FORTH, STRIDES
 from memcnn.testing.laws.inverse import IN_FLOAT64 as IN_64
 from memcnn.testing.laws.moved import is_special
-from memcnn.testing.laws.passes import graphs_can_be_retained, two_steps_do_not_mix
+from memcnn.testing.laws.passes import (
+    FIRST,
+    SECOND,
+    gradients_of_two_steps,
+    graphs_can_be_retained,
+    two_steps_do_not_mix,
+)
 from memcnn.testing.laws.precision import stay_in_float64
 from memcnn.testing.laws.result import NEEDS_NO_INVERSE, NOT_DETERMINISTIC, TOO_LITTLE, Report, Result
 from memcnn.testing.laws.subject import NotRunnable, Subject
@@ -481,3 +487,35 @@ def test_a_mistake_of_the_verifier_itself_is_not_taken_for_one_of_the_block():
 )
 def test_values_at_which_functions_like_to_have_kinks_are_zeros_and_those_that_repeat(x, expected):
     assert is_special(x) is expected
+
+
+def test_memory_that_grows_from_pass_to_pass_grows_with_the_passes_that_are_measured():
+    class Hoard(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor, kept: list[Tensor]) -> Tensor:
+            ctx.kept = kept
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+            ctx.kept.append(gradient.clone())
+            return gradient, None
+
+    class Hoarding(Forgetful):
+        def __init__(self) -> None:
+            super().__init__(0.0)
+            self.kept: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Hoard.apply(x, self.kept)
+
+    once, often = (check_memory(Hoarding(), torch.randn(64, 64), passes=passes).results[0] for passes in (1, 3))
+    assert once.failed and often.error > 2 * once.error, (once, often)
+
+
+def test_the_gradients_of_two_steps_are_not_added_up():
+    subject = Subject(AdditiveCoupling(nn.Linear(2, 2)), (torch.randn(3, 4),))
+    gradients = gradients_of_two_steps(subject, subject.trained(), (0, 1))
+    for name, _ in subject.module.named_parameters():
+        if name.endswith("weight"):
+            assert not torch.equal(gradients[f"{FIRST}{name}"], gradients[f"{SECOND}{name}"])
