@@ -13,7 +13,7 @@ from memcnn.engine.replay import Replay
 from properties.support.blocks import refused, rows
 from properties.support.held import living
 from properties.support.scaled import PROGRAMS, Scaled, chain
-from properties.support.twin import assert_like_twin, assert_same, block, plain_twin, run, weighted_sum
+from properties.support.twin import assert_like_twin, assert_same, backward, block, plain_twin, run, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -211,3 +211,15 @@ def test_a_branch_that_remembers_graphs_keeps_no_chain_of_evaluations_alive():
         gc.collect()
         counts.append(len(living(Replay)))
     assert counts[1:] == counts[:-1]
+
+
+def test_a_list_of_objects_that_are_no_tensors_is_left_alone():
+    class Listing(Scaled):
+        def __init__(self):
+            super().__init__()
+            self.parts = [object(), None, 2.0]
+
+        def scale(self, x):
+            return self.parts[-1]
+
+    assert_like_twin(block(Listing), backward, rows())

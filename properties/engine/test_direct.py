@@ -346,3 +346,16 @@ def test_a_branch_that_changes_its_input_is_refused():
     module = InvertibleModuleWrapper(AdditiveCoupling(in_place, quiet_branch())).double()
     with pytest.raises(RuntimeError, match="modifies its input in place"):
         module(images().sin())
+
+
+def test_a_loss_before_a_run_may_be_differentiated_first():
+    """The run then has to rebuild its inputs although nobody asks for its gradients."""
+
+    def program(module: nn.Module, x: Tensor) -> Tensor:
+        before = module[0](x)
+        y = module[1](before)
+        before.square().sum().backward(retain_graph=True)
+        weighted_sum(y).backward()
+        return y
+
+    assert_like_twin(chain(), program, images())

@@ -73,6 +73,16 @@ def test_between_forward_and_backward_a_chain_holds_its_output_alone():
         assert held_bytes() == 0
 
 
+def test_couplings_and_other_modules_in_turn_hold_the_output_alone():
+    def modules() -> list[nn.Module]:
+        return [block(), InvertibleModuleWrapper(OnlyInvertible(block()._fn))]
+
+    chain = nn.Sequential(*modules(), *modules())
+    before = held_bytes()
+    y = chain(images())
+    assert held_bytes() - before == y.untyped_storage().nbytes()
+
+
 def test_a_retained_graph_holds_as_much_after_a_pass_as_before():
     chain = wrapped(2 * retained.KEPT_LINKS)
     gc.collect()

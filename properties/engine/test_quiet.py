@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.engine import quiet
@@ -125,6 +126,10 @@ def test_a_mode_and_a_global_hook_ask_for_the_full_replay():
     module = quiet_branch()
     with Counting():
         assert kind(module) is Replay
+    with CountingOperators():
+        assert kind(module) is Replay
+    with Watching():
+        assert kind(module) is QuietReplay, "it says that it changes nothing"
     with torch.device("cpu"):
         assert kind(module) is QuietReplay, "a default device changes nothing"
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
@@ -140,6 +145,15 @@ def test_a_module_that_has_become_quiet_has_the_short_replay_again():
     assert kind(module) is kind(module) is Replay
     handle.remove()
     assert kind(module) is kind(module) is QuietReplay
+
+
+class CountingOperators(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Watching(CountingOperators):
+    only_watches = True
 
 
 class Counting(TorchFunctionMode):

@@ -36,8 +36,9 @@ def test_a_tensor_has_the_shape_and_layout_that_it_is_drawn_with(values: Values)
 
 
 @given(networks())
-def test_inputs_are_of_size_one_by_default(network: Network):
+def test_inputs_are_of_size_one_and_nothing_is_frozen_by_default(network: Network):
     assert network.input.scale == 1.0 and network.input.build().count_nonzero()
+    assert all(p.requires_grad for p in network.build().parameters())
 
 
 @given(networks(layers=("linear", "tanh"), layouts=["contiguous"], split_batch=False, mix_samples=False))

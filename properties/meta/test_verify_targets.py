@@ -59,7 +59,8 @@ def once():
 def folder(tmp_path, monkeypatch):
     for name, code in CODE.items():
         (tmp_path / name).write_text(code)
-    (tmp_path / "json.py").write_text(CODE["factories.py"])
+    for name in ("json.py", "sys.py"):
+        (tmp_path / name).write_text(CODE["factories.py"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name in CODE:
@@ -84,6 +85,7 @@ def run(capsys, target: str) -> tuple[int, str, str]:
         ("factories.py:nothing", ["got NoneType", "wanted an nn.Module", "let the function return it"]),
         ("factories.py:once", ["RuntimeError: the file is used up", "factories.py, line 38"]),
         ("json.py:Block", ["another module of the name json", "rename the file"]),
+        ("sys.py:Block", ["another module of the name sys (built in)", "rename the file"]),
     ],
 )
 def test_a_fault_of_the_users_file_is_misuse_with_its_line(folder, capsys, target, messages):

@@ -141,6 +141,12 @@ def test_batch_norm_fix_sets_momentum_and_eps(fix, settings):
     assert {(m.momentum, m.eps) for m in network.modules() if isinstance(m, nn.BatchNorm2d)} == settings
 
 
+def test_the_pool_after_the_stem_is_that_of_1_5():
+    x = torch.rand(2, 4, 7, 9)
+    pooled = ResNet(BasicBlock, [1], 2, init_max_pool=True).maxpool(x)
+    assert torch.equal(pooled, nn.functional.max_pool2d(x, 3, stride=2, padding=1))
+
+
 def test_weights_are_drawn_by_hes_rule():
     network = ResNet(BasicBlock, [1, 1], 10)
     weight = network.layer2[0].basicblock_sub.conv2.weight
