@@ -60,6 +60,11 @@ LM = ReversibleLM(8, 1, 8, 2, context=4)
             ValueError,
             "levels must be a power of two from 2 to 256: got 100",
         ),
+        (
+            lambda: bits_per_dimension(FLOW, torch.zeros(1, 3, 4, 4, dtype=torch.uint8), levels=1),
+            ValueError,
+            "levels must be a power of two from 2 to 256: got 1",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_with_the_wanted_ones(call, error, message):
