@@ -56,6 +56,10 @@ LONG = (
     "properties/bench/test_small_tensors.py::test_the_quick_run_names_peers",
     "properties/bench/test_block.py::test_memory_grows_with_depth",
     "properties/engine/test_kept_alive.py::test_without_gradients_a_forward_pass_leaves_nothing_behind",
+    "properties/engine/test_exact.py::test_a_thousand_blocks_are_undone_without_any_error",
+    "properties/laws/test_inversion.py::test_the_reversible_stages_of_a_network_invert[revnet164]",
+    "properties/laws/test_inversion.py::test_the_reversible_stages_of_a_network_invert[revnet110]",
+    "properties/laws/test_log_det.py::test_log_determinants_of_larger_flows_are_right_and_cancel",
 )
 """Beginnings of the names of tests that take ten seconds and more."""
 

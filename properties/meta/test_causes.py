@@ -439,7 +439,7 @@ def test_a_step_that_uses_the_mask_of_another_is_seen():
             return Masked.apply(x, self)
 
     result = two_steps_do_not_mix(Subject(Keeping(0.0), (torch.randn(3, 4),)), "steps")
-    assert result.verdict == "FAIL" and "keeps a pass's values on itself" in result.explanation
+    assert result.verdict == "FAIL" and "the two passes share" in result.explanation
 
 
 def test_a_graph_that_nobody_could_differentiate_twice_is_no_fault():

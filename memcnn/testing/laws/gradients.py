@@ -114,7 +114,8 @@ def _like_differences(subject: Subject) -> list[Result]:
             if hides_a_sign(subject.module) and results[-1].verdict == "PASS":
                 claim = DIFFERENCES + WHEN_MIRRORED
                 results.append(guarded("gradients", claim, like_finite_differences_when_mirrored, subject))
-        results.append(guarded("gradients", LIKE_DIFFERENCES, like_differences, subject, LIKE_DIFFERENCES))
+        second = guarded("gradients", LIKE_DIFFERENCES, like_differences, subject, LIKE_DIFFERENCES)
+        results += _applicable([second])
     return results
 
 

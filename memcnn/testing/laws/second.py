@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from memcnn.testing.laws.differences import ON_A_GRID, ROUGH
 from memcnn.testing.laws.guard import described, is_ours
@@ -59,16 +60,19 @@ def like_plain(subject: Subject, claim: str) -> Result | None:
     )
 
 
-def like_differences(subject: Subject, claim: str) -> Result:
+def like_differences(subject: Subject, claim: str) -> Result | None:
     """Compare the gradients of a penalty on the inputs' gradients with finite differences of the penalty.
 
-    A function of one's own may have a wrong second derivative, which the plain twin shares. A module that refuses
-    second derivatives with an error is right too.
+    A ``torch.autograd.Function`` may have a wrong second derivative, which the plain twin shares. PyTorch's own
+    operators have right ones: a module with a twin of such operators alone gets None. A module that refuses second
+    derivatives with an error is right too.
 
     Args:
         subject: in float64, with right first derivatives.
         claim: that the result names.
     """
+    if (twin := subject.plain()) is not None and not _has_own_functions(subject, twin):
+        return None
     if subject.is_exact:
         return Result("gradients", claim, skipped=ON_A_GRID)
     subject = settled(beside(subject.initialised()))
@@ -102,6 +106,25 @@ def like_differences(subject: Subject, claim: str) -> Result:
         largest = max(wrong, key=lambda comparison: comparison.error)
         return replace(judged, explanation=f"in a gradient penalty, {largest.explain()}: {REMEDY}")
     return judged
+
+
+def _has_own_functions(subject: Subject, module: nn.Module) -> bool:
+    """Return whether a node of the graph belongs to a ``torch.autograd.Function``."""
+    found = False
+
+    def program(module: nn.Module, *inputs: Tensor) -> None:
+        nonlocal found
+        waiting = [y.grad_fn for y in subject.call(module, *inputs)]
+        seen: set[Any] = set()
+        while waiting and not found:
+            node = waiting.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                found = isinstance(node, BackwardCFunction)
+                waiting += [following for following, _ in node.next_functions]
+
+    subject.run(module, program)
+    return found
 
 
 class Penalty:
