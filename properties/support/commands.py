@@ -9,6 +9,7 @@ import importlib
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -85,6 +86,7 @@ def become(words: list[str], cwd: str, env: dict[str, str], path: list[str], str
         opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(opened, number)
         os.close(opened)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores interrupts
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
