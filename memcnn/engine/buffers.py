@@ -21,7 +21,7 @@ _readers: "weakref.WeakKeyDictionary[type, bool]" = weakref.WeakKeyDictionary()
 """The results of ``reads_statistics``."""
 
 KEPT_BUFFER = 2**20
-"""Size in bytes up to which the copy of a buffer on a GPU is kept for backward. Comparing values would wait for it."""
+"""Largest size, in bytes, of a GPU buffer whose copy is kept for backward. To compare values would wait for the GPU."""
 
 
 class Buffer(NamedTuple):

@@ -1,7 +1,7 @@
 """``split``, ``couple`` and ``merge``: the three functions that couplings are written with.
 
 They are plain differentiable operations. Within ``recording()``, ``couple`` saves no activations (see recompute.py),
-and ``split`` and ``merge`` note which tensors are halves of which.
+and ``split`` and ``merge`` record the halves of each tensor.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

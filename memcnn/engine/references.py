@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from memcnn.engine.attributes import BASE_ATTRIBUTES, CONTAINERS, is_constant
 
 MOST_ENTRIES = 64
-"""Number of entries, those of inner containers included, up to which a container is copied at every evaluation."""
+"""Largest number of entries of a container that is copied at every evaluation. Entries of inner containers count too."""
 
 
 class NotCopied(Exception):

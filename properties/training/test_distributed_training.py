@@ -157,7 +157,7 @@ def test_a_stop_of_one_is_a_stop_of_all_and_resuming_gives_the_same_bits(tmp_pat
 
 
 def failed(folder: Path):
-    """Train a network whose loss is no number on rank 1, at iteration 5."""
+    """Train a network whose loss is NaN on rank 1 at iteration 5."""
 
     class Overflowing(WithoutBatchNorm):
         def forward(self, images: Tensor) -> Tensor:

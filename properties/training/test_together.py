@@ -77,7 +77,7 @@ class Watched(nn.Module):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Return a list to which each model appends its number at each training pass. The first model made is 0."""
+    """Return a list. Each model appends its number to it at each training pass. The first model has number 0."""
     seen, numbers = [], itertools.count()
     monkeypatch.setitem(MODELS, "resnet32", lambda num_classes, *, disable: Watched(next(numbers), seen))
     return seen
