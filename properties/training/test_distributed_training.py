@@ -171,7 +171,7 @@ def failed(folder: Path):
         return run(folder)
 
 
-def test_a_loss_that_is_no_number_on_one_rank_fails_the_run_on_all(tmp_path, ranks):
+def test_a_loss_that_is_nan_on_one_rank_fails_the_run_on_all(tmp_path, ranks):
     records = ranks(failed, tmp_path)
     assert [r.status for r in records] == ["failed"] * RANKS
     assert {r.reason for r in records} == {"loss is nan at iteration 5"}
