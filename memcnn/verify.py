@@ -17,6 +17,7 @@ import math
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,7 +132,7 @@ def _parser() -> cli.Parser:
 def _verify(args: argparse.Namespace) -> int:
     """Check every law, print and write the results, and return the exit status."""
     try:
-        import memcnn.testing.search  # noqa: F401
+        from memcnn.testing.search import search
     except ModuleNotFoundError as error:
         raise cli.Misuse(f"needs {error.name}, which draws the examples: pip install {error.name}") from error
     torch.set_num_threads(1)  # examples are small, and several threads may slow them down a hundredfold
@@ -146,7 +147,7 @@ def _verify(args: argparse.Namespace) -> int:
         flush=True,
     )
 
-    findings = _search_all(args, make, base, options)
+    findings = _search_all(search, args, make, base, options)
     report = sum((found.report for found in findings), Report(()))
     remark = remark_on_constants(base.module(make), base.inputs()) if base.values else ""
     print(report)
@@ -172,10 +173,17 @@ def _verify(args: argparse.Namespace) -> int:
     return cli.DONE if report.passed else cli.FAILED
 
 
-def _search_all(args: argparse.Namespace, make: Factory, base: "Example", options: dict[str, dict]) -> list["Findings"]:
-    """Search for a failing example of each law, and return what was found for each.
+def _search_all(
+    search: Callable[..., "Findings"],
+    args: argparse.Namespace,
+    make: Factory,
+    base: "Example",
+    options: dict[str, dict],
+) -> list["Findings"]:
+    """Search for a failing example of each law, and return the findings.
 
     Args:
+        search: ``memcnn.testing.search.search``.
         args: the arguments of the command.
         make: makes the module.
         base: the first example.
@@ -184,8 +192,6 @@ def _search_all(args: argparse.Namespace, make: Factory, base: "Example", option
     Raises:
         cli.Misuse: the module cannot run, or a check refuses it or its inputs.
     """
-    from memcnn.testing.search import search
-
     try:
         module = base.module(make)
         laws = args.laws or [law for law in LAWS if law != "log_det" or has_log_det(module)]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from memcnn.engine.attributes import BASE_ATTRIBUTES, CONTAINERS, is_constant
 
 MOST_ENTRIES = 64
-"""Largest number of entries of a container that is copied at every evaluation. Entries of inner containers count too."""
+"""Largest number of entries of a container that is copied at every evaluation, with those of inner containers."""
 
 
 class NotCopied(Exception):
