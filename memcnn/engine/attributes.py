@@ -15,7 +15,7 @@ _NAMES = {type, FunctionType, BuiltinFunctionType, NoneType, torch.dtype, torch.
 
 
 class _Constants(dict[type, bool]):
-    """Whether the values of a type are constants: numbers, words, flags and functions, of Python or NumPy.
+    """Type, and True if its values are constants: numbers, words, flags and functions, of Python or NumPy.
 
     Constants are noted as they are, and so are tuples and frozen sets of constants. references.py notes tensors and
     containers. Other objects are not noted: they could hold tensors, which would then be kept alive.

@@ -1,4 +1,4 @@
-"""What the checks compute and print at their edges: what is skipped, what counts as infinite, and what is refused."""
+"""Checks of unusual modules and values: they are skipped, count as infinitely wrong, or are refused."""
 
 import json
 

@@ -246,7 +246,7 @@ def test_an_engine_that_computes_again_without_autocast_is_seen():
     assert result.failed and "float32, forward only in bfloat16" in result.explanation, result
 
 
-def test_a_layer_that_cannot_be_differentiated_is_told_not_raised():
+def test_a_layer_that_cannot_be_differentiated_is_reported_not_raised():
     report = check_gradients(InPlace(), drawn(4, 5), wrap=True)
     assert "plain backpropagation raised RuntimeError" in report.summary(), report
 

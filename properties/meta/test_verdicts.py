@@ -85,7 +85,7 @@ def test_where_rounding_may_be_as_large_as_the_values_nothing_is_said(check):
     assert undecided[0].claim in rest, summary
 
 
-def test_a_wrong_inverse_is_told_in_a_badly_conditioned_block_too():
+def test_a_wrong_inverse_is_reported_in_a_badly_conditioned_block_too():
     class Wrong(nn.Module):
         def __init__(self):
             super().__init__()

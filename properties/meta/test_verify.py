@@ -124,14 +124,14 @@ def test_a_right_block_passes_every_law(blocks, capsys, target):
     assert "FAIL" not in out and "PASS: all laws hold: inverse, gradients, state, memory" in out
 
 
-def test_a_wrong_inverse_is_told_with_the_smallest_example(blocks, capsys):
+def test_a_wrong_inverse_is_reported_with_the_smallest_example(blocks, capsys):
     status, out, _ = run(capsys, "user_blocks:Flipped", "--vary", "0,2,3", "--laws", "inverse")
     assert status == 1
     assert "only in the first half along dimension 1" in out
     assert "torch.randn([1, 4, 1, 1]" in out
 
 
-def test_the_example_runs_when_pasted_and_fails_as_told(blocks, capsys):
+def test_the_example_runs_when_pasted_and_fails_as_reported(blocks, capsys):
     _, out, _ = run(capsys, "user_blocks:Flipped", "--vary", "0,2,3", "--laws", "inverse")
     code = "\n".join(line[4:] for line in out.partition("breaks the law of inverse:\n")[2].splitlines())
     pasted = commands.run("-c", code, cwd=blocks, env=ENVIRONMENT)
@@ -145,13 +145,13 @@ def test_a_block_right_in_eval_mode_alone_fails_in_training_mode(blocks, capsys)
     assert "in eval mode it is right" in out and ".train()" in out
 
 
-def test_a_wrong_gradient_is_told_by_its_factor(blocks, capsys):
+def test_a_wrong_gradient_is_reported_with_its_factor(blocks, capsys):
     status, out, _ = run(capsys, "user_blocks:Scaled", "--laws", "inverse,gradients")
     assert status == 1
     assert re.search(r"FAIL: the inverse is right, but the gradient of g.0.weight is 1.9 times", out)
 
 
-def test_bad_conditioning_is_no_fault_but_is_told(blocks, capsys):
+def test_bad_conditioning_is_no_fault_but_is_reported(blocks, capsys):
     status, out, _ = run(capsys, "user_blocks:InLargeSteps", "--laws", "inverse")
     assert status == 0
     assert re.search(r"right, but badly conditioned: .*float32 (fails|the inverse)", out)
@@ -191,7 +191,7 @@ def test_all_is_in_the_json(blocks, capsys):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_misuse_is_told_with_status_2(blocks, capsys, arguments, message):
+def test_misuse_is_reported_with_status_2(blocks, capsys, arguments, message):
     status, _, err = run(capsys, *arguments)
     assert status == 2
     assert message in err

@@ -1,4 +1,4 @@
-"""What the report says about blocks that users write: one cause, named once, with advice."""
+"""The report on blocks that users write names one cause, once, with advice."""
 
 import math
 import re

@@ -19,7 +19,7 @@ MOVE = 0.1
 WHEN_MOVED = " after an optimiser step"
 """What is added to a claim that is checked once more with moved parameters."""
 WHEN_MIRRORED = " with parameters of the other sign"
-"""What is added to a claim that is checked once more with parameters whose signs have changed."""
+"""The end of a claim that is checked once more with parameters whose signs have changed."""
 
 
 def moved(subject: Subject) -> Subject:
