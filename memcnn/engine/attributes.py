@@ -107,13 +107,17 @@ and backward.
 """
 
 
-def known_class(module: nn.Module) -> tuple[int, tuple[str, ...]] | None:
-    """Return the entry of the module's class in ``known_classes``. Make it if there is none yet.
+def known_class(module: nn.Module, kind: type[nn.Module] | None = None) -> tuple[int, tuple[str, ...]] | None:
+    """Return the entry of a class in ``known_classes``. Make it if there is none yet.
 
-    Return None if the class is not one of PyTorch's layers, or if this instance has an attribute that its constructor
-    does not set, such as another forward function.
+    Return None if the class is not one of PyTorch's layers, or if this instance has an attribute that the constructor
+    of the class does not set, such as another forward function.
+
+    Args:
+        module: an instance of the class, or of a subclass.
+        kind: the class; None for the class of ``module``.
     """
-    kind, own = type(module), vars(module)
+    kind, own = kind or type(module), vars(module)
     if kind.__module__.startswith("torch.nn.modules.") and kind not in known_classes:
         constructors = [vars(base)["__init__"] for base in kind.__mro__[:-1] if "__init__" in vars(base)]
         expected = {name for constructor in constructors for name in constructor.__code__.co_names}

@@ -8,6 +8,7 @@ for a further evaluation, in the context of again.py. buffers.py and generators.
 shorter way for most branches. The loops are written out, because calls of Python functions take long.
 """
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from operator import is_
@@ -47,6 +48,8 @@ from memcnn.engine.generators import (
 from memcnn.engine.hooks import Hooks, hooked, restore_hooks
 from memcnn.engine.identity import identity, refuse_unless_lazy
 from memcnn.engine.references import Container, WithGraph, references
+from memcnn.engine.survey import draws_nothing
+from memcnn.engine.torch_private import is_compiled
 
 _CPU = torch.device("cpu")
 
@@ -114,7 +117,19 @@ class Replay(ReplayedBuffers):
             if torch.amp.is_autocast_available(kind)
         ]
         captured = {device for device in devices if is_captured(device)}
-        self.captured = preserve_rng_state and bool(captured)
+        self.refuses_random_numbers = (
+            preserve_rng_state
+            and bool(captured)
+            and (self.hooks is not None or not all(draws_nothing(module) for module, _ in self.modes))
+        )
+        """True while a CUDA graph is captured, unless the layers are known to draw none."""
+        if self.refuses_random_numbers and any(is_compiled(module) for module, _ in self.modes):
+            warnings.warn(
+                f"{self.name} is compiled, but runs uncompiled in this capture of a CUDA graph: only so can the engine "
+                "notice whether it draws random numbers. If it draws none, wrap the block with "
+                "preserve_rng_state=False",
+                stacklevel=2,
+            )
         self.generators: list[Drawn] = []
         """The generators that the module may draw from; after ``evaluated()``, those that it drew from."""
         if preserve_rng_state:
@@ -193,12 +208,14 @@ class Replay(ReplayedBuffers):
 
         While a CUDA graph is captured, it also refuses random numbers.
         """
-        if self.hooks is None and not self.captured:
+        if self.hooks is None and not self.refuses_random_numbers:
             return nullcontext()
         stack = ExitStack()
         if self.hooks is not None:
             stack.enter_context(self.hooks.watch())
-        if self.captured:
+        if self.refuses_random_numbers:
+            # in a dispatch mode the compiler would skip this code, and all that shares it, now and ever after
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(NoRandomNumbers(self.name))
         return stack
 
@@ -291,6 +308,10 @@ class Replay(ReplayedBuffers):
     def restore(self, undo: list[tuple]) -> None:
         """Set everything as the first evaluation found it. ``undo`` receives the calls that undo this."""
         restore_autocast(self.autocast, undo)
+        if self.refuses_random_numbers:  # uncompiled, as in the first evaluation: compiled code saves other tensors
+            stance = torch.compiler.set_stance("force_eager")
+            stance.__enter__()
+            undo.append((stance.__exit__, None, None, None))
         for module, training in self.modes:
             if module.training != training or self.sets_modes:
                 undo.append((setattr, module, "training", module.training))

@@ -11,7 +11,8 @@ is *quiet* if all of this holds:
 4. All parameters are ordinary ones. The only buffers are running statistics of BatchNorms in training mode. They are
    updated by the first evaluation; the second neither reads nor updates them.
 
-If your container only calls its children, decorate its class with ``quiet_container``.
+If your container only calls its children, decorate its class with ``quiet_container``. If your layer computes what its
+base class in ``QUIET`` does, decorate it with ``quiet_layer``.
 
 ``Survey`` walks one tree and stops at the first module that is not quiet. A ``Snapshot`` holds the surveys of one tree,
 or of several that are evaluated one after the other, as flat lists. The last snapshot is kept. Before each first and
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from memcnn.engine.attributes import BASE_ATTRIBUTES, known_class
 from memcnn.engine.identity import has_no_version
+from memcnn.engine.torch_private import is_compiled
 
 BATCH_NORMS = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
 
@@ -84,6 +86,9 @@ _NOT_QUIET = ClassEntry(-1, (), itemgetter(*ALWAYS_READ), is_batch_norm=False)
 
 _entries: dict[type, ClassEntry] = {}
 """The entry of each class seen."""
+
+_bases: dict[type, type[nn.Module]] = {}
+"""The layer of ``QUIET`` that each declared subclass stands for."""
 
 _snapshots: "weakref.WeakKeyDictionary[nn.Module, dict[bool, Snapshot | int]]" = weakref.WeakKeyDictionary()
 """By first tree, the last snapshot of this tree alone (False), and of several trees that begin with it (True). In place
@@ -273,11 +278,31 @@ def quiet_container(kind: type[nn.Sequential]) -> type[nn.Sequential]:
     return kind
 
 
+def quiet_layer(kind: type[nn.Module]) -> type[nn.Module]:
+    """Decorator: declare that a subclass of one of ``QUIET`` computes what its base does, perhaps faster.
+
+    Such a class must have the attributes of its base and no others, draw no random numbers, and set no attributes in
+    its forward function.
+    """
+    _bases[kind] = next(base for base in kind.__mro__ if base in QUIET)
+    return kind
+
+
+def draws_nothing(module: nn.Module) -> bool:
+    """Return whether a module, apart from its children, is known to draw no random numbers.
+
+    That holds for layers and containers of quiet trees, whether or not they are compiled.
+    """
+    entry, own = _entries.get(type(module)) or _entry_of(module), vars(module)
+    return entry.size == len(own) - is_compiled(module)
+
+
 def _entry_of(module: nn.Module) -> ClassEntry:
     """Return the entry of the module's class. Make it if there is none yet."""
     kind, entry = type(module), _NOT_QUIET
-    if kind in QUIET:
-        if (known := known_class(module)) is None:
+    layer = _bases.get(kind, kind)
+    if layer in QUIET:
+        if (known := known_class(module, layer)) is None:
             return _NOT_QUIET  # this instance is not quiet, another one of its class may be
         size, watched = known
         is_batch_norm = kind in BATCH_NORMS

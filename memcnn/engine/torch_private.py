@@ -172,6 +172,14 @@ def is_transformed() -> bool:
     )
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether calls of this module run compiled code: after ``module.compile()``, or ``torch.compile(module)``.
+
+    No public function says so.
+    """
+    return vars(module).get("_compiled_call_impl") is not None or "_orig_mod" in module._modules
+
+
 def never_compiled(function: AnyFunction) -> AnyFunction:
     """Keep ``torch.compile`` from compiling ``function``, which autograd calls for each saved tensor.
 

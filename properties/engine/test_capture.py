@@ -4,16 +4,27 @@ The first tests only say that a graph is captured; those at the end capture one 
 """
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper
 from memcnn.engine import capture, replay
+from memcnn.engine.survey import draws_nothing
+from memcnn.engine.torch_private import is_compiled
+from memcnn.kernels import NarrowConv2d, use_narrow_convolutions
+from memcnn.models.resnet import MODELS, Branch
+from memcnn.training.compilation import compiled
 from properties.devices import needs_cuda, reproducible_kernels
 from properties.support.twin import backward, block, conv_branch, images, plain_twin
 
+IGNORED = pytest.mark.filterwarnings(  # the compiler's own
+    "ignore:.torch.jit.* is deprecated:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+)
 DROPOUT = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 3, 1))
 
 
@@ -53,6 +64,123 @@ def test_checks_that_read_values_are_refused_in_a_capture(capturing, exact, chec
     module = InvertibleModuleWrapper(coupling, check_inverse=check_inverse).double()
     with pytest.raises(RuntimeError, match=f"impossible while a CUDA graph is captured: {fix}"):
         backward(module, images())
+
+
+class Counting:
+    """A compiler backend that counts the calls of the code that it returns."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable:
+        def run(*inputs: torch.Tensor) -> tuple:
+            self.calls += 1
+            return graph.forward(*inputs)
+
+        return run
+
+    def of(self, action: Callable, *arguments: object) -> int:
+        """Return the number of calls during ``action(*arguments)``."""
+        before = self.calls
+        action(*arguments)
+        return self.calls - before
+
+
+@pytest.fixture
+def backend():
+    torch._dynamo.reset()
+    yield Counting()
+    torch._dynamo.reset()
+
+
+class OwnCode(nn.Module):
+    """A branch that might draw random numbers, for all that the engine knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = conv_branch()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+def compiled_pair(branch: Callable[[], nn.Module], backend: Counting, **options) -> tuple[nn.Module, nn.Module]:
+    """Return a block whose branches are compiled, after two steps, and its twin, which is not compiled."""
+    module = block(branch, **options)
+    twin = plain_twin(module)
+    for part in (module._fn.Fm, module._fn.Gm):
+        part.compile(backend=backend)
+    for _ in range(2):
+        backward(module, images())
+    twin.load_state_dict(module.state_dict())
+    module.zero_grad()
+    return module, twin
+
+
+def assert_same_gradients(module: nn.Module, twin: nn.Module) -> None:
+    backward(twin, images())
+    for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@IGNORED
+@pytest.mark.parametrize("layer", [nn.Conv2d, NarrowConv2d])
+def test_compiled_branches_of_simple_layers_run_compiled_in_a_capture(layer, backend, request):
+    def branch() -> nn.Module:
+        return Branch(nn.BatchNorm2d(3), nn.ReLU(), layer(3, 3, 3, padding=1, bias=False))
+
+    module, twin = compiled_pair(branch, backend)
+    request.getfixturevalue("capturing")
+    assert backend.of(backward, module, images()) == 4  # F and G, forward and in the recomputation
+    assert_same_gradients(module, twin)
+
+
+@pytest.mark.parametrize("name", ["revnet38", "revnet110", "revnet164"])
+def test_the_branches_of_the_revnets_are_known_to_draw_no_random_numbers(name):
+    """Otherwise ``--graph --compile`` would train with uncompiled branches."""
+    model = MODELS[name]()
+    use_narrow_convolutions(model)
+    compiled(model)
+    branches = [branch for part in model.modules() if isinstance(part, AdditiveCoupling) for branch in part.children()]
+    assert len(branches) > 10 and all(map(is_compiled, branches))
+    assert all(draws_nothing(layer) for branch in branches for layer in branch.modules())
+
+
+@IGNORED
+def test_compiled_branches_with_code_of_their_own_run_uncompiled_in_a_capture_alone(backend, monkeypatch):
+    module, twin = compiled_pair(OwnCode, backend)
+    with monkeypatch.context() as patch:
+        for part in (capture, replay):
+            patch.setattr(part, "is_captured", lambda device: True)
+        with pytest.warns(UserWarning, match="OwnCode is compiled, but runs uncompiled .*preserve_rng_state=False"):
+            assert backend.of(backward, module, images()) == 0
+        assert_same_gradients(module, twin)
+        module.preserve_rng_state = False
+        assert backend.of(backward, module, images()) == 4
+    module.preserve_rng_state = True
+    assert backend.of(backward, module, images()) == 4, "the capture left the code uncompiled"
+
+
+@IGNORED
+@pytest.mark.filterwarnings("ignore:Branch is compiled, but runs uncompiled:UserWarning")
+def test_a_compiled_branch_that_draws_random_numbers_is_refused_in_a_capture(backend, request):
+    module, _ = compiled_pair(lambda: Branch(*copy.deepcopy(DROPOUT)), backend)
+    request.getfixturevalue("capturing")
+    with pytest.raises(RuntimeError, match="Branch draws random numbers .*disable=True"):
+        module(images())
+
+
+@IGNORED
+def test_a_compiled_branch_with_a_forward_function_of_its_own_may_draw_random_numbers(backend, request):
+    def branch() -> nn.Module:
+        layers = Branch(*conv_branch())
+        layers[2].forward = functional.dropout
+        return layers
+
+    module, _ = compiled_pair(branch, backend)
+    request.getfixturevalue("capturing")
+    with pytest.warns(UserWarning, match="runs uncompiled"), pytest.raises(RuntimeError, match="draws random numbers"):
+        module(images())
 
 
 def step(module: nn.Module, x: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memcnn import AdditiveCoupling, AffineAdapterNaive, AffineCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.engine.direct import LONGEST_RUN
 from memcnn.memory import TensorMeter
+from memcnn.testing.tolerances import relative_error
 from properties.support.twin import assert_like_twin, images, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -296,7 +297,7 @@ def test_a_weight_that_is_used_again_under_autocast_keeps_its_graph():
         with context():
             program(module, images())
         found.append(module[0]._fn.Fm[0].weight.grad)
-    torch.testing.assert_close(*found)
+    assert relative_error(*found) <= 2**-7  # the two gradients may be added in bfloat16
 
 
 def shared_layer() -> nn.Module:
