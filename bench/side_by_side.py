@@ -55,7 +55,8 @@ def load(folder: Path) -> Device | None:
         return None
     names = [environment["device"]["name"]] if environment else [*speed.get("device", []), *memory.get("device", [])]
     origins = [origin, *(f"speed of {line}" for line in speed_text.origins(speed))] if len(speed) else [origin]
-    return Device(clean(str(names[0])), "; ".join(filter(None, origins)).rstrip("."), suites, speed, memory)
+    text = "; ".join(origin.rstrip(".") for origin in origins if origin)
+    return Device(clean(str(names[0])), text, suites, speed, memory)
 
 
 def sections(devices: Sequence[Device]) -> list[summary.Section]:

@@ -2,8 +2,8 @@
 
 The compiled code does not depend on the number of classes: the last linear layer is not compiled. A residual network is
 compiled as a whole. In a reversible network the branches F and G are compiled, and the units between the reversible
-blocks; branches of the same shape share their code as well. On an H200 a step of RevNet-38 takes 4.01 ms with compiled
-branches, and 4.39 ms without.
+blocks; branches of the same shape share their code as well. On an H200 a captured step of RevNet-38 takes 3.46 ms with
+compiled branches, and 3.97 ms with uncompiled ones.
 """
 
 import warnings
