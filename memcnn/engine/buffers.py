@@ -2,13 +2,17 @@
 
 import inspect
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from memcnn.engine.again import exchange
 from memcnn.engine.checksum import checksum
+from memcnn.engine.hooks import Hooks
 from memcnn.engine.identity import identity, refuse_unless_lazy
 from memcnn.engine.torch_private import BATCH_NORM_FORWARD, NORM_FORWARDS, NormBase
 
@@ -35,6 +39,8 @@ class Buffer(NamedTuple):
         identity: its version and storage.
         checksum: a checksum of its value, to notice changes without a new version. None if there is none.
         kind: "buffer", or "attribute" for a tensor that is a plain attribute.
+        is_only_written: the module's output does not depend on its value, so that a further evaluation may write to
+            other memory instead.
     """
 
     registry: dict
@@ -44,6 +50,7 @@ class Buffer(NamedTuple):
     identity: tuple[int, int]
     checksum: int | None
     kind: str = "buffer"
+    is_only_written: bool = False
 
 
 class ReplayedBuffers:
@@ -72,6 +79,8 @@ class ReplayedBuffers:
     """
     reads_statistics: bool
     """True if code of a user's module may read running statistics. Then they are restored like other buffers."""
+    hooks: Hooks | None
+    """The user's hooks; None if there are none."""
     silent: set[int]
     """Ids of the registries of norms in training mode. Their buffers change without a new version."""
 
@@ -98,7 +107,7 @@ class ReplayedBuffers:
                     refuse_unless_lazy(buffer, f"the buffer {name!r} of {type(module).__name__}")
                     continue
                 if ignored:
-                    self.restored.append(Buffer(registry, name, buffer, None, value, None))
+                    self.restored.append(Buffer(registry, name, buffer, None, value, None, is_only_written=True))
                 else:
                     self.restored.append(Buffer(registry, name, buffer, buffer.clone(), value, checksum(buffer)))
 
@@ -137,7 +146,7 @@ class ReplayedBuffers:
 
     def _note_buffer(self, buffer: Buffer, initialised: bool) -> None:
         """Note whether the first evaluation modified a buffer. If it may have, keep the value that it began with."""
-        registry, name, b, before, value, bits, kind = buffer
+        registry, name, b, before, value, bits, kind, is_only_written = buffer
         if initialised and (now := registry.get(name)) is not None:
             # the layer may note here that it is initialised: a further evaluation begins with that
             b, before, value, bits = now, None if before is None else now.detach().clone(), identity(now), checksum(now)
@@ -151,7 +160,27 @@ class ReplayedBuffers:
                 or any(m._buffers is registry and type(m).forward in NORM_FORWARDS for m, _ in self.modes)
             ):
                 before = None
-        self.restored.append(Buffer(registry, name, b, before, value, bits, kind))
+        self.restored.append(Buffer(registry, name, b, before, value, bits, kind, is_only_written))
+
+    def exchange_statistics(self, undo: list[tuple]) -> set[int]:
+        """Register uninitialised memory in place of running statistics that a further evaluation only writes.
+
+        That saves two copies of each. Statistics with a hook, or that several modules share, may be read after all.
+        Return the ids of those that are exchanged. ``undo`` receives the calls that put them back.
+        """
+        if self.hooks is not None:
+            return set()
+        uses = Counter(id(b) for _, _, b in self.buffers)
+        exchanged = {}
+        for buffer in self.restored:
+            b, registry = buffer.tensor, buffer.registry
+            if buffer.is_only_written and uses[id(b)] == 1 and type(b) is Tensor and registry.get(buffer.name) is b:
+                exchanged[id(b)] = memory = torch.empty_like(b)
+                exchange(registry, buffer.name, memory, undo)
+                if (module := self.running_statistics.get(id(b))) is not None:
+                    self.running_statistics[id(memory)] = module
+                    undo.append((self.running_statistics.pop, id(memory)))
+        return {*exchanged}
 
 
 def reads_statistics(kind: type[nn.Module]) -> bool:

@@ -346,7 +346,10 @@ class Replay(ReplayedBuffers):
             undo += [(source.write, source.key, source.read(source.key)) for source in (PYTHON, NUMPY)]
         for reference in self.references:
             reference.set_again(undo)
+        exchanged = self.exchange_statistics(undo) if self.restored else ()
         for _, _, buffer, before, *_ in self.restored:
+            if id(buffer) in exchanged:
+                continue
             # by ``.data``, so that autograd does not count the restored value as a modification
             undo.append((buffer.data.copy_, buffer.clone()))
             if before is not None:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memcnn
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
-from memcnn.models.resnet import revnet38
+from memcnn.models.resnet import Branch, revnet38
 from properties.support.twin import assert_like_twin, backward, block, conv_branch, images
 
 REVERSIBLE_UNITS = 3, 2, 2
@@ -92,6 +92,55 @@ def test_a_recomputation_does_not_touch_the_running_statistics():
     assert {name: b._version for name, b in module.named_buffers()} == versions
     assert not operators.counts["copy_"] and not operators.counts["clone"]
     assert all(part.track_running_stats for part in module.modules() if isinstance(part, nn.BatchNorm2d))
+
+
+def norm_without_parameters() -> nn.Module:
+    """Return a branch that is recomputed with its running statistics: its BatchNorm has no weight."""
+    return nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6, affine=False), nn.Tanh())
+
+
+def compiled_branch() -> nn.Module:
+    branch = Branch(*conv_branch(6))
+    branch.compile(backend="aot_eager")
+    return branch
+
+
+@pytest.mark.filterwarnings(  # the compiler's own
+    "ignore:.torch.jit.* is deprecated:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+)
+@pytest.mark.parametrize("make", [norm_without_parameters, compiled_branch])
+def test_a_recomputation_that_needs_running_statistics_writes_to_other_memory(make):
+    module = InvertibleModuleWrapper(AdditiveCoupling(make(), split_dim=0)).double()  # halves are dense
+    backward(module, images())
+    before = {name: b.clone() for name, b in module.named_buffers()}
+    y = module(images())
+    memory = {name: b.data_ptr() for name, b in module.named_buffers()}
+    after = {name: b.clone() for name, b in module.named_buffers()}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y.sum().backward()
+    for name, b in module.named_buffers():
+        assert b.data_ptr() == memory[name] and torch.equal(b, after[name]) and not torch.equal(b, before[name])
+    clones = sum(event.count for event in profile.key_averages() if event.key == "aten::clone")
+    assert clones == 0 or make is compiled_branch, "compiled code may copy statistics of its own accord"
+
+
+def test_running_statistics_that_two_modules_share_are_seen_by_both():
+    """The second BatchNorm, in evaluation mode, reads what the first one has written."""
+
+    def branch() -> nn.Module:
+        first, second = nn.BatchNorm2d(3), nn.BatchNorm2d(3).eval()
+        second.running_mean, second.running_var = first.running_mean, first.running_var
+        return nn.Sequential(first, nn.Conv2d(3, 3, 1), second)
+
+    gradients = []
+    for disable in (False, True):
+        torch.manual_seed(0)
+        module = InvertibleModuleWrapper(AdditiveCoupling(branch(), branch()), disable=disable).double()
+        x = images()
+        (module(x) ** 3).sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
 
 
 class Renormalised(nn.BatchNorm2d):
