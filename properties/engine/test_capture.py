@@ -222,6 +222,17 @@ def test_a_graph_captured_on_a_gpu_computes_the_twins_gradients_of_any_input(see
         torch.testing.assert_close(p.grad, q.grad)
 
 
+@IGNORED
+@needs_cuda
+def test_compiled_branches_run_compiled_when_a_gpu_captures(backend):
+    module = block(lambda: Branch(*conv_branch())).cuda()
+    for part in (module._fn.Fm, module._fn.Gm):
+        part.compile(backend=backend)
+    x = images(requires_grad=False).cuda().requires_grad_()
+    captured_step(module, x)
+    assert backend.calls == 4 * 4, "F and G are evaluated twice in each of three steps and in the capture"
+
+
 @needs_cuda
 def test_dropout_is_refused_when_a_gpu_captures():
     dropout = copy.deepcopy(DROPOUT)
