@@ -3,7 +3,7 @@
 import inspect
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from memcnn.engine.again import exchange
 from memcnn.engine.checksum import checksum
-from memcnn.engine.hooks import Hooks
+from memcnn.engine.hooks import Hooks, unwrapped
 from memcnn.engine.identity import identity, refuse_unless_lazy
 from memcnn.engine.torch_private import BATCH_NORM_FORWARD, NORM_FORWARDS, NormBase
 
@@ -21,8 +21,8 @@ _STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 _READING = _STATISTICS | {"_buffers", "buffers", "eval", "get_buffer", "named_buffers", "state_dict", "train"}
 """Names that occur in code that may read the running statistics of a norm, or switch its mode."""
 
-_readers: "weakref.WeakKeyDictionary[type, bool]" = weakref.WeakKeyDictionary()
-"""The results of ``reads_statistics``."""
+_readers: "weakref.WeakKeyDictionary[type | FunctionType, bool]" = weakref.WeakKeyDictionary()
+"""The results of ``reads_statistics`` by class, and of ``hook_reads_statistics`` by function."""
 
 KEPT_BUFFER = 2**20
 """Largest size, in bytes, of a GPU buffer whose copy is kept for backward. To compare values would wait for the GPU."""
@@ -78,7 +78,7 @@ class ReplayedBuffers:
     saves other tensors, and would have to be compiled a second time.
     """
     reads_statistics: bool
-    """True if code of a user's module may read running statistics. Then they are restored like other buffers."""
+    """True if a user's module or hook may read running statistics. They are then restored like other buffers."""
     hooks: Hooks | None
     """The user's hooks; None if there are none."""
     silent: set[int]
@@ -110,6 +110,17 @@ class ReplayedBuffers:
                     self.restored.append(Buffer(registry, name, buffer, None, value, None, is_only_written=True))
                 else:
                     self.restored.append(Buffer(registry, name, buffer, buffer.clone(), value, checksum(buffer)))
+
+    def survey_statistics_again(self) -> None:
+        """Note running statistics like other buffers, because a hook may read them."""
+        self.reads_statistics = True
+        again = {id(b.registry) for b in self.restored if b.is_only_written}
+        self.restored = [b for b in self.restored if id(b.registry) not in again]
+        self.buffers = [b for b in self.buffers if id(b[0]) not in again]
+        self.running_statistics.clear()
+        for module, _ in self.modes:
+            if id(module._buffers) in again:
+                self.survey_buffers(module)
 
     def survey_tensor(self, own: dict, name: str, tensor: Tensor) -> None:
         """Note a plain attribute that is a tensor without a graph, before the first evaluation. ``own`` holds it."""
@@ -189,8 +200,24 @@ def reads_statistics(kind: type[nn.Module]) -> bool:
     We look for the names of ``_READING`` in its code, and in that of the methods and functions that it calls by name.
     """
     if (known := _readers.get(kind)) is None:
-        known = _readers[kind] = any(not _READING.isdisjoint(names) for names in _names_in(kind, kind.forward, set()))
+        known = _readers[kind] = _may_read(kind, kind.forward)
     return known
+
+
+def hook_reads_statistics(hook: Callable) -> bool:
+    """Return the same for a user's forward hook: a function, a method or an object that can be called."""
+    hook = unwrapped(hook)
+    owner = type(getattr(hook, "__self__", hook))
+    function = getattr(hook, "__func__", hook if isinstance(hook, FunctionType) else type(hook).__call__)
+    if not isinstance(function, FunctionType):
+        return False
+    if (known := _readers.get(function)) is None:
+        known = _readers[function] = _may_read(owner, function)
+    return known
+
+
+def _may_read(kind: type, function: object) -> bool:
+    return any(not _READING.isdisjoint(names) for names in _names_in(kind, function, set()))
 
 
 def _names_in(kind: type, function: object, seen: set[object]) -> Iterator[set[str]]:

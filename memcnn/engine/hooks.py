@@ -189,7 +189,7 @@ class _NotInThread(_InThread):
 
 def name_of(hook: Callable) -> str:
     """Return the name of the hook in the user's code, in quotes."""
-    hook = _unwrapped(hook)
+    hook = unwrapped(hook)
     return repr(getattr(hook, "__qualname__", None) or type(hook).__qualname__)
 
 
@@ -199,7 +199,8 @@ def _original(hook: Callable) -> Callable:
     return hook
 
 
-def _unwrapped(hook: Callable) -> Callable:
+def unwrapped(hook: Callable) -> Callable:
+    """Return the user's function, method or object that a hook calls, without partial functions around it."""
     hook = _original(hook)
     while isinstance(hook, functools.partial):
         hook = hook.func
@@ -207,5 +208,5 @@ def _unwrapped(hook: Callable) -> Callable:
 
 
 def _is_torchs(hook: Callable) -> bool:
-    hook = _unwrapped(hook)
+    hook = unwrapped(hook)
     return (getattr(hook, "__module__", None) or type(hook).__module__).partition(".")[0] == "torch"

@@ -29,7 +29,7 @@ from memcnn.engine.attributes import (
     remove,
     set_again,
 )
-from memcnn.engine.buffers import Buffer, ReplayedBuffers, reads_statistics
+from memcnn.engine.buffers import Buffer, ReplayedBuffers, hook_reads_statistics, reads_statistics
 from memcnn.engine.capture import NoRandomNumbers, is_captured
 from memcnn.engine.checksum import checksum
 from memcnn.engine.generators import (
@@ -109,6 +109,8 @@ class Replay(ReplayedBuffers):
         self._survey(module)
         registries = hooked(self.modes)
         self.hooks = Hooks(registries) if registries else None
+        if self.hooks is not None and any(hook_reads_statistics(hook) for _, _, hook, _ in self.hooks.seen):
+            self.survey_statistics_again()
 
         devices = {_CPU, *[x.device for x in inputs]}
         self.autocast = [

@@ -1,11 +1,13 @@
-"""Branches that read a BatchNorm's running statistics, or switch its mode, in their own forward function."""
+"""Branches and hooks that read a norm's running statistics, and branches that switch its mode."""
+
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memcnn.engine.buffers import reads_statistics
+from memcnn.engine.buffers import hook_reads_statistics, reads_statistics
 from properties.support.scaled import PROGRAMS, chain
 from properties.support.twin import assert_same, backward, block, images, plain_twin, run
 
@@ -89,6 +91,60 @@ def test_one_branch_in_both_places_that_switches_a_mode_leaves_the_last_mode():
     twin = plain_twin(module)
     assert_same(run(module, backward, [images(5, 6)]), run(twin, backward, [images(5, 6)]), limit=1e-10)
     assert [m.training for m in module.modules()] == [m.training for m in twin.modules()]
+
+
+def centred(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return output + module.running_mean.clone()
+
+
+class Centring:
+    """Hooks of other kinds: a method, and an object that can be called."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+
+    def hook(self, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        return output + self.mean(module)
+
+    def mean(self, module: nn.Module) -> Tensor:
+        return self.scale * module.running_mean.clone()
+
+    __call__ = hook
+
+
+def late(scale: float, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return scale * centred(module, inputs, output)
+
+
+HOOKS = {
+    "function": centred,
+    "lambda": lambda module, inputs, output: centred(module, inputs, output).sin(),
+    "partial": functools.partial(late, 0.5),
+    "method": Centring(2.0).hook,
+    "object": Centring(0.5),
+}
+
+
+@PROGRAMS
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_hook_that_reads_running_statistics_is_replayed(hook, affine, program):
+    def branch() -> nn.Module:
+        norm = nn.BatchNorm1d(3, affine=affine)
+        norm.register_forward_hook(hook)
+        return nn.Sequential(nn.Linear(3, 3), norm, nn.Tanh(), nn.Linear(3, 3))
+
+    module = chain(branch)
+    twin = plain_twin(module)
+    for _ in range(2):
+        assert_same(run(module, program, [images(5, 6)]), run(twin, program, [images(5, 6)]), limit=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("hook", "reads"), [(h, True) for h in HOOKS.values()] + [(print, False), (lambda m, i, o: o.sin(), False)]
+)
+def test_statistics_are_copied_only_for_hooks_that_may_read_them(hook, reads):
+    assert hook_reads_statistics(hook) == reads
 
 
 @pytest.mark.parametrize("kind", [*READERS, Ordinary])
