@@ -112,7 +112,7 @@ class ReplayedBuffers:
                     self.restored.append(Buffer(registry, name, buffer, buffer.clone(), value, checksum(buffer)))
 
     def survey_statistics_again(self) -> None:
-        """Note running statistics like other buffers, because a hook may read them."""
+        """Note running statistics like other buffers, because a hook or a later module may read them."""
         self.reads_statistics = True
         again = {id(b.registry) for b in self.restored if b.is_only_written}
         self.restored = [b for b in self.restored if id(b.registry) not in again]
@@ -176,16 +176,19 @@ class ReplayedBuffers:
     def exchange_statistics(self, undo: list[tuple]) -> set[int]:
         """Register uninitialised memory in place of running statistics that a further evaluation only writes.
 
-        That saves two copies of each. Statistics with a hook, or that several modules share, may be read after all.
-        Return the ids of those that are exchanged. ``undo`` receives the calls that put them back.
+        That saves two copies of each. Statistics whose memory has several names are kept, and all if there are hooks:
+        other code may read them. Return the ids of those that are exchanged. ``undo`` receives the calls that put them
+        back.
         """
-        if self.hooks is not None:
+        if self.hooks is not None or not any(buffer.is_only_written for buffer in self.restored):
             return set()
-        uses = Counter(id(b) for _, _, b in self.buffers)
+        names = Counter(b.untyped_storage()._cdata for _, _, b in self.buffers)
         exchanged = {}
         for buffer in self.restored:
             b, registry = buffer.tensor, buffer.registry
-            if buffer.is_only_written and uses[id(b)] == 1 and type(b) is Tensor and registry.get(buffer.name) is b:
+            if not buffer.is_only_written or type(b) is not Tensor or registry.get(buffer.name) is not b:
+                continue
+            if names[b.untyped_storage()._cdata] == 1:
                 exchanged[id(b)] = memory = torch.empty_like(b)
                 exchange(registry, buffer.name, memory, undo)
                 if (module := self.running_statistics.get(id(b))) is not None:

@@ -109,7 +109,8 @@ class Replay(ReplayedBuffers):
         self._survey(module)
         registries = hooked(self.modes)
         self.hooks = Hooks(registries) if registries else None
-        if self.hooks is not None and any(hook_reads_statistics(hook) for _, _, hook, _ in self.hooks.seen):
+        hooks = self.hooks.seen if self.hooks is not None else ()
+        if self.reads_statistics or any(hook_reads_statistics(hook) for _, _, hook, _ in hooks):
             self.survey_statistics_again()
 
         devices = {_CPU, *[x.device for x in inputs]}
@@ -124,14 +125,7 @@ class Replay(ReplayedBuffers):
             and bool(captured)
             and (self.hooks is not None or not all(draws_nothing(module) for module, _ in self.modes))
         )
-        """True while a CUDA graph is captured, unless the layers are known to draw none."""
-        if self.refuses_random_numbers and any(is_compiled(module) for module, _ in self.modes):
-            warnings.warn(
-                f"{self.name} is compiled, but runs uncompiled in this capture of a CUDA graph: only so can the engine "
-                "notice whether it draws random numbers. If it draws none, wrap the block with "
-                "preserve_rng_state=False",
-                stacklevel=2,
-            )
+        """True if drawing random numbers raises: a CUDA graph is captured, and a layer may draw some."""
         self.generators: list[Drawn] = []
         """The generators that the module may draw from; after ``evaluated()``, those that it drew from."""
         if preserve_rng_state:
@@ -216,13 +210,20 @@ class Replay(ReplayedBuffers):
         if self.hooks is not None:
             stack.enter_context(self.hooks.watch())
         if self.refuses_random_numbers:
-            # in a dispatch mode the compiler would skip this code, and all that shares it, now and ever after
+            # under a dispatch mode the compiler would skip this code, and all that shares it, for ever after
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(NoRandomNumbers(self.name))
         return stack
 
     def evaluated(self) -> None:
         """Note what the first evaluation changed, and drop what backward does not need."""
+        if self.refuses_random_numbers and any(is_compiled(module) for module, _ in self.modes):
+            name = type(getattr(self.module, "_orig_mod", self.module)).__name__
+            warnings.warn(
+                f"{name} is compiled, but runs uncompiled in this capture of a CUDA graph: the engine must see every "
+                "operation to notice random numbers. It draws none, so wrap the block with preserve_rng_state=False",
+                stacklevel=2,
+            )
         generators, self.generators = self.generators, []
         for source, before, _ in generators:
             if not same_state(before, after := source.read(source.key)):

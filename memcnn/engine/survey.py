@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from memcnn.engine.attributes import BASE_ATTRIBUTES, known_class
 from memcnn.engine.identity import has_no_version
-from memcnn.engine.torch_private import is_compiled
+from memcnn.engine.torch_private import SET_BY_COMPILER
 
 BATCH_NORMS = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
 
@@ -289,12 +289,14 @@ def quiet_layer(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def draws_nothing(module: nn.Module) -> bool:
-    """Return whether a module, apart from its children, is known to draw no random numbers.
+    """Return whether the module itself, ignoring its children, is known to draw no random numbers.
 
     That holds for layers and containers of quiet trees, whether or not they are compiled.
     """
+    if type(module).__module__.startswith("torch._dynamo."):  # the module that torch.compile returns
+        return True
     entry, own = _entries.get(type(module)) or _entry_of(module), vars(module)
-    return entry.size == len(own) - is_compiled(module)
+    return entry.size == len(own.keys() - SET_BY_COMPILER)
 
 
 def _entry_of(module: nn.Module) -> ClassEntry:

@@ -172,6 +172,10 @@ def is_transformed() -> bool:
     )
 
 
+SET_BY_COMPILER = {"_compiled_call_impl", "_is_torch_compile"}
+"""The attributes that ``module.compile()`` and ``torch.compile(module)`` set on the module."""
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Return whether calls of this module run compiled code: after ``module.compile()``, or ``torch.compile(module)``.
 

@@ -126,12 +126,14 @@ def test_a_recomputation_that_needs_running_statistics_writes_to_other_memory(ma
     assert operators is None or not operators.counts["clone"]
 
 
-def test_running_statistics_that_two_modules_share_are_seen_by_both():
+@pytest.mark.parametrize("views", [False, True])
+def test_running_statistics_that_two_modules_share_are_seen_by_both(views):
     """The second BatchNorm, in evaluation mode, reads what the first one has written."""
 
     def branch() -> nn.Module:
-        first, second = nn.BatchNorm2d(3), nn.BatchNorm2d(3).eval()
-        second.running_mean, second.running_var = first.running_mean, first.running_var
+        first, second = nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3).eval()
+        mean, var = first.running_mean, first.running_var
+        second.running_mean, second.running_var = (mean[:], var[:]) if views else (mean, var)
         return nn.Sequential(first, nn.Conv2d(3, 3, 1), second)
 
     gradients = []

@@ -71,11 +71,28 @@ class Ordinary(Normed):
         return self.norm(x).tanh() if self.training else x
 
 
+class Beside(nn.Module):
+    """Reads the statistics of a norm that is registered before it, in no place where modules are looked for."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norms = (norm,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norms[0].running_mean.clone()
+
+
+class ReadLater(nn.Sequential):
+    def __init__(self, affine: bool = True) -> None:
+        norm = nn.BatchNorm1d(3, affine=affine)
+        super().__init__(nn.Linear(3, 3), norm, Beside(norm), nn.Tanh())
+
+
 READERS = [OtherStatistics, Centred, InBothModes, WarmedUp, InTurns]
 
 
 @PROGRAMS
-@pytest.mark.parametrize("branch", READERS)
+@pytest.mark.parametrize("branch", [*READERS, ReadLater, functools.partial(ReadLater, affine=False)])
 def test_a_branch_that_reads_running_statistics_is_replayed(branch, program):
     module = chain(branch)
     twin = plain_twin(module)
