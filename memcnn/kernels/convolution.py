@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memcnn.autocast import autocast_dtype
-from memcnn.engine.survey import quiet_layer
 from memcnn.kernels import choice
 
 CHANNELS = (16, 32, 64)
@@ -64,7 +63,6 @@ def narrow_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     return _NarrowConv.apply(x.to(dtype), weight.to(dtype))
 
 
-@quiet_layer
 class NarrowConv2d(nn.Conv2d):
     """A convolution without bias, kernel 3x3, stride 1 and padding 1, computed by ``narrow_conv2d``."""
 
