@@ -115,6 +115,8 @@ class ReplayedBuffers:
         """Note running statistics like other buffers, because a hook or a later module may read them."""
         self.reads_statistics = True
         again = {id(b.registry) for b in self.restored if b.is_only_written}
+        if not again:
+            return
         self.restored = [b for b in self.restored if id(b.registry) not in again]
         self.buffers = [b for b in self.buffers if id(b[0]) not in again]
         self.running_statistics.clear()

@@ -11,8 +11,8 @@ is *quiet* if all of this holds:
 4. All parameters are ordinary ones. The only buffers are running statistics of BatchNorms in training mode. They are
    updated by the first evaluation; the second neither reads nor updates them.
 
-If your container only calls its children, decorate its class with ``quiet_container``. If your layer computes what its
-base class in ``QUIET`` does, decorate it with ``quiet_layer``.
+If your container only calls its children, decorate its class with ``quiet_container``. If your layer computes what a layer
+of ``QUIET`` does and has the same attributes, name that layer in its class: ``stands_for = nn.Conv2d``.
 
 ``Survey`` walks one tree and stops at the first module that is not quiet. A ``Snapshot`` holds the surveys of one tree,
 or of several that are evaluated one after the other, as flat lists. The last snapshot is kept. Before each first and
@@ -86,9 +86,6 @@ _NOT_QUIET = ClassEntry(-1, (), itemgetter(*ALWAYS_READ), is_batch_norm=False)
 
 _entries: dict[type, ClassEntry] = {}
 """The entry of each class seen."""
-
-_bases: dict[type, type[nn.Module]] = {}
-"""The layer of ``QUIET`` that each declared subclass stands for."""
 
 _snapshots: "weakref.WeakKeyDictionary[nn.Module, dict[bool, Snapshot | int]]" = weakref.WeakKeyDictionary()
 """By first tree, the last snapshot of this tree alone (False), and of several trees that begin with it (True). In place
@@ -278,16 +275,6 @@ def quiet_container(kind: type[nn.Sequential]) -> type[nn.Sequential]:
     return kind
 
 
-def quiet_layer(kind: type[nn.Module]) -> type[nn.Module]:
-    """Decorator: declare that a subclass of one of ``QUIET`` computes what its base does, perhaps faster.
-
-    Such a class must have the attributes of its base and no others, draw no random numbers, and set no attributes in
-    its forward function.
-    """
-    _bases[kind] = next(base for base in kind.__mro__ if base in QUIET)
-    return kind
-
-
 def draws_nothing(module: nn.Module) -> bool:
     """Return whether the module itself, ignoring its children, is known to draw no random numbers.
 
@@ -302,7 +289,7 @@ def draws_nothing(module: nn.Module) -> bool:
 def _entry_of(module: nn.Module) -> ClassEntry:
     """Return the entry of the module's class. Make it if there is none yet."""
     kind, entry = type(module), _NOT_QUIET
-    layer = _bases.get(kind, kind)
+    layer = vars(kind).get("stands_for", kind)
     if layer in QUIET:
         if (known := known_class(module, layer)) is None:
             return _NOT_QUIET  # this instance is not quiet, another one of its class may be

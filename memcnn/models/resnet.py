@@ -12,7 +12,6 @@ from typing import Protocol, cast
 from torch import Tensor, nn
 
 from memcnn.engine.survey import quiet_container
-from memcnn.engine.survey import quiet_layer as quiet_layer
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.legacy import (
     BasicBlock,

@@ -13,12 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from memcnn.kernels import NarrowConv2d
 from memcnn.models.coupling import Coupling
-from memcnn.models.resnet import CifarResNet, ResidualUnit, quiet_layer
+from memcnn.models.resnet import CifarResNet, ResidualUnit
 from memcnn.models.revop import InvertibleModuleWrapper
-
-quiet_layer(NarrowConv2d)  # so that branches with this layer run compiled in a captured step
 
 THIRD_PARTY_WARNINGS = (
     # Importing PyTorch's compiler uses functions that PyTorch has deprecated.

@@ -19,12 +19,9 @@ from memcnn.kernels import NarrowConv2d, use_narrow_convolutions
 from memcnn.models.resnet import MODELS, Branch
 from memcnn.training.compilation import compiled
 from properties.devices import needs_cuda, reproducible_kernels
+from properties.support.compiler import ignore_compiler_warnings
 from properties.support.twin import backward, block, conv_branch, images, plain_twin
 
-IGNORED = pytest.mark.filterwarnings(  # the compiler's own
-    "ignore:.torch.jit.* is deprecated:DeprecationWarning",
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
-)
 DROPOUT = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 3, 1))
 
 
@@ -123,7 +120,7 @@ def assert_same_gradients(module: nn.Module, twin: nn.Module) -> None:
         torch.testing.assert_close(p.grad, q.grad)
 
 
-@IGNORED
+@ignore_compiler_warnings
 @pytest.mark.parametrize("layer", [nn.Conv2d, NarrowConv2d])
 def test_compiled_branches_of_simple_layers_run_compiled_in_a_capture(layer, backend, request):
     def branch() -> nn.Module:
@@ -146,7 +143,7 @@ def test_the_branches_of_the_revnets_are_known_to_draw_no_random_numbers(name):
     assert all(draws_nothing(layer) for branch in branches for layer in branch.modules())
 
 
-@IGNORED
+@ignore_compiler_warnings
 def test_compiled_branches_with_code_of_their_own_run_uncompiled_in_a_capture_alone(backend, monkeypatch):
     module, twin = compiled_pair(OwnCode, backend)
     with monkeypatch.context() as patch:
@@ -161,7 +158,7 @@ def test_compiled_branches_with_code_of_their_own_run_uncompiled_in_a_capture_al
     assert backend.of(backward, module, images()) == 4, "the capture left the code uncompiled"
 
 
-@IGNORED
+@ignore_compiler_warnings
 def test_a_module_that_torch_compile_returns_is_named_by_its_class_or_known_to_draw_nothing(backend, request):
     def compiled_block(branch: nn.Module) -> nn.Module:
         return InvertibleModuleWrapper(AdditiveCoupling(torch.compile(branch, backend=backend), conv_branch())).double()
@@ -175,7 +172,7 @@ def test_a_module_that_torch_compile_returns_is_named_by_its_class_or_known_to_d
         assert backend.of(backward, unknown, images()) == 0
 
 
-@IGNORED
+@ignore_compiler_warnings
 def test_a_compiled_branch_that_draws_random_numbers_is_refused_in_a_capture(backend, request):
     module, _ = compiled_pair(lambda: Branch(*copy.deepcopy(DROPOUT)), backend)
     request.getfixturevalue("capturing")
@@ -183,7 +180,7 @@ def test_a_compiled_branch_that_draws_random_numbers_is_refused_in_a_capture(bac
         module(images())
 
 
-@IGNORED
+@ignore_compiler_warnings
 def test_a_compiled_branch_with_a_forward_function_of_its_own_may_draw_random_numbers(backend, request):
     def branch() -> nn.Module:
         layers = Branch(*conv_branch())
@@ -235,7 +232,7 @@ def test_a_graph_captured_on_a_gpu_computes_the_twins_gradients_of_any_input(see
         torch.testing.assert_close(p.grad, q.grad)
 
 
-@IGNORED
+@ignore_compiler_warnings
 @needs_cuda
 def test_compiled_branches_run_compiled_when_a_gpu_captures(backend):
     module = block(lambda: Branch(*conv_branch())).cuda()

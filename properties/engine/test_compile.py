@@ -12,16 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.memory import TensorMeter
 from memcnn.testing.tolerances import relative_error, tolerance
+from properties.support.compiler import WITHOUT_ITS_WARNINGS
 from properties.support.twin import FLOOR, OnlyInvertible, conv_branch, images, plain_twin, weighted_sum
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler: install g++"
 )
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=needs_compiler)]
-pytestmark = [  # the compiler's own, of any model with a graph break
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning"),
-]
+pytestmark = [*WITHOUT_ITS_WARNINGS]
 
 
 @torch.compiler.disable(recursive=False)

@@ -297,7 +297,10 @@ def test_a_weight_that_is_used_again_under_autocast_keeps_its_graph():
         with context():
             program(module, images())
         found.append(module[0]._fn.Fm[0].weight.grad)
-    assert relative_error(*found) <= 2**-7  # the two gradients may be added in bfloat16
+    if found[0].is_cuda:  # there the two gradients of the weight may be added in bfloat16
+        assert relative_error(*found) <= 2**-7
+    else:
+        torch.testing.assert_close(*found)
 
 
 def shared_layer() -> nn.Module:

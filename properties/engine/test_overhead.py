@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import memcnn
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.models.resnet import Branch, revnet38
+from properties.support.compiler import ignore_compiler_warnings
 from properties.support.twin import assert_like_twin, backward, block, conv_branch, images
 
 REVERSIBLE_UNITS = 3, 2, 2
@@ -106,10 +107,7 @@ def compiled_branch() -> nn.Module:
     return branch
 
 
-@pytest.mark.filterwarnings(  # the compiler's own
-    "ignore:.torch.jit.* is deprecated:DeprecationWarning",
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
-)
+@ignore_compiler_warnings
 @pytest.mark.parametrize("make", [norm_without_parameters, compiled_branch])
 def test_a_recomputation_that_needs_running_statistics_writes_to_other_memory(make):
     module = InvertibleModuleWrapper(AdditiveCoupling(make(), split_dim=0)).double()  # halves are dense
