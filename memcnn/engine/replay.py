@@ -221,7 +221,7 @@ class Replay(ReplayedBuffers):
             name = type(getattr(self.module, "_orig_mod", self.module)).__name__
             warnings.warn(
                 f"{name} is compiled, but runs uncompiled in this capture of a CUDA graph: the engine must see every "
-                "operation to notice random numbers. If it never draws any, wrap the block with preserve_rng_state=False",
+                "operation to notice random numbers. If it never draws any, give the block preserve_rng_state=False",
                 stacklevel=2,
             )
         generators, self.generators = self.generators, []

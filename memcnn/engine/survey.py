@@ -11,8 +11,8 @@ is *quiet* if all of this holds:
 4. All parameters are ordinary ones. The only buffers are running statistics of BatchNorms in training mode. They are
    updated by the first evaluation; the second neither reads nor updates them.
 
-If your container only calls its children, decorate its class with ``quiet_container``. If your layer computes what a layer
-of ``QUIET`` does and has the same attributes, name that layer in its class: ``stands_for = nn.Conv2d``.
+If your container only calls its children, decorate its class with ``quiet_container``. If your layer computes what a
+layer of ``QUIET`` does and has the same attributes, name that layer in its class: ``stands_for = nn.Conv2d``.
 
 ``Survey`` walks one tree and stops at the first module that is not quiet. A ``Snapshot`` holds the surveys of one tree,
 or of several that are evaluated one after the other, as flat lists. The last snapshot is kept. Before each first and
