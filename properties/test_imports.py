@@ -12,10 +12,10 @@ PACKAGES = ("memcnn", "reports", "bench", "properties")
 
 ROOMS = {
     "attribution": set(),
-    "engine": {"attribution"},
+    "engine": {"attribution", "reuse"},
     "memory": set(),
     "data": {"_torchvision", "datasets"},
-    "kernels": {"attribution", "autocast"},
+    "kernels": {"attribution", "autocast", "reuse"},
     "models": {"attribution", "autocast", "engine", "memory", "migration"},
     "testing": {"cli", "engine", "memory", "models"},
     "training": {"_torchvision", "cli", "data", "datasets", "kernels", "memory", "models"},

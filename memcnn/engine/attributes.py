@@ -107,6 +107,11 @@ and backward.
 """
 
 
+def layer_of(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the layer of PyTorch that a class stands for; the class itself if it names none."""
+    return vars(kind).get("stands_for", kind)
+
+
 def known_class(module: nn.Module, kind: type[nn.Module] | None = None) -> tuple[int, tuple[str, ...]] | None:
     """Return the entry of a class in ``known_classes``. Make it if there is none yet.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memcnn.engine.again import exchange
+from memcnn.engine.attributes import layer_of
 from memcnn.engine.checksum import checksum
 from memcnn.engine.hooks import Hooks, unwrapped
 from memcnn.engine.identity import identity, refuse_unless_lazy
@@ -88,7 +89,7 @@ class ReplayedBuffers:
         """Note the buffers of a module before the first evaluation."""
         registry, training = module._buffers, module.training
         is_norm = isinstance(module, NormBase)
-        forward = type(module).forward if is_norm and "forward" not in vars(module) else None
+        forward = layer_of(type(module)).forward if is_norm and "forward" not in vars(module) else None
         is_plain = forward is BATCH_NORM_FORWARD and module.track_running_stats and registry.keys() == _STATISTICS
         # without a float32 weight, autocast would save other dtypes than with running statistics
         is_plain = is_plain and module.affine and not self.reads_statistics
@@ -170,7 +171,7 @@ class ReplayedBuffers:
             if (
                 b.is_cpu
                 or b.nbytes > KEPT_BUFFER
-                or any(m._buffers is registry and type(m).forward in NORM_FORWARDS for m, _ in self.modes)
+                or any(m._buffers is registry and layer_of(type(m)).forward in NORM_FORWARDS for m, _ in self.modes)
             ):
                 before = None
         self.restored.append(Buffer(registry, name, b, before, value, bits, kind, is_only_written))

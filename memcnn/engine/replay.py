@@ -24,6 +24,7 @@ from memcnn.engine.attributes import (
     have_changed,
     known_class,
     known_classes,
+    layer_of,
     noted,
     present,
     remove,
@@ -174,7 +175,7 @@ class Replay(ReplayedBuffers):
 
     def _survey_attributes(self, module: nn.Module) -> None:
         """Note the plain attributes and the own generators of a module."""
-        if (known := known_class(module)) is None:
+        if (known := known_class(module, layer_of(type(module)))) is None:
             self.is_foreign = True
             self.reads_statistics = self.reads_statistics or reads_statistics(type(module))
             self.users_attributes.append(noted(module))

@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from memcnn.engine.chain import Value, thread_state
 from memcnn.engine.retained import drop_later
 from memcnn.engine.torch_private import current_backward_pass, never_compiled
+from memcnn.reuse import evaluation
 
 if TYPE_CHECKING:
     from memcnn.engine.recompute import Recomputation
@@ -33,6 +34,9 @@ class SecondEvaluation:
         """Number of tensors that this evaluation has saved so far, not counting those that are saved as they are."""
         self.nested_tensors: list[Tensor | None] = []
         """The tensors of the values in ``step.nested``, in the same order."""
+        kept = step.small_results
+        self.results = iter([result.clone() for result in kept] if keep_graph else kept)
+        """Results of the first evaluation. Under ``retain_graph`` a later pass needs them as well."""
         self.is_wanted = False
         """True if an activation, or the end of a nested chain, still waits for its tensor."""
         for activation in step.activations:  # a loop instead of any(), which would take longer
@@ -51,18 +55,19 @@ class SecondEvaluation:
 
     def run(self, inputs: Sequence[Tensor], function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Return ``function(*args, **kwargs)``, where ``inputs`` are the tensors that stand for the step's inputs."""
-        if not self.is_wanted:
-            with torch.no_grad():
-                return function(*args, **kwargs)
-        self.inputs = inputs
+        self.inputs = inputs if self.is_wanted else ()
         sources: list[weakref.ref[Value]] = []
-        noted = thread_state.noted_sources
-        thread_state.noted_sources = sources
+        noted, kept, results = thread_state.noted_sources, evaluation.kept, evaluation.results
+        evaluation.kept, evaluation.results = None, self.results
         try:
+            if not self.is_wanted:
+                with torch.no_grad():
+                    return function(*args, **kwargs)
+            thread_state.noted_sources = sources
             with torch.enable_grad(), saved_tensors_hooks(self._collect, self._unpack):
                 result = function(*args, **kwargs)
         finally:
-            thread_state.noted_sources = noted
+            thread_state.noted_sources, evaluation.kept, evaluation.results = noted, kept, results
         self.nested_tensors += [
             None if value is None else value.tensor for value in (reference() for reference in sources)
         ]

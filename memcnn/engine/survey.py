@@ -11,8 +11,9 @@ is *quiet* if all of this holds:
 4. All parameters are ordinary ones. The only buffers are running statistics of BatchNorms in training mode. They are
    updated by the first evaluation; the second neither reads nor updates them.
 
-If your container only calls its children, decorate its class with ``quiet_container``. If your layer computes what a
-layer of ``QUIET`` does and has the same attributes, name that layer in its class: ``stands_for = nn.Conv2d``.
+If your container only calls its children, decorate its class with ``quiet_container``. If your layer has the attributes
+of a layer of ``QUIET``, draws no random numbers and keeps no other state, name that layer in its class: ``stands_for =
+nn.Conv2d``. The engine then treats its buffers and attributes as it does those of that layer.
 
 ``Survey`` walks one tree and stops at the first module that is not quiet. A ``Snapshot`` holds the surveys of one tree,
 or of several that are evaluated one after the other, as flat lists. The last snapshot is kept. Before each first and
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from memcnn.engine.attributes import BASE_ATTRIBUTES, known_class
+from memcnn.engine.attributes import BASE_ATTRIBUTES, known_class, layer_of
 from memcnn.engine.identity import has_no_version
 from memcnn.engine.torch_private import SET_BY_COMPILER
 
@@ -289,7 +290,7 @@ def draws_nothing(module: nn.Module) -> bool:
 def _entry_of(module: nn.Module) -> ClassEntry:
     """Return the entry of the module's class. Make it if there is none yet."""
     kind, entry = type(module), _NOT_QUIET
-    layer = vars(kind).get("stands_for", kind)
+    layer = layer_of(kind)
     if layer in QUIET:
         if (known := known_class(module, layer)) is None:
             return _NOT_QUIET  # this instance is not quiet, another one of its class may be
