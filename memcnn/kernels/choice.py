@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from memcnn.attribution import warn_user
+from memcnn.kernels.devices import processors
 
 if TYPE_CHECKING:
     from memcnn.kernels.weight_gradient import Plan
@@ -150,15 +151,14 @@ def plans(out_channels: int, in_channels: int) -> "tuple[Plan, ...]":
     return weight_gradient.plans(out_channels, in_channels)
 
 
-def planned_weight_gradient(output_gradient: Tensor, x: Tensor, plan: "Plan") -> Tensor:
+def planned_weight_gradient(
+    output_gradient: Tensor, x: Tensor, plan: "Plan", dtype: torch.dtype | None = None
+) -> Tensor:
     """Return the weight gradient, computed by our kernel; see ``memcnn.kernels.weight_gradient``."""
     from memcnn.kernels.weight_gradient import weight_gradient
 
-    if x.device.type != "cuda":  # Triton's interpreter
-        return weight_gradient(output_gradient, x, plan, processors=1)
-    with torch.cuda.device(x.device):
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-        return weight_gradient(output_gradient, x, plan, processors=processors)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        return weight_gradient(output_gradient, x, plan, processors=processors(x), dtype=dtype)
 
 
 def library_weight_gradient(output_gradient: Tensor, x: Tensor) -> Tensor:

@@ -9,8 +9,6 @@ weight gradient is one opaque operator, ``memcnn::conv3x3_weight_gradient``. It 
 when it is compiled.
 """
 
-import os
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,20 +17,10 @@ from torch import Tensor, nn
 
 from memcnn.autocast import autocast_dtype
 from memcnn.kernels import choice
+from memcnn.kernels.devices import KERNEL_DEVICES, MOST_ELEMENTS
 
 CHANNELS = (16, 32, 64)
 DTYPES = (torch.bfloat16, torch.float16)  # tensor cores would round float32 to TF32
-MOST_ELEMENTS = 2**31 - 1  # the kernel's addresses are 32-bit integers
-
-
-def has_triton() -> bool:
-    """Return whether Triton is installed, as it is with PyTorch for CUDA on Linux. It is not imported."""
-    return find_spec("triton") is not None
-
-
-# Read once: the compiler takes both for constants. Under Triton's interpreter the kernel runs on the CPU.
-_HAS_TRITON = has_triton()
-_DEVICES = ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 _ARGUMENTS = [1, 1], [1, 1], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output_padding, groups
 
 
@@ -60,7 +48,7 @@ def narrow_conv2d(x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, padding=1)
     if autocast is None and weight.dtype != dtype:
         return F.conv2d(x, weight, padding=1)  # raises: the dtypes differ
-    return _NarrowConv.apply(x.to(dtype), weight.to(dtype))
+    return _NarrowConv.apply(x.to(dtype), weight.detach().to(dtype), weight)
 
 
 class NarrowConv2d(nn.Conv2d):
@@ -98,56 +86,66 @@ def use_narrow_convolutions(model: nn.Module, *, enabled: bool = True) -> list[s
 
 
 @torch.library.custom_op("memcnn::conv3x3_weight_gradient", mutates_args=())
-def conv3x3_weight_gradient(output_gradient: Tensor, x: Tensor) -> Tensor:
+def conv3x3_weight_gradient(output_gradient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the weight gradient, (C_out, C_in, 3, 3), of a 3x3 convolution with stride 1 and padding 1.
 
     Args:
         output_gradient: (N, C_out, H, W), of any strides.
         x: the convolution's input, (N, C_in, H, W), channels_last.
+        dtype: of the result. Our kernel rounds its sums, which are float32, to it.
     """
     output_gradient = output_gradient.contiguous(memory_format=torch.channels_last)
     plan = choice.current().plan(output_gradient, x)
     if plan is None:
-        return choice.library_weight_gradient(output_gradient, x)
-    return choice.planned_weight_gradient(output_gradient, x, plan)
+        return choice.library_weight_gradient(output_gradient, x).to(dtype)
+    return choice.planned_weight_gradient(output_gradient, x, plan, dtype)
 
 
 @conv3x3_weight_gradient.register_fake
-def _(output_gradient: Tensor, x: Tensor) -> Tensor:
+def _(output_gradient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     shape = (output_gradient.shape[1], x.shape[1], 3, 3)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, Any], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
 
 
-def _second_derivative(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _second_derivative(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     """Return the derivatives of the weight gradient. It is linear in each input, so both are convolutions."""
     output_gradient, x = ctx.saved_tensors
-    of_output_gradient = F.conv2d(x, gradient, padding=1) if ctx.needs_input_grad[0] else None
-    of_input = _input_gradient(output_gradient, x, gradient) if ctx.needs_input_grad[1] else None
-    return of_output_gradient, of_input
+    weight = gradient.to(x.dtype)
+    of_output_gradient = F.conv2d(x, weight, padding=1) if ctx.needs_input_grad[0] else None
+    of_input = _input_gradient(output_gradient, x, weight) if ctx.needs_input_grad[1] else None
+    return of_output_gradient, of_input, None
 
 
 conv3x3_weight_gradient.register_autograd(_second_derivative, setup_context=_save_inputs)
 
 
 class _NarrowConv(torch.autograd.Function):
-    """The convolution. It saves the same tensors as PyTorch's, in that order: a reversible block can forget them."""
+    """The convolution of x and ``rounded``, which is ``weight`` in the dtype of x.
+
+    Beside ``weight``, it saves the same tensors as PyTorch's, in that order: a reversible block can forget them. The
+    gradient has the dtype of ``weight``, so that no kernel has to cast it.
+    """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, padding=1)
-
-    setup_context = staticmethod(_save_inputs)
+    def forward(x: Tensor, rounded: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, rounded, padding=1)
 
     @staticmethod
-    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        of_input = _input_gradient(output_gradient, x, weight) if ctx.needs_input_grad[0] else None
-        of_weight = conv3x3_weight_gradient(output_gradient, x) if ctx.needs_input_grad[1] else None
-        return of_input, of_weight
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        x, rounded, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative, which ``rounded`` is not a function of
+            rounded = weight.to(x.dtype)
+        of_input = _input_gradient(output_gradient, x, rounded) if ctx.needs_input_grad[0] else None
+        of_weight = conv3x3_weight_gradient(output_gradient, x, weight.dtype) if ctx.needs_input_grad[2] else None
+        return of_input, None, of_weight
 
 
 def _input_gradient(output_gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -157,8 +155,7 @@ def _input_gradient(output_gradient: Tensor, x: Tensor, weight: Tensor) -> Tenso
 
 def _is_supported(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     return (
-        _HAS_TRITON
-        and x.device.type in _DEVICES
+        x.device.type in KERNEL_DEVICES
         and x.device == weight.device
         and type(x) in (Tensor, nn.Parameter)
         and type(weight) in (Tensor, nn.Parameter)

@@ -103,7 +103,9 @@ def plans(out_channels: int, in_channels: int) -> tuple[Plan, ...]:
     return tuple(found)
 
 
-def weight_gradient(output_gradient: Tensor, x: Tensor, plan: Plan, *, processors: int) -> Tensor:
+def weight_gradient(
+    output_gradient: Tensor, x: Tensor, plan: Plan, *, processors: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return the weight gradient of a 3x3 convolution with stride 1 and padding 1.
 
     Args:
@@ -111,14 +113,15 @@ def weight_gradient(output_gradient: Tensor, x: Tensor, plan: Plan, *, processor
         x: input of the convolution, (N, C_in, H, W), likewise and of the same dtype.
         plan: division of the work. It changes the result only by rounding.
         processors: number of multiprocessors of the GPU.
+        dtype: of the result; by default that of ``x``. Sums are float32, and rounded once.
 
     Returns:
-        (C_out, C_in, 3, 3), channels_last, in the dtype of ``x``; sums are float32.
+        (C_out, C_in, 3, 3), channels_last.
     """
     n, out_channels, height, width = output_gradient.shape
     in_channels, pixels = x.shape[1], n * height * width
     result = torch.empty(
-        (out_channels, in_channels, 3, 3), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+        (out_channels, in_channels, 3, 3), dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last
     )
     interpreted = not isinstance(partial_sums, triton.JITFunction)
     splits, tiles = plan.splits(pixels, processors)

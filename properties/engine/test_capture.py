@@ -15,7 +15,13 @@ from memcnn import AdditiveCoupling, InvertibleModuleWrapper
 from memcnn.engine import capture, replay
 from memcnn.engine.survey import draws_nothing
 from memcnn.engine.torch_private import is_compiled
-from memcnn.kernels import NarrowConv2d, use_narrow_convolutions
+from memcnn.kernels import (
+    AppliedReLU,
+    BatchNormReLU2d,
+    NarrowConv2d,
+    use_fused_norms,
+    use_narrow_convolutions,
+)
 from memcnn.models.resnet import MODELS, Branch
 from memcnn.training.compilation import compiled
 from properties.devices import needs_cuda, reproducible_kernels
@@ -121,10 +127,20 @@ def assert_same_gradients(module: nn.Module, twin: nn.Module) -> None:
 
 
 @ignore_compiler_warnings
-@pytest.mark.parametrize("layer", [nn.Conv2d, NarrowConv2d])
-def test_compiled_branches_of_simple_layers_run_compiled_in_a_capture(layer, backend, request):
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (nn.BatchNorm2d, nn.ReLU, nn.Conv2d),
+        (nn.BatchNorm2d, nn.ReLU, NarrowConv2d),
+        (BatchNormReLU2d, AppliedReLU, nn.Conv2d),
+    ],
+    ids=lambda kinds: "-".join(kind.__name__ for kind in kinds),
+)
+def test_compiled_branches_of_simple_layers_run_compiled_in_a_capture(layers, backend, request):
+    norm, relu, convolution = layers
+
     def branch() -> nn.Module:
-        return Branch(nn.BatchNorm2d(3), nn.ReLU(), layer(3, 3, 3, padding=1, bias=False))
+        return Branch(norm(3), relu(), convolution(3, 3, 3, padding=1, bias=False))
 
     module, twin = compiled_pair(branch, backend)
     request.getfixturevalue("capturing")
@@ -137,6 +153,7 @@ def test_the_branches_of_the_revnets_are_known_to_draw_no_random_numbers(name):
     """Otherwise ``--graph --compile`` would train with uncompiled branches."""
     model = MODELS[name]()
     use_narrow_convolutions(model)
+    use_fused_norms(model)
     compiled(model)
     branches = [branch for part in model.modules() if isinstance(part, AdditiveCoupling) for branch in part.children()]
     assert len(branches) > 10 and all(map(is_compiled, branches))

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memcnn
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
+from memcnn.kernels import AppliedReLU, BatchNormReLU2d
 from memcnn.models.resnet import Branch, revnet38
 from properties.support.compiler import ignore_compiler_warnings
 from properties.support.twin import assert_like_twin, backward, block, conv_branch, images
@@ -94,6 +95,24 @@ def test_a_recomputation_does_not_touch_the_running_statistics():
     assert {name: b._version for name, b in module.named_buffers()} == versions
     assert not operators.counts["copy_"] and not operators.counts["clone"]
     assert all(part.track_running_stats for part in module.modules() if isinstance(part, nn.BatchNorm2d))
+
+
+def test_a_fused_norm_costs_no_copies_of_its_running_statistics():
+    """It stands for a BatchNorm, so the engine need not read its code to know what it does with them."""
+    branches = [nn.Sequential(BatchNormReLU2d(6), AppliedReLU(), nn.Conv2d(6, 6, 1)) for _ in range(2)]
+    module = InvertibleModuleWrapper(AdditiveCoupling(*branches, split_dim=0))
+    x = images(dtype=torch.float32)
+    with Operators() as operators:
+        y = module(x)
+    assert operators.counts["batch_statistics"] == 2
+    statistics = {name: (b._version, b.clone()) for name, b in module.named_buffers()}
+    with Operators() as again:
+        y.sum().backward()
+    assert again.counts["batch_statistics"] == 2, "they return what they kept"
+    for counts in (operators.counts, again.counts):
+        assert not counts["copy_"] and not counts["clone"]
+    for name, b in module.named_buffers():
+        assert torch.equal(b, statistics[name][1]), name
 
 
 def norm_without_parameters() -> nn.Module:

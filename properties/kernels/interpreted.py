@@ -135,7 +135,19 @@ def test_second_derivative(chosen):
 
 def test_operator_passes_opcheck(chosen):
     arguments = images(1, 16, 3, 3).requires_grad_(), images(1, 16, 3, 3).requires_grad_()
-    torch.library.opcheck(conv3x3_weight_gradient, arguments)
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.library.opcheck(conv3x3_weight_gradient, (*arguments, dtype))
+
+
+def test_weight_in_float32_gets_its_gradient_without_rounding_to_bfloat16(chosen):
+    """Under autocast; the library's gradient would be rounded to bfloat16 first."""
+    x, gradient = (images(2, 16, 5, 6) for _ in range(2))
+    weight = torch.randn(16, 16, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = kernels.narrow_conv2d(x, weight)
+    (got,) = torch.autograd.grad(y, weight, gradient)
+    assert got.dtype == torch.float32
+    assert error(got, exact_weight_gradient(gradient, x)) <= LIMITS[torch.float32]
 
 
 @pytest.mark.parametrize("autocast", [False, True])

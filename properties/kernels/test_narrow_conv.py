@@ -4,12 +4,8 @@ The kernel itself is tested on a CPU by ``interpreted.py``, in a process of its 
 """
 
 import copy
-import os
 import pickle
 import re
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,23 +18,14 @@ from memcnn import kernels
 from memcnn.kernels.choice import fastest, gpu_microseconds
 from memcnn.kernels.convolution import conv3x3_weight_gradient
 from memcnn.models.resnet import MODELS
+from properties.support.triton import assert_passes_interpreted, needs_triton, needs_triton_and_gpu
 
-ROOT = Path(__file__).parents[2]
-INTERPRETED = Path(__file__).with_name("interpreted.py")
 SHARED_MEMORY_BYTES = 227 * 1024  # of a program on an H100
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton: run `tox -e kernels`")
-needs_gpu = pytest.mark.skipif(
-    find_spec("triton") is None or not torch.cuda.is_available(), reason="needs Triton and a CUDA device"
-)
 
 
 @needs_triton
 def test_kernel_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(INTERPRETED)]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\b[1-9]\d* passed", done.stdout) and "skipped" not in done.stdout, done.stdout
+    assert_passes_interpreted(str(Path(__file__).with_name("interpreted.py")))
 
 
 @needs_triton
@@ -198,7 +185,7 @@ def test_a_module_that_is_changed_after_the_swap_stays_right():
     assert torch.equal(layer(x[0]), plain(x[0]))
 
 
-@needs_gpu
+@needs_triton_and_gpu
 @pytest.mark.parametrize(("channels", "size"), [(16, 32), (32, 16), (64, 8), (16, 7)])
 def test_on_a_gpu_every_plan_is_right_and_one_is_chosen(channels, size):
     from memcnn.kernels import weight_gradient
@@ -222,24 +209,24 @@ def test_on_a_gpu_every_plan_is_right_and_one_is_chosen(channels, size):
     assert not measurement.rejected and all(time > 0 for time in measurement.microseconds.values())
 
 
-@needs_gpu
+@needs_triton_and_gpu
 def test_on_a_gpu_a_captured_gradient_is_the_eager_one():
     """In a graph, measured shapes use the chosen plan, and all other shapes use the library."""
     x, gradient = (
         torch.randn(4, 16, 8, 8, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
         for _ in range(2)
     )
-    conv3x3_weight_gradient(gradient[:1], x[:1])  # initialises the libraries
+    conv3x3_weight_gradient(gradient[:1], x[:1], x.dtype)  # initialises the libraries
     torch.cuda.synchronize()
     for measured in (0, 1):
         with kernels.choosing(
             kernels.Choices(lambda runs: {name: float(name == "library") for name in runs})
         ) as choices:
             if measured:
-                eager = conv3x3_weight_gradient(gradient, x)
+                eager = conv3x3_weight_gradient(gradient, x, x.dtype)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                captured = conv3x3_weight_gradient(gradient, x)
+                captured = conv3x3_weight_gradient(gradient, x, x.dtype)
             graph.replay()
             torch.cuda.synchronize()
             assert len(choices.measured()) == measured

@@ -1,0 +1,26 @@
+"""Where our kernels can run, and what they need there."""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+MOST_ELEMENTS = 2**31 - 1
+"""Largest number of values of a tensor: the kernels' addresses are 32-bit integers."""
+
+
+def has_triton() -> bool:
+    """Return whether Triton is installed, as it is with PyTorch for CUDA on Linux. It is not imported."""
+    return find_spec("triton") is not None
+
+
+# Read once: the compiler takes it for a constant. Under Triton's interpreter kernels run on the CPU.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNEL_DEVICES = (("cpu", "cuda") if _INTERPRETED else ("cuda",)) if has_triton() else ()
+"""Types of devices on which our kernels run. Empty without Triton."""
+
+
+def processors(x: Tensor) -> int:
+    """Return the number of multiprocessors of a tensor's GPU; 1 on a CPU, for Triton's interpreter."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
