@@ -4,6 +4,7 @@
     python -m bench.speed --fast --group 4                     the fastest execution, alone and four runs together
     python -m bench.speed --networks resnet32 --compile        with torch.compile, which takes minutes to compile
     python -m bench.speed --tries                              also other layouts, optimisers and dtypes on a CPU
+    python -m bench.speed --fast --tries                       on a GPU: also options that may be faster
 
 The rows go to speed.csv in the device's folder, where they replace earlier rows of the same network, execution, group
 and batch. speed.md shows all rows of that file.
@@ -105,7 +106,7 @@ def origin(device: torch.device, clock: str) -> dict:
 def ways_of(given: argparse.Namespace, device: torch.device) -> list[Way]:
     """Return the executions and groups that the command line asks for."""
     if given.fast:
-        return steps.fast_ways(device, group=given.group)
+        return steps.fast_ways(device, group=given.group, tries=given.tries)
     return steps.all_ways(device, group=given.group, compiled=given.compile)
 
 
@@ -129,7 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="time for each network (default: %(default)s)",
     )
-    add("--tries", action="store_true", help="also time other layouts, optimisers and dtypes on a CPU")
+    tries = "on a CPU, also time other layouts, optimisers and dtypes; on a GPU with --fast, options that may be faster"
+    add("--tries", action="store_true", help=tries)
     folders.add_place_options(parser, "speed.csv and speed.md")
     return parser
 
@@ -147,6 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ways = ways_of(given, device)
     if given.group > 1 and all(way.group == 1 for way in ways):
         parser.error(f"--group: got {given.group} on {device.type}, wanted a GPU, where steps are captured")
+    if given.tries and device.type != "cpu" and not given.fast:
+        parser.error(
+            f"--tries: got it without --fast on {device.type}, wanted --fast, whose execution the tries extend"
+        )
     measure.source = measure.CLOCKS[given.clock]
 
     command = " ".join(["python -m bench.speed", *(sys.argv[1:] if arguments is None else arguments)])
@@ -157,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{network} ...", file=sys.stderr, flush=True)
         text.add(folder, measured_rows(network, ways, setup))  # written now, in case a later network fails
         page = _write_page(folder, command)
-    if given.tries:
+    if given.tries and device.type == "cpu":
         variants_table(given.networks[0], setup).to_csv(folder / text.TRIES, index=False)
         page = _write_page(folder, command)
     print(page)

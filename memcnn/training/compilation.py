@@ -9,6 +9,7 @@ compiled branches, and 3.97 ms with uncompiled ones.
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ THIRD_PARTY_WARNINGS = (
     ("`torch.jit.script_method` is deprecated", DeprecationWarning),
     # The compiler reads the gradient of every tensor that it gets, also of tensors that cannot have one.
     ("The .grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning),
+    # The compiler makes an object of each autograd function that it traces.
+    (".*should not be instantiated. Methods on autograd functions", DeprecationWarning),
     # The user has chosen float32; --precision tf32 is the alternative.
     ("TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled", UserWarning),
 )
@@ -37,7 +40,9 @@ def quiet() -> Iterator[None]:
 
 
 @quiet()
-def compiled(model: nn.Module, forward: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+def compiled(
+    model: nn.Module, forward: Callable[[Tensor], Tensor] | None = None, *, combine_kernels: bool = False
+) -> Callable[[Tensor], Tensor]:
     """Return a function that computes the model's training pass with compiled code. Its first call compiles.
 
     Modules within a reversible network are compiled in place, by ``nn.Module.compile``, which does not change the state
@@ -46,15 +51,17 @@ def compiled(model: nn.Module, forward: Callable[[Tensor], Tensor] | None = None
     Args:
         model: any module. All ResNets of one architecture share their code.
         forward: a callable with the model's weights, such as a wrapper around the model, to call instead of it.
+        combine_kernels: let the compiler launch small kernels that do not depend on each other as one.
     """
+    settings: dict[str, Any] = {"dynamic": False, "options": {"combo_kernels": True} if combine_kernels else None}
     in_parts = isinstance(model, CifarResNet) and _rebuilds(model)
     if isinstance(model, CifarResNet) and in_parts:
-        _compile_parts(model)
+        _compile_parts(model, settings)
     if forward is not None and forward is not model:
-        return forward if in_parts else torch.compile(forward, dynamic=False)
+        return forward if in_parts else torch.compile(forward, **settings)
     if not isinstance(model, CifarResNet):
-        return torch.compile(model, dynamic=False)
-    features = _features_in_parts(model) if in_parts else torch.compile(model.features, dynamic=False)
+        return torch.compile(model, **settings)
+    features = _features_in_parts(model, settings) if in_parts else torch.compile(model.features, **settings)
     return lambda images: model.head[-1](features(images))
 
 
@@ -63,19 +70,19 @@ def _rebuilds(model: CifarResNet) -> bool:
     return any(isinstance(part, InvertibleModuleWrapper) and not part.disable for part in model.modules())
 
 
-def _compile_parts(model: CifarResNet) -> None:
+def _compile_parts(model: CifarResNet, settings: dict[str, Any]) -> None:
     """Compile plain units as a whole, and the branches of reversible blocks."""
     for part in model.modules():
         if isinstance(part, ResidualUnit):
-            part.compile(dynamic=False)
+            part.compile(**settings)
         elif isinstance(part, Coupling):
             for branch in part.children():
-                branch.compile(dynamic=False)
+                branch.compile(**settings)
 
 
-def _features_in_parts(model: CifarResNet) -> Callable[[Tensor], Tensor]:
+def _features_in_parts(model: CifarResNet, settings: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     """Return ``model.features`` with compiled code before and after the stages."""
-    begin, end = (torch.compile(part, dynamic=False) for part in (model.begin, model.end))
+    begin, end = (torch.compile(part, **settings) for part in (model.begin, model.end))
 
     def features(images: Tensor) -> Tensor:
         x = begin(images)

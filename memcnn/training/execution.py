@@ -10,7 +10,7 @@ and may add in any order.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,10 @@ class Execution:
             takes the fastest, which may add in any order.
         narrow_convolutions: on a GPU, compute weight gradients of narrow 3x3 convolutions by our Triton kernel, for
             each shape only if it was measured to be faster there. See ``memcnn.kernels``.
+        fused_norms: on a GPU, in compiled code, compute each BatchNorm and ReLU in front of a convolution in few
+            kernels, and reuse the statistics in the recomputation. See ``memcnn.kernels.batch_norm``.
+        combine_kernels: on a GPU, in compiled code, launch small kernels that do not depend on each other as one, such
+            as the casts of several weights (``combo_kernels`` of PyTorch's compiler).
     """
 
     precision: str = "float32"
@@ -44,6 +48,8 @@ class Execution:
     sync_batch_norm: bool = False
     deterministic: bool = False
     narrow_convolutions: bool = False
+    fused_norms: bool = False
+    combine_kernels: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -51,7 +57,7 @@ class Execution:
 
     def __str__(self) -> str:
         """The words of the record: "bf16, graph"."""
-        names = ("graph", "compile", "sync_batch_norm", "deterministic", "narrow_convolutions")
+        names = (field.name for field in fields(self) if field.name != "precision")
         return ", ".join([self.precision, *(name.replace("_", "-") for name in names if getattr(self, name))])
 
     @classmethod
@@ -62,6 +68,7 @@ class Execution:
         and ``python -m bench.narrow_conv``); without Triton, bf16 and graph. On a CPU: the plain step. ``python -m
         bench.speed --clock cpu --tries`` (reports/bench/cpu/speed.md) found bfloat16 11 times slower. It found compiled
         code no faster than the plain step, within the spread of the measurement, after minutes of compiling.
+        ``fused_norms`` and ``combine_kernels`` halve the number of kernels, but their time has not been measured yet.
 
         Args:
             device: the device that trains; only its type counts.
@@ -87,6 +94,7 @@ class Execution:
         """
         self._refuse_on(device, processes)
         here, is_gpu = f"on {device.type}", device.type == "cuda"
+        without_triton = "without Triton: pip install triton" if is_gpu else f"{here}: its kernels need a GPU"
         changes: dict[str, Any] = {}
         sentences = []
         for applies, name, change, reason in (
@@ -102,7 +110,19 @@ class Execution:
                 self.narrow_convolutions and not (is_gpu and has_triton()),
                 "narrow-convolutions",
                 {"narrow_convolutions": False},
-                "without Triton: pip install triton" if is_gpu else f"{here}: its kernel needs a GPU",
+                without_triton,
+            ),
+            (
+                self.fused_norms and not (is_gpu and has_triton() and self.compile),
+                "fused-norms",
+                {"fused_norms": False},
+                without_triton if not (is_gpu and has_triton()) else "without --compile",
+            ),
+            (
+                self.combine_kernels and not (is_gpu and self.compile),
+                "combine-kernels",
+                {"combine_kernels": False},
+                "without --compile" if is_gpu else f"{here}: the compiler generates other code there",
             ),
             (
                 self.sync_batch_norm and processes == 1,

@@ -67,6 +67,10 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
     option("--deterministic", action="store_true", help="deterministic kernels, slower on a GPU; CPUs always have them")
     narrow = "our kernel for weight gradients of narrow convolutions, where it is measured to be faster (GPUs, Triton)"
     option("--narrow-convolutions", action="store_true", help=narrow)
+    norms = "fewer kernels for BatchNorm, whose statistics the recomputation reuses (GPUs, Triton, --compile); may be "
+    option("--fused-norms", action="store_true", help=f"{norms}added to --fast")
+    combine = "let the compiler launch small kernels together (GPUs, --compile); may be added to --fast"
+    option("--combine-kernels", action="store_true", help=combine)
 
 
 def explicit_execution(given: argparse.Namespace) -> list[str]:

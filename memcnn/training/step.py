@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memcnn import data as cifar
-from memcnn.kernels import use_narrow_convolutions
+from memcnn.kernels import use_fused_norms, use_narrow_convolutions
 from memcnn.training.compilation import compiled, quiet
 from memcnn.training.execution import Execution
 from memcnn.training.graph import captured
@@ -55,8 +55,10 @@ class TrainingStep:
         self.forward = forward or model
         if execution.narrow_convolutions:
             use_narrow_convolutions(model)
+        if execution.fused_norms:
+            use_fused_norms(model)
         if execution.compile:
-            self.forward = compiled(model, self.forward)
+            self.forward = compiled(model, self.forward, combine_kernels=execution.combine_kernels)
         self.device = data.mean.device
         # a captured step reads its learning rate from the device; otherwise it is a number
         self.learning_rate = torch.zeros((), device=self.device) if execution.graph else None

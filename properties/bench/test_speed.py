@@ -190,6 +190,7 @@ FASTEST = [
     "bf16, graph, compile",
     "bf16, graph, compile, deterministic",
 ]
+TRIES = [f"{FASTEST[0]}, {names}" for names in ("fused-norms", "combine-kernels", "fused-norms, combine-kernels")]
 
 
 @pytest.mark.parametrize(
@@ -198,6 +199,9 @@ FASTEST = [
         ("--fast", "cuda", FASTEST),
         ("--fast", "cpu", ["float32"]),
         ("--fast --group 4", "cuda", [*FASTEST, FASTEST[0]]),
+        ("--fast --tries", "cuda", [*FASTEST, *TRIES]),
+        ("--fast --tries --group 3", "cuda", [*FASTEST, *TRIES, FASTEST[0], *TRIES]),
+        ("--fast --tries", "cpu", ["float32"]),
         (
             "--group 2",
             "cuda",

@@ -22,6 +22,7 @@ from properties.support.runs import DATA
 PLAN = cifar.epoch_plan(0, 0, 40, pad=2, flip=True)
 PART = PLAN.part(0, 8)
 BOTH = Execution(graph=True, compile=True)
+FUSED = Execution(graph=True, compile=True, precision="bf16", fused_norms=True)
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler: g++"
 )
@@ -66,9 +67,10 @@ def cell(make, execution: Execution, *, seed: int = 0, num_classes: int = 10, st
         (tiny_resnet, 1, BOTH),
         (tiny_revnet, 5, BOTH),
         (tiny_revnet, 5, Execution(compile=True, precision="bf16")),
+        (tiny_revnet, 5, FUSED),
         (functools.partial(tiny_revnet, disable=True), 1, COMPILED),
     ],
-    ids=["CifarResNet", "RevNet", "RevNet in bf16", "RevNet with the engine off"],
+    ids=["CifarResNet", "RevNet", "RevNet in bf16", "RevNet with fused norms", "RevNet with the engine off"],
 )
 def test_a_second_cell_of_a_model_compiles_nothing_new(graphs, make, graphs_of_it, execution):
     cell(make, execution)
@@ -82,8 +84,8 @@ def test_a_second_cell_of_a_model_compiles_nothing_new(graphs, make, graphs_of_i
 
 @pytest.mark.parametrize(
     ("make", "execution"),
-    [(tiny_resnet, PLAIN), (tiny_resnet, GRAPH), (tiny_resnet, COMPILED), (tiny_revnet, BOTH)],
-    ids=["plain", "graph", "compile", "RevNet, graph and compile"],
+    [(tiny_resnet, PLAIN), (tiny_resnet, GRAPH), (tiny_resnet, COMPILED), (tiny_revnet, BOTH), (tiny_revnet, FUSED)],
+    ids=["plain", "graph", "compile", "RevNet, graph and compile", "RevNet with fused norms"],
 )
 def test_preparing_a_step_has_no_effect_on_training(graphs, make, execution):
     def prepared(ahead: bool) -> TrainingStep:
