@@ -117,7 +117,7 @@ def test_a_hook_that_computes_results_of_its_own_cannot_mix_them_up():
     branches = [Scaled() for _ in range(2)]
     expected = gradients(chain(*branches), images())
     for branch in branches:
-        branch.linear.register_forward_hook(lambda module, inputs, output: scale_of(torch.full((2,), 99.0)) and None)
+        branch.register_forward_pre_hook(lambda module, inputs: scale_of(torch.full((2,), 99.0)) and None)
     for got, wanted in zip(gradients(chain(*branches), images()), expected, strict=True):
         assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-6)
 

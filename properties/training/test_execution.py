@@ -5,11 +5,11 @@ import argparse
 import pytest
 import torch
 
-from memcnn.kernels import NarrowConv2d
+from memcnn.kernels import BatchNormReLU2d, NarrowConv2d
 from memcnn.training.execution import Execution
 from memcnn.training.options import add_execution_options, execution_of, explicit_execution
 from memcnn.training.step import TrainingStep
-from properties.support.executions import CPU, SMALL, small_revnet
+from properties.support.executions import CPU, SMALL, small_resnet, small_revnet
 from properties.support.runs import DATA, run
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
@@ -84,6 +84,23 @@ def test_narrow_convolutions_replace_plain_ones_only_on_request():
     TrainingStep(narrow, SMALL, DATA, Execution(narrow_convolutions=True))
     assert not any(isinstance(module, NarrowConv2d) for module in plain.modules())
     assert any(isinstance(module, NarrowConv2d) for module in narrow.modules())
+
+
+def test_norms_are_fused_only_on_request():
+    plain, fused = (small_revnet() for _ in range(2))
+    TrainingStep(plain, SMALL, DATA, Execution())
+    TrainingStep(fused, SMALL, DATA, Execution(fused_norms=True))
+    assert not any(isinstance(module, BatchNormReLU2d) for module in plain.modules())
+    assert any(isinstance(module, BatchNormReLU2d) for module in fused.modules())
+
+
+@pytest.mark.parametrize("make", [small_resnet, small_revnet])
+@pytest.mark.parametrize("combine", [False, True])
+def test_the_compiler_combines_kernels_only_on_request(make, combine, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: given.append(options["options"]) or function)
+    TrainingStep(make(), SMALL, DATA, Execution(compile=True, combine_kernels=combine))
+    assert given == [{"combo_kernels": True} if combine else None] * len(given) != []
 
 
 def test_impossible_executions_are_refused():
