@@ -3,13 +3,16 @@
 The engine evaluates a branch twice on the same input (rule 4 in memcnn/engine/recompute.py). An operator that reduces a
 large tensor to a few numbers can keep them from the first evaluation, so that the second does not reduce again:
 
-    result = reuse.given()      # in a second evaluation: the result of the same call in the first
+    result = reuse.take()   # in a second evaluation: the result of the same call in the first
     if result is None:
-        result = ...            # compute it
-        reuse.keep(result)      # in a first evaluation: keep it until the second
+        result = ...        # compute it
+        reuse.keep(result)  # in a first evaluation: keep a copy until the second
 
-Calls are matched by their order. The operator decides when it runs, so compiled code is the same for both evaluations.
-Only opaque operators (``torch.library.custom_op``) may do this: the compiler must not see the decision.
+The n-th call in the second evaluation takes the n-th result, so both evaluations must make the same calls. Results that
+are left over raise an error. The operator decides when it runs, so compiled code is the same for both evaluations. Only
+opaque operators (``torch.library.custom_op``) may do this: the compiler must not see the decision. Tag them
+``torch.Tag.cudagraph_unsafe``: a graph that the compiler captures of a branch alone would repeat the decision. Nothing
+is kept in a branch that reads running statistics or has hooks, because the two evaluations then call other code.
 """
 
 import threading
@@ -23,11 +26,11 @@ class Evaluation(threading.local):
 
     Attributes:
         kept: receives the results of a first evaluation; None outside of first evaluations.
-        results: yields them in the second evaluation; None outside of second evaluations.
+        remaining: yields them in the second evaluation; None outside of second evaluations.
     """
 
     kept: list[Tensor] | None = None
-    results: Iterator[Tensor] | None = None
+    remaining: Iterator[Tensor] | None = None
 
 
 evaluation = Evaluation()
@@ -38,12 +41,17 @@ def is_first() -> bool:
     return evaluation.kept is not None
 
 
-def keep(result: Tensor) -> None:
-    """Keep a result for the second evaluation, if a first one is running. Nobody may write to the tensor."""
+def keep(result: Tensor, copy: Tensor | None = None) -> None:
+    """Keep a copy of a result for the second evaluation, if a first one is running.
+
+    Args:
+        result: what the operator returns. Its caller may write to it.
+        copy: a copy that exists already, and that nobody else has.
+    """
     if evaluation.kept is not None:
-        evaluation.kept.append(result)
+        evaluation.kept.append(result.clone() if copy is None else copy)
 
 
-def given() -> Tensor | None:
+def take() -> Tensor | None:
     """Return the next result that the first evaluation kept. None if there is none: then compute it."""
-    return next(evaluation.results, None) if evaluation.results is not None else None
+    return next(evaluation.remaining, None) if evaluation.remaining is not None else None

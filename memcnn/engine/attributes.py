@@ -109,7 +109,8 @@ and backward.
 
 def layer_of(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the layer of PyTorch that a class stands for; the class itself if it names none."""
-    return vars(kind).get("stands_for", kind)
+    layer = vars(kind).get("stands_for")
+    return layer if isinstance(layer, type) and issubclass(layer, nn.Module) else kind
 
 
 def known_class(module: nn.Module, kind: type[nn.Module] | None = None) -> tuple[int, tuple[str, ...]] | None:

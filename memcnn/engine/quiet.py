@@ -32,6 +32,7 @@ class QuietReplay:
     watch = None
     """There is nothing to watch in the first evaluation, and nothing to note after it."""
     sets_parameters = is_initialised_by_it = False
+    may_reuse = True
 
     def __init__(self, modules: Sequence[nn.Module], inputs: Sequence[Tensor], snapshot: Snapshot):
         self.modules, self.snapshot = modules, snapshot

@@ -128,7 +128,7 @@ class Recomputation(Link):
         self.expected = [v.tensor for v in targets] if check_inverse is not None and not keep_input else []
         self.activations: list[weakref.ref[Activation]] = []
         self.nested: list[weakref.ref[Value]] = []
-        self.small_results: list[Tensor] = []
+        self.kept_results: list[Tensor] = []
         """Results of the first evaluation that the second one reuses (memcnn/reuse.py)."""
         self.requires_grad = [t.requires_grad for t in inputs]
         self.strides = [t.stride() for t in inputs]
@@ -147,9 +147,8 @@ class Recomputation(Link):
         versions = [t._version for t in inputs]
         recording, noted = thread_state.recording, thread_state.noted_sources
         thread_state.recording, thread_state.noted_sources = None, self.nested
-        kept, results = evaluation.kept, evaluation.results
-        # the second evaluation does not call every hook, so it could not match results that hooks have kept
-        evaluation.kept, evaluation.results = self.small_results if self.replay.hooks is None else None, None
+        kept, remaining = evaluation.kept, evaluation.remaining
+        evaluation.kept, evaluation.remaining = self.kept_results if self.replay.may_reuse else None, None
         try:
             with saved_tensors_hooks(self._pack, self._unpack):
                 if self.replay.watch is None:
@@ -159,7 +158,7 @@ class Recomputation(Link):
                         result = function(*args, **kwargs)
         finally:
             thread_state.recording, thread_state.noted_sources = recording, noted
-            evaluation.kept, evaluation.results = kept, results
+            evaluation.kept, evaluation.remaining = kept, remaining
             if self.holds:
                 for reference in self.activations:
                     if (activation := reference()) is not None:

@@ -114,6 +114,9 @@ class Replay(ReplayedBuffers):
         if self.reads_statistics or any(hook_reads_statistics(hook) for _, _, hook, _ in hooks):
             self.survey_statistics_again()
 
+        self.may_reuse = self.hooks is None and not self.reads_statistics
+        """True if the second evaluation may take results from the first (memcnn/reuse.py). It does not call every hook,
+        and must update statistics that the module reads."""
         devices = {_CPU, *[x.device for x in inputs]}
         self.autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())

@@ -34,8 +34,8 @@ class SecondEvaluation:
         """Number of tensors that this evaluation has saved so far, not counting those that are saved as they are."""
         self.nested_tensors: list[Tensor | None] = []
         """The tensors of the values in ``step.nested``, in the same order."""
-        kept = step.small_results
-        self.results = iter([result.clone() for result in kept] if keep_graph else kept)
+        kept = step.kept_results
+        self.remaining = iter([result.clone() for result in kept] if keep_graph else kept)
         """Results of the first evaluation. Under ``retain_graph`` a later pass needs them as well."""
         self.is_wanted = False
         """True if an activation, or the end of a nested chain, still waits for its tensor."""
@@ -57,8 +57,8 @@ class SecondEvaluation:
         """Return ``function(*args, **kwargs)``, where ``inputs`` are the tensors that stand for the step's inputs."""
         self.inputs = inputs if self.is_wanted else ()
         sources: list[weakref.ref[Value]] = []
-        noted, kept, results = thread_state.noted_sources, evaluation.kept, evaluation.results
-        evaluation.kept, evaluation.results = None, self.results
+        noted, kept, remaining = thread_state.noted_sources, evaluation.kept, evaluation.remaining
+        evaluation.kept, evaluation.remaining = None, self.remaining
         try:
             if not self.is_wanted:
                 with torch.no_grad():
@@ -67,7 +67,7 @@ class SecondEvaluation:
             with torch.enable_grad(), saved_tensors_hooks(self._collect, self._unpack):
                 result = function(*args, **kwargs)
         finally:
-            thread_state.noted_sources, evaluation.kept, evaluation.results = noted, kept, results
+            thread_state.noted_sources, evaluation.kept, evaluation.remaining = noted, kept, remaining
         self.nested_tensors += [
             None if value is None else value.tensor for value in (reference() for reference in sources)
         ]
@@ -80,6 +80,9 @@ class SecondEvaluation:
             return
         if self.seen != len(step.activations):
             raise step.divergence_error(f"{len(step.activations)} saved tensors", f"{self.seen}")
+        if left_over := len([*self.remaining]):
+            kept = len(step.kept_results)
+            raise step.divergence_error(f"{kept} results to reuse", f"{kept - left_over}")
         if len(self.nested_tensors) != len(step.nested):
             raise step.divergence_error(f"{len(step.nested)} tensors of nested blocks", f"{len(self.nested_tensors)}")
         if step.drift is not None:

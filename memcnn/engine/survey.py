@@ -13,7 +13,8 @@ is *quiet* if all of this holds:
 
 If your container only calls its children, decorate its class with ``quiet_container``. If your layer has the attributes
 of a layer of ``QUIET``, draws no random numbers and keeps no other state, name that layer in its class: ``stands_for =
-nn.Conv2d``. The engine then treats its buffers and attributes as it does those of that layer.
+nn.Conv2d``. The engine then treats its buffers and attributes as it does those of that layer. A norm must not read its
+running statistics in training mode: in the second evaluation they may be uninitialised memory.
 
 ``Survey`` walks one tree and stops at the first module that is not quiet. A ``Snapshot`` holds the surveys of one tree,
 or of several that are evaluated one after the other, as flat lists. The last snapshot is kept. Before each first and

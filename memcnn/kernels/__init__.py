@@ -27,17 +27,17 @@ Importing this package does not import Triton. Without Triton, without a GPU, an
 support, ``narrow_conv2d`` is ``torch.nn.functional.conv2d``.
 """
 
-from memcnn.kernels.batch_norm import AppliedReLU, BatchNormReLU2d, use_fused_norms
+from memcnn.kernels.batch_norm import BatchNormReLU2d, SkippedReLU, use_fused_norms
 from memcnn.kernels.choice import Choices, Measurement, choosing, measured
 from memcnn.kernels.convolution import NarrowConv2d, narrow_conv2d, use_narrow_convolutions
 from memcnn.kernels.devices import has_triton
 
 __all__ = [
-    "AppliedReLU",
     "BatchNormReLU2d",
     "Choices",
     "Measurement",
     "NarrowConv2d",
+    "SkippedReLU",
     "choosing",
     "has_triton",
     "measured",

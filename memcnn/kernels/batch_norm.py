@@ -51,8 +51,8 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         return _BatchNormReLU.apply(x, statistics, self.weight, self.bias, dtype)
 
 
-class AppliedReLU(nn.ReLU):
-    """A ReLU that the layer before it has applied already."""
+class SkippedReLU(nn.ReLU):
+    """Return the input unchanged: the ``BatchNormReLU2d`` before it has applied the ReLU."""
 
     stands_for = nn.ReLU
 
@@ -65,12 +65,15 @@ def use_fused_norms(model: nn.Module, *, enabled: bool = True) -> list[str]:
     """Let ``BatchNormReLU2d`` compute each BatchNorm, ReLU that a convolution follows in an ``nn.Sequential``.
 
     The modules change their class, in place, and nothing else: parameters, buffers, state-dict keys, ``deepcopy`` and
-    pickle work as before. Call it before the model is compiled, captured, or wrapped by ``fully_shard``. It pays only
-    in compiled code. Second derivatives raise an error.
+    pickle work as before. The BatchNorm alone then returns the output of the ReLU, so its layers must run in the order
+    of the ``nn.Sequential``, and hooks that are registered later see other values. Call it before the model is
+    compiled, captured, or wrapped by ``fully_shard``, and after ``nn.SyncBatchNorm.convert_sync_batchnorm``. It pays
+    only in compiled code. Second derivatives raise an error. With TorchInductor, differentiate a graph only once.
 
     Args:
         model: is changed. Stays as it is: a BatchNorm without parameters, running statistics or momentum; layers with
-            hooks; layers that occur in several places.
+            hooks or a replaced ``forward``; layers that occur in several places; a subclass of ``nn.Sequential`` with
+            its own ``forward``.
         enabled: with ``False``, change back.
 
     Returns:
@@ -85,20 +88,24 @@ def use_fused_norms(model: nn.Module, *, enabled: bool = True) -> list[str]:
     places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     changed = []
     for name, module in model.named_modules():
-        layers = list(module._modules.items()) if isinstance(module, nn.Sequential) else []
+        layers = list(module._modules.items()) if _is_sequence(module) else []
         for (key, norm), (_, relu), (_, convolution) in zip(layers, layers[1:], layers[2:], strict=False):
             if (
                 isinstance(convolution, nn.Conv2d)
                 and type(relu) is nn.ReLU
                 and _is_tracking(norm)
-                and all(places[layer] == 1 and not _has_hooks(layer) for layer in (norm, relu))
+                and all(places[layer] == 1 and not _is_changed(layer) for layer in (norm, relu))
             ):
-                norm.__class__, relu.__class__ = BatchNormReLU2d, AppliedReLU
+                norm.__class__, relu.__class__ = BatchNormReLU2d, SkippedReLU
                 changed.append(f"{name}.{key}" if name else key)
     return changed
 
 
-@torch.library.custom_op("memcnn::batch_statistics", mutates_args=("running_mean", "running_var", "count"))
+@torch.library.custom_op(
+    "memcnn::batch_statistics",
+    mutates_args=("running_mean", "running_var", "count"),
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
 def batch_statistics(
     x: Tensor, running_mean: Tensor, running_var: Tensor, count: Tensor, momentum: float, eps: float
 ) -> Tensor:
@@ -114,7 +121,7 @@ def batch_statistics(
         momentum: weight of the new values.
         eps: added to the variance.
     """
-    if (result := reuse.given()) is not None:
+    if (result := reuse.take()) is not None:
         return result
     if _has_kernel(x):
         from memcnn.kernels import channel_sums
@@ -131,8 +138,7 @@ def batch_statistics(
                 copy=copy,
                 **options,
             )
-        if copy is not None:
-            reuse.keep(copy)
+        reuse.keep(result, copy)
         return result
     variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
     n = x.numel() // x.shape[1]
@@ -140,8 +146,7 @@ def batch_statistics(
     running_var.lerp_(variance * (n / (n - 1)), momentum)
     count.add_(1)
     result = torch.stack([mean, (variance + eps).rsqrt()])
-    if reuse.is_first():
-        reuse.keep(result.clone())
+    reuse.keep(result)
     return result
 
 
@@ -238,7 +243,7 @@ def _on_device(x: Tensor) -> Iterator[dict[str, Any]]:
         key = x.device, torch.cuda.current_stream().cuda_stream
         if (counter := _counters.get(key)) is None:
             counter = torch.zeros(COUNTERS, dtype=torch.int32, device=x.device)
-            # zeros that belong to a CUDA graph are written at each replay, and not before the first
+            # during a capture nothing runs: eager launches could not use these zeros, which each replay writes
             if not torch.cuda.is_current_stream_capturing():
                 _counters[key] = counter
         yield {"counter": counter, "processors": processors(x)}
@@ -251,8 +256,16 @@ def _is_tracking(module: nn.Module) -> bool:
     )
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any(value for name, value in vars(module).items() if name.endswith("_hooks"))
+def _is_sequence(module: nn.Module) -> bool:
+    """Return whether a module calls its children in their order, each with the output of the one before."""
+    kind = vars(type(module)).get("stands_for", type(module))
+    return isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward and not _is_changed(module)
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Return whether a module has hooks, or a forward function of its own."""
+    own = vars(module)
+    return "forward" in own or any(value for name, value in own.items() if name.endswith("_hooks"))
 
 
 def _is_supported(norm: BatchNormReLU2d, x: Tensor) -> bool:
@@ -274,4 +287,4 @@ def _is_supported(norm: BatchNormReLU2d, x: Tensor) -> bool:
     )
 
 
-_PLAIN = {BatchNormReLU2d: nn.BatchNorm2d, AppliedReLU: nn.ReLU}
+_PLAIN = {BatchNormReLU2d: nn.BatchNorm2d, SkippedReLU: nn.ReLU}

@@ -48,7 +48,9 @@ def narrow_conv2d(x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, padding=1)
     if autocast is None and weight.dtype != dtype:
         return F.conv2d(x, weight, padding=1)  # raises: the dtypes differ
-    return _NarrowConv.apply(x.to(dtype), weight.detach().to(dtype), weight)
+    # a view, because the compiler cannot trace one tensor as two inputs
+    rounded = weight.view_as(weight) if weight.dtype == dtype else weight.to(dtype)
+    return _NarrowConv.apply(x.to(dtype), rounded, weight)
 
 
 class NarrowConv2d(nn.Conv2d):
@@ -126,8 +128,8 @@ conv3x3_weight_gradient.register_autograd(_second_derivative, setup_context=_sav
 class _NarrowConv(torch.autograd.Function):
     """The convolution of x and ``rounded``, which is ``weight`` in the dtype of x.
 
-    Beside ``weight``, it saves the same tensors as PyTorch's, in that order: a reversible block can forget them. The
-    gradient has the dtype of ``weight``, so that no kernel has to cast it.
+    It saves the same tensors as PyTorch's, in that order: a reversible block can forget them. The gradient goes to
+    ``weight`` at once, in its dtype, so that no kernel has to cast it. Second derivatives also go through ``rounded``.
     """
 
     @staticmethod
@@ -136,15 +138,14 @@ class _NarrowConv(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[:2])
+        ctx.dtype = inputs[2].dtype
 
     @staticmethod
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        x, rounded, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative, which ``rounded`` is not a function of
-            rounded = weight.to(x.dtype)
+        x, rounded = ctx.saved_tensors
         of_input = _input_gradient(output_gradient, x, rounded) if ctx.needs_input_grad[0] else None
-        of_weight = conv3x3_weight_gradient(output_gradient, x, weight.dtype) if ctx.needs_input_grad[2] else None
+        of_weight = conv3x3_weight_gradient(output_gradient, x, ctx.dtype) if ctx.needs_input_grad[2] else None
         return of_input, None, of_weight
 
 

@@ -56,6 +56,8 @@ __all__ = [
 class Branch(nn.Sequential):
     """Layers in sequence; unlike ``nn.Sequential`` itself, ``torch.compile`` compiles it as a unit of its own."""
 
+    stands_for = nn.Sequential  # read by memcnn.engine.survey and memcnn.kernels.batch_norm
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the layers for x."""
         return super().forward(x)

@@ -16,9 +16,9 @@ from memcnn.engine import capture, replay
 from memcnn.engine.survey import draws_nothing
 from memcnn.engine.torch_private import is_compiled
 from memcnn.kernels import (
-    AppliedReLU,
     BatchNormReLU2d,
     NarrowConv2d,
+    SkippedReLU,
     use_fused_norms,
     use_narrow_convolutions,
 )
@@ -132,7 +132,7 @@ def assert_same_gradients(module: nn.Module, twin: nn.Module) -> None:
     [
         (nn.BatchNorm2d, nn.ReLU, nn.Conv2d),
         (nn.BatchNorm2d, nn.ReLU, NarrowConv2d),
-        (BatchNormReLU2d, AppliedReLU, nn.Conv2d),
+        (BatchNormReLU2d, SkippedReLU, nn.Conv2d),
     ],
     ids=lambda kinds: "-".join(kind.__name__ for kind in kinds),
 )

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memcnn
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
-from memcnn.kernels import AppliedReLU, BatchNormReLU2d
+from memcnn.kernels import BatchNormReLU2d, SkippedReLU
 from memcnn.models.resnet import Branch, revnet38
 from properties.support.compiler import ignore_compiler_warnings
 from properties.support.twin import assert_like_twin, backward, block, conv_branch, images
@@ -99,7 +99,7 @@ def test_a_recomputation_does_not_touch_the_running_statistics():
 
 def test_a_fused_norm_costs_no_copies_of_its_running_statistics():
     """It stands for a BatchNorm, so the engine need not read its code to know what it does with them."""
-    branches = [nn.Sequential(BatchNormReLU2d(6), AppliedReLU(), nn.Conv2d(6, 6, 1)) for _ in range(2)]
+    branches = [nn.Sequential(BatchNormReLU2d(6), SkippedReLU(), nn.Conv2d(6, 6, 1)) for _ in range(2)]
     module = InvertibleModuleWrapper(AdditiveCoupling(*branches, split_dim=0))
     x = images(dtype=torch.float32)
     with Operators() as operators:

@@ -384,3 +384,11 @@ def test_norms_under_autocast_are_recomputed(affine, full, monkeypatch):
     y.float().pow(2).sum().backward()
     assert module[0]._fn.Gm[1].num_batches_tracked == 1
     assert x.grad.isfinite().all()
+
+
+def test_an_attribute_stands_for_that_names_no_layer_means_nothing():
+    class Labelled(nn.Linear):
+        stands_for = "text"
+
+    block = AdditiveCoupling(nn.Sequential(Labelled(3, 3), nn.Tanh()), nn.Sequential(Labelled(3, 3), nn.Tanh()))
+    assert_like_twin(InvertibleModuleWrapper(block).double(), backward, images(4, 6))

@@ -17,12 +17,11 @@ computed: list[Tensor] = []
 @torch.library.custom_op("properties::scale_of", mutates_args=())
 def scale_of(x: Tensor) -> Tensor:
     """Return the largest magnitude of x, as an operator that a second evaluation need not compute again."""
-    if (result := reuse.given()) is not None:
+    if (result := reuse.take()) is not None:
         return result
     computed.append(x.clone())
     result = x.abs().amax()
-    if reuse.is_first():
-        reuse.keep(result.clone())
+    reuse.keep(result)
     return result
 
 
@@ -73,7 +72,7 @@ def test_a_step_computes_each_result_once_and_has_the_gradients_of_its_twin():
     for got, wanted in zip(gradients(reversible, images()), expected, strict=True):
         assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-6)
     assert len(computed) == 4
-    assert reuse.evaluation.kept is None and reuse.evaluation.results is None
+    assert reuse.evaluation.kept is None and reuse.evaluation.remaining is None
 
 
 def test_each_forward_pass_keeps_its_own_results():
@@ -143,6 +142,44 @@ def test_blocks_within_a_branch_keep_their_results_to_themselves():
     assert len(computed) == 10
 
 
+@pytest.mark.parametrize("calls", [(2, 1), (1, 2)])
+def test_other_calls_in_the_second_evaluation_raise_or_are_computed(calls):
+    """A result that is left over raises an error. A call without a result computes it."""
+
+    class Uneven(Scaled):
+        def forward(self, x: Tensor) -> Tensor:
+            again = reuse.evaluation.remaining is not None
+            for _ in range(calls[again] - 1):
+                scale_of(x.detach())
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    branches = [Uneven(), Uneven()]
+    if calls == (2, 1):
+        with pytest.raises(RuntimeError, match="2 results to reuse then, 1 now"):
+            gradients(chain(*branches), images())
+        return
+    expected = gradients(chain(*branches, disable=True), images())
+    for got, wanted in zip(gradients(chain(*branches), images()), expected, strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_branch_may_write_to_the_result():
+    """What is kept is a copy."""
+
+    class Writes(Scaled):
+        def forward(self, x: Tensor) -> Tensor:
+            scale = scale_of(x.detach())
+            y = x / scale.clone()
+            scale.zero_()
+            return self.linear(y).tanh()
+
+    branches = [Writes(), Writes()]
+    expected = gradients(chain(*branches, disable=True), images())
+    for got, wanted in zip(gradients(chain(*branches), images()), expected, strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_outside_of_blocks_and_without_gradients_nothing_is_kept():
     branch = Scaled(8)
     branch(images())
@@ -150,7 +187,7 @@ def test_outside_of_blocks_and_without_gradients_nothing_is_kept():
     with torch.no_grad():
         chain(Scaled(), Scaled())(images())
     assert len(computed) == 5
-    assert reuse.given() is None and not reuse.is_first()
+    assert reuse.take() is None and not reuse.is_first()
 
 
 def test_a_module_of_ones_own_and_exact_mode_reuse_as_well():
@@ -204,7 +241,7 @@ def test_threads_do_not_see_each_others_results():
     found = []
     reuse.evaluation.kept = []
     try:
-        thread = threading.Thread(target=lambda: found.append((reuse.is_first(), reuse.given())))
+        thread = threading.Thread(target=lambda: found.append((reuse.is_first(), reuse.take())))
         thread.start()
         thread.join()
     finally:

@@ -133,6 +133,22 @@ def test_second_derivative(chosen):
         assert error(ours, library.double()) <= 2 * LIMITS[torch.bfloat16]
 
 
+def test_under_autocast_the_weight_may_change_before_backward(chosen):
+    """As with conv2d, which saves the rounded weight alone."""
+    results = []
+    for convolution in (kernels.narrow_conv2d, lambda x, weight: F.conv2d(x, weight, padding=1)):
+        torch.manual_seed(0)
+        x, weight = images(2, 16, 4, 5).requires_grad_(), torch.randn(16, 16, 3, 3, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = convolution(x, weight).float().square().sum()
+        with torch.no_grad():
+            weight.zero_()
+        results.append(torch.autograd.grad(loss, (x, weight)))
+    (of_x, of_weight), (expected_of_x, expected_of_weight) = results
+    assert torch.equal(of_x, expected_of_x)
+    assert error(of_weight, expected_of_weight) <= LIMITS[torch.bfloat16]
+
+
 def test_operator_passes_opcheck(chosen):
     arguments = images(1, 16, 3, 3).requires_grad_(), images(1, 16, 3, 3).requires_grad_()
     for dtype in (torch.bfloat16, torch.float32):

@@ -117,7 +117,7 @@ def test_a_reversible_network_has_the_gradients_of_its_twin(branch, autocast, mo
         names = kernels.use_fused_norms(model)
         calls: list[Tensor | None] = []
         with monkeypatch.context() as patch:
-            patch.setattr(reuse, "given", noting(reuse.given, calls))
+            patch.setattr(reuse, "take", noting(reuse.take, calls))
             for _ in range(2):
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                     loss = F.cross_entropy(model(images(4, 3, 8, 8)).float(), torch.arange(4))
@@ -133,6 +133,30 @@ def test_a_reversible_network_has_the_gradients_of_its_twin(branch, autocast, mo
     (stored, buffers), (rebuilt, again) = results
     assert error(rebuilt, stored) <= 1e-5
     assert all(torch.equal(a, b) for a, b in zip(buffers, again, strict=True))
+
+
+def test_a_branch_may_read_the_statistics_that_its_norm_has_moved():
+    """The second evaluation moves them again, so it computes the statistics instead of reusing them."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers()
+            kernels.use_fused_norms(self)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, norm = self.layers(x), self.layers[0]
+            return (y * norm.running_mean.mean() * norm.running_var.mean() * norm.num_batches_tracked).tanh()
+
+    results = []
+    for disable in (True, False):
+        block = memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(Reads(), Reads()), disable=disable)
+        for _ in range(2):
+            block.zero_grad()
+            block(images(3, 12, 4, 4)).square().sum().backward()
+        results.append([*[p.grad for p in block.parameters()], *[b.float() for b in block.buffers()]])
+    for stored, rebuilt in zip(*results, strict=True):
+        assert error(rebuilt, stored) <= 1e-4
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -184,7 +208,7 @@ def test_swapping_changes_the_class_and_nothing_else(network, count):
         assert all(a is b for a, b in zip(before, after, strict=True))
     assert kernels.use_fused_norms(model) == []
     assert kernels.use_fused_norms(model, enabled=False) == changed
-    fused = (kernels.BatchNormReLU2d, kernels.AppliedReLU)
+    fused = (kernels.BatchNormReLU2d, kernels.SkippedReLU)
     assert not any(isinstance(module, fused) for module in model.modules())
 
 
@@ -196,6 +220,13 @@ def test_swapped_modules_copy_pickle_and_compute():
         assert type(other[0]) is kernels.BatchNormReLU2d
         assert torch.equal(copy.deepcopy(other).eval()(x), in_evaluation)
         assert error(other(x), expected) <= 1e-6
+
+
+class Skips(nn.Sequential):
+    """A sequence with a forward function of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[2](self[1](x + self[0](x)))
 
 
 def spoiled(change: str) -> nn.Module:
@@ -221,6 +252,10 @@ def spoiled(change: str) -> nn.Module:
         model = nn.Sequential(*model, model[1])
     elif change == "a shared norm":
         model = nn.Sequential(*model, nn.Sequential(model[0]))
+    elif change == "a forward function of its own":
+        model = Skips(*model)
+    elif change == "a replaced forward function":
+        model[0].forward = model[0].forward
     elif change == "no sequence":
         model = nn.ModuleList(model)
     return model
@@ -231,7 +266,7 @@ def spoiled(change: str) -> nn.Module:
     [
         *("hook of the norm", "hook of the ReLU", "no parameters", "no running statistics", "cumulative average"),
         *("another activation", "no convolution after it", "a synchronised norm", "a shared ReLU", "a shared norm"),
-        "no sequence",
+        *("a forward function of its own", "a replaced forward function", "no sequence"),
     ],
 )
 def test_other_layers_stay(change):
