@@ -258,8 +258,8 @@ def _is_tracking(module: nn.Module) -> bool:
 
 def _is_sequence(module: nn.Module) -> bool:
     """Return whether a module calls its children in their order, each with the output of the one before."""
-    kind = vars(type(module)).get("stands_for", type(module))
-    return isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward and not _is_changed(module)
+    forward = getattr(vars(type(module)).get("stands_for", type(module)), "forward", None)
+    return isinstance(module, nn.Sequential) and forward is nn.Sequential.forward and not _is_changed(module)
 
 
 def _is_changed(module: nn.Module) -> bool:
