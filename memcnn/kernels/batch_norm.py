@@ -186,7 +186,9 @@ class _BatchNormReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-        return (_normalised(x, statistics) * _column(weight) + _column(bias)).relu().to(dtype)
+        y = (_normalised(x, statistics) * _column(weight) + _column(bias)).relu()
+        # with a cast to the same dtype, compiled code of PyTorch 2.11 returns zeros as gradients
+        return y if y.dtype == dtype else y.to(dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
