@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from memcnn.engine.again import exchange
@@ -194,8 +195,12 @@ class DirectRun(Link):
         halves[changed] = self.undo_sum(halves[changed], h.detach()) if restores else None
         if not (differentiates_b or leaves):
             return []
-        # the edge is the place of h in the graph, so that h itself can be freed; without a layer, h is b, a leaf
-        edge = GradientEdge(h.grad_fn, h.output_nr) if h.grad_fn is not None else get_gradient_edge(h)
+        # The edge is the place of h in the graph, so that h itself can be freed. PyTorch's function takes longer. It is
+        # for h = b, a leaf, and for nodes written in Python, which an edge of our own would not keep alive.
+        node = h.grad_fn
+        is_simple = node is not None and not isinstance(node, BackwardCFunction)
+        edge = GradientEdge(node, h.output_nr) if is_simple else get_gradient_edge(h)
+        del node
         del h
         inputs = [b, *leaves] if differentiates_b else leaves
         del b
