@@ -11,9 +11,8 @@ recompute   In the second evaluation of a reversible branch, ``batch_statistics`
 backward    ``gradient_sums`` reads x and the gradient of y once. The gradient of x is left to the compiler.
 ==========  ==========================================================================================================
 
-A compiled bottleneck branch of RevNet-164 then makes 12 calls of kernels or of cuDNN forward, 9 in the recomputation
-and 12 backward, instead of 21, 21 and 19 (counted in the compiler's code for a GPU, PyTorch 2.13). On a CPU, and
-without Triton, both operators are plain PyTorch: right, but not fast. Their time on a GPU has not been measured yet.
+On a CPU, and without Triton, both operators are plain PyTorch: right, but not fast. Their time on a GPU has not been
+measured yet: ``python -m bench.speed --fast --tries`` does.
 
 Formulas: Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167, section 3.
 """
@@ -32,7 +31,6 @@ from memcnn.kernels.devices import KERNEL_DEVICES, MOST_ELEMENTS, processors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_CHANNELS = 1024
-COUNTERS = 32  # channel blocks of the kernels, of 32 channels each
 
 
 class BatchNormReLU2d(nn.BatchNorm2d):
@@ -238,6 +236,8 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 @contextmanager
 def _on_device(x: Tensor) -> Iterator[dict[str, Any]]:
     """Make the device of x the current one, and yield the options that both kernels have in common."""
+    from memcnn.kernels.channel_sums import COUNTERS
+
     if not x.is_cuda:  # Triton's interpreter
         yield {"counter": torch.zeros(COUNTERS, dtype=torch.int32), "processors": processors(x)}
         return

@@ -68,7 +68,7 @@ class Execution:
         and ``python -m bench.narrow_conv``); without Triton, bf16 and graph. On a CPU: the plain step. ``python -m
         bench.speed --clock cpu --tries`` (reports/bench/cpu/speed.md) found bfloat16 11 times slower. It found compiled
         code no faster than the plain step, within the spread of the measurement, after minutes of compiling.
-        ``fused_norms`` and ``combine_kernels`` halve the number of kernels, but their time has not been measured yet.
+        ``fused_norms`` and ``combine_kernels`` launch fewer kernels, but their time has not been measured yet.
 
         Args:
             device: the device that trains; only its type counts.

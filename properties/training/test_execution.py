@@ -78,20 +78,13 @@ def test_options_without_effect_on_a_cpu_are_reported_and_left_out(tmp_path, cap
         assert f"{name} has no effect" in said
 
 
-def test_narrow_convolutions_replace_plain_ones_only_on_request():
-    plain, narrow = (small_revnet() for _ in range(2))
+@pytest.mark.parametrize(("option", "layer"), [("narrow_convolutions", NarrowConv2d), ("fused_norms", BatchNormReLU2d)])
+def test_our_layers_replace_plain_ones_only_on_request(option, layer):
+    plain, replaced = (small_revnet() for _ in range(2))
     TrainingStep(plain, SMALL, DATA, Execution())
-    TrainingStep(narrow, SMALL, DATA, Execution(narrow_convolutions=True))
-    assert not any(isinstance(module, NarrowConv2d) for module in plain.modules())
-    assert any(isinstance(module, NarrowConv2d) for module in narrow.modules())
-
-
-def test_norms_are_fused_only_on_request():
-    plain, fused = (small_revnet() for _ in range(2))
-    TrainingStep(plain, SMALL, DATA, Execution())
-    TrainingStep(fused, SMALL, DATA, Execution(fused_norms=True))
-    assert not any(isinstance(module, BatchNormReLU2d) for module in plain.modules())
-    assert any(isinstance(module, BatchNormReLU2d) for module in fused.modules())
+    TrainingStep(replaced, SMALL, DATA, Execution(**{option: True}))
+    assert not any(isinstance(module, layer) for module in plain.modules())
+    assert any(isinstance(module, layer) for module in replaced.modules())
 
 
 @pytest.mark.parametrize("make", [small_resnet, small_revnet])
