@@ -13,7 +13,7 @@ from memcnn import AdditiveCoupling, AffineAdapterNaive, AffineCoupling, Inverti
 from memcnn.engine.direct import LONGEST_RUN
 from memcnn.memory import TensorMeter
 from memcnn.testing.tolerances import relative_error
-from properties.support.twin import assert_like_twin, images, weighted_sum
+from properties.support.twin import assert_like_twin, backward, images, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -363,3 +363,28 @@ def test_a_loss_before_a_run_may_be_differentiated_first():
         return y
 
     assert_like_twin(chain(), program, images())
+
+
+class Doubled(torch.autograd.Function):
+    """A function whose graph node is written in Python."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+class DoubledLinear(nn.Linear):
+    stands_for = nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Doubled.apply(super().forward(x))
+
+
+def test_the_last_node_of_a_branch_may_be_written_in_python():
+    """On PyTorch 2.11 an edge to such a node does not keep it alive."""
+    block = AdditiveCoupling(*(nn.Sequential(DoubledLinear(3, 3)) for _ in range(2)))
+    assert_like_twin(InvertibleModuleWrapper(block).double(), backward, images(4, 6))
