@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from torch import nn, ones
+from torch import Size, nn, ones
 
 import memcnn
 from memcnn.attribution import warn_user
-from memcnn.kernels import choice
+from memcnn.kernels.operations import WEIGHT_GRADIENT
 
 FILE = str(Path(memcnn.__file__).parent / "engine" / "made_up.py")
 SOURCE = """
@@ -63,5 +63,5 @@ def test_without_triton_the_line_that_asks_for_plans_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "memcnn.kernels.weight_gradient", None)
     monkeypatch.delattr("memcnn.kernels.weight_gradient", raising=False)
     with pytest.warns(UserWarning, match="Triton cannot be imported") as found:
-        assert choice.plans(16, 16) == ()
+        assert WEIGHT_GRADIENT.plans(Size([1, 16, 4, 4]), Size([1, 16, 4, 4])) == ()
     assert found[0].filename == __file__

@@ -15,7 +15,7 @@ ROOMS = {
     "engine": {"attribution", "reuse"},
     "memory": set(),
     "data": {"_torchvision", "datasets"},
-    "kernels": {"attribution", "autocast", "reuse"},
+    "kernels": {"attribution", "autocast", "engine", "reuse"},
     "models": {"attribution", "autocast", "engine", "memory", "migration"},
     "testing": {"cli", "engine", "memory", "models"},
     "training": {"_torchvision", "cli", "data", "datasets", "kernels", "memory", "models"},

@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch", type=count, default=PUBLISHED.batch_size, help="images a step (default: %(default)s)")
     clock = "cpu counts this process's CPU time only: use it where other processes share the CPU (default: %(default)s)"
     add("--clock", choices=measure.CLOCKS, default="wall", help=clock)
-    fast = "only the device's fastest execution, the same without our kernel, and the fastest deterministic one"
+    fast = "only the device's fastest execution, the same without our kernels, and the fastest deterministic one"
     add("--fast", action="store_true", help=fast)
     group = "on a GPU, also interleave the steps of N runs, each captured on its own stream"
     add("--group", type=count, default=1, metavar="N", help=group)

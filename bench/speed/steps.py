@@ -43,7 +43,7 @@ PLAIN = Way(Execution())
 
 
 def fast_ways(device: torch.device, *, group: int = 1, tries: bool = False) -> list[Way]:
-    """Return the fastest execution of a device, the same without our kernel, and the fastest deterministic one.
+    """Return the fastest execution of a device, the same without our kernels, and the fastest deterministic one.
 
     Args:
         device: where the steps run.

@@ -1,4 +1,4 @@
-"""A Triton kernel for layers on which cuDNN is slow. It is used only where it was measured to be faster.
+"""Triton kernels for the layers of narrow networks on a GPU.
 
     from memcnn import kernels
 
@@ -7,6 +7,11 @@
     ...                                     # train under bfloat16 autocast
     for measurement in kernels.measured():
         print(measurement)
+
+``use_narrow_convolutions``: output, input gradient and weight gradient of 3x3 convolutions with 16, 32 or 64 channels,
+on which cuDNN is slow. Each kernel is used for a shape only if it was measured to be faster there.
+
+``use_fused_norms``: BatchNorm and ReLU in front of a convolution. No GPU has timed it yet.
 
 Microseconds of a weight gradient in bfloat16, 100 images, on an H200 (PyTorch 2.11, cuDNN 9.19 free to choose its
 algorithm; ``python -m bench.narrow_conv --benchmark``):
@@ -21,9 +26,10 @@ channels  image    cuDNN  ours
 32        32 x 32  47.1   20.0
 ========  =======  =====  ====
 
-A captured and compiled training step of ResNet-32 took 2.57 ms without the kernel and 1.82 ms with it.
+A captured and compiled training step of ResNet-32 took 2.57 ms without this kernel and 1.82 ms with it. The kernel for
+output and input gradient has not run on a GPU yet.
 
-Importing this package does not import Triton. Without Triton, without a GPU, and for layers that the kernel does not
+Importing this package does not import Triton. Without Triton, without a GPU, and for layers that the kernels do not
 support, ``narrow_conv2d`` is ``torch.nn.functional.conv2d``.
 """
 

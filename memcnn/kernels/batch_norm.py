@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from memcnn import reuse
 from memcnn.autocast import autocast_dtype
-from memcnn.kernels.devices import KERNEL_DEVICES, MOST_ELEMENTS, processors
+from memcnn.kernels.devices import KERNEL_DEVICES, MOST_ELEMENTS, innermost, processors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_CHANNELS = 1024
@@ -127,7 +127,7 @@ def batch_statistics(
         copy = x.new_empty((2, x.shape[1]), dtype=torch.float32) if reuse.is_first() else None
         with _on_device(x) as options:
             result = channel_sums.batch_statistics(
-                _innermost(x),
+                innermost(x),
                 eps=eps,
                 momentum=momentum,
                 running_mean=running_mean,
@@ -167,7 +167,7 @@ def gradient_sums(output_gradient: Tensor, x: Tensor, statistics: Tensor, weight
     if _has_kernel(x):
         from memcnn.kernels import channel_sums
 
-        images = _innermost(output_gradient), _innermost(x)
+        images = innermost(output_gradient), innermost(x)
         with _on_device(x) as options:
             return channel_sums.gradient_sums(*images, statistics, weight, bias, relu=True, **options)
     normalised, gradient = _before_relu(output_gradient, x, statistics, weight, bias)
@@ -222,11 +222,6 @@ def _column(values: Tensor) -> Tensor:
 
 def _has_kernel(x: Tensor) -> bool:
     return x.device.type in KERNEL_DEVICES and x.numel() <= MOST_ELEMENTS and x.shape[1] <= MOST_CHANNELS
-
-
-def _innermost(x: Tensor) -> Tensor:
-    """Return images with their channels innermost in memory."""
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}

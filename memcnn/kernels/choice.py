@@ -1,8 +1,8 @@
-"""Choose the fastest weight gradient for each shape, by timing: that of the library (PyTorch) or a plan of our kernel.
+"""Choose the fastest kernel for each shape, by timing: that of the library (PyTorch) or a plan of ours.
 
-A plan (``memcnn.kernels.weight_gradient.Plan``) is a division of the kernel's work. The rules:
+A plan is a division of the work of one of our kernels. The rules:
 
-1. A shape is measured the first time that its weight gradient is computed on real tensors, unless a CUDA graph is being
+1. A shape is measured the first time that an operation is computed for it on real tensors, unless a CUDA graph is being
    captured on the current stream. During a capture, the library computes the shapes that were not measured before.
 2. A plan is chosen only if it ran, agreed with the library, and took at most ``MOST_OF_LIBRARY`` of its time.
 3. If the caller asks for deterministic algorithms, the library computes everything. Each plan is deterministic, but
@@ -17,16 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from memcnn.attribution import warn_user
-from memcnn.kernels.devices import processors
-
-if TYPE_CHECKING:
-    from memcnn.kernels.weight_gradient import Plan
 
 LIBRARY = "library"
 MOST_OF_LIBRARY = 0.95  # a smaller gain is within the noise of the measurement
@@ -37,35 +33,55 @@ SLEEP_CYCLES, MOST_SLEEP_CYCLES = 2_000_000, 64_000_000  # 1 and 32 ms on an H10
 Timer = Callable[[Mapping[str, Callable[[], object]]], dict[str, float]]
 
 
-class Key(NamedTuple):
-    """Everything that a choice depends on. Both tensors are dense in channels_last, so shapes fix the strides."""
+Plan = TypeVar("Plan")  # our kernels' plans; ``str`` gives a plan's name
 
+
+@dataclass(frozen=True)
+class Operation(Generic[Plan]):
+    """A function of two tensors, dense in channels_last, that the library and one of our kernels can compute.
+
+    Args:
+        name: of the result.
+        library: computes it by PyTorch; the result is dense in channels_last.
+        planned: computes it by our kernel, with a plan.
+        plans: returns the plans to measure for two shapes. There are none where Triton cannot be imported.
+    """
+
+    name: str
+    library: Callable[[Tensor, Tensor], Tensor]
+    planned: Callable[[Tensor, Tensor, Plan], Tensor]
+    plans: Callable[[torch.Size, torch.Size], tuple[Plan, ...]]
+
+
+class Key(NamedTuple):
+    """Everything that a choice depends on. Tensors are dense in channels_last, so shapes fix the strides."""
+
+    operation: str
     device: torch.device
     dtype: torch.dtype
-    input_shape: tuple[int, ...]
-    out_channels: int
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
     library_benchmark: bool  # torch.backends.cudnn.benchmark: the library may be faster with it
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The measurements and the choice for one shape.
+    """The measurements and the choice for one operation and its shapes.
 
     Args:
+        operation: the name of the result: "output", "input gradient" or "weight gradient".
         device: name of the GPU, or ``cpu``.
-        dtype: of input, output gradient and result.
-        input_shape: (N, C_in, H, W).
-        out_channels: number of channels of the output gradient.
+        dtype: of the operation's tensors.
+        shapes: of the operation's two tensors.
         library_benchmark: whether cuDNN was free to choose its algorithm by measurement.
-        microseconds: time of one weight gradient, by name; ``library`` is cuDNN's.
+        microseconds: time of the operation, by name; ``library`` is cuDNN's.
         rejected: for each plan that failed or disagreed with the library, the reason.
         chosen: the name of the fastest, which is used from now on.
     """
 
+    operation: str
     device: str
     dtype: str
-    input_shape: tuple[int, ...]
-    out_channels: int
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
     library_benchmark: bool
     microseconds: dict[str, float]
     rejected: dict[str, str] = field(default_factory=dict)
@@ -73,7 +89,7 @@ class Measurement:
 
 
 class Choices:
-    """The choices made so far, for each shape.
+    """The choices made so far, for each operation and shape.
 
     Args:
         timer: returns the microseconds of each function in a dictionary. By default, ``gpu_microseconds``.
@@ -82,55 +98,54 @@ class Choices:
     def __init__(self, timer: Timer | None = None) -> None:
         self.timer = timer or gpu_microseconds
         self.lock = threading.Lock()
-        self.found: dict[Key, tuple[Plan | None, Measurement]] = {}
+        self.found: dict[Key, tuple[Any, Measurement]] = {}  # a plan, or None for the library
 
-    def plan(self, output_gradient: Tensor, x: Tensor) -> "Plan | None":
+    def plan(self, operation: Operation[Plan], first: Tensor, second: Tensor) -> Plan | None:
         """Return the plan for tensors like these, or ``None`` for the library. Measure it if rule 1 allows it."""
         if torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
             return None
-        benchmark = torch.backends.cudnn.benchmark
-        key = Key(x.device, x.dtype, tuple(x.shape), output_gradient.shape[1], benchmark)
+        shapes = tuple(first.shape), tuple(second.shape)
+        key = Key(operation.name, first.device, first.dtype, shapes, torch.backends.cudnn.benchmark)
         if key not in self.found:
-            if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if first.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return None
             with self.lock:
                 if key not in self.found:
-                    self.found[key] = self._measure(key)
+                    self.found[key] = self._measure(operation, key)
         return self.found[key][0]
 
     def measured(self) -> list[Measurement]:
         """Return the measurements, in their order."""
         return [measurement for _, measurement in list(self.found.values())]
 
-    def _measure(self, key: Key) -> "tuple[Plan | None, Measurement]":
+    def _measure(self, operation: Operation[Plan], key: Key) -> tuple[Plan | None, Measurement]:
         """Check and time the plans for a shape; return the chosen one, None for the library, and the measurement."""
         generator = torch.Generator(key.device).manual_seed(0)  # the caller's random numbers stay as they are
-        x, gradient = (
+        first, second = (
             torch.empty(shape, dtype=key.dtype, device=key.device, memory_format=torch.channels_last)
-            for shape in (key.input_shape, (key.input_shape[0], key.out_channels, *key.input_shape[2:]))
+            for shape in key.shapes
         )
-        for tensor in (x, gradient):
+        for tensor in (first, second):
             tensor.normal_(generator=generator)
-        expected = library_weight_gradient(gradient, x)
-        runs: dict[str, Callable[[], Tensor]] = {LIBRARY: lambda: library_weight_gradient(gradient, x)}
+        expected = operation.library(first, second)
+        runs: dict[str, Callable[[], Tensor]] = {LIBRARY: lambda: operation.library(first, second)}
         by_name, rejected = {}, {}
-        for plan in plans(key.out_channels, key.input_shape[1]):
+        for plan in operation.plans(first.shape, second.shape):
             try:
-                _check_agreement(planned_weight_gradient(gradient, x, plan), expected)
+                _check_agreement(operation.planned(first, second, plan), expected)
             except Exception as error:  # whatever a compiler or a driver raises: the library remains
                 rejected[str(plan)] = f"{type(error).__name__}: {error}"
                 continue
             by_name[str(plan)] = plan
-            runs[str(plan)] = partial(planned_weight_gradient, gradient, x, plan)
+            runs[str(plan)] = partial(operation.planned, first, second, plan)
         if rejected:
             warn_user(_rejected(key, rejected), RuntimeWarning)
         with torch.cuda.device(key.device) if key.device.type == "cuda" else nullcontext():
             microseconds = self.timer(runs) if by_name else {}
         chosen = fastest(microseconds)
         device = torch.cuda.get_device_name(key.device) if key.device.type == "cuda" else str(key.device)
-        measurement = Measurement(
-            device, str(key.dtype).removeprefix("torch."), *key[2:], microseconds, rejected, chosen
-        )
+        dtype = str(key.dtype).removeprefix("torch.")
+        measurement = Measurement(key.operation, device, dtype, *key[3:], microseconds, rejected, chosen)
         return by_name.get(chosen), measurement
 
 
@@ -139,34 +154,6 @@ def fastest(microseconds: Mapping[str, float]) -> str:
     ours = {name: time for name, time in microseconds.items() if name != LIBRARY}
     best = min(ours, key=ours.__getitem__, default=LIBRARY)
     return best if ours and ours[best] <= MOST_OF_LIBRARY * microseconds[LIBRARY] else LIBRARY
-
-
-def plans(out_channels: int, in_channels: int) -> "tuple[Plan, ...]":
-    """Return the plans to measure. There are none where Triton cannot be imported."""
-    try:
-        from memcnn.kernels import weight_gradient
-    except ImportError as error:
-        warn_user(f"Triton cannot be imported ({error}): the library computes weight gradients")
-        return ()
-    return weight_gradient.plans(out_channels, in_channels)
-
-
-def planned_weight_gradient(
-    output_gradient: Tensor, x: Tensor, plan: "Plan", dtype: torch.dtype | None = None
-) -> Tensor:
-    """Return the weight gradient, computed by our kernel; see ``memcnn.kernels.weight_gradient``."""
-    from memcnn.kernels.weight_gradient import weight_gradient
-
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        return weight_gradient(output_gradient, x, plan, processors=processors(x), dtype=dtype)
-
-
-def library_weight_gradient(output_gradient: Tensor, x: Tensor) -> Tensor:
-    """Return the weight gradient in channels_last, computed by PyTorch (on a GPU, by cuDNN)."""
-    weight = x.new_empty(output_gradient.shape[1], x.shape[1], 3, 3).to(memory_format=torch.channels_last)
-    arguments = [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
-    result = torch.ops.aten.convolution_backward(output_gradient, x, weight, None, *arguments)[1]
-    return result.contiguous(memory_format=torch.channels_last)
 
 
 def gpu_microseconds(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
@@ -211,8 +198,8 @@ def _check_agreement(result: Tensor, expected: Tensor) -> None:
 def _rejected(key: Key, rejected: Mapping[str, str]) -> str:
     plan, reason = next(iter(rejected.items()))
     return (
-        f"{len(rejected)} plans for the weight gradient of input {key.input_shape}, {key.out_channels} output "
-        f"channels, {key.dtype} on {key.device} failed. Training goes on without them. The first: {plan}: {reason}"
+        f"{len(rejected)} plans for the {key.operation} of shapes {key.shapes[0]} and {key.shapes[1]}, {key.dtype} on "
+        f"{key.device}, failed. Training goes on without them. The first: {plan}: {reason}"
     )
 
 

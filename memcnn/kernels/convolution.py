@@ -1,12 +1,11 @@
-"""3x3 convolutions of few channels: PyTorch's forward pass and data gradient, with a weight gradient of our own.
+"""3x3 convolutions of few channels, computed by kernels of our own where they were measured to be faster.
 
 In a profile of ResNet-32 on an H200 (16 channels, 100 images of 32 x 32, bfloat16), cuDNN took 19 us for the forward
-pass of such a convolution, 21 us for its data gradient, and 72 us for its weight gradient. Only the last one is
-replaced, and only where ``memcnn.kernels.choice`` measured that this pays.
+pass of such a convolution, 21 us for the gradient of its input, and 72 us for its weight gradient. The bytes alone need
+about 2 us. Each of the three has a kernel of ours, which ``memcnn.kernels.choice`` uses only where it pays.
 
-Forward pass and data gradient stay PyTorch operations, so ``torch.compile`` sees and optimises them as usual. The
-weight gradient is one opaque operator, ``memcnn::conv3x3_weight_gradient``. It chooses its kernel when it runs, not
-when it is compiled.
+Two opaque operators, ``memcnn::conv3x3`` and ``memcnn::conv3x3_weight_gradient``, choose between cuDNN and our kernels
+when they run, not when they are compiled.
 """
 
 from typing import Any
@@ -14,24 +13,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from memcnn.autocast import autocast_dtype
+from memcnn.engine.torch_private import is_transformed
 from memcnn.kernels import choice
-from memcnn.kernels.devices import KERNEL_DEVICES, MOST_ELEMENTS
+from memcnn.kernels.devices import KERNEL_DEVICES, MOST_ELEMENTS, innermost
+from memcnn.kernels.operations import INPUT_GRADIENT, OUTPUT, WEIGHT_GRADIENT, planned_weight_gradient
 
 CHANNELS = (16, 32, 64)
 DTYPES = (torch.bfloat16, torch.float16)  # tensor cores would round float32 to TF32
-_ARGUMENTS = [1, 1], [1, 1], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output_padding, groups
 
 
 def narrow_conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    """Return ``F.conv2d(x, weight, padding=1)``, and let our kernel compute the weight gradient where that is faster.
+    """Return ``F.conv2d(x, weight, padding=1)``, computed by our kernels where they are faster.
 
-    Our kernel supports plain CUDA tensors in bfloat16 or float16 (under autocast: after the cast), with ``x`` in
-    channels_last, and 16, 32 or 64 channels in and out. It needs Triton. Only the weight gradient can then differ from
-    that of ``F.conv2d``, by rounding. For all other tensors, and if no weight gradient is needed, this function is
-    ``F.conv2d`` itself, with the same bits. With our kernel, second derivatives are supported; ``torch.func.vmap`` and
-    forward-mode derivatives are not, and raise.
+    Our kernels support plain CUDA tensors in bfloat16 or float16 (under autocast: after the cast), with ``x`` in
+    channels_last, and 16, 32 or 64 channels in and out. They need Triton. The output and both gradients can then differ
+    from those of ``F.conv2d`` by rounding. Second derivatives are supported. For all other tensors, and within
+    ``torch.func`` transforms, forward-mode differentiation and ``torch.export``, this function is ``F.conv2d`` itself,
+    with the same bits.
 
     Args:
         x: images, (N, C_in, H, W).
@@ -44,10 +45,8 @@ def narrow_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     autocast = autocast_dtype(x.device.type)
     if autocast is not None and torch.float64 not in (x.dtype, weight.dtype):
         dtype = autocast
-    if not (torch.is_grad_enabled() and weight.requires_grad and _is_supported(x, weight, dtype)):
-        return F.conv2d(x, weight, padding=1)
-    if autocast is None and weight.dtype != dtype:
-        return F.conv2d(x, weight, padding=1)  # raises: the dtypes differ
+    if not _is_supported(x, weight, dtype) or (autocast is None and weight.dtype != dtype):
+        return F.conv2d(x, weight, padding=1)  # raises if the dtypes differ
     # a view, because the compiler cannot trace one tensor as two inputs
     rounded = weight.view_as(weight) if weight.dtype == dtype else weight.to(dtype)
     return _NarrowConv.apply(x.to(dtype), rounded, weight)
@@ -64,11 +63,11 @@ class NarrowConv2d(nn.Conv2d):
 
 
 def use_narrow_convolutions(model: nn.Module, *, enabled: bool = True) -> list[str]:
-    """Let the narrow 3x3 convolutions of ``model`` compute their weight gradients by ``narrow_conv2d``.
+    """Let ``narrow_conv2d`` compute the narrow 3x3 convolutions of ``model``.
 
     The modules change their class, in place, and nothing else: parameters, hooks, state-dict keys, ``deepcopy`` and
     pickle work as before. Call it before the model is compiled, captured, or wrapped by ``fully_shard``. The first
-    backward pass of each new shape compiles and times a few kernels, which takes seconds.
+    forward and backward pass of each new shape compile and time a few kernels, which takes seconds.
 
     Args:
         model: is changed. Subclasses of ``nn.Conv2d``, and modules with a bias or with other kernel sizes, strides or
@@ -87,20 +86,41 @@ def use_narrow_convolutions(model: nn.Module, *, enabled: bool = True) -> list[s
     return changed
 
 
+@torch.library.custom_op("memcnn::conv3x3", mutates_args=())
+def conv3x3(images: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """Return a 3x3 convolution with stride 1 and padding 1, or the gradient of its input; channels_last.
+
+    Args:
+        images: the input (N, C_in, H, W), or with ``transposed`` the output's gradient (N, C_out, H, W); any strides.
+        weight: (C_out, C_in, 3, 3), of any strides.
+        transposed: compute the gradient of the input.
+    """
+    images, weight = innermost(images), innermost(weight)
+    operation = INPUT_GRADIENT if transposed else OUTPUT
+    plan = choice.current().plan(operation, images, weight)
+    return operation.library(images, weight) if plan is None else operation.planned(images, weight, plan)
+
+
+@conv3x3.register_fake
+def _(images: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    shape = (images.shape[0], weight.shape[1 if transposed else 0], *images.shape[2:])
+    return torch.empty(shape, dtype=images.dtype, device=images.device, memory_format=torch.channels_last)
+
+
 @torch.library.custom_op("memcnn::conv3x3_weight_gradient", mutates_args=())
 def conv3x3_weight_gradient(output_gradient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weight gradient, (C_out, C_in, 3, 3), of a 3x3 convolution with stride 1 and padding 1.
+    """Return the weight gradient, (C_out, C_in, 3, 3), of a 3x3 convolution with stride 1 and padding 1; channels_last.
 
     Args:
         output_gradient: (N, C_out, H, W), of any strides.
-        x: the convolution's input, (N, C_in, H, W), channels_last.
+        x: the convolution's input, (N, C_in, H, W), of any strides.
         dtype: of the result. Our kernel rounds its sums, which are float32, to it.
     """
-    output_gradient = output_gradient.contiguous(memory_format=torch.channels_last)
-    plan = choice.current().plan(output_gradient, x)
+    output_gradient, x = innermost(output_gradient), innermost(x)
+    plan = choice.current().plan(WEIGHT_GRADIENT, output_gradient, x)
     if plan is None:
-        return choice.library_weight_gradient(output_gradient, x).to(dtype)
-    return choice.planned_weight_gradient(output_gradient, x, plan, dtype)
+        return WEIGHT_GRADIENT.library(output_gradient, x).to(dtype)
+    return planned_weight_gradient(output_gradient, x, plan, dtype)
 
 
 @conv3x3_weight_gradient.register_fake
@@ -109,20 +129,44 @@ def _(output_gradient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, Any], output: Tensor) -> None:
+def _save_tensors(ctx: Any, inputs: tuple[Tensor, Tensor, Any], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
+    ctx.option = inputs[2]
 
 
-def _second_derivative(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    """Return the derivatives of the weight gradient. It is linear in each input, so both are convolutions."""
+def _gradients_of_conv3x3(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    """Return the gradients of ``conv3x3``. It is linear in each input, so both are convolutions."""
+    images, weight = ctx.saved_tensors
+    transposed = ctx.option
+    of_images = conv3x3(gradient, weight, not transposed) if ctx.needs_input_grad[0] else None
+    of_weight = None
+    if ctx.needs_input_grad[1]:
+        of_weight = conv3x3_weight_gradient(*((images, gradient) if transposed else (gradient, images)), weight.dtype)
+    return of_images, of_weight, None
+
+
+def _gradients_of_weight_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    """Return the gradients of ``conv3x3_weight_gradient``. It is linear in each input, so both are convolutions."""
     output_gradient, x = ctx.saved_tensors
     weight = gradient.to(x.dtype)
-    of_output_gradient = F.conv2d(x, weight, padding=1) if ctx.needs_input_grad[0] else None
-    of_input = _input_gradient(output_gradient, x, weight) if ctx.needs_input_grad[1] else None
+    of_output_gradient = conv3x3(x, weight, False) if ctx.needs_input_grad[0] else None
+    of_input = conv3x3(output_gradient, weight, True) if ctx.needs_input_grad[1] else None
     return of_output_gradient, of_input, None
 
 
-conv3x3_weight_gradient.register_autograd(_second_derivative, setup_context=_save_inputs)
+conv3x3.register_autograd(_gradients_of_conv3x3, setup_context=_save_tensors)
+conv3x3_weight_gradient.register_autograd(_gradients_of_weight_gradient, setup_context=_save_tensors)
+
+
+@register_flop_formula(torch.ops.memcnn.conv3x3)
+def _flops(images: torch.Size, weight: torch.Size, transposed: bool, **_: Any) -> int:
+    """Return twice the number of products, as PyTorch's formula for convolutions does."""
+    return 2 * images.numel() // images[1] * weight.numel()
+
+
+@register_flop_formula(torch.ops.memcnn.conv3x3_weight_gradient)
+def _flops_of_weight_gradient(output_gradient: torch.Size, x: torch.Size, dtype: torch.dtype, **_: Any) -> int:
+    return 2 * output_gradient.numel() * x[1] * 9
 
 
 class _NarrowConv(torch.autograd.Function):
@@ -134,7 +178,7 @@ class _NarrowConv(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, rounded: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, rounded, padding=1)
+        return conv3x3(x, rounded, False)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -144,19 +188,15 @@ class _NarrowConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         x, rounded = ctx.saved_tensors
-        of_input = _input_gradient(output_gradient, x, rounded) if ctx.needs_input_grad[0] else None
+        of_input = conv3x3(output_gradient, rounded, True) if ctx.needs_input_grad[0] else None
         of_weight = conv3x3_weight_gradient(output_gradient, x, ctx.dtype) if ctx.needs_input_grad[2] else None
         return of_input, None, of_weight
-
-
-def _input_gradient(output_gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    mask = [True, False, False]
-    return torch.ops.aten.convolution_backward(output_gradient, x, weight, None, *_ARGUMENTS, mask)[0]
 
 
 def _is_supported(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     return (
         x.device.type in KERNEL_DEVICES
+        and not is_transformed()
         and x.device == weight.device
         and type(x) in (Tensor, nn.Parameter)
         and type(weight) in (Tensor, nn.Parameter)

@@ -24,3 +24,8 @@ KERNEL_DEVICES = (("cpu", "cuda") if _INTERPRETED else ("cuda",)) if has_triton(
 def processors(x: Tensor) -> int:
     """Return the number of multiprocessors of a tensor's GPU; 1 on a CPU, for Triton's interpreter."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
+def innermost(x: Tensor) -> Tensor:
+    """Return a tensor of four dimensions with its channels innermost in memory (channels_last)."""
+    return x.contiguous(memory_format=torch.channels_last)

@@ -34,8 +34,8 @@ class Execution:
             process's share.
         deterministic: on a GPU, use only cuDNN's deterministic algorithms. By default cuDNN times its algorithms and
             takes the fastest, which may add in any order.
-        narrow_convolutions: on a GPU, compute weight gradients of narrow 3x3 convolutions by our Triton kernel, for
-            each shape only if it was measured to be faster there. See ``memcnn.kernels``.
+        narrow_convolutions: on a GPU, compute narrow 3x3 convolutions and their gradients by our Triton kernels, each
+            shape only if this was measured to be faster. See ``memcnn.kernels``.
         fused_norms: on a GPU, in compiled code, compute each BatchNorm and ReLU in front of a convolution in few
             kernels, and reuse the statistics in the recomputation. See ``memcnn.kernels.batch_norm``.
         combine_kernels: on a GPU, in compiled code, launch small kernels that do not depend on each other as one, such
@@ -64,8 +64,8 @@ class Execution:
     def fastest(cls, device: torch.device, *, processes: int = 1, deterministic: bool = False) -> "Execution":
         """Return the fastest execution that was measured on this type of device.
 
-        On a GPU: bf16, graph, compile and our kernel for narrow convolutions together (``python -m bench.speed --fast``
-        and ``python -m bench.narrow_conv``); without Triton, bf16 and graph. On a CPU: the plain step. ``python -m
+        On a GPU: bf16, graph, compile and our kernels for narrow convolutions (``python -m bench.speed --fast`` and
+        ``python -m bench.narrow_conv``); without Triton, bf16 and graph. On a CPU: the plain step. ``python -m
         bench.speed --clock cpu --tries`` (reports/bench/cpu/speed.md) found bfloat16 11 times slower. It found compiled
         code no faster than the plain step, within the spread of the measurement, after minutes of compiling.
         ``fused_norms`` and ``combine_kernels`` launch fewer kernels, but their time has not been measured yet.

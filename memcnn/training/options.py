@@ -65,7 +65,7 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
     option("--compile", action="store_true", help="use torch.compile; the first steps take minutes")
     option("--sync-batch-norm", action="store_true", help="under torchrun: statistics of the whole batch (GPUs only)")
     option("--deterministic", action="store_true", help="deterministic kernels, slower on a GPU; CPUs always have them")
-    narrow = "our kernel for weight gradients of narrow convolutions, where it is measured to be faster (GPUs, Triton)"
+    narrow = "our kernels for narrow convolutions, where they are measured to be faster (GPUs, Triton)"
     option("--narrow-convolutions", action="store_true", help=narrow)
     norms = "fewer kernels for BatchNorm, whose statistics the recomputation reuses (GPUs, Triton, --compile); may be "
     option("--fused-norms", action="store_true", help=f"{norms}added to --fast")

@@ -1,4 +1,4 @@
-"""``bench.narrow_conv`` finds the layers of the networks, and adds up what the chosen plans save."""
+"""``bench.narrow_conv`` finds the convolutions of the networks, and adds up what the chosen plans save."""
 
 from collections import Counter
 
@@ -6,38 +6,43 @@ import pytest
 import torch
 
 from bench import narrow_conv
+from memcnn.kernels.operations import OPERATIONS
 
 
 @pytest.mark.parametrize(
     ("network", "layers"),
     [
-        ("resnet32", {(5, 16, 16, 32, 32): 10, (5, 32, 32, 16, 16): 9, (5, 64, 64, 8, 8): 9}),
-        ("revnet38", {(5, 16, 16, 32, 32): 12, (5, 64, 64, 16, 16): 1, (5, 32, 32, 16, 16): 8}),
+        ("resnet32", {(5, 16, 16, 32, 32): (10, 10), (5, 32, 32, 16, 16): (9, 9), (5, 64, 64, 8, 8): (9, 9)}),
+        ("revnet38", {(5, 16, 16, 32, 32): (24, 12), (5, 64, 64, 16, 16): (1, 1), (5, 32, 32, 16, 16): (16, 8)}),
     ],
 )
-def test_layers_of_a_network(network, layers):
-    assert narrow_conv.shapes(network, batch=5) == layers
+def test_convolutions_of_a_training_step(network, layers):
+    """Outputs within reversible blocks are computed twice."""
+    found = narrow_conv.cases(network, batch=5)
+    for shape, (outputs, gradients) in layers.items():
+        assert [found.pop((operation.name, shape)) for operation in OPERATIONS] == [outputs, gradients, gradients]
+    assert not found
 
 
-def test_savings_count_only_chosen_layers():
-    first, second = (5, 16, 16, 32, 32), (5, 64, 64, 8, 8)
+def test_savings_count_only_chosen_plans():
+    first, second = ("output", (5, 16, 16, 32, 32)), ("weight gradient", (5, 16, 16, 32, 32))
     table = [
-        {"shape": first, "cuDNN, us": 72.0, "saved": 62.0},
-        {"shape": second, "cuDNN, us": 12.0, "saved": 0.0},
+        {"case": first, "cuDNN, us": 72.0, "saved": 62.0},
+        {"case": second, "cuDNN, us": 12.0, "saved": 0.0},
     ]
     (line,) = narrow_conv.savings(table, {"net": Counter({first: 10, second: 5})}).to_dict("records")
-    assert line["layers"] == 15
+    assert line["convolutions"] == 15
     assert line["cuDNN, ms a step"] == pytest.approx(0.78)
     assert line["as chosen, ms a step"] == pytest.approx(0.16)
     assert line["saved, ms a step"] == pytest.approx(0.62)
 
 
-def test_error_is_relative_to_float64():
-    x, gradient = torch.randn(2, 16, 4, 4), torch.randn(2, 16, 4, 4)
-    weight = torch.zeros(16, 16, 3, 3, requires_grad=True)
-    (right,) = torch.autograd.grad(torch.nn.functional.conv2d(x, weight, padding=1), weight, gradient)
-    assert narrow_conv.relative_error(right, gradient, x) < 1e-6
-    assert narrow_conv.relative_error(1.5 * right, gradient, x) == pytest.approx(0.5, rel=1e-4)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_error_is_relative_to_float64(operation):
+    first, second = narrow_conv.operands(operation, (2, 16, 32, 4, 5), torch.device("cpu"), torch.float32)
+    right = operation.library(first, second)
+    assert narrow_conv.relative_error(operation, right, first, second) < 1e-6
+    assert narrow_conv.relative_error(operation, 1.5 * right, first, second) == pytest.approx(0.5, rel=1e-4)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

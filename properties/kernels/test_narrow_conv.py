@@ -1,6 +1,6 @@
-"""Narrow convolutions use the library where the kernel cannot run, and the kernel only where it was measured to win.
+"""Narrow convolutions use the library where our kernels cannot run, and the kernels where they were measured to win.
 
-The kernel itself is tested on a CPU by ``interpreted.py``, in a process of its own, and on a GPU here.
+The kernels themselves are tested on a CPU by ``interpreted.py``, in a process of its own, and on a GPU here.
 """
 
 import copy
@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memcnn import kernels
 from memcnn.kernels.choice import fastest, gpu_microseconds
-from memcnn.kernels.convolution import conv3x3_weight_gradient
+from memcnn.kernels.convolution import conv3x3, conv3x3_weight_gradient
+from memcnn.kernels.operations import INPUT_GRADIENT, OPERATIONS, OUTPUT, WEIGHT_GRADIENT
 from memcnn.models.resnet import MODELS
 from properties.support.triton import assert_passes_interpreted, needs_triton, needs_triton_and_gpu
 
@@ -24,23 +25,48 @@ SHARED_MEMORY_BYTES = 227 * 1024  # of a program on an H100
 
 
 @needs_triton
-def test_kernel_under_the_interpreter():
+def test_kernels_under_the_interpreter():
     assert_passes_interpreted(str(Path(__file__).with_name("interpreted.py")))
+
+
+def assert_compiles_for_an_h100(kernel, constants: dict, arrays: dict[str, str], plan) -> None:
+    """The kernel fits into shared memory, uses the tensor cores, and copies images 16 bytes at a time.
+
+    Args:
+        kernel: the Triton function.
+        constants: its compile-time arguments.
+        arrays: type of each pointer, such as ``*bf16``. The first two are read.
+        plan: with its warps and stages.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = dict.fromkeys(names, "constexpr") | arrays | {"pixels": "i32"}
+    source = ASTSource(
+        kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in (*arrays, "pixels")},
+    )
+    options = {"num_warps": plan.warps, "num_stages": plan.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    code = compiled.asm["ptx"]
+    assert compiled.metadata.shared <= SHARED_MEMORY_BYTES, plan
+    assert "wgmma.mma_async" in code or "mma.sync" in code, plan
+    loads = re.findall(r"(?:ld\.global|cp\.async\.c[ag])[^;]*;", code)
+    wide = [load for load in loads if ".v4.b32" in load or re.search(r"0x10\b", load)]
+    small = constants.get("TAPS") == 1 and constants["C_IN"] == 16  # a tile of the weight: 256 values for 128 threads
+    assert wide and len(wide) == len(loads) - (plan.stages if small else 0), plan
 
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize(("channels", "size"), [(16, 32), (32, 16), (64, 8)])
-def test_kernel_compiles_for_an_h100(channels, size):
-    """Every plan fits into shared memory, uses the tensor cores, and loads 16 bytes at a time."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def test_weight_gradient_kernel_compiles_for_an_h100(channels, size):
     from memcnn.kernels import weight_gradient
 
-    kernel = weight_gradient.partial_sums
-    names = kernel.arg_names
     for plan in weight_gradient.plans(channels, channels):
         constants = {
             "TILES": plan.splits(100 * size * size, 132)[1],
@@ -53,21 +79,30 @@ def test_kernel_compiles_for_an_h100(channels, size):
             "PIXELS": plan.pixels,
             "INTERPRETED": False,
         }
-        pointers = {"output_gradient": "*bf16", "x": "*bf16", "partial": "*fp32"}
-        signature = dict.fromkeys(names, "constexpr") | pointers | {"pixels": "i32"}
-        source = ASTSource(
-            kernel,
-            signature,
-            {(names.index(name),): value for name, value in constants.items()},
-            {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "pixels")},
-        )
-        options = {"num_warps": plan.warps, "num_stages": plan.stages}
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        code = compiled.asm["ptx"]
-        assert compiled.metadata.shared <= SHARED_MEMORY_BYTES, plan
-        assert "wgmma.mma_async" in code or "mma.sync" in code, plan
-        loads = re.findall(r"(?:ld\.global|cp\.async\.c[ag])[^;]*;", code)
-        assert loads and all(".v4.b32" in load or re.search(r"0x10\b", load) for load in loads), plan
+        arrays = {"output_gradient": "*bf16", "x": "*bf16", "partial": "*fp32"}
+        assert_compiles_for_an_h100(weight_gradient.partial_sums, constants, arrays, plan)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("channels", "size"), [(16, 32), (32, 16), (64, 8)])
+def test_convolution_kernel_compiles_for_an_h100(channels, size, transposed):
+    from memcnn.kernels import convolution_kernel
+
+    for plan in convolution_kernel.plans(channels):
+        constants = {
+            "HEIGHT": size,
+            "WIDTH": size,
+            "C_IN": channels,
+            "C_OUT": channels,
+            "TAPS": plan.taps,
+            "PIXELS": plan.pixels,
+            "TRANSPOSED": transposed,
+            "INTERPRETED": False,
+        }
+        arrays = {"images": "*bf16", "weight": "*bf16", "result": "*bf16"}
+        assert_compiles_for_an_h100(convolution_kernel.convolution_kernel, constants, arrays, plan)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -114,10 +149,10 @@ def test_nothing_is_measured_during_a_capture_or_in_deterministic_mode(monkeypat
         x, gradient = (torch.empty(2, 16, 4, 4, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        assert choices.plan(gradient, x) is None
+        assert choices.plan(WEIGHT_GRADIENT, gradient, x) is None
     with monkeypatch.context() as patch:
         patch.setattr(torch.backends.cudnn, "deterministic", True)
-        assert choices.plan(gradient, x) is None
+        assert choices.plan(WEIGHT_GRADIENT, gradient, x) is None
     assert choices.measured() == []
 
 
@@ -185,48 +220,64 @@ def test_a_module_that_is_changed_after_the_swap_stays_right():
     assert torch.equal(layer(x[0]), plain(x[0]))
 
 
-@needs_triton_and_gpu
-@pytest.mark.parametrize(("channels", "size"), [(16, 32), (32, 16), (64, 8), (16, 7)])
-def test_on_a_gpu_every_plan_is_right_and_one_is_chosen(channels, size):
-    from memcnn.kernels import weight_gradient
-    from memcnn.kernels.choice import planned_weight_gradient
+def operands(operation, n: int, channels: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two tensors for an operation, on the GPU in bfloat16."""
+    images = (n, channels, size, size)
+    shapes = images, images if operation is WEIGHT_GRADIENT else (channels, channels, 3, 3)
+    first, second = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    return first.to(memory_format=torch.channels_last), second.to(memory_format=torch.channels_last)
 
-    x, gradient = (
-        torch.randn(33, channels, size, size, device="cuda", dtype=torch.bfloat16).contiguous(
-            memory_format=torch.channels_last
-        )
-        for _ in range(2)
-    )
-    weight = torch.zeros(channels, channels, 3, 3, device="cuda", dtype=torch.float64, requires_grad=True)
-    (exact,) = torch.autograd.grad(F.conv2d(x.double(), weight, padding=1), weight, gradient.double())
-    for plan in weight_gradient.plans(channels, channels):
-        first, second = (planned_weight_gradient(gradient, x, plan) for _ in range(2))
-        assert torch.equal(first, second), plan
-        assert (first - exact).abs().max() <= 2**-7 * exact.abs().max(), plan
+
+def exact(operation, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return the operation in float64."""
+    if operation is OUTPUT:
+        return F.conv2d(first.double(), second.double(), padding=1)
+    if operation is INPUT_GRADIENT:
+        return F.conv_transpose2d(first.double(), second.double(), padding=1)
+    weight = torch.zeros(first.shape[1], second.shape[1], 3, 3, device="cuda", dtype=torch.float64, requires_grad=True)
+    return torch.autograd.grad(F.conv2d(second.double(), weight, padding=1), weight, first.double())[0]
+
+
+@needs_triton_and_gpu
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+@pytest.mark.parametrize(("channels", "size"), [(16, 32), (32, 16), (64, 8), (16, 7)])
+def test_on_a_gpu_every_plan_is_right_and_one_is_chosen(channels, size, operation):
+    first, second = operands(operation, 33, channels, size)
+    expected = exact(operation, first, second)
+    plans = operation.plans(first.shape, second.shape)
+    assert len(plans) >= 2
+    for plan in plans:
+        results = [operation.planned(first, second, plan) for _ in range(2)]
+        assert torch.equal(*results), plan
+        assert (results[0] - expected).abs().max() <= 2**-7 * expected.abs().max(), plan
     choices = kernels.Choices()
-    choices.plan(gradient, x)
+    choices.plan(operation, first, second)
     (measurement,) = choices.measured()
     assert not measurement.rejected and all(time > 0 for time in measurement.microseconds.values())
 
 
 @needs_triton_and_gpu
-def test_on_a_gpu_a_captured_gradient_is_the_eager_one():
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_on_a_gpu_a_captured_result_is_the_eager_one(operation):
     """In a graph, measured shapes use the chosen plan, and all other shapes use the library."""
-    x, gradient = (
-        torch.randn(4, 16, 8, 8, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-        for _ in range(2)
-    )
-    conv3x3_weight_gradient(gradient[:1], x[:1], x.dtype)  # initialises the libraries
+    first, second = operands(operation, 4, 16, 8)
+
+    def compute(images: int = 4) -> torch.Tensor:
+        if operation is WEIGHT_GRADIENT:
+            return conv3x3_weight_gradient(first[:images], second[:images], first.dtype)
+        return conv3x3(first[:images], second, operation is INPUT_GRADIENT)
+
+    compute(1)  # initialises the libraries
     torch.cuda.synchronize()
     for measured in (0, 1):
         with kernels.choosing(
             kernels.Choices(lambda runs: {name: float(name == "library") for name in runs})
         ) as choices:
             if measured:
-                eager = conv3x3_weight_gradient(gradient, x, x.dtype)
+                eager = compute()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                captured = conv3x3_weight_gradient(gradient, x, x.dtype)
+                captured = compute()
             graph.replay()
             torch.cuda.synchronize()
             assert len(choices.measured()) == measured
