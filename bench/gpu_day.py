@@ -8,7 +8,7 @@ The stages are:
 
 * tests: the tests that use a GPU;
 * speed: the time of a training step of each network in the fastest execution and the fastest deterministic one, alone
-  and with four runs together;
+  and with four runs together, and the kernels of these steps;
 * memory: the memory of a training step;
 * suites: the benchmark suites.
 
@@ -82,7 +82,7 @@ def stages(folder: Path, device: str, group: int) -> list[Stage]:
     out, on = ("--out", str(folder)), ("--device", device)
     quiet = ("-q", "-p", "no:cacheprovider", "--benchmark-disable")
     tests = (*quiet, "-n", str(workers()), "-k", "cuda or gpu", "properties")
-    speed = ("--fast", "--group", str(group), *on, *out)
+    speed = ("--fast", "--kernels", "--group", str(group), *on, *out)
     suites = ("--quick", "-k", "not compile", "--budget", "165s", *on, "--report", str(folder))
     return [
         Stage("tests", "tests that touch a GPU", "pytest", tests, 240),

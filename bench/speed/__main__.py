@@ -5,14 +5,16 @@
     python -m bench.speed --networks resnet32 --compile        with torch.compile, which takes minutes to compile
     python -m bench.speed --tries                              also other layouts, optimisers and dtypes on a CPU
     python -m bench.speed --fast --tries                       on a GPU: also options that may be faster
+    python -m bench.speed --networks revnet38 --kernels        also the kernels of a step, by time
 
 The rows go to speed.csv in the device's folder, where they replace earlier rows of the same network, execution, group
 and batch. speed.md shows all rows of that file.
 """
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,7 +24,7 @@ import torch
 
 from bench import folders, measure
 from bench.networks import add_networks_option
-from bench.speed import floor, steps, text, timing
+from bench.speed import floor, kernels, steps, text, timing
 from bench.speed.steps import PLAIN, Way
 from memcnn import cli
 from memcnn.training.files import write_by_rename
@@ -49,9 +51,12 @@ class Setup:
     limit: float = timing.SECONDS
 
 
-def measured_rows(network: str, ways: Sequence[Way], setup: Setup) -> pd.DataFrame:
-    """Time a network's training step for each of ``ways``, and return a row of speed.csv for each."""
-    functions = {way: steps.step_of(network, way, batch=setup.batch, device=setup.device) for way in ways}
+Functions = dict[Way, Callable[[int], None]]  # each runs a given number of training steps
+
+
+def measured_rows(network: str, functions: Functions, setup: Setup) -> pd.DataFrame:
+    """Time a network's training step for each of ``functions``, and return a row of speed.csv for each."""
+    ways = list(functions)
     times, counts = timing.timed(functions, setup.device, setup.limit)
     rows = []
     for way in ways:
@@ -67,6 +72,17 @@ def measured_rows(network: str, ways: Sequence[Way], setup: Setup) -> pd.DataFra
             "gb_per_second": size / 1e9, **setup.origin,
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def kernel_rows(network: str, functions: Functions, setup: Setup) -> pd.DataFrame:
+    """Profile a network's training step for each of ``functions``, and return rows of kernels.csv."""
+    tables = [
+        kernels.profiled(run, way, setup.device).assign(
+            network=network, execution=str(way.execution), group=way.group, batch=setup.batch
+        )
+        for way, run in functions.items()
+    ]
+    return pd.concat(tables, ignore_index=True)
 
 
 def _quartiles(name: str, values: pd.Series) -> dict:
@@ -132,6 +148,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     tries = "on a CPU, also time other layouts, optimisers and dtypes; on a GPU with --fast, options that may be faster"
     add("--tries", action="store_true", help=tries)
+    kernels_help = "also profile the steps: kernels.csv and kernels.md have calls and time of each kernel"
+    add("--kernels", action="store_true", help=kernels_help)
     folders.add_place_options(parser, "speed.csv and speed.md")
     return parser
 
@@ -139,11 +157,13 @@ def build_parser() -> argparse.ArgumentParser:
 @cli.command("bench.speed")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the executions, write speed.csv and speed.md, print the page; return 0."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop
     parser = build_parser()
     given = parser.parse_args(arguments)
     device, folder = folders.place_of(parser, given)
     try:
-        text.read(folder)  # report a file that cannot be extended before measuring anything
+        text.read(folder)  # report files that cannot be extended before measuring anything
+        text.read_rows(folder / kernels.FILE, kernels.COLUMNS)
     except ValueError as error:
         parser.error(str(error))
     ways = ways_of(given, device)
@@ -161,12 +181,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup = Setup(device, given.batch, rates, origin(device, given.clock), given.seconds)
     for network in given.networks:
         print(f"{network} ...", file=sys.stderr, flush=True)
-        text.add(folder, measured_rows(network, ways, setup))  # written now, in case a later network fails
+        functions = {way: steps.step_of(network, way, batch=setup.batch, device=device) for way in ways}
+        text.add(folder, measured_rows(network, functions, setup))  # written now, in case a later network fails
         page = _write_page(folder, command)
+        if given.kernels:
+            kernels.add(folder, kernel_rows(network, functions, setup))
     if given.tries and device.type == "cpu":
         variants_table(given.networks[0], setup).to_csv(folder / text.TRIES, index=False)
         page = _write_page(folder, command)
     print(page)
+    if given.kernels:
+        print((folder / kernels.PAGE).read_text())
     return 0
 
 

@@ -1,5 +1,6 @@
 """The files of ``bench.speed``: speed.csv, and the page speed.md that shows its rows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -24,13 +25,7 @@ def read(folder: Path) -> pd.DataFrame:
     Raises:
         ValueError: if the file lacks a column.
     """
-    path = folder / ROWS
-    if not path.is_file():
-        return pd.DataFrame(columns=list(COLUMNS))
-    table = pd.read_csv(path, dtype=dict.fromkeys(("torch", "cuda", "cudnn", "python", "commit"), "string"))
-    if missing := set(COLUMNS) - set(table):
-        raise ValueError(f"{path}: missing columns {', '.join(sorted(missing))}; move the file away and measure again")
-    return table
+    return read_rows(folder / ROWS, COLUMNS)
 
 
 def add(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
@@ -39,15 +34,33 @@ def add(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
     Returns:
         All rows of the file, in the order of the networks.
     """
-    there = read(folder)
+    add_rows(folder / ROWS, rows, COLUMNS)
+    return read(folder)
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """Read a file of measured rows; return an empty table if there is no file.
+
+    Raises:
+        ValueError: if the file lacks a column.
+    """
+    if not path.is_file():
+        return pd.DataFrame(columns=list(columns))
+    table = pd.read_csv(path, dtype=dict.fromkeys(("torch", "cuda", "cudnn", "python", "commit"), "string"))
+    if missing := set(columns) - set(table):
+        raise ValueError(f"{path}: missing columns {', '.join(sorted(missing))}; move the file away and measure again")
+    return table
+
+
+def add_rows(path: Path, rows: pd.DataFrame, columns: Sequence[str]) -> None:
+    """Add rows to a file, ordered by network; replace earlier rows of the same network, execution, group and batch."""
+    there = read_rows(path, columns)
     new = set(map(tuple, rows[KEYS].to_numpy().tolist()))
     kept = there[[tuple(key) not in new for key in there[KEYS].to_numpy().tolist()]]
-    table = pd.concat([frame for frame in (kept, rows[list(COLUMNS)]) if not frame.empty], ignore_index=True)
+    table = pd.concat([frame for frame in (kept, rows[list(columns)]) if not frame.empty], ignore_index=True)
     table = table.sort_values("network", key=lambda names: names.map(list(MODELS).index), kind="stable")
-    folder.mkdir(parents=True, exist_ok=True)
-    content = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    write_by_rename(folder / ROWS, content.encode())
-    return read(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_by_rename(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
 
 
 def page(table: pd.DataFrame, command: str, floor: str, variants: pd.DataFrame | None) -> str:
