@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import narrow_conv
 from memcnn import kernels
 from memcnn.kernels import convolution_kernel, weight_gradient
 from memcnn.kernels.convolution import conv3x3, conv3x3_weight_gradient
-from memcnn.kernels.operations import WEIGHT_GRADIENT
+from memcnn.kernels.operations import OPERATIONS, WEIGHT_GRADIENT
 from memcnn.models.resnet import CifarResNet, basic_branch
 
 pytestmark = [  # the compiler's own
@@ -255,6 +256,16 @@ def test_in_a_reversible_network(chosen):
         results.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     assert [measurement.chosen != "library" for measurement in chosen.measured()] == [True] * 3
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_a_row_of_the_benchmark_has_times_and_errors_of_library_and_chosen_plan(operation):
+    choices = kernels.Choices(kernel_wins)
+    row = narrow_conv.row(operation, (2, 16, 32, 4, 5), choices, torch.device("cpu"), torch.bfloat16)
+    (measurement,) = choices.measured()
+    assert row["chosen"] == measurement.chosen != "library" and row["chosen"] in row["all plans, us"]
+    assert row["saved"] == row["cuDNN, us"] - row["ours, us"] > 0
+    assert 0 < row["error, chosen"] <= LIMITS[torch.bfloat16] and 0 < row["error, cuDNN"] <= LIMITS[torch.bfloat16]
 
 
 class Short(weight_gradient.Plan):
