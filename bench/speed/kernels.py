@@ -1,6 +1,7 @@
 """The kernels of a training step, by ``torch.profiler``: how often each runs, and how long. On a CPU, the operators."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -35,23 +36,29 @@ class Event(Protocol):
 
 
 def profiled(run: Callable[[int], None], way: Way, device: torch.device) -> pd.DataFrame:
-    """Run a few training steps, and return their kernels; see ``rows``.
+    """Profile a few training steps one by one, and return the kernels of the shortest; see ``rows``.
+
+    The engine watches some steps for drift, and these make more calls than all others.
 
     Args:
-        run: ``run(count)`` runs ``count`` training steps of each run of the group.
+        run: ``run(1)`` runs a training step of each run of the group.
         way: the execution, and the size of the group.
         device: where the steps run.
     """
-    is_gpu = device.type == "cuda"
     run(1)
-    if is_gpu:
-        torch.cuda.synchronize(device)
+    tables = [_profiled_step(run, way.group, device) for _ in range(STEPS)]
+    return min(tables, key=lambda table: (table["calls"].sum(), table["us"].sum()))
+
+
+def _profiled_step(run: Callable[[int], None], group: int, device: torch.device) -> pd.DataFrame:
+    is_gpu = device.type == "cuda"
+    wait = partial(torch.cuda.synchronize, device) if is_gpu else lambda: None
     activities = [ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU]
+    wait()
     with profile(activities=activities, acc_events=True) as profiler:  # PyTorch 2.11 warns without acc_events
-        run(STEPS)
-        if is_gpu:
-            torch.cuda.synchronize(device)
-    return rows(profiler.key_averages(), STEPS * way.group, on_gpu=is_gpu)
+        run(1)
+        wait()
+    return rows(profiler.key_averages(), group, on_gpu=is_gpu)
 
 
 def rows(events: Iterable[Event], steps: int, *, on_gpu: bool) -> pd.DataFrame:
@@ -90,8 +97,8 @@ def page(table: pd.DataFrame) -> str:
     """Return the kernels that take most time as a Markdown page, with a table for each execution."""
     parts = [
         "# Kernels of a training step",
-        "By `python -m bench.speed --kernels`, which profiles a few steps; on a CPU the operators. Microseconds of all "
-        f"calls in a step together. [{FILE}]({FILE}) has all rows.",
+        f"By `python -m bench.speed --kernels`: the shortest of {STEPS} profiled steps; on a CPU operators. The time "
+        f"of a kernel is that of all its calls in the step. [{FILE}]({FILE}) has all rows.",
     ]
     for (network, execution, group, batch), rows in table.groupby(KEYS, sort=False):
         together = f", {group} runs together" if group > 1 else ""

@@ -65,6 +65,20 @@ def test_the_steps_of_a_group_are_counted_once_each():
     assert table.set_index("kernel")["calls"]["aten::cos"] == 1
 
 
+def test_steps_that_the_engine_watches_for_drift_do_not_count():
+    """Each of them makes about three times as many calls."""
+    lengths = iter([1, 9, 3, 1, 9, 9])
+    x = torch.ones(3)
+
+    def run(count: int) -> None:
+        for _ in range(next(lengths)):
+            x.cos()
+
+    table = kernels.profiled(run, steps.PLAIN, torch.device("cpu"))
+    assert table.set_index("kernel")["calls"]["aten::cos"] == 1
+    assert not list(lengths)
+
+
 def test_a_second_measurement_replaces_the_rows_of_its_case(tmp_path):
     case = {"network": "revnet38", "execution": "float32", "group": 1, "batch": 2}
     for names, group in (("ab", 1), ("c", 1), ("d", 3)):
