@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from memcnn import reuse
 from memcnn.autocast import autocast_dtype
+from memcnn.engine.torch_private import is_transformed
 from memcnn.kernels.devices import KERNEL_DEVICES, MOST_ELEMENTS, innermost, processors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -269,6 +270,7 @@ def _is_supported(norm: BatchNormReLU2d, x: Tensor) -> bool:
     """Return whether the operators compute what ``nn.BatchNorm2d`` would, which also raises for unsuitable inputs."""
     return (
         norm.training
+        and not is_transformed()
         and norm.track_running_stats
         and norm.momentum is not None
         and norm.eps > 0

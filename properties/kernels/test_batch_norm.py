@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import memcnn
 from memcnn import data as cifar
@@ -76,6 +77,20 @@ def test_it_is_batch_norm_and_relu(shape, dtype, device):
     for name in ("running_mean", "running_var"):
         assert error(getattr(fused[0], name), getattr(plain[0], name)) <= 1e-6
     assert fused[0].num_batches_tracked.item() == 3
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's own
+def test_forward_mode_derivatives_are_those_of_the_plain_layers():
+    """``autograd.Function`` has no forward mode, so the plain layers compute."""
+    plain, fused = layers(), layers()
+    kernels.use_fused_norms(fused)
+    x, tangent = images(3, 6, 5, 4), images(3, 6, 5, 4).sin()
+    derivatives = []
+    for model in (plain, fused):
+        with forward_ad.dual_level():
+            derivatives.append(forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent)
+    assert derivatives[0] is not None and torch.equal(*derivatives)
+    assert torch.equal(plain[0].running_var, fused[0].running_var)
 
 
 def test_under_autocast_the_output_is_rounded_once():
