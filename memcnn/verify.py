@@ -41,7 +41,7 @@ INTEGERS = {"int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8, "b
 BROKEN = 3
 """Exit status: the verifier raised an exception that is not the block's."""
 EXAMPLES = 20
-LONGEST = 60
+SECONDS = 60
 """Seconds after which a law draws no further example, unless the number of examples is given."""
 MODES = {"both": (True, False), "train": (True,), "eval": (False,)}
 
@@ -98,7 +98,7 @@ def _parser() -> cli.Parser:
         "--examples",
         type=cli.count,
         metavar="N",
-        help=f"number of examples for each law (default: {EXAMPLES}; fewer if {LONGEST} seconds pass, but at least 4)",
+        help=f"number of examples for each law (default: {EXAMPLES}; fewer if {SECONDS} seconds pass, but at least 4)",
     )
     add("--seed", type=_seed, default=0, help="seed of the first example (%(default)s)")
     add(
@@ -155,7 +155,7 @@ def _verify(args: argparse.Namespace) -> int:
     print(f"\nexamples: {counts}")
     if any(found.out_of_time for found in findings):
         number = args.examples or EXAMPLES
-        print(f"some laws stopped after {LONGEST} s; use --examples {number} to check {number} examples of each law")
+        print(f"some laws stopped after {SECONDS} s; use --examples {number} to check {number} examples of each law")
     for reason in dict.fromkeys(found.not_runnable for found in findings if found.not_runnable):
         print(f"some drawn examples were left out: {reason}")
     print(f"\n{'PASS' if report.passed else 'FAIL'}: {report.summary()}")
@@ -206,7 +206,7 @@ def _search_all(
                     first_seed=args.seed,
                     max_examples=1 if law == "memory" else args.examples or EXAMPLES,
                     options=options.get(law, {}),
-                    longest=math.inf if args.examples else LONGEST,
+                    longest=math.inf if args.examples else SECONDS,
                 )
             )
         return findings

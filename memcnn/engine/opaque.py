@@ -94,8 +94,8 @@ class OpaqueModule(Recomputation):
         streams = [y for y in outputs if is_stream(y)]
         if not streams:
             raise TypeError(
-                f"{self.name} must return a floating-point tensor, or a tuple with some, from which its "
-                f"inverse gives back the input: got {type(result).__name__}"
+                f"{self.name} must return a floating-point tensor, or a tuple with some, since its inverse "
+                f"computes the input from them: got {type(result).__name__}"
             )
         # the graph refers to this step, which must not refer to the graph
         self.results = [_STREAM if is_stream(y) else tree_map_only(Tensor, Tensor.detach, y) for y in outputs]

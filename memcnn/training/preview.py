@@ -73,7 +73,7 @@ def preview(job: Job, execution: Execution, place: Place, device: torch.device) 
 def _state(folder: Path, recipe: Recipe) -> tuple[int, str]:
     """Return the number of iterations left, and a phrase that says where training would begin."""
     by = holder(folder)
-    if by is not None and by.lives is not False:
+    if by is not None and by.is_alive is not False:
         return recipe.iterations, f"busy, {by} is training in it"
     if not (folder / checkpoint.FILE_NAME).exists():
         return recipe.iterations, "would start from iteration 0"

@@ -92,7 +92,7 @@ def test_an_unreadable_holder_file_names_nobody(tmp_path, content):
     (tmp_path / files.HOLDER).write_text(content)
     assert files.holder(tmp_path) is None
     with files.locked(tmp_path) as dead:
-        assert dead is None and files.holder(tmp_path).pid == os.getpid() and files.holder(tmp_path).lives
+        assert dead is None and files.holder(tmp_path).pid == os.getpid() and files.holder(tmp_path).is_alive
     assert files.holder(tmp_path) is None
 
 
