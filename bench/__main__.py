@@ -122,12 +122,12 @@ def _show(args: argparse.Namespace, result: Path, device: torch.device) -> None:
     """Print the tables of a result, and write its report if the command line asks for one."""
     results = load(result)
     print(summary.render(results))
-    if warning := report.busy(results):
+    if warning := report.busy_warning(results):
         print(f"\nWarning: {warning}")
     print(f"\nmeasurements: {result}")
     if target := args.report or _default_report(args, result, device):
         command = f"python -m bench.report FILE.json --out {_shown(target)}"
-        report.write(results, target, command, beside=result.parent)
+        report.write(results, target, command, results_folder=result.parent)
         print(f"tables and figures: {target / 'summary.md'}, {folders.page_folder(target) / 'page.html'}")
 
 

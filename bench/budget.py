@@ -6,10 +6,10 @@
     python -m bench.budget --unequal           12 blocks of three kinds, whose costs differ widely
     python -m bench.budget --prices            estimated and measured time of ten kinds of branches
 
-All contenders hold the same blocks with the same weights. Every second block is cheap: its convolutions have width 1
-instead of 3. With ``--unequal`` the blocks take turns: a convolution of width 7, four times tanh, two convolutions of
-width 1 around a depthwise one. The first takes the most time per stored byte, the last the least. Times are CPU seconds
-of interleaved steps, relative to plain autograd in the same round. Bytes are the peak of a training step above
+All contenders hold the same blocks with the same weights. Every second block is cheap: its convolutions have kernel
+size 1 instead of 3. With ``--unequal`` the blocks take turns: a 7 x 7 convolution, four times tanh, two 1 x 1
+convolutions around a depthwise one. The first takes the most time per stored byte, the last the least. Times are CPU
+seconds of interleaved steps, relative to plain autograd in the same round. Bytes are the peak of a training step above
 parameters, gradients and batch. Two meters count them: one counts tensors, and sees none within compiled code; the
 other asks the allocator, and includes the scratch memory of kernels. If a contender fails, the command prints its name
 and the reason, and measures the others. Prints Markdown.
@@ -60,8 +60,8 @@ def branch(channels: int, *, cheap: bool) -> nn.Module:
     return made
 
 
-def _conv(width: int) -> nn.Module:
-    return nn.Conv2d(16, 16, width, padding=width // 2, bias=False)
+def _conv(kernel_size: int) -> nn.Module:
+    return nn.Conv2d(16, 16, kernel_size, padding=kernel_size // 2, bias=False)
 
 
 def _depthwise() -> nn.Module:
@@ -161,14 +161,14 @@ class Compiled(nn.Module):
     mode, so that times differ by recomputation and not by generated code.
     """
 
-    def __init__(self, module: nn.Module, share: float):
+    def __init__(self, module: nn.Module, activation_memory_budget: float):
         super().__init__()
-        self.module, self.share = module, share
+        self.module, self.activation_memory_budget = module, activation_memory_budget
         torch._dynamo.reset()
         self.run = torch.compile(module, backend="aot_eager_decomp_partition")
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch._functorch.config.patch(activation_memory_budget=self.share):
+        with torch._functorch.config.patch(activation_memory_budget=self.activation_memory_budget):
             return self.run(x)
 
 

@@ -1,7 +1,7 @@
 """Figures of a benchmark result, as SVG and PNG: ``python -m bench.figures results/bench/FILE.json [FOLDER]``.
 
 Contenders differ in marker and line as well as in colour, so that a copy in black and white can be read. A function
-returns None if the measurements do not allow its figure.
+returns None if the measurements that its figure needs are missing.
 """
 
 import sys
@@ -33,7 +33,7 @@ PEER_STYLES = {
     "RevTorch": ("#8d5aa8", "<", "-"),
     "RevLib": ("#5d8a2f", ">", "-"),
 }
-LIMIT = 4 / 3
+ONE_MORE_EVALUATION = 4 / 3
 
 
 def memory_against_depth(results: pd.DataFrame) -> Figure | None:
@@ -189,7 +189,7 @@ FIGURES: dict[str, tuple[Callable[[pd.DataFrame], Figure | None], str]] = {
     "memory_against_depth": (memory_against_depth, "Peak activation memory of a training step against depth"),
     "time_against_depth": (time_against_depth, "Time of a training step against depth"),
     "pareto": (pareto, "Memory and time of every contender, with the Pareto front"),
-    "where_it_loses": (where_it_loses, "Time against batch and width: small work does not hide Python"),
+    "where_it_loses": (where_it_loses, "Time against batch and width: Python's overhead shows where tensors are small"),
     "law_of_memory": (law_of_memory, "The law of memory: many blocks on small tensors"),
     "depth_per_budget": (depth_per_budget, "Largest depth per memory budget (computed)"),
     "networks": (networks, "The training step of the CIFAR networks"),
@@ -221,11 +221,13 @@ def _ratio_lines(axes: Axes, rows: pd.DataFrame, column: str) -> None:
         one = rows[rows.subject == subject].sort_values(column)
         x = one[column] * 1.03 ** (place - (len(there) - 1) / 2)
         _line(axes, subject, x, one.ratio, [one.ratio - one.ratio_low, one.ratio_high - one.ratio])
-    _limit(axes)
+    _reference_line(axes)
 
 
-def _limit(axes: Axes) -> None:
-    axes.axhline(LIMIT, color="black", linewidth=0.8, linestyle=(0, (1, 3)), label="4/3: one more evaluation")
+def _reference_line(axes: Axes) -> None:
+    axes.axhline(
+        ONE_MORE_EVALUATION, color="black", linewidth=0.8, linestyle=(0, (1, 3)), label="4/3: one more evaluation"
+    )
 
 
 def _front(rows: pd.DataFrame, title: str) -> Figure:
@@ -247,7 +249,7 @@ def _front(rows: pd.DataFrame, title: str) -> Figure:
     front = rows.sort_values(["memory", "ratio"])
     front = front[front.ratio <= front.ratio.cummin()]
     axes.step(front.memory, front.ratio, where="post", color="black", linewidth=0.8, zorder=0, label="Pareto front")
-    _limit(axes)
+    _reference_line(axes)
     axes.set_xlim(rows.memory.min() / 1.5, rows.memory.max() * 1.5)
     _logarithmic(axes, x=[digit * 10**power for power in range(-3, 6) for digit in (1, 2, 5)])
     return _finished(figure, axes, title)
@@ -265,7 +267,7 @@ def _logarithmic(axes: Axes, x=None, y=None) -> None:
 
 
 def _finished(figure: Figure, axes: Axes, title: str) -> Figure:
-    """Add title and legend, in which the front and the limit come last."""
+    """Add title and legend, in which the front and the reference line come last."""
     axes.set_title(title, fontsize=8.5, loc="left")
     handles, labels = axes.get_legend_handles_labels()
     last = [labels.index(label) for label in labels if label.startswith(("Pareto", "4/3"))]
@@ -285,6 +287,7 @@ def draw(results: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure as SVG or PNG (the path's suffix) with reproducible bytes, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # no date and no version, so that equal figures have equal bytes
     with rc_context({"svg.hashsalt": "memcnn", "savefig.dpi": 144}):
         figure.savefig(path, metadata={"Date" if path.suffix == ".svg" else "Software": None})
     return path

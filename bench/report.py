@@ -29,7 +29,7 @@ from reports.cells import number
 from reports.page import Figure, Page, Section
 
 BUSY_LOAD = 1.0
-"""Smallest load by other processes at which the page shows no times as a result."""
+"""If other processes add more than this to the load average, the page warns and leaves times out of its headline."""
 SIX_DIGITS = 5e-6
 """Growth that the rounding of committed measurements explains. ``bench.gate`` compares measured files to the byte."""
 BASELINES = Path(__file__).with_name("baselines")
@@ -38,7 +38,7 @@ PEERS = Path(__file__).resolve().parents[1] / "reports" / "peers.json"
 NESTED = ("device", "software")  # columns with the same dict in all rows, which environment.json holds
 
 
-def busy(results: pd.DataFrame) -> str:
+def busy_warning(results: pd.DataFrame) -> str:
     """Return a warning if other processes used the CPU while the times were measured; "" if not."""
     times = results[results.group == "time"]
     device = results.iloc[0].device
@@ -46,10 +46,10 @@ def busy(results: pd.DataFrame) -> str:
     load = times.load.max()
     if times.empty or pd.isna(load) or load <= own + BUSY_LOAD:
         return ""
-    fix = "measure again on a quiet machine" + (", or with --clock cpu" if device["clock"] == "wall" else "")
+    fix = "measure again on an idle machine" + (", or with --clock cpu" if device["clock"] == "wall" else "")
     return (
         f"other processes used this machine: the load average was up to {load:.1f}, and this run accounts for {own}. "
-        f"Times and ratios measured so are worthless; {fix}. Bytes and evaluations are exact."
+        f"Times and ratios of this run cannot be used: {fix}. Bytes and evaluations are exact."
     )
 
 
@@ -103,12 +103,12 @@ def headline(results: pd.DataFrame) -> list[str]:
             f"Memory: at {depth:.0f} blocks activations take {plain} MiB in plain autograd, {other} with checkpoints, "
             f"{ours} in a reversible chain."
         )
-    if busy(results):
+    if busy_warning(results):
         return lines
     losses = (
         ("depth", "depth", "Time at the largest depth"),
         ("batch", "batch", "The smallest batch"),
-        ("tiny", None, "Tiny tensors, where Python and launches are all there is"),
+        ("tiny", None, "Tiny tensors, where Python and kernel launches take most of the time"),
     )
     lines += [sentence for series, column, what in losses if (sentence := _loss(times, series, column, what))]
     return lines
@@ -129,14 +129,14 @@ def _loss(times: pd.DataFrame, series: str, column: str | None, what: str) -> st
     )
 
 
-def write(results: pd.DataFrame, folder: Path, command: str, *, beside: Path | None = None) -> list[Path]:
+def write(results: pd.DataFrame, folder: Path, command: str, *, results_folder: Path | None = None) -> list[Path]:
     """Write the report of a result.
 
     Args:
         results: see ``bench.result.load``.
         folder: where the data goes; the rendered files go to ``folders.page_folder(folder)``.
         command: the command that makes the report, for the page.
-        beside: folder of results of ``python -m bench`` to add to the report's history; None to leave it as it is.
+        results_folder: folder of results of ``python -m bench`` to add to the report's history; None adds nothing.
 
     Returns:
         The paths of all files.
@@ -144,7 +144,7 @@ def write(results: pd.DataFrame, folder: Path, command: str, *, beside: Path | N
     origin(results)  # refuses a baseline of the gate before anything is written
     figures = _figures(results)
     folder.mkdir(parents=True, exist_ok=True)
-    past = history.read(folder) if beside is None else history.extend(folder, beside)
+    past = history.read(folder) if results_folder is None else history.extend(folder, results_folder)
     written = [save(figure, folder / "figures" / f"{name}.svg") for name, (figure, _) in figures.items()]
     pictures = [Figure(title, path.read_text("utf-8"), f"figures/{path.name}")
                 for path, (_, title) in zip(written, figures.values(), strict=True)]  # fmt: skip
@@ -223,7 +223,7 @@ def page_of(results: pd.DataFrame, figures: list[Figure], command: str, past: pd
     return Page(
         TITLE if target.empty else f"What reversibility costs and saves in {target.iloc[0]}",
         [*tables[:1], *_over_time(results, past), *pictures, *tables[1:]],
-        warning=busy(results),
+        warning=busy_warning(results),
         summary=headline(results),
         origin=[f"Measured on {origin(results)}."],
         commands=["python -m bench", command],
@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             paths = write_page(given.result, f"python -m bench.report {shlex.quote(str(given.result))}")
         else:
             command = f"python -m bench.report FILE.json --out {shlex.quote(str(given.out))}"
-            paths = write(load(given.result), given.out, command, beside=given.result.parent)
+            paths = write(load(given.result), given.out, command, results_folder=given.result.parent)
     except (OSError, ValueError) as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 2

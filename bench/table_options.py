@@ -57,7 +57,13 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     out = Path(reports.__file__).with_name("out")
     folder, names = {"metavar": "FOLDER"}, {"metavar": "A,B,..."}
     add = parser.add_argument
-    add("--runs", type=cli.folder_or_nothing, default=RUNS, **folder, help="training output (default: ./%(default)s)")
+    add(
+        "--runs",
+        type=cli.folder_that_may_be_missing,
+        default=RUNS,
+        **folder,
+        help="training output (default: ./%(default)s)",
+    )
     add(
         "--records",
         type=cli.input_folder,

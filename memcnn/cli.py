@@ -25,7 +25,7 @@ FAILED = 1
 MISUSE = 2
 """Exit status: the command line is wrong, or asks for the impossible. ``ArgumentParser.error`` exits with it."""
 STOPPED = 3
-"""Exit status: training was stopped cleanly and can be resumed."""
+"""Exit status: training was stopped cleanly and can be resumed. ``memcnn.verify`` uses 3 for something else."""
 INTERRUPTED = 130
 """Exit status: Ctrl-C ended a command that cannot be resumed, as shells report it."""
 
@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]  # argparse declares an overload for each kind of namespace
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """Parse all arguments; end the command at an unknown one."""
+        """Parse all arguments; exit with an error if one is unknown."""
         given, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(self._about_unknown(unknown))
@@ -119,7 +119,7 @@ def command(prog: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return FAILED
             except OSError as error:
-                print(f"{prog}: {explained(error)}", file=sys.stderr)
+                print(f"{prog}: {explain_os_error(error)}", file=sys.stderr)
                 return MISUSE
             except KeyboardInterrupt:
                 print(f"{prog}: interrupted", file=sys.stderr)
@@ -130,7 +130,7 @@ def command(prog: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     return decorate
 
 
-def explained(error: OSError) -> str:
+def explain_os_error(error: OSError) -> str:
     """Return what the system refused, and what to do about it."""
     reason = error.strerror or str(error)
     where = f"{error.filename}: " if error.filename is not None else ""
@@ -249,13 +249,13 @@ def names(choices: Sequence[str]) -> Callable[[str], list[str]]:
 
 def input_folder(text: str) -> Path:
     """Return the path of a folder to read."""
-    path = folder_or_nothing(text)
+    path = folder_that_may_be_missing(text)
     if not path.exists():
         raise argparse.ArgumentTypeError(f"got {text!r}, which does not exist; wanted a folder: check the path")
     return path
 
 
-def folder_or_nothing(text: str) -> Path:
+def folder_that_may_be_missing(text: str) -> Path:
     """Return the path of a folder to read, which may be missing."""
     path = _path(text)
     if path.exists() and not path.is_dir():

@@ -9,10 +9,11 @@ large tensor to a few numbers can keep them from the first evaluation, so that t
         reuse.keep(result)  # in a first evaluation: keep a copy until the second
 
 The n-th call in the second evaluation takes the n-th result, so both evaluations must make the same calls. Results that
-are left over raise an error. The operator decides when it runs, so compiled code is the same for both evaluations. Only
-opaque operators (``torch.library.custom_op``) may do this: the compiler must not see the decision. Tag them
-``torch.Tag.cudagraph_unsafe``: a graph that the compiler captures of a branch alone would repeat the decision. Nothing
-is kept in a branch that reads running statistics or has hooks, because the two evaluations then call other code.
+are left over raise an error. The operator makes this decision at run time, so both evaluations can use the same
+compiled code. Only opaque operators (``torch.library.custom_op``) may do this: the compiler must not see the decision.
+Tag them ``torch.Tag.cudagraph_unsafe``: a CUDA graph that the compiler captures of one branch would repeat one decision
+forever. Nothing is kept in a branch that reads running statistics or has hooks, because the two evaluations may then
+run different code.
 """
 
 import threading

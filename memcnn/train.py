@@ -35,7 +35,7 @@ from memcnn.data import DATASETS, BadData, DataNotFound  # noqa: E402
 from memcnn.migration import absent_names  # noqa: E402
 from memcnn.models.resnet import MODELS  # noqa: E402
 from memcnn.training.checkpoint import BadCheckpoint  # noqa: E402
-from memcnn.training.distributed import ProcessLost, World, launched, speaks  # noqa: E402
+from memcnn.training.distributed import ProcessLost, World, is_rank_0_or_alone, launched  # noqa: E402
 from memcnn.training.files import FolderBusy  # noqa: E402
 from memcnn.training.listing import list_runs  # noqa: E402
 from memcnn.training.options import (  # noqa: E402
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     option("--budget", metavar="TIME", type=cli.duration, help="stop cleanly within this time: 90s, 9m, 1h30m")
     option("--fresh", action="store_true", help="start from the beginning, and move an existing run aside")
-    option("--disable", action="store_true", help="train RevNets by plain autograd, with all activations stored")
+    option("--disable", action="store_true", help="train RevNets with plain autograd, with all activations stored")
     add_allow_mixed(option)
     group = parser.add_argument_group("instead of training", "each writes nothing")
     group.add_argument("--list", action="store_true", help="show the runs in the folder of runs, and how far they are")
@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _folder_name(text: str) -> str:
     """Return the name of a folder that exists or may be created; refuse the name of a file."""
-    cli.folder_or_nothing(text)
+    cli.folder_that_may_be_missing(text)
     return text
 
 
@@ -166,7 +166,7 @@ def summary(record: RunRecord, folder: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status. With several processes, only rank 0 prints and sets the status."""
     try:
-        if speaks():
+        if is_rank_0_or_alone():
             return run(arguments)
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             with suppress(SystemExit):
@@ -209,7 +209,7 @@ def run(arguments: Sequence[str] | None) -> int:
     except (BadData, DataNotFound, FolderBusy, CannotWrite) as error:
         return cli.fail(error)
     except OSError as error:
-        return cli.fail(f"memcnn.train: {cli.explained(error)}")
+        return cli.fail(f"memcnn.train: {cli.explain_os_error(error)}")
     except KeyboardInterrupt:
         print(f"Interrupted before training began. Start it with: {again}", file=sys.stderr)
         return cli.STOPPED

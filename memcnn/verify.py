@@ -29,7 +29,7 @@ from memcnn.testing.laws.constant import remark_on_constants
 from memcnn.testing.laws.guard import is_ours
 from memcnn.testing.laws.log_det import has_log_det
 from memcnn.testing.laws.result import Report
-from memcnn.testing.laws.subject import NotRunnable
+from memcnn.testing.laws.subject import NotRunnable, Refused
 from memcnn.testing.targets import Factory, load, load_tensors
 
 if TYPE_CHECKING:
@@ -41,13 +41,9 @@ INTEGERS = {"int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8, "b
 BROKEN = 3
 """Exit status: the verifier raised an exception that is not the block's."""
 EXAMPLES = 20
-LONGEST = 60
+SECONDS = 60
 """Seconds after which a law draws no further example, unless the number of examples is given."""
 MODES = {"both": (True, False), "train": (True,), "eval": (False,)}
-
-
-REFUSALS = "the module must", "the inputs must", "an input must"
-"""Beginnings of the messages with which a check refuses a module or its inputs."""
 
 
 @cli.command("memcnn.verify")
@@ -77,17 +73,17 @@ def _parser() -> cli.Parser:
         action="append",
         type=_shape,
         metavar="N,C,...[:DTYPE<N]",
-        help="shape of an input; once for every input; 4:int64<10 for integers from 0 to 9, beside an input of floats",
+        help="shape of an input; repeat the option for each input. 4:int64<10 means four integers from 0 to 9",
     )
     shapes.add_argument(
-        "--input", type=Path, metavar="FILE", help="inputs that torch.save wrote, instead of drawn ones"
+        "--input", type=Path, metavar="FILE", help="read the inputs from this file, written by torch.save"
     )
     add(
         "--vary",
         type=_dimensions,
         default=(),
         metavar="D,D,...",
-        help="dimensions whose size is drawn, smaller and larger, such as 0,2,3 (default: none)",
+        help="dimensions whose size varies between examples, such as 0,2,3 (default: none)",
     )
     add("--dtype", choices=DTYPES, default="float32", help="dtype of module and inputs (%(default)s)")
     add("--device", default="cpu", help="such as cuda (%(default)s)")
@@ -102,7 +98,7 @@ def _parser() -> cli.Parser:
         "--examples",
         type=cli.count,
         metavar="N",
-        help=f"variants for each law (default: {EXAMPLES}, or what {LONGEST} seconds allow, and at least 4)",
+        help=f"number of examples for each law (default: {EXAMPLES}; fewer if {SECONDS} seconds pass, but at least 4)",
     )
     add("--seed", type=_seed, default=0, help="seed of the first example (%(default)s)")
     add(
@@ -113,17 +109,19 @@ def _parser() -> cli.Parser:
     add(
         "--chain",
         metavar="TARGET",
-        help="function of a depth that makes a chain of that many blocks, for the law of memory",
+        help="package.module:function; function(depth) returns a chain of that many blocks, for the law of memory",
     )
     add(
         "--no-finite-differences",
         action="store_true",
-        help="for a module whose gradient is by design not the derivative, as under spectral norm",
+        help="do not compare gradients with finite differences: for a module whose gradient is by design not the "
+        "derivative, as under spectral norm",
     )
     add(
         "--no-gradients-through-inverse",
         action="store_true",
-        help="for a module whose inverse is not meant to be differentiated, as a bisection under torch.no_grad()",
+        help="do not check gradients through the inverse: for an inverse that is not meant to be differentiated, "
+        "as a bisection under torch.no_grad()",
     )
     add("--json", type=cli.output_file, metavar="FILE", help="also write all results to this file")
     return parser
@@ -157,7 +155,7 @@ def _verify(args: argparse.Namespace) -> int:
     print(f"\nexamples: {counts}")
     if any(found.out_of_time for found in findings):
         number = args.examples or EXAMPLES
-        print(f"a law stops drawing examples after {LONGEST} s: --examples {number} checks {number} of each")
+        print(f"some laws stopped after {SECONDS} s; use --examples {number} to check {number} examples of each law")
     for reason in dict.fromkeys(found.not_runnable for found in findings if found.not_runnable):
         print(f"some drawn examples were left out: {reason}")
     print(f"\n{'PASS' if report.passed else 'FAIL'}: {report.summary()}")
@@ -208,14 +206,14 @@ def _search_all(
                     first_seed=args.seed,
                     max_examples=1 if law == "memory" else args.examples or EXAMPLES,
                     options=options.get(law, {}),
-                    longest=math.inf if args.examples else LONGEST,
+                    longest=math.inf if args.examples else SECONDS,
                 )
             )
         return findings
     except NotRunnable as error:
         raise cli.Misuse(f"{args.target}: {error}") from error
     except TypeError as error:
-        if is_ours(error) and not _is_refusal(error):
+        if is_ours(error) and not isinstance(error, Refused):
             raise
         raise cli.Misuse(f"{args.target}: {error}") from error
     finally:
@@ -253,11 +251,6 @@ def _progress(text: str) -> None:
         cli.progress(text)
     else:
         print(text, file=sys.stderr, flush=True)
-
-
-def _is_refusal(error: TypeError) -> bool:
-    """Return True if a check refuses the module or its inputs, False if the check's own code failed."""
-    return any(words in str(error) for words in REFUSALS)
 
 
 def _options(args: argparse.Namespace) -> dict[str, dict]:

@@ -46,8 +46,8 @@ def draw_curves(runs: pd.DataFrame, curves: dict[str, pd.DataFrame]) -> list[tup
     """Return (title, SVG) pairs: for each data set a picture of full runs and one of other runs, coloured by model."""
     pictures = []
     for dataset, of_dataset in runs.groupby("dataset", sort=False):
-        for is_full, word in ((True, "full runs"), (False, "other runs")):
-            shown = of_dataset[(of_dataset["full"] == is_full) & of_dataset["folder"].isin(curves)]
+        for is_comparable, word in ((True, "full runs"), (False, "other runs")):
+            shown = of_dataset[(of_dataset["full"] == is_comparable) & of_dataset["folder"].isin(curves)]
             if not shown.empty:
                 title = f"{LABELS[dataset]}, {word}"
                 pictures.append((title, _picture(title, shown, curves)))

@@ -234,7 +234,7 @@ def finding(found: dict) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check the layers, write findings.json and findings.md; return 0."""
     parser = cli.parser_from("bench.findings", __doc__, whole=True)
-    parser.add_argument("--install", action="store_true", help="first create results/findings-venv anew")
+    parser.add_argument("--install", action="store_true", help="first create results/findings-venv again")
     parser.add_argument("--render", action="store_true", help="only write findings.md from the folder's findings.json")
     parser.add_argument(
         "--out", type=cli.output_folder, default="results/findings", help="folder of the files (%(default)s)"

@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write peers.json and peers.md, print the page; return the exit status."""
     parser = cli.parser_from("bench.peers", __doc__, whole=True)
     parser.add_argument("--quick", action="store_true", help="batch 4, depths 4 and 8, 3 rounds")
-    parser.add_argument("--install", action="store_true", help="first create results/peers-venv anew")
+    parser.add_argument("--install", action="store_true", help="first create results/peers-venv again")
     parser.add_argument("--render", action="store_true", help="only write peers.md from the folder's peers.json")
     parser.add_argument(
         "--out", type=cli.output_folder, default="results/peers", help="folder of the files (%(default)s)"

@@ -3,7 +3,7 @@
     python -m bench.speed                                      all six, batch 100
     python -m bench.speed --fast --group 4                     the fastest execution, alone and four runs together
     python -m bench.speed --networks resnet32 --compile        with torch.compile, which takes minutes to compile
-    python -m bench.speed --tries                              also other layouts, optimisers and dtypes on a CPU
+    python -m bench.speed --tries                              on a CPU: also NCHW, unfused SGD, bfloat16, compiled
     python -m bench.speed --fast --tries                       on a GPU: also options that may be faster
     python -m bench.speed --networks revnet38 --kernels        also the kernels of a step, by time
 
@@ -96,8 +96,8 @@ def variants_table(network: str, setup: Setup) -> pd.DataFrame:
     times, _ = timing.timed(functions, setup.device, limit=4 * timing.SECONDS)
     first = times.columns[0]
     return pd.DataFrame([
-        {"step": name, "ms": _spread(1e3 * times[name]), "to the first": _spread(times[name] / times[first], 2),
-         "n": len(times)}
+        {"network": network, "step": name, "ms": _spread(1e3 * times[name]),
+         "to the first": _spread(times[name] / times[first], 2), "n": len(times)}
         for name in times
     ])  # fmt: skip
 
@@ -146,7 +146,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="time for each network (default: %(default)s)",
     )
-    tries = "on a CPU, also time other layouts, optimisers and dtypes; on a GPU with --fast, options that may be faster"
+    tries = (
+        "on a CPU, also time the contiguous layout, unfused SGD, bfloat16 and torch.compile; on a GPU with --fast, "
+        "options that may be faster"
+    )
     add("--tries", action="store_true", help=tries)
     kernels_help = "also profile the steps: kernels.csv and kernels.md have calls and time of each kernel"
     add("--kernels", action="store_true", help=kernels_help)

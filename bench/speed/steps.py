@@ -59,7 +59,7 @@ def fast_ways(device: torch.device, *, group: int = 1, tries: bool = False) -> l
 
 
 def all_ways(device: torch.device, *, group: int = 1, compiled: bool = False) -> list[Way]:
-    """Return float32, the other executions of the device, and ``torch.compile`` if it is wanted.
+    """Return the plain float32 step, the other executions of the device, and, if ``compiled``, ``torch.compile``.
 
     With ``group`` above 1, every execution that captures its steps is added as a group.
     """
@@ -118,8 +118,8 @@ def cpu_variants(network: str, *, batch: int) -> dict[str, Callable[[int], None]
         Name of the variant -> function that runs a given number of steps.
     """
 
-    def step(*, outermost: bool = False, fused: bool = True, bf16: bool = False, compiled: bool = False) -> Callable:
-        layout = torch.contiguous_format if outermost else torch.channels_last
+    def step(*, channels_last: bool = True, fused: bool = True, bf16: bool = False, compiled: bool = False) -> Callable:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
         model = MODELS[network]().to(memory_format=layout)
         optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=2e-4, fused=fused)
         images = torch.randn(batch, 3, 32, 32).contiguous(memory_format=layout)
@@ -138,7 +138,7 @@ def cpu_variants(network: str, *, batch: int) -> dict[str, Callable[[int], None]
 
     return {
         "as it is": step(),
-        "contiguous (NCHW)": step(outermost=True),
+        "contiguous (NCHW)": step(channels_last=False),
         "SGD, not fused": step(fused=False),
         "bfloat16": step(bf16=True),
         "torch.compile": step(compiled=True),

@@ -73,7 +73,7 @@ def page(table: pd.DataFrame, command: str, floor: str, variants: pd.DataFrame |
         variants: the table of variants timed on a CPU; None to leave it out.
     """
     parts = [
-        "# Training at the speed of the hardware",
+        "# Time of a training step, beside the floor of the device",
         f"Last measured with `{command}`",
         "\n".join(f"* {line}" for line in [*origins(table), *ceilings(table)]),
         "A training step includes augmentation and update. Times are median and quartiles of n rounds, in which the "
@@ -83,7 +83,7 @@ def page(table: pd.DataFrame, command: str, floor: str, variants: pd.DataFrame |
         floor,
     ]
     if variants is not None:
-        parts += ["## Variants of the step on this CPU, resnet32", markdown(variants)]
+        parts += ["## Variants of the step on this CPU", markdown(variants)]
     return "\n\n".join(parts) + "\n"
 
 

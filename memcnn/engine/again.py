@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from memcnn.engine.replay import Replay
 
 
-class Again:
+class ReplayContext:
     """The context of a further evaluation, which sees what the first one saw.
 
     Args:
         replay: what the first evaluation saw.
-        compare: raise a RuntimeError if the generators do not end in the state where the first evaluation left them.
+        check_generators: raise a RuntimeError if the generators do not end where the first evaluation left them.
 
     Attributes:
         undo: calls, each a function and its arguments. They are made in reverse order when the context ends.
     """
 
-    def __init__(self, replay: "Replay | QuietReplay", compare: bool):
-        self.replay, self.compare = replay, compare
+    def __init__(self, replay: "Replay | QuietReplay", check_generators: bool):
+        self.replay, self.check_generators = replay, check_generators
         self.undo: list[tuple] = []
 
     def __enter__(self) -> None:
@@ -33,22 +33,22 @@ class Again:
         try:
             self.replay.restore(self.undo)
         except BaseException:
-            _run_backwards(self.undo)
+            _undo_all(self.undo)
             raise
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None and self.compare and self.replay.generators:
-                check_drawn(self.replay.name, self.replay.generators, self.replay.is_initialised_by_it)
+            if kind is None and self.check_generators and self.replay.generators:
+                check_drawn(self.replay.name, self.replay.generators, self.replay.was_initialised_in_forward)
         finally:
-            _run_backwards(self.undo)
+            _undo_all(self.undo)
         if kind is None and self.replay.sets_parameters:
             self.replay.check_unchanged(
-                "by its module's every forward pass", "modify it outside of forward, or just once"
+                "in every forward pass of its module", "modify it outside of forward, or only in the first pass"
             )
 
 
-def _run_backwards(undo: list[tuple]) -> None:
+def _undo_all(undo: list[tuple]) -> None:
     """Make the calls, the last one first. If one raises, make the others all the same."""
     try:
         while undo:
@@ -56,7 +56,7 @@ def _run_backwards(undo: list[tuple]) -> None:
             function(*arguments)
     finally:
         if undo:
-            _run_backwards(undo)
+            _undo_all(undo)
 
 
 def exchange(registry: dict, name: str, then: Tensor, undo: list[tuple]) -> None:
@@ -76,7 +76,7 @@ def restore_autocast(states: Sequence[tuple[str, torch.dtype | None, bool, bool]
 
     Args:
         states: device type, dtype, whether autocast is enabled, and whether it caches weights, for each device type.
-        undo: see ``Again``.
+        undo: see ``ReplayContext``.
     """
     for kind, dtype, enabled, caches in states:
         if enabled or torch.is_autocast_enabled(kind):

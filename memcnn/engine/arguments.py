@@ -48,4 +48,5 @@ def refuse_inference(x: Tensor, what: str) -> None:
 
 
 def _copy(values: tuple) -> tuple:
+    """Return ``values`` with new lists, tuples and dictionaries, and the same leaves."""
     return tree_map(lambda value: value, values)

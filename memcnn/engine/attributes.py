@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_NAMES = {type, FunctionType, BuiltinFunctionType, NoneType, torch.dtype, torch.device}
+_CONSTANT_TYPES = {type, FunctionType, BuiltinFunctionType, NoneType, torch.dtype, torch.device}
 
 
 class _Constants(dict[type, bool]):
-    """Type, and True if its values are constants: numbers, words, flags and functions, of Python or NumPy.
+    """Maps each type to True if its values are constants: Python's and NumPy's numbers, strings, flags, functions.
 
     Constants are noted as they are, and so are tuples and frozen sets of constants. references.py notes tensors and
     containers. Other objects are not noted: they could hold tensors, which would then be kept alive.
     """
 
     def __missing__(self, kind: type) -> bool:
-        self[kind] = is_constant = kind in _NAMES or issubclass(
+        self[kind] = is_constant = kind in _CONSTANT_TYPES or issubclass(
             kind, (Number, str, bytes, np.generic, Enum, range, slice)
         )
         return is_constant
@@ -39,7 +39,7 @@ Attributes = tuple[dict[str, object], tuple[str, ...], tuple]
 """Some attributes of a module: ``vars(module)``, their names, and their values when they were noted."""
 
 
-def present(then: Attributes) -> Attributes:
+def with_present_values(then: Attributes) -> Attributes:
     """Return the same attributes with their present values. A deleted attribute has the value None."""
     own, names, _ = then
     return own, names, tuple(map(own.get, names))
@@ -53,7 +53,7 @@ def have_changed(then: Attributes) -> bool:
     )
 
 
-def added(own: dict[str, object], size: int) -> tuple[str, ...]:
+def names_added_since(own: dict[str, object], size: int) -> tuple[str, ...]:
     """Return the names of constants, tensors and containers that were added to a module's attributes.
 
     An example is ``self.calls += 1``, where the class body has ``calls = 0``; another one is ``self.state = h`` in the
@@ -134,8 +134,11 @@ def known_class(module: nn.Module, kind: type[nn.Module] | None = None) -> tuple
     return entry if entry is not None and entry[0] == len(own) else None
 
 
-def noted(module: nn.Module) -> Attributes:
-    """Return the plain attributes of a user's module. For PyTorch's own wrappers, such as DDP, note no attributes."""
+def note_constants(module: nn.Module) -> Attributes:
+    """Return the attributes of a user's module that are constants.
+
+    Return none for PyTorch's own wrappers, such as DDP.
+    """
     own = vars(module)
     names = (
         ()

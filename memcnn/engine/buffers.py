@@ -26,7 +26,9 @@ _readers: "weakref.WeakKeyDictionary[type | FunctionType, bool]" = weakref.WeakK
 """The results of ``reads_statistics`` by class, and of ``hook_reads_statistics`` by function."""
 
 KEPT_BUFFER = 2**20
-"""Largest size, in bytes, of a GPU buffer whose copy is kept for backward. To compare values would wait for the GPU."""
+"""Largest size, in bytes, of an unmodified GPU buffer that is restored from a copy.
+
+Comparing values instead would wait for the GPU."""
 
 
 class Buffer(NamedTuple):
@@ -103,14 +105,14 @@ class ReplayedBuffers:
             if buffer is not None:
                 self.buffers.append((registry, name, buffer))
                 try:
-                    value = buffer._version, buffer.untyped_storage()._cdata
+                    found = buffer._version, buffer.untyped_storage()._cdata
                 except (RuntimeError, ValueError):
                     refuse_unless_lazy(buffer, f"the buffer {name!r} of {type(module).__name__}")
                     continue
                 if ignored:
-                    self.restored.append(Buffer(registry, name, buffer, None, value, None, is_only_written=True))
+                    self.restored.append(Buffer(registry, name, buffer, None, found, None, is_only_written=True))
                 else:
-                    self.restored.append(Buffer(registry, name, buffer, buffer.clone(), value, checksum(buffer)))
+                    self.restored.append(Buffer(registry, name, buffer, buffer.clone(), found, checksum(buffer)))
 
     def survey_statistics_again(self) -> None:
         """Note running statistics like other buffers, because a hook or a later module may read them."""
@@ -131,21 +133,23 @@ class ReplayedBuffers:
         self.buffers.append((own, name, tensor))
         self.restored.append(Buffer(own, name, tensor, before, identity(tensor), checksum(tensor), "attribute"))
 
-    def note_buffers(self, set_by: set[int]) -> None:
+    def note_buffers(self, self_initialised: set[int]) -> None:
         """Note what the first evaluation changed in buffers.
 
         Args:
-            set_by: ids of the ``_parameters`` of the modules that set their own parameters in it.
+            self_initialised: ids of the ``_parameters`` of modules that set their own parameters in that evaluation.
         """
-        initialised = {id(m._buffers) for m, _ in self.modes if id(m._parameters) in set_by} if set_by else set_by
+        initialised = set()
+        if self_initialised:
+            initialised = {id(m._buffers) for m, _ in self.modes if id(m._parameters) in self_initialised}
         # PyTorch updates running statistics without a new version. If a branch updates them itself, restore them.
-        moved = {
+        changed = {
             id(b.registry)
             for b in self.restored
             if id(b.tensor) in self.running_statistics
             and (b.tensor._version, b.tensor.untyped_storage()._cdata) != b.identity
         }
-        self.untracked = {m: None for m in self.untracked if id(m._buffers) not in moved}
+        self.untracked = {m: None for m in self.untracked if id(m._buffers) not in changed}
         untracked = {id(m._buffers) for m in self.untracked}
         restored, self.restored = self.restored, []
         for buffer in restored:
@@ -160,12 +164,12 @@ class ReplayedBuffers:
 
     def _note_buffer(self, buffer: Buffer, initialised: bool) -> None:
         """Note whether the first evaluation modified a buffer. If it may have, keep the value that it began with."""
-        registry, name, b, before, value, bits, kind, is_only_written = buffer
+        registry, name, b, before, found, bits, kind, is_only_written = buffer
         if initialised and (now := registry.get(name)) is not None:
             # the layer may note here that it is initialised: a further evaluation begins with that
-            b, before, value, bits = now, None if before is None else now.detach().clone(), identity(now), checksum(now)
-        if before is not None and identity(b) == value and id(registry) not in self.silent and checksum(b) == bits:
-            self.unchanged.append((kind, name, b, value))
+            b, before, found, bits = now, None if before is None else now.detach().clone(), identity(now), checksum(now)
+        if before is not None and identity(b) == found and id(registry) not in self.silent and checksum(b) == bits:
+            self.unchanged.append((kind, name, b, found))
             if bits is not None:
                 self.checksums.append((kind, name, b, bits))
             if (
@@ -174,14 +178,14 @@ class ReplayedBuffers:
                 or any(m._buffers is registry and layer_of(type(m)).forward in NORM_FORWARDS for m, _ in self.modes)
             ):
                 before = None
-        self.restored.append(Buffer(registry, name, b, before, value, bits, kind, is_only_written))
+        self.restored.append(Buffer(registry, name, b, before, found, bits, kind, is_only_written))
 
     def exchange_statistics(self, undo: list[tuple]) -> set[int]:
         """Register uninitialised memory in place of running statistics that a further evaluation only writes.
 
-        That saves two copies of each. Statistics whose memory has several names are kept, and all if there are hooks:
-        other code may read them. Return the ids of those that are exchanged. ``undo`` receives the calls that put them
-        back.
+        This saves two copies of each. Statistics that share memory with another buffer stay registered, because other
+        code may read them; with hooks, all stay. Return the ids of the statistics that were replaced. ``undo`` receives
+        the calls that put them back.
         """
         if self.hooks is not None or not any(buffer.is_only_written for buffer in self.restored):
             return set()

@@ -133,27 +133,28 @@ def rebuild(first: Link, action: Callable[[bool], Any] | None = None) -> Any:
     """
     keep_graph, link, result = keeps_graph(), first, None
     with evaluation_lock:
-        waiting = [(link, _count_readers(link.sources, 1))]
+        waiting = [(link, _add_pending_reads(link.sources, 1))]
         try:
             while waiting:
                 link, sources = waiting[-1]
+                # a source that is empty: rebuild its link first; if there is none, this link is ready
                 for value in sources:
                     if value.tensor is None:
-                        waiting.append((value.link, _count_readers(value.link.sources, 1)))
+                        waiting.append((value.link, _add_pending_reads(value.link.sources, 1)))
                         break
                 else:
                     if action is not None and link is first:
                         result = action(keep_graph)
                     else:
                         link.rebuild(keep_graph)
-                    _count_readers(waiting.pop()[1], -1)
+                    _add_pending_reads(waiting.pop()[1], -1)
         finally:
             for _, sources in waiting:
-                _count_readers(sources, -1)
+                _add_pending_reads(sources, -1)
     return result
 
 
-def _count_readers(values: Sequence[Value], change: int) -> Sequence[Value]:
+def _add_pending_reads(values: Sequence[Value], change: int) -> Sequence[Value]:
     """Add ``change`` to the number of pending reads of each value. Return the values."""
     for value in values:
         value.pending_reads += change

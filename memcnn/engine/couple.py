@@ -109,7 +109,8 @@ def misfit_error(out: Tensor, a: Tensor, branch: nn.Module) -> ValueError:
     """Return the error for a changed half ``out`` whose shape or dtype is not that of a."""
     return ValueError(
         f"{type(branch).__name__} does not fit its coupling: the half that it changes is {a.dtype} of shape "
-        f"{tuple(a.shape)} and would become {out.dtype} of shape {tuple(out.shape)}; let the branch keep both"
+        f"{tuple(a.shape)} and would become {out.dtype} of shape {tuple(out.shape)}; let the branch return the shape "
+        "and dtype of that half"
     )
 
 
@@ -229,8 +230,8 @@ class CoupledBranch(Recomputation):
                     "not exact here: use deterministic kernels (torch.use_deterministic_algorithms) and "
                     "the same number of threads in forward and backward, or exact=False"
                 )
-            # Rebuild a unless it is stored, if one of these needs it: its value, which another link may read;
-            # ``forward``, if activations are still empty because it saved tensors too; or check_inverse.
+            # If a is not stored, rebuild it for any of three readers: another link (through its value), ``forward``
+            # (it must run again if it saved tensors that are still empty), or check_inverse.
             if a is None and (target is not None or not second.is_complete or self.expected):
                 a = self._undone(out.read(), h)
             if not second.is_complete:

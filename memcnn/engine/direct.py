@@ -26,7 +26,7 @@ those of y1 and y2 for the whole run. ``RunEnd`` returns at once and stores them
 after the first block. An empty tensor, the token, connects the nodes.
 
 A run takes the direct way if all of this holds in the forward pass. Otherwise each step is a ``CoupledBranch``.
-``_replay_of`` checks the conditions, except where another function is named.
+``_replay_if_direct`` checks the conditions, except where another function is named.
 
 1. All branches are quiet and are different modules. Their parameters are leaves.
 2. Each step is y = a + F(b) or y = a - F(b), without exact mode and keyword arguments (``AdditiveCoupling`` checks
@@ -68,15 +68,18 @@ from memcnn.engine.survey import ParameterStates, Snapshot, bare_layers, take_sn
 from memcnn.engine.torch_private import GLOBAL_BACKWARD_HOOKS, hooks_see_gradients, is_observed
 
 LONGEST_RUN = 8
-"""Number of blocks, which ``memcnn.models.sequence`` obeys. The gradients of a run's parameters reach the outer pass
-together, and ``DistributedDataParallel`` sends them while the next ones are computed: a run must not be a whole
-network."""
+"""Maximum number of blocks in a run; ``memcnn.models.sequence`` ends a run there.
+
+The gradients of a run's parameters are returned together. If a run were the whole network,
+``DistributedDataParallel`` could not send gradients while others are still computed."""
 
 _STREAM_DTYPES = frozenset({torch.float32, torch.float64})
 
 
 def run_directly(steps: Sequence[AdditiveStep], halves: list[Tensor], *, subtract: bool) -> bool:
-    """Replace x1 and x2 in ``halves`` by y1 and y2, if the steps can take the direct way. Return whether they have.
+    """Evaluate the steps the direct way if they can take it: replace x1 and x2 in ``halves`` by y1 and y2.
+
+    Return True if they took it. Otherwise change nothing and return False.
 
     Args:
         steps: the steps, in order.
@@ -88,7 +91,7 @@ def run_directly(steps: Sequence[AdditiveStep], halves: list[Tensor], *, subtrac
     if recording is None or is_in_a_branch or not steps:
         return False
     with evaluation_lock:
-        if (replay := _replay_of(steps, halves, recording.options)) is None:
+        if (replay := _replay_if_direct(steps, halves, recording.options)) is None:
             return False
         run = DirectRun(steps, [recording.value(x) for x in halves], replay, subtract)
         halves[:] = record(run, halves)
@@ -96,8 +99,11 @@ def run_directly(steps: Sequence[AdditiveStep], halves: list[Tensor], *, subtrac
     return True
 
 
-def _replay_of(steps: Sequence[AdditiveStep], halves: Sequence[Tensor], options: dict) -> QuietReplay | None:
-    """Return what replays the branches if they can take the direct way, and count their evaluations; else None."""
+def _replay_if_direct(steps: Sequence[AdditiveStep], halves: Sequence[Tensor], options: dict) -> QuietReplay | None:
+    """Check the conditions of the direct way. If all hold, count the evaluations of the branches.
+
+    Return the ``QuietReplay`` of the branches, or None if a condition does not hold.
+    """
     for x in halves:
         if type(x) is not Tensor or x.dtype not in _STREAM_DTYPES or not x.requires_grad or not (x.is_cpu or x.is_cuda):
             return None

@@ -48,7 +48,7 @@ class DirectRun(Link):
         plan.select_trained(replay.snapshot, replay.parameter_states)
         self.plan = plan
         self.parameters, self.positions = plan.trained, plan.positions
-        """As the plan has them now. It may make others for a later forward pass."""
+        """The plan's lists as they are in this forward pass. The plan may replace them before a later one."""
         self.strides: list[tuple[int, ...]] = []
         """For each step, the strides of the tensor that its branch was evaluated on."""
         self.gradients: dict[int, list[Tensor]] = {}
@@ -92,7 +92,7 @@ class DirectRun(Link):
         if keep_graph:
             start_link()
         gradients = self.gradients.pop(current_backward_pass())
-        halves, of_parameters = self._undo_steps(wanted, gradients, frees=not keep_graph)
+        halves, of_parameters = self._undo_steps(wanted, gradients, free_outputs=not keep_graph)
         self._give(self.targets, halves, keep_graph)
         of_inputs = [g if is_wanted else None for g, is_wanted in zip(gradients, wanted[:2], strict=True)]
         return [*of_inputs, *of_parameters]
@@ -123,14 +123,14 @@ class DirectRun(Link):
         return [next(remaining) if is_wanted else None for is_wanted in wanted]
 
     def _undo_steps(
-        self, wanted: Sequence[bool], gradients: list[Tensor], *, frees: bool = False
+        self, wanted: Sequence[bool], gradients: list[Tensor], *, free_outputs: bool = False
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Undo all steps, from y1 and y2 to x1 and x2, and differentiate those whose gradients are wanted.
 
         Args:
             wanted: for x1, x2 and each parameter, whether its gradient is asked for.
             gradients: the gradients of y1 and y2. They are replaced by the gradients of x1 and x2.
-            frees: drop the tensors of y1 and y2.
+            free_outputs: drop the tensors of y1 and y2.
 
         Returns:
             x1 and x2, None where nobody needs it, and for each parameter its gradient or None.
@@ -145,16 +145,16 @@ class DirectRun(Link):
         with again, torch.set_grad_enabled(any(wanted)):
             leaves, branches = self._leaves(again.undo)
             halves: list[Tensor | None] = [value.read() for value in self.sources]
-            if frees:
+            if free_outputs:
                 for value in self.sources:  # ``chain.rebuild`` still refers to the values, but needs no tensors
                     value.tensor = None
                 self.sources = ()
-            for i, (differentiates_b, own) in reversed([*enumerate(self._wanted_of_steps(wanted))]):
-                # The first step's half is an input of the run, which may have no reader any more. Where no gradient
-                # is wanted, the caller asks for the inputs.
-                restores = i > 0 or not any(wanted) or self.targets[self.steps[i].changed]() is not None
+            for i, (needs_gradient_of_b, own) in reversed([*enumerate(self._wanted_of_steps(wanted))]):
+                # The half that step 0 changes is an input of the run. Rebuild it only if something still reads it,
+                # or if the caller wants the inputs and no gradients.
+                restore_a = i > 0 or not any(wanted) or self.targets[self.steps[i].changed]() is not None
                 new = self._undo_step(
-                    i, branches[i], halves, gradients, [leaves[n] for n in own], differentiates_b, restores
+                    i, branches[i], halves, gradients, [leaves[n] for n in own], needs_gradient_of_b, restore_a
                 )
                 for n in reversed(own):
                     if (gradient := new.pop()) is not None:  # else a branch does not use this parameter
@@ -169,8 +169,8 @@ class DirectRun(Link):
         halves: list[Tensor | None],
         gradients: list[Tensor],
         leaves: list[Tensor],
-        differentiates_b: bool,
-        restores: bool,
+        needs_gradient_of_b: bool,
+        restore_a: bool,
     ) -> list[Tensor]:
         """Undo step ``i``, which is y = a + F(b), and return the gradients of ``leaves``.
 
@@ -183,30 +183,31 @@ class DirectRun(Link):
             gradients: the gradients of y and b. What passes through F is added to the gradient of b. The gradient of y
                 stays, because it is also the gradient of a.
             leaves: the parameters of F whose gradients are wanted.
-            differentiates_b: whether the gradient of b is needed.
-            restores: whether a is needed; None takes its place otherwise.
+            needs_gradient_of_b: whether the gradient of b is needed.
+            restore_a: whether a is needed; None takes its place otherwise.
         """
         changed = self.steps[i].changed
         halves[1 - changed] = restrided(halves[1 - changed], self.strides[i])
-        b = halves[1 - changed].detach().requires_grad_(differentiates_b)
+        b = halves[1 - changed].detach().requires_grad_(needs_gradient_of_b)
         h = b
         for layer in layers:
             h = layer.forward(h)
-        halves[changed] = self.undo_sum(halves[changed], h.detach()) if restores else None
-        if not (differentiates_b or leaves):
+        halves[changed] = self.undo_sum(halves[changed], h.detach()) if restore_a else None
+        if not (needs_gradient_of_b or leaves):
             return []
-        # The edge is the place of h in the graph, so that h itself can be freed. PyTorch's function takes longer. It is
-        # for h = b, a leaf, and for nodes written in Python, which an edge of our own would not keep alive.
+        # Keep only the edge (the place of h in the graph), so that h itself can be freed. Constructing it ourselves is
+        # faster than ``get_gradient_edge``, which we need in two cases: h is b, a leaf, or the node is written in
+        # Python and only PyTorch's edge keeps it alive.
         node = h.grad_fn
         is_simple = node is not None and not isinstance(node, BackwardCFunction)
         edge = GradientEdge(node, h.output_nr) if is_simple else get_gradient_edge(h)
         del node
         del h
-        inputs = [b, *leaves] if differentiates_b else leaves
+        inputs = [b, *leaves] if needs_gradient_of_b else leaves
         del b
         gradient = gradients[changed] if self.apply_sum is plus else -gradients[changed]
         of_inputs = gradients_of(edge, gradient, inputs)
-        if not differentiates_b:
+        if not needs_gradient_of_b:
             return [*of_inputs]
         of_b, *of_leaves = of_inputs
         if of_b is not None:
@@ -230,7 +231,7 @@ class DirectRun(Link):
 
         As a rule these are the parameters themselves and the bare layers; otherwise stand-ins and the branches.
         """
-        if self.replay.changed is None and not backward_hooks_run(self.parameters):
+        if self.replay.full_replay is None and not backward_hooks_run(self.parameters):
             return self.parameters, self.plan.second_layers
         stand_ins = [p.detach().requires_grad_() for p in self.parameters]
         self._register(stand_ins, undo)

@@ -39,11 +39,13 @@ evaluations: "weakref.WeakKeyDictionary[nn.Module, Evaluations]" = weakref.WeakK
 """The counter of each branch, made by ``setdefault`` on first use."""
 
 LARGEST_NORM_CHANGE = 0.01
-"""Largest relative change of the norm of a saved tensor."""
+"""Largest relative change of a saved tensor's norm that causes no warning."""
 LARGEST_SHARE_CHANGE = 0.01
-"""Largest change of the share of positive entries. It applies to tensors without negative entries, as after a ReLU."""
-FEWEST_ENTRIES = 8
-"""A change of at most this many positive entries raises no warning, however small the tensor is."""
+"""Largest change of the share of positive entries that causes no warning.
+
+Only tensors without negative entries are checked, as after a ReLU."""
+LARGEST_COUNT_CHANGE = 8
+"""Largest change of the number of positive entries that causes no warning, however small the tensor is."""
 LEAST_ROOT_MEAN_SQUARE = 1e-3
 """Changes of norm are relative to at least this root mean square, because rebuilt zeros are not exactly zero."""
 
@@ -52,7 +54,7 @@ _covered: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _last_warning = ("", -1)
 """The branch that the last warning named, and the number of its backward pass."""
 _GPU = torch.device("cuda")
-arriving: list[tuple["Drift", "Comparison", Tensor, torch.cuda.Event]] = []
+arriving: list["Arriving"] = []
 """Comparisons on GPUs whose numbers have not arrived on the CPU yet."""
 
 
@@ -61,6 +63,15 @@ class Comparison(NamedTuple):
 
     indices: Sequence[int]
     shapes: Sequence[torch.Size]
+
+
+class Arriving(NamedTuple):
+    """A comparison whose numbers are on their way from a GPU to the CPU. ``arrived`` is the event after the copy."""
+
+    drift: "Drift"
+    what: Comparison
+    numbers: Tensor
+    arrived: torch.cuda.Event
 
 
 class Drift:
@@ -99,7 +110,7 @@ class Drift:
                 host.copy_(numbers, non_blocking=True)
                 arrived = torch.cuda.Event()
                 arrived.record(torch.cuda.current_stream(device))
-                arriving.append((self, what, host, arrived))
+                arriving.append(Arriving(self, what, host, arrived))
         read_arrived()
 
     def check(self, what: Comparison, numbers: Tensor) -> None:
@@ -145,7 +156,7 @@ def read_arrived() -> None:
 
     During the capture of a CUDA graph nothing is checked, because asking an event would make the capture fail.
     """
-    while arriving and not is_captured(_GPU) and arriving[0][3].query():
+    while arriving and not is_captured(_GPU) and arriving[0].arrived.query():
         drift, what, numbers, _ = arriving.pop(0)
         drift.check(what, numbers)
 
@@ -170,7 +181,7 @@ def _difference(before: Sequence[float], after: Sequence[float], size: int) -> s
     if norm < float("inf") and not abs(norm_now - norm) <= LARGEST_NORM_CHANGE * max(norm, least):  # NaN differs
         return f"a norm of {norm_now:.4g} instead of {norm:.4g}"
     change = abs(positive_now - positive)
-    if not negative and not negative_now and change > max(LARGEST_SHARE_CHANGE * size, FEWEST_ENTRIES):
+    if not negative and not negative_now and change > max(LARGEST_SHARE_CHANGE * size, LARGEST_COUNT_CHANGE):
         return f"{100 * positive_now / size:.1f} % positive entries instead of {100 * positive / size:.1f} %"
     return ""
 

@@ -25,11 +25,17 @@ class Grid:
 
     def __post_init__(self) -> None:
         if not isinstance(self.step, float) or math.frexp(self.step)[0] != 0.5:
-            raise ValueError(f"the step of an exact coupling must be a power of two, such as 2**-10: got {self.step!r}")
+            raise ValueError(
+                "the step of an exact coupling must be a float that is a power of two, such as 2.0**-10: "
+                f"got {self.step!r}"
+            )
 
     @classmethod
     def of(cls, exact: "bool | float | Grid") -> "Grid | None":
-        """Return the grid for the argument ``exact`` of a coupling: False (None), True, a step, or a grid."""
+        """Return the grid that the argument ``exact`` of a coupling asks for.
+
+        Return None for False, the default grid for True, else the grid of the given step, or the given grid.
+        """
         if isinstance(exact, (bool, Grid)):
             return cls() if exact is True else exact or None
         return cls(exact)

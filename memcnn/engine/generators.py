@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from memcnn.engine.torch_private import disabled_dispatch
 
 
-class Source(NamedTuple):
-    """A generator: its name for messages, and functions of ``key`` that read and set its state."""
+class GeneratorAccess(NamedTuple):
+    """How to read and set the state of a generator: its name for messages, and functions of ``key``."""
 
     name: str
     read: Callable[[Any], Any]
@@ -35,7 +35,7 @@ class Source(NamedTuple):
 class Drawn(NamedTuple):
     """A generator that the first evaluation draws from, with its states before and after."""
 
-    source: Source
+    access: GeneratorAccess
     before: object
     after: object
 
@@ -69,13 +69,13 @@ def check_drawn(name: str, generators: Sequence[Drawn], initialised: bool) -> No
         generators: the generators that the first evaluation drew from.
         initialised: whether the first evaluation initialised the module, which a further one does not repeat.
     """
-    for source, before, after in generators:
-        now = source.read(source.key)
+    for access, before, after in generators:
+        now = access.read(access.key)
         if initialised and same_state(before, now):
             continue  # only the initialisation drew random numbers
         if after is not None and not same_state(after, now):
             raise RuntimeError(
-                f"{name} drew other random numbers from {source.name} generator in the recomputation than in "
+                f"{name} drew other random numbers from {access.name} in the recomputation than in "
                 "the forward pass: another thread drew from it at the same time, or the module draws another "
                 "number of them, or it initialised itself in that forward pass; draw in one thread at a time, or "
                 "from a torch.Generator that the module owns, and give a module that initialises itself a forward "
@@ -131,7 +131,10 @@ def numpy_memory() -> bytes:
 
 
 def numpy_state_from(memory: bytes) -> bytes:
-    """Return a state with the given memory. The number that the generator holds back is that of the present state."""
+    """Return a NumPy state with the given memory.
+
+    The memory lacks the second number of the last ``randn`` pair. It is taken from the present state.
+    """
     if len(memory) != _NUMPY_LAYOUT.size:
         return memory
     state = np.random.get_state(legacy=False)
@@ -148,39 +151,47 @@ def _write_numpy(_: object, state: bytes) -> None:
     np.random.set_state(pickle.loads(state))
 
 
-PYTHON = Source("Python's random", _read_python, _write_python, None)
-NUMPY = Source("NumPy's", _read_numpy, _write_numpy, None)
+PYTHON = GeneratorAccess("Python's random module", _read_python, _write_python, None)
+NUMPY = GeneratorAccess("NumPy's generator", _read_numpy, _write_numpy, None)
 
 _without_numpy: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """Modules that have not drawn from NumPy's generator in the evaluations so far."""
 _numpy_users: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """Modules that have drawn from it."""
 
-OutsideState = tuple[object, bytes, bytes | None]
+GlobalStates = tuple[object, bytes, bytes | None]
 """The state of Python's generator, the memory of NumPy's generator, and the whole state of NumPy's if it was read."""
 
 
-def outside_state(module: nn.Module) -> OutsideState:
+def global_states(module: nn.Module) -> GlobalStates:
     """Return the states of Python's and NumPy's generators before an evaluation of ``module``."""
     return _read_python(), numpy_memory(), None if module in _without_numpy else _read_numpy()
 
 
-def moved_outside(module: nn.Module, before: OutsideState) -> list[tuple[Source, object]]:
+def drawn_from_globals(module: nn.Module, before: GlobalStates) -> list[tuple[GeneratorAccess, object]]:
     """Return which of the two generators ``module`` has drawn from, each with its state before that."""
     python, memory, whole = before
-    moved: list[tuple[Source, object]] = []
+    drawn: list[tuple[GeneratorAccess, object]] = []
     if python != _read_python():
-        moved.append((PYTHON, python))
-    if whole is None and memory != numpy_memory():
+        drawn.append((PYTHON, python))
+    if (numpy := _numpy_before_draw(module, memory, whole)) is not None:
+        drawn.append((NUMPY, numpy))
+    return drawn
+
+
+def _numpy_before_draw(module: nn.Module, memory: bytes, whole: bytes | None) -> bytes | None:
+    """Return the state of NumPy's generator before ``module`` drew from it; None if it did not draw."""
+    if whole is None:
+        if memory == numpy_memory():
+            return None
         whole = numpy_state_from(memory)
-    elif whole is None or whole == _read_numpy():
-        if whole is not None and module not in _numpy_users:
+    elif whole == _read_numpy():
+        if module not in _numpy_users:
             _without_numpy.add(module)
-        return moved
+        return None
     _numpy_users.add(module)
     _without_numpy.discard(module)
-    moved.append((NUMPY, whole))
-    return moved
+    return whole
 
 
 # Generators that a module owns
@@ -202,6 +213,6 @@ OWNED: dict[type, tuple[str, Callable, Callable]] = {
 """For each type of generator: its name for messages, and functions that read and set its state."""
 
 
-def owned(generator: object) -> Source:
-    """Return the source of a generator that a module owns."""
-    return Source(*OWNED[type(generator)], generator)
+def owned(generator: object) -> GeneratorAccess:
+    """Return how to access a generator that a module owns."""
+    return GeneratorAccess(*OWNED[type(generator)], generator)

@@ -24,7 +24,7 @@ Registry = tuple[dict[int, Callable], dict[int, bool]]
 """Hooks by key, and the keys of the hooks that receive keyword arguments."""
 
 
-def hooked(modules: Sequence[tuple[nn.Module, bool]]) -> list[Registry]:
+def hook_registries(modules: Sequence[tuple[nn.Module, bool]]) -> list[Registry]:
     """Return the registries that are not empty, of forward hooks and pre-hooks that run when the modules are called."""
     found = [registry for registry in GLOBAL_FORWARD_HOOKS if registry[0]]
     for module, _ in modules:
@@ -58,7 +58,7 @@ class Hooks:
         watched = []
         for registry, _ in self.registries:
             for key, hook in registry.items():
-                if not _is_torchs(hook):
+                if not _belongs_to_torch(hook):
                     watched.append((registry, key, hook, _Watched(self, hook)))
         for registry, key, _, wrapper in watched:
             registry[key] = wrapper
@@ -126,13 +126,13 @@ def _for_second_evaluation(then: Hooks | None, registry: dict, seen: Sequence[tu
         if key not in registry:
             if id(hook) in then.changing:
                 hooks[key] = _InThread(hook, thread)
-        elif _is_torchs(hook) or id(hook) in then.changing:
+        elif _belongs_to_torch(hook) or id(hook) in then.changing:
             hooks[key] = registry[key]
         else:
             hooks[key] = _NotInThread(registry[key], thread)
     for key, hook in registry.items():
         if key not in hooks:
-            hooks[key] = hook if _is_torchs(hook) else _NotInThread(hook, thread)
+            hooks[key] = hook if _belongs_to_torch(hook) else _NotInThread(hook, thread)
     return hooks
 
 
@@ -207,6 +207,6 @@ def unwrapped(hook: Callable) -> Callable:
     return hook
 
 
-def _is_torchs(hook: Callable) -> bool:
+def _belongs_to_torch(hook: Callable) -> bool:
     hook = unwrapped(hook)
     return (getattr(hook, "__module__", None) or type(hook).__module__).partition(".")[0] == "torch"

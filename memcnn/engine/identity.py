@@ -12,9 +12,10 @@ def identity(x: Tensor) -> tuple[int, int]:
 def has_no_version(x: Tensor) -> bool:
     """Return whether x was made under ``torch.inference_mode()``, or is a parameter of such a tensor."""
     try:
-        return x._version is None
+        _ = x._version
     except RuntimeError:
         return True
+    return False
 
 
 def refuse_unless_lazy(x: Tensor, what: str) -> None:

@@ -94,8 +94,8 @@ class OpaqueModule(Recomputation):
         streams = [y for y in outputs if is_stream(y)]
         if not streams:
             raise TypeError(
-                f"{self.name} must return a floating-point tensor, or a tuple with some, from which its "
-                f"inverse gives back the input: got {type(result).__name__}"
+                f"{self.name} must return a floating-point tensor, or a tuple with some, since its inverse "
+                f"computes the input from them: got {type(result).__name__}"
             )
         # the graph refers to this step, which must not refer to the graph
         self.results = [_STREAM if is_stream(y) else tree_map_only(Tensor, Tensor.detach, y) for y in outputs]
@@ -131,10 +131,10 @@ class OpaqueModule(Recomputation):
 
         Then the inverse used the random numbers of the forward pass in another order, or autocast's rounding is large.
         """
-        error = self._excess(result, self._autocast)
+        error = self._excess(result, self._autocast_dtype)
         if not error:
             return
-        if self._autocast is not None and self._is_right_without_autocast():
+        if self._autocast_dtype is not None and self._is_right_without_autocast():
             raise RuntimeError(
                 f"under autocast the inverse of {self.name} does not undo its forward pass, and without autocast it "
                 f"does: outputs computed again are {error:.1e} off, relative to the largest entry; compute scales and "
@@ -147,26 +147,30 @@ class OpaqueModule(Recomputation):
         )
 
     @property
-    def _device(self) -> str:
+    def _device_type(self) -> str:
         """The type of the streams' device."""
         return self.sources[0].read().device.type
 
     @property
-    def _autocast(self) -> torch.dtype | None:
+    def _autocast_dtype(self) -> torch.dtype | None:
         """The dtype of autocast in the forward pass; None where it was off."""
         states = self.replay.autocast
-        return next((dtype for kind, dtype, enabled, _ in states if enabled and kind == self._device), None)
+        return next((dtype for kind, dtype, enabled, _ in states if enabled and kind == self._device_type), None)
 
-    def _excess(self, result: Any, lower: torch.dtype | None) -> float:
+    def _excess(self, result: Any, autocast_dtype: torch.dtype | None) -> float:
         """Return the largest relative error in ``result``, outputs computed again, that rounding does not explain.
 
-        It is 0 where rounding to the streams' dtypes or to ``lower`` explains all. NaN is not looked at: it is loud.
+        It is 0 if rounding to the streams' dtypes or to ``autocast_dtype`` explains all errors. NaN is ignored here,
+        because the user sees it in the loss.
         """
         streams = [y for y in self._outputs(result) if is_stream(y)]
         found = [0.0]
         for got, value in zip(streams, self.sources, strict=True):
-            error = relative_error(got, wanted := value.read())
-            if error > max(torch.finfo(dtype).eps for dtype in (wanted.dtype, lower or wanted.dtype)) ** 0.5:
+            error = relative_error(got, expected := value.read())
+            if (
+                error
+                > max(torch.finfo(dtype).eps for dtype in (expected.dtype, autocast_dtype or expected.dtype)) ** 0.5
+            ):
                 found.append(error)
         return max(found)
 
@@ -178,7 +182,11 @@ class OpaqueModule(Recomputation):
             arguments, kwargs = self.arguments.read()
             for position, tensor in zip(self.positions, tensors, strict=True):
                 arguments[position] = tensor
-            with self.replay.again(compare=False), torch.autocast(self._device, enabled=False), torch.no_grad():
+            with (
+                self.replay.again(check_generators=False),
+                torch.autocast(self._device_type, enabled=False),
+                torch.no_grad(),
+            ):
                 return not self._excess(self.run(*arguments, **kwargs), None)
         except Exception:  # such as one for dtypes that do not fit each other without autocast
             return False
@@ -199,9 +207,9 @@ class OpaqueModule(Recomputation):
             inspect.signature(self.undo).bind(*given, **kwargs)
         except TypeError as error:
             raise TypeError(
-                f"the inverse of {self.name} receives the outputs and every argument that is no stream, "
-                f"{len(given)} positional ones and the keywords {sorted(kwargs)}, and does not take them "
-                f"({error}): give inverse the parameters of forward, or use keep_input=True"
+                f"the inverse of {self.name} cannot be called with the outputs and the stored arguments of forward "
+                f"({len(given)} positional, keywords {sorted(kwargs)}): {error}. Give inverse the parameters of "
+                "forward, or use keep_input=True"
             ) from error
         except ValueError:  # a function without a signature
             pass
@@ -211,8 +219,8 @@ class OpaqueModule(Recomputation):
     ) -> Sequence[Tensor]:
         """Return the streams among the inputs, computed by ``undo`` from the outputs; without autocast if asked."""
         outputs = self._arguments_of_undo([value.read() for value in self.sources], arguments)
-        off = nullcontext() if autocast else torch.autocast(self._device, enabled=False)
-        with self.replay.again(compare=False), off, torch.no_grad():
+        off = nullcontext() if autocast else torch.autocast(self._device_type, enabled=False)
+        with self.replay.again(check_generators=False), off, torch.no_grad():
             inputs = _as_list(self.undo(*outputs, **kwargs))
         if len(inputs) == len(arguments):
             inputs = [inputs[i] for i in self.positions]
@@ -223,7 +231,7 @@ class OpaqueModule(Recomputation):
 
     def _kinds_error(self, kinds: Sequence) -> RuntimeError:
         """Return the exception for an inverse whose results have other dtypes or shapes than the inputs."""
-        lower = self._autocast
+        lower = self._autocast_dtype
         shapes = [kind[1] for kind in kinds if isinstance(kind, tuple)]
         if lower in [kind[0] for kind in kinds] and shapes == [shape for _, shape in self.kinds]:
             wanted = ", ".join(dict.fromkeys(str(dtype) for dtype, _ in self.kinds))
@@ -233,8 +241,8 @@ class OpaqueModule(Recomputation):
                 "dtype, disable autocast within the block, or use keep_input=True"
             )
         return RuntimeError(
-            f"{self.name} does not invert itself: it was given {self.kinds} and its inverse returned {kinds}; "
-            "let the inverse return tensors of the shapes and dtypes of the inputs, in their order"
+            f"the inverse of {self.name} must return what forward was given, {self.kinds}, and returned {kinds}: "
+            "return tensors of the shapes and dtypes of the inputs, in their order"
         )
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memcnn.engine.again import Again, restore_autocast
+from memcnn.engine.again import ReplayContext, restore_autocast
 from memcnn.engine.replay import Replay
 from memcnn.engine.survey import ALWAYS_READ, ORDINARY, ParameterStates, Snapshot, take_snapshot
 from memcnn.engine.torch_private import is_observed
 
 
 class QuietReplay:
-    """Replays the evaluation of quiet module trees: ``Replay``, as far as a step needs it.
+    """Replays the evaluation of quiet module trees. Has those attributes and methods of ``Replay`` that a step uses.
 
     Args:
         modules: the roots of the trees.
@@ -31,7 +31,7 @@ class QuietReplay:
     hooks, generators = None, ()
     watch = None
     """There is nothing to watch in the first evaluation, and nothing to note after it."""
-    sets_parameters = is_initialised_by_it = False
+    sets_parameters = was_initialised_in_forward = False
     may_reuse = True
 
     def __init__(self, modules: Sequence[nn.Module], inputs: Sequence[Tensor], snapshot: Snapshot):
@@ -48,31 +48,31 @@ class QuietReplay:
             else (kind, None, False, True)
             for kind in (("cpu",) if kind == "cpu" else ("cpu", kind))
         ]
-        self.changed: Replay | None = None
+        self.full_replay: Replay | None = None
         """Takes over for a second evaluation if the tree has changed since the first."""
 
     @property
     def name(self) -> str:
         return type(self.modules[0]).__name__
 
-    def again(self, *, compare: bool = True) -> Again:
+    def again(self, *, check_generators: bool = True) -> ReplayContext:
         """Return the context of a further evaluation, as ``Replay`` does."""
-        return Again(self, compare)
+        return ReplayContext(self, check_generators)
 
     def evaluated(self) -> None:
         """Note nothing: a quiet module changes nothing that a further evaluation has to know."""
 
     def check_unchanged(self, when: str, fix: str) -> None:
         """Survey the tree again. If it has changed, raise a RuntimeError or prepare to restore it."""
-        self.changed = None
+        self.full_replay = None
         if is_observed() or not self.snapshot.is_unchanged(self.modules, self.parameter_states):
-            self.changed = self._full_replay()
-            self.changed.check_unchanged(when, fix)
+            self.full_replay = self._full_replay()
+            self.full_replay.check_unchanged(when, fix)
 
     def restore(self, undo: list[tuple]) -> None:
         """Set everything as the first evaluation found it. ``undo`` receives the calls that undo this."""
-        if self.changed is not None:
-            self.changed.restore(undo)
+        if self.full_replay is not None:
+            self.full_replay.restore(undo)
             return
         restore_autocast(self.autocast, undo)
         for survey in self.snapshot.surveys:
@@ -82,6 +82,7 @@ class QuietReplay:
 
     def _full_replay(self) -> Replay:
         """Return the ``Replay`` that would have been made before the first evaluation."""
+        # start from the replay of an empty module, and fill in what the surveys noted before the first evaluation
         replay = Replay(nn.Identity(), (), preserve_rng_state=False)
         replay.name, replay.hooks, replay.autocast = self.name, None, self.autocast
         replay.modes.clear()

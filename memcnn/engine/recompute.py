@@ -68,9 +68,9 @@ from memcnn.reuse import evaluation
 
 
 class Activation(Stored):
-    """The empty place of any tensor that autograd saves within a branch, until the second evaluation fills it (rule 2).
+    """A placeholder for one tensor that autograd saves within a branch.
 
-    It lives as long as the graph node that saved it.
+    It is empty until the second evaluation fills it (rule 2). It lives as long as the graph node that saved it.
     """
 
     __slots__ = ("dtype", "shape")
@@ -100,7 +100,7 @@ class Recomputation(Link):
         targets: the values whose tensors the step drops, and later rebuilds.
         keep_input: leave the targets' tensors stored.
         preserve_rng_state: give the recomputation the random numbers of the forward evaluation.
-        check_inverse: the largest relative error of rebuilt targets. The targets are stored to compare them.
+        check_inverse: the largest relative error that rebuilt targets may have. The targets are stored to compare them.
     """
 
     def __init__(
@@ -117,13 +117,14 @@ class Recomputation(Link):
         if not keep_input and inputs and inputs[0].dtype in (torch.bfloat16, torch.float16):
             warnings.warn(
                 f"rebuilding a {inputs[0].dtype} stream adds as much rounding as computing it, so that gradients are "
-                "off by percents, and by more in deeper chains: give the blocks float32 (x.float()) and run their "
-                "branches under torch.autocast, or use keep_input=True",
+                "wrong by several percent, and by more in deeper chains: give the blocks float32 (x.float()) and run "
+                "their branches under torch.autocast, or use keep_input=True",
                 stacklevel=2,
             )
         self.module, self.inputs = module, inputs
-        self.holds = keep_input
-        """With ``keep_input``, forward may call ``autograd.grad``: saved tensors stay until it returns."""
+        self.keeps_saved_tensors = keep_input
+        """True with ``keep_input``. Saved tensors then stay stored until forward returns, because it may call
+        ``autograd.grad``."""
         self.check_inverse = check_inverse
         self.expected = [v.tensor for v in targets] if check_inverse is not None and not keep_input else []
         self.activations: list[weakref.ref[Activation]] = []
@@ -159,7 +160,7 @@ class Recomputation(Link):
         finally:
             thread_state.recording, thread_state.noted_sources = recording, noted
             evaluation.kept, evaluation.remaining = kept, remaining
-            if self.holds:
+            if self.keeps_saved_tensors:
                 for reference in self.activations:
                     if (activation := reference()) is not None:
                         activation.tensor = None
@@ -261,7 +262,7 @@ class Recomputation(Link):
             return tensor
         activation = Activation(tensor)
         self.activations.append(weakref.ref(activation))
-        if self.holds and self.sources is None:
+        if self.keeps_saved_tensors and self.sources is None:
             activation.store(tensor)
         if self.drift is not None:
             self.drift.note(tensor)

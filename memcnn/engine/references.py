@@ -25,8 +25,8 @@ class NotCopied(Exception):
     """A value is neither a constant, a tensor nor a small container of such values."""
 
 
-class Values:
-    """Stands for a tensor with a graph in the copy of a container: its values."""
+class DetachedTensor:
+    """Stands for a tensor with a graph in the copy of a container. Holds its values without the graph."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor.detach()
@@ -72,7 +72,7 @@ class Container(NamedTuple):
         """Set the attribute to a new copy of the container. ``undo`` receives the call that undoes this."""
         if self.name in self.own:
             undo.append((self.own.__setitem__, self.name, self.own[self.name]))
-            self.own[self.name] = copied(self.content, _given_again)
+            self.own[self.name] = deep_copy(self.content, _given_again)
 
 
 def references(module: nn.Module) -> Iterator[tuple[str, Tensor | Container]]:
@@ -83,16 +83,16 @@ def references(module: nn.Module) -> Iterator[tuple[str, Tensor | Container]]:
             yield name, value
         elif type(value) in CONTAINERS or (isinstance(value, (tuple, frozenset)) and not is_constant(value)):
             with suppress(NotCopied):
-                yield name, Container(own, name, copied(value, _noted))
+                yield name, Container(own, name, deep_copy(value, _noted))
 
 
-def copied(value: Any, of_tensor: Callable[[Any], Any], room: list[int] | None = None) -> Any:
+def deep_copy(value: Any, of_tensor: Callable[[Any], Any], room: list[int] | None = None) -> Any:
     """Return a copy of a constant, a tensor or a container, with copies of the containers in it.
 
     Args:
         value: the value.
-        of_tensor: its result takes the place of each tensor, or ``Values``, that it is called with.
-        room: a list of one number, of the entries that may still be copied; None for ``MOST_ENTRIES``.
+        of_tensor: a function; its result replaces each tensor or ``DetachedTensor``.
+        room: a list with one number, how many entries may still be copied. None means ``MOST_ENTRIES``.
 
     Raises:
         NotCopied: another object is in it, or it has too many entries.
@@ -100,7 +100,7 @@ def copied(value: Any, of_tensor: Callable[[Any], Any], room: list[int] | None =
     kind = type(value)
     if is_constant(value):
         return value
-    if kind is Tensor or kind is Values:
+    if kind is Tensor or kind is DetachedTensor:
         return of_tensor(value)
     if kind not in CONTAINERS and not isinstance(value, (tuple, frozenset)):
         raise NotCopied
@@ -111,22 +111,22 @@ def copied(value: Any, of_tensor: Callable[[Any], Any], room: list[int] | None =
     if isinstance(value, dict):
         content = value.copy()  # keeps the default of a defaultdict
         for key, entry in value.items():
-            content[key] = copied(entry, of_tensor, room)
+            content[key] = deep_copy(entry, of_tensor, room)
         return content
     if kind is bytearray:
         return value.copy()
-    entries = [copied(entry, of_tensor, room) for entry in value]
+    entries = [deep_copy(entry, of_tensor, room) for entry in value]
     if kind is deque:
         return deque(entries, value.maxlen)
     return getattr(kind, "_make", kind)(entries)  # named tuples have ``_make``
 
 
-def _noted(tensor: Tensor) -> Tensor | Values:
-    return tensor if tensor.grad_fn is None else Values(tensor)
+def _noted(tensor: Tensor) -> Tensor | DetachedTensor:
+    return tensor if tensor.grad_fn is None else DetachedTensor(tensor)
 
 
-def _given_again(noted: Tensor | Values) -> Tensor:
-    return _with_graph(noted.tensor) if isinstance(noted, Values) else noted
+def _given_again(noted: Tensor | DetachedTensor) -> Tensor:
+    return _with_graph(noted.tensor) if isinstance(noted, DetachedTensor) else noted
 
 
 def _with_graph(values: Tensor) -> Tensor:

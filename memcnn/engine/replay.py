@@ -16,19 +16,19 @@ from operator import is_
 import torch
 from torch import Tensor, nn
 
-from memcnn.engine.again import Again, exchange, restore_autocast
+from memcnn.engine.again import ReplayContext, exchange, restore_autocast
 from memcnn.engine.attributes import (
     BASE_ATTRIBUTES,
     Attributes,
-    added,
     have_changed,
     known_class,
     known_classes,
     layer_of,
-    noted,
-    present,
+    names_added_since,
+    note_constants,
     remove,
     set_again,
+    with_present_values,
 )
 from memcnn.engine.buffers import Buffer, ReplayedBuffers, hook_reads_statistics, reads_statistics
 from memcnn.engine.capture import NoRandomNumbers, is_captured
@@ -38,15 +38,15 @@ from memcnn.engine.generators import (
     OWNED,
     PYTHON,
     Drawn,
-    Source,
-    moved_outside,
-    outside_state,
+    GeneratorAccess,
+    drawn_from_globals,
+    global_states,
     owned,
     rng_state,
     same_state,
     set_rng_state,
 )
-from memcnn.engine.hooks import Hooks, hooked, restore_hooks
+from memcnn.engine.hooks import Hooks, hook_registries, restore_hooks
 from memcnn.engine.identity import identity, refuse_unless_lazy
 from memcnn.engine.references import Container, WithGraph, references
 from memcnn.engine.survey import draws_nothing
@@ -59,10 +59,10 @@ class Replay(ReplayedBuffers):
     """Replays the evaluation of ``module`` on ``inputs``.
 
     Construct it before the first evaluation, and call ``evaluated()`` after it. A further evaluation within ``again()``
-    sees the parameters, buffers and plain attributes that ``module`` had and computes the same. It leaves generators,
-    parameters, buffers, attributes and modes as it found them. Parameters that a layer initialised during the first
-    evaluation keep their initialised values. A parameter or buffer that was modified in place since is a RuntimeError,
-    except for buffers that the first evaluation modified as well.
+    sees the parameters, buffers and plain attributes that ``module`` had before the first, and so computes the same
+    result. It leaves generators, parameters, buffers, attributes and modes as it found them. Parameters that a layer
+    initialised during the first evaluation keep their initialised values. If a parameter or buffer was modified in
+    place since, ``again()`` raises a RuntimeError, except for buffers that the first evaluation modified as well.
 
     Args:
         module: the module that is evaluated.
@@ -81,8 +81,6 @@ class Replay(ReplayedBuffers):
         """Plain attributes of other modules."""
         self.users_modules: list[tuple[nn.Module, int]] = []
         """Modules that are not PyTorch's own layers, and the number of attributes of each."""
-        self.added_attributes: list[tuple[dict, tuple[str, ...]]] = []
-        """Attributes that modules have only since the first evaluation."""
         self.own_generators: list[object] = []
         """Generators that are attributes of a module."""
         self.is_foreign = False
@@ -98,25 +96,32 @@ class Replay(ReplayedBuffers):
         self.running_statistics: dict[int, nn.Module] = {}
         self.untracked: dict[nn.Module, None] = {}
         self.reads_statistics = False
+        self.silent: set[int] = set()
+
+        # what the first evaluation changed: ``evaluated()`` sets these
         self.sets_modes = False
         """True if the first evaluation left a module in another mode. A further one does the same."""
         self.sets_parameters = False
         """True if a layer changed its own parameters in the first evaluation."""
-        self.is_initialised_by_it = False
+        self.was_initialised_in_forward = False
         """True if the first evaluation changed parameters or built modules. A further one does not repeat that."""
-        self.moved_attributes: list[Attributes] = []
+        self.changed_attributes: list[Attributes] = []
         """Attributes that the first evaluation changed, as they were before."""
-        self.silent: set[int] = set()
+        self.added_attributes: list[tuple[dict, tuple[str, ...]]] = []
+        """Attributes that modules have only since the first evaluation."""
+
         self._survey(module)
-        registries = hooked(self.modes)
+        registries = hook_registries(self.modes)
         self.hooks = Hooks(registries) if registries else None
         hooks = self.hooks.seen if self.hooks is not None else ()
         if self.reads_statistics or any(hook_reads_statistics(hook) for _, _, hook, _ in hooks):
             self.survey_statistics_again()
 
         self.may_reuse = self.hooks is None and not self.reads_statistics
-        """True if the second evaluation may take results from the first (memcnn/reuse.py). It does not call every hook,
-        and must update statistics that the module reads."""
+        """True if the second evaluation may take results from the first (memcnn/reuse.py).
+
+        False if there are hooks, since the second evaluation does not call all of them; and if the module reads running
+        statistics, since the second evaluation must then update them."""
         devices = {_CPU, *[x.device for x in inputs]}
         self.autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
@@ -134,16 +139,16 @@ class Replay(ReplayedBuffers):
         """The generators that the module may draw from; after ``evaluated()``, those that it drew from."""
         if preserve_rng_state:
             self.generators = [
-                Drawn(Source("PyTorch's", rng_state, set_rng_state, device), rng_state(device), None)
+                Drawn(GeneratorAccess("PyTorch's generator", rng_state, set_rng_state, device), rng_state(device), None)
                 for device in devices
                 if device.type in ("cpu", "cuda") and device not in captured
             ]
             for generator in {id(g): g for g in self.own_generators}.values() if self.own_generators else ():
                 if getattr(generator, "device", None) not in captured:
-                    source = owned(generator)
-                    self.generators.append(Drawn(source, source.read(source.key), None))
+                    access = owned(generator)
+                    self.generators.append(Drawn(access, access.read(access.key), None))
         is_watched = preserve_rng_state and (self.is_foreign or self.hooks is not None)
-        self.outside = outside_state(module) if is_watched else None
+        self.global_states = global_states(module) if is_watched else None
         """Python's and NumPy's generators before the first evaluation. None after it, or if no code may use them."""
 
     def _survey(self, root: nn.Module) -> None:
@@ -167,12 +172,12 @@ class Replay(ReplayedBuffers):
             parameters = module._parameters
             for name, parameter in parameters.items():
                 if parameter is not None:
-                    value: tuple[int, int] | None = None
+                    found: tuple[int, int] | None = None
                     try:
-                        value = parameter._version, parameter.untyped_storage()._cdata
+                        found = parameter._version, parameter.untyped_storage()._cdata
                     except (RuntimeError, ValueError):
                         refuse_unless_lazy(parameter, f"the parameter {name!r} of {type(module).__name__}")
-                    self.parameters.append((parameters, name, parameter, parameter.requires_grad, value))
+                    self.parameters.append((parameters, name, parameter, parameter.requires_grad, found))
             if module._buffers:
                 self.survey_buffers(module)
 
@@ -181,7 +186,7 @@ class Replay(ReplayedBuffers):
         if (known := known_class(module, layer_of(type(module)))) is None:
             self.is_foreign = True
             self.reads_statistics = self.reads_statistics or reads_statistics(type(module))
-            self.users_attributes.append(noted(module))
+            self.users_attributes.append(note_constants(module))
             self.users_modules.append((module, len(vars(module))))
             if len(vars(module)) > BASE_ATTRIBUTES:
                 self._survey_references(module)
@@ -214,7 +219,7 @@ class Replay(ReplayedBuffers):
         if self.hooks is not None:
             stack.enter_context(self.hooks.watch())
         if self.refuses_random_numbers:
-            # under a dispatch mode the compiler would skip this code, and all that shares it, for ever after
+            # if torch.compile met this code under a dispatch mode, it would skip it from then on and never compile it
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(NoRandomNumbers(self.name))
         return stack
@@ -229,28 +234,28 @@ class Replay(ReplayedBuffers):
                 stacklevel=2,
             )
         generators, self.generators = self.generators, []
-        for source, before, _ in generators:
-            if not same_state(before, after := source.read(source.key)):
-                self.generators.append(Drawn(source, before, after))
-        if self.outside is not None:
+        for access, before, _ in generators:
+            if not same_state(before, after := access.read(access.key)):
+                self.generators.append(Drawn(access, before, after))
+        if self.global_states is not None:
             self.generators += [
-                Drawn(source, before, source.read(source.key))
-                for source, before in moved_outside(self.module, self.outside)
+                Drawn(access, before, access.read(access.key))
+                for access, before in drawn_from_globals(self.module, self.global_states)
             ]
-            self.outside = None
+            self.global_states = None
         # a layer that initialises itself in its first forward pass sets its parameters, but does so once
-        set_by = set()
-        for registry, name, p, _, before in self.parameters:
+        self_initialised = set()
+        for registry, name, p, _, identity_before in self.parameters:
             now = p._version, p.untyped_storage()._cdata
             self.unchanged.append(("parameter", name, p, now))
-            if now != before:
-                set_by.add(id(registry))
-        self.sets_parameters = self.is_initialised_by_it = bool(set_by)
+            if now != identity_before:
+                self_initialised.add(id(registry))
+        self.sets_parameters = self.was_initialised_in_forward = bool(self_initialised)
         if self.is_foreign:
             self.sets_modes = any(module.training != training for module, training in self.modes)
             self.children = [(registry, [*registry.values()]) for registry, _ in self.children]
             self._note_attributes()
-        self.note_buffers(set_by)
+        self.note_buffers(self_initialised)
 
     def _note_attributes(self) -> None:
         """Note which attributes the first evaluation changed.
@@ -258,17 +263,17 @@ class Replay(ReplayedBuffers):
         If it has changed parameters or built modules, an attribute may say that this is done. A further evaluation then
         sees the attributes as they are now.
         """
-        moved = [then for then in self.users_attributes if have_changed(then)]
-        if not self.sets_parameters and (moved or self.generators):
-            self.is_initialised_by_it = self._has_grown()
-        if self.is_initialised_by_it:
-            self.users_attributes = [present(then) for then in self.users_attributes]
+        changed = [then for then in self.users_attributes if have_changed(then)]
+        if not self.sets_parameters and (changed or self.generators):
+            self.was_initialised_in_forward = self._has_grown()
+        if self.was_initialised_in_forward:
+            self.users_attributes = [with_present_values(then) for then in self.users_attributes]
             self.references = []
             return
-        self.moved_attributes = moved
+        self.changed_attributes = changed
         for module, size in self.users_modules:
             own = vars(module)
-            if len(own) != size and (names := added(own, size)):
+            if len(own) != size and (names := names_added_since(own, size)):
                 self.added_attributes.append((own, names))
 
     def _has_grown(self) -> bool:
@@ -282,27 +287,27 @@ class Replay(ReplayedBuffers):
             sum(b is not None for m in modules for b in m._buffers.values()),
         ) != (len(self.modes), len(self.parameters), buffers)
 
-    def again(self, *, compare: bool = True) -> Again:
+    def again(self, *, check_generators: bool = True) -> ReplayContext:
         """Return the context of a further evaluation.
 
         Args:
-            compare: raise a RuntimeError if the generators do not end where the first evaluation left them.
+            check_generators: raise a RuntimeError if the generators do not end where the first evaluation left them.
         """
-        return Again(self, compare)
+        return ReplayContext(self, check_generators)
 
     def check_unchanged(self, when: str, fix: str) -> None:
         """Raise a RuntimeError if a parameter, a buffer or a module was modified or exchanged."""
-        for kind, name, tensor, value in self.unchanged:
-            if (tensor._version, tensor.untyped_storage()._cdata) != value:
+        for kind, name, tensor, identity_before in self.unchanged:
+            if (tensor._version, tensor.untyped_storage()._cdata) != identity_before:
                 raise RuntimeError(
                     f"the {kind} {name!r} of shape {tuple(tensor.shape)} was modified {when}, so that "
                     f"the activations cannot be rebuilt: {fix}"
                 )
-        for kind, name, tensor, bits in self.checksums:
-            if checksum(tensor) != bits:
+        for kind, name, tensor, checksum_before in self.checksums:
+            if checksum(tensor) != checksum_before:
                 raise RuntimeError(
-                    f"the {kind} {name!r} of shape {tuple(tensor.shape)} was modified {when} through "
-                    ".data, NumPy or a kernel that counts no version, so that the activations cannot be "
+                    f"the {kind} {name!r} of shape {tuple(tensor.shape)} was modified {when} in a way that "
+                    "PyTorch does not count (.data, NumPy or a custom kernel), so that the activations cannot be "
                     f"rebuilt: {fix}"
                 )
         for registry, content in self.children:
@@ -327,10 +332,10 @@ class Replay(ReplayedBuffers):
             own, names, values = then
             if not all(map(is_, values, map(own.get, names))):
                 set_again(then, undo)
-        moved = {id(own) for own, _, _ in self.moved_attributes} if self.moved_attributes else ()
+        changed = {id(own) for own, _, _ in self.changed_attributes} if self.changed_attributes else ()
         for then in self.users_attributes:
             own, names, values = then
-            if id(own) in moved or not all(map(is_, values, map(own.get, names))):
+            if id(own) in changed or not all(map(is_, values, map(own.get, names))):
                 set_again(then, undo)
         for own, names in self.added_attributes:
             remove(own, names, undo)
@@ -346,11 +351,11 @@ class Replay(ReplayedBuffers):
         for registry, name, buffer in self.buffers:
             if registry.get(name) is not buffer:
                 exchange(registry, name, buffer, undo)
-        for source, before, _ in self.generators:
-            undo.append((source.write, source.key, source.read(source.key)))
-            source.write(source.key, before)
-        if self.outside is not None:  # ``evaluated()`` was not called
-            undo += [(source.write, source.key, source.read(source.key)) for source in (PYTHON, NUMPY)]
+        for access, before, _ in self.generators:
+            undo.append((access.write, access.key, access.read(access.key)))
+            access.write(access.key, before)
+        if self.global_states is not None:  # ``evaluated()`` was not called
+            undo += [(access.write, access.key, access.read(access.key)) for access in (PYTHON, NUMPY)]
         for reference in self.references:
             reference.set_again(undo)
         exchanged = self.exchange_statistics(undo) if self.restored else ()
@@ -361,5 +366,5 @@ class Replay(ReplayedBuffers):
             undo.append((buffer.data.copy_, buffer.clone()))
             if before is not None:
                 buffer.data.copy_(before)
-        if (registries := hooked(self.modes)) or self.hooks is not None:
+        if (registries := hook_registries(self.modes)) or self.hooks is not None:
             restore_hooks(self.hooks, registries, undo)

@@ -47,7 +47,8 @@ def start_link() -> None:
         if number != -1:
             end = functools.partial(end_pass, number)
             at_end_of_backward(end)
-            weakref.finalize(end, end_pass, number)  # a pass that ends in an error drops its callbacks uncalled
+            # if the pass raises, PyTorch drops the callback without calling it; the finalizer then does the work
+            weakref.finalize(end, end_pass, number)
     passes[number].append([])
     if len(passes[number]) > KEPT_LINKS:
         for stored in _still_rebuilt(passes[number].popleft()):

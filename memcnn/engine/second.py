@@ -96,19 +96,20 @@ class SecondEvaluation:
     def _collect(self, tensor: Tensor) -> Tensor | None:
         """Give the next activation its tensor. The counterpart of ``Recomputation._pack``, whose rules it repeats.
 
-        Return the tensor to save if the module differentiates within its own forward, else None.
+        With ``keep_input`` return the tensor to save, because the module may differentiate within its own forward;
+        else None.
         """
         step = self.step
-        held = tensor.detach() if step.holds else None
+        held = tensor.detach() if step.keeps_saved_tensors else None
         has_graph = tensor.requires_grad
         if has_graph:
             if tensor.is_leaf:
-                has_graph = False
+                has_graph = False  # the step's inputs are leaves here
                 for step_input in self.inputs:
                     if tensor is step_input:
                         break
-                else:  # no input, but for example a parameter
-                    return tensor if step.holds else None
+                else:  # a leaf that is no input, such as a parameter, is saved as it is
+                    return tensor if step.keeps_saved_tensors else None
         elif id(tensor) in step.replay.running_statistics:
             return held
         self.seen += 1

@@ -90,8 +90,8 @@ _entries: dict[type, ClassEntry] = {}
 """The entry of each class seen."""
 
 _snapshots: "weakref.WeakKeyDictionary[nn.Module, dict[bool, Snapshot | int]]" = weakref.WeakKeyDictionary()
-"""By first tree, the last snapshot of this tree alone (False), and of several trees that begin with it (True). In place
-of a snapshot, the position of the tree that was not quiet."""
+"""For each root module: under False the last snapshot of its tree alone, under True the last snapshot of several trees
+that begin with it. An int instead of a snapshot is the index of the tree that was not quiet."""
 
 
 class Survey:

@@ -3,8 +3,8 @@
 ``torch.utils._pytree`` and ``torch.utils._python_dispatch``, which PyTorch's documentation itself uses, are imported
 where they are needed.
 
-A private name may change with any release, and this file is then the place to mend. Three kinds of private attributes
-are read where they are needed, since a function call for each saved tensor would cost more than the work itself:
+A release of PyTorch may change a private name. This file is then the only one to repair. Three kinds of private
+attributes are read where they are needed, since a function call for each saved tensor would cost more than the work:
 
 * ``Tensor._version``: counts in-place modifications. Autograd checks it in the same way.
 * ``UntypedStorage._cdata``: the address of the storage object, which changes with ``x.data = ...``. Unlike the address
@@ -161,7 +161,7 @@ def is_transformed() -> bool:
     """Return whether torch.func, forward-mode differentiation, torch.export or torch.jit.trace is running.
 
     None of these calls the hooks for saved tensors. The flag of torch.export is read directly, because the compiler of
-    PyTorch 2.11 takes ``torch.compiler.is_exporting()`` for always true, and blocks would then store their activations
+    PyTorch 2.11 treats ``torch.compiler.is_exporting()`` as always true, and blocks would then store their activations
     in compiled models.
     """
     return (

@@ -11,8 +11,8 @@ recompute   In the second evaluation of a reversible branch, ``batch_statistics`
 backward    ``gradient_sums`` reads x and the gradient of y once. The gradient of x is left to the compiler.
 ==========  ==========================================================================================================
 
-On a CPU, and without Triton, both operators are plain PyTorch: right, but not fast. Their time on a GPU has not been
-measured yet: ``python -m bench.speed --fast --tries`` does.
+On a CPU, and without Triton, both operators are plain PyTorch: correct, but not fast. Their time on a GPU is not
+measured yet. To measure it, run ``python -m bench.speed --fast --tries``.
 
 Formulas: Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167, section 3.
 """
@@ -61,18 +61,19 @@ class SkippedReLU(nn.ReLU):
 
 
 def use_fused_norms(model: nn.Module, *, enabled: bool = True) -> list[str]:
-    """Let ``BatchNormReLU2d`` compute each BatchNorm, ReLU that a convolution follows in an ``nn.Sequential``.
+    """Fuse each BatchNorm2d and ReLU in front of a convolution in an ``nn.Sequential`` into one ``BatchNormReLU2d``.
 
     The modules change their class, in place, and nothing else: parameters, buffers, state-dict keys, ``deepcopy`` and
     pickle work as before. The BatchNorm alone then returns the output of the ReLU, so its layers must run in the order
     of the ``nn.Sequential``, and hooks that are registered later see other values. Call it before the model is
-    compiled, captured, or wrapped by ``fully_shard``, and after ``nn.SyncBatchNorm.convert_sync_batchnorm``. It pays
-    only in compiled code. Second derivatives raise an error. With TorchInductor, differentiate a graph only once.
+    compiled, captured, or wrapped by ``fully_shard``, and after ``nn.SyncBatchNorm.convert_sync_batchnorm``. It is
+    faster only in compiled code. Second derivatives raise an error. In code of TorchInductor, differentiate a graph
+    only once, without ``retain_graph``.
 
     Args:
-        model: is changed. Stays as it is: a BatchNorm without parameters, running statistics or momentum; layers with
-            hooks or a replaced ``forward``; layers that occur in several places; a subclass of ``nn.Sequential`` with
-            its own ``forward``.
+        model: the model, changed in place. Not changed are a BatchNorm without parameters, running statistics or
+            momentum; layers with hooks or a replaced ``forward``; layers that occur in several places; and layers in a
+            subclass of ``nn.Sequential`` with its own ``forward``.
         enabled: with ``False``, change back.
 
     Returns:
@@ -93,7 +94,7 @@ def use_fused_norms(model: nn.Module, *, enabled: bool = True) -> list[str]:
                 isinstance(convolution, nn.Conv2d)
                 and type(relu) is nn.ReLU
                 and _is_tracking(norm)
-                and all(places[layer] == 1 and not _is_changed(layer) for layer in (norm, relu))
+                and all(places[layer] == 1 and not _is_customised(layer) for layer in (norm, relu))
             ):
                 norm.__class__, relu.__class__ = BatchNormReLU2d, SkippedReLU
                 changed.append(f"{name}.{key}" if name else key)
@@ -126,7 +127,7 @@ def batch_statistics(
         from memcnn.kernels import channel_sums
 
         copy = x.new_empty((2, x.shape[1]), dtype=torch.float32) if reuse.is_first() else None
-        with _on_device(x) as options:
+        with _launch_options(x) as options:
             result = channel_sums.batch_statistics(
                 innermost(x),
                 eps=eps,
@@ -169,7 +170,7 @@ def gradient_sums(output_gradient: Tensor, x: Tensor, statistics: Tensor, weight
         from memcnn.kernels import channel_sums
 
         images = innermost(output_gradient), innermost(x)
-        with _on_device(x) as options:
+        with _launch_options(x) as options:
             return channel_sums.gradient_sums(*images, statistics, weight, bias, relu=True, **options)
     normalised, gradient = _before_relu(output_gradient, x, statistics, weight, bias)
     return torch.stack([gradient.sum((0, 2, 3)), (gradient * normalised).sum((0, 2, 3))])
@@ -230,7 +231,7 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 @contextmanager
-def _on_device(x: Tensor) -> Iterator[dict[str, Any]]:
+def _launch_options(x: Tensor) -> Iterator[dict[str, Any]]:
     """Make the device of x the current one, and yield the options that both kernels have in common."""
     from memcnn.kernels.channel_sums import COUNTERS
 
@@ -257,17 +258,17 @@ def _is_tracking(module: nn.Module) -> bool:
 def _is_sequence(module: nn.Module) -> bool:
     """Return whether a module calls its children in their order, each with the output of the one before."""
     forward = getattr(vars(type(module)).get("stands_for", type(module)), "forward", None)
-    return isinstance(module, nn.Sequential) and forward is nn.Sequential.forward and not _is_changed(module)
+    return isinstance(module, nn.Sequential) and forward is nn.Sequential.forward and not _is_customised(module)
 
 
-def _is_changed(module: nn.Module) -> bool:
+def _is_customised(module: nn.Module) -> bool:
     """Return whether a module has hooks, or a forward function of its own."""
     own = vars(module)
     return "forward" in own or any(value for name, value in own.items() if name.endswith("_hooks"))
 
 
 def _is_supported(norm: BatchNormReLU2d, x: Tensor) -> bool:
-    """Return whether the operators compute what ``nn.BatchNorm2d`` would, which also raises for unsuitable inputs."""
+    """Return whether the operators support this layer and input. For others, ``nn.BatchNorm2d`` computes or raises."""
     return (
         norm.training
         and not is_transformed()

@@ -6,9 +6,9 @@ A program adds up a part of the rows, for a block of at most 32 neighbouring cha
 CHANNELS. Each thread reads 16 bytes of a tile, and neighbouring threads read neighbouring addresses. Each place of the
 tile has a float32 sum of its own, so the threads exchange no sums before the last tile.
 
-*Copies in advance.* The loop over the tiles has ``num_stages``: while a tile is added up, the next 4 or 5 are copied to
+*Pipelining.* The loop over the tiles has ``num_stages``: while a tile is added up, the next 4 or 5 are copied to
 shared memory (``cp.async``). With plain loads, 8 in a row, ptxas moved each load close to its first use. Only 2 to 5
-of the 8 were then under way at a time.
+of the 8 were then in flight at a time.
 
 *Variance.* The difference of two large sums would lose all digits of a channel of mean 1000 and deviation 0.1. Each
 place of the tile therefore has a mean and a sum of squared differences from this mean, which are updated row by row
@@ -24,12 +24,12 @@ merges in the same order. The same division of the rows therefore gives the same
 branches of a CUDA graph. Their programs would add to one number, and a program would merge results that are not yet
 stored. The kernels of one stream run one after the other, so they can share a counter.
 
-This file needs Triton. It uses only functions that both Triton 3.6 (PyTorch 2.11) and 3.7 have. Each number of
-channels, and each number of tiles of a program, is compiled once. That takes about a second.
+This file needs Triton. It uses only functions that both Triton 3.6 (PyTorch 2.11) and 3.7 have. Triton compiles a
+kernel once for each number of channels and of tiles of a program, which takes about a second.
 
 Estimate for one H100 or H200 (132 multiprocessors). This is arithmetic; nothing is measured on a GPU yet. "Memory" is
-the time of the images' bytes at 4 TB/s. "Merge" is what the last program of a block reads from the L2 cache. To the
-time for memory come about 3 us: 1 to 2 us to start and to wait for the first bytes, and 1 to 2 us to merge.
+the time of the images' bytes at 4 TB/s. "Merge" is what the last program of a block reads from the L2 cache. Add about
+3 us to the time for memory: 1 to 2 us to start and to wait for the first bytes, and 1 to 2 us to merge.
 
 =============================  =================  =======  =======  =====  =========  =============
 images                         function           bytes    memory   merge  registers  shared memory
@@ -83,10 +83,10 @@ class Division:
 
     @property
     def constants(self) -> dict[str, int]:
-        """Return the kernels' constants. The last program loads the results of SPLITS programs at once."""
-        splits = 32 * WARPS * _LOAD_BYTES // 4 // self.channels
-        tiles, loads = triton.cdiv(self.rows_each, self.rows), triton.cdiv(self.splits, splits)
-        return dict(CHANNELS=self.channels, ROWS=self.rows, TILES=tiles, SPLITS=splits, LOADS=loads)
+        """Return the kernels' constants. The last program loads the results of LOADED_SPLITS programs at once."""
+        loaded = 32 * WARPS * _LOAD_BYTES // 4 // self.channels
+        tiles, loads = triton.cdiv(self.rows_each, self.rows), triton.cdiv(self.splits, loaded)
+        return dict(CHANNELS=self.channels, ROWS=self.rows, TILES=tiles, LOADED_SPLITS=loaded, LOADS=loads)
 
 
 def divide(shape: torch.Size, itemsize: int, processors: int) -> Division:
@@ -263,7 +263,7 @@ def statistics_kernel(
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
     LOADS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    LOADED_SPLITS: tl.constexpr,
     COPY: tl.constexpr,
     UPDATE: tl.constexpr,
 ):
@@ -279,7 +279,9 @@ def statistics_kernel(
     tl.store(partial + (split * 2 + 1) * C + channel, squares, mask=exists)
 
     if _is_last(counter + block):
-        mean, variance = _merged_statistics(partial, channel, exists, rows, rows_each, C, CHANNELS, LOADS, SPLITS)
+        mean, variance = _merged_statistics(
+            partial, channel, exists, rows, rows_each, C, CHANNELS, LOADS, LOADED_SPLITS
+        )
         scale = tl.rsqrt(variance + eps)
         tl.store(result + channel, mean, mask=exists)
         tl.store(result + C + channel, scale, mask=exists)
@@ -336,14 +338,14 @@ def _merged_statistics(
     C: tl.constexpr,
     CHANNELS: tl.constexpr,
     LOADS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    LOADED_SPLITS: tl.constexpr,
 ):
     """Return means and biased variances of all rows, from the results of all programs."""
     first_mean = tl.load(partial + channel, mask=exists, other=0.0, cache_modifier=".cg")
-    changes = tl.zeros((SPLITS, CHANNELS), dtype=tl.float32)
-    squares = tl.zeros((SPLITS, CHANNELS), dtype=tl.float32)
+    changes = tl.zeros((LOADED_SPLITS, CHANNELS), dtype=tl.float32)
+    squares = tl.zeros((LOADED_SPLITS, CHANNELS), dtype=tl.float32)
     for load in tl.static_range(LOADS):
-        split = load * SPLITS + tl.arange(0, SPLITS)[:, None]
+        split = load * LOADED_SPLITS + tl.arange(0, LOADED_SPLITS)[:, None]
         is_split = split < tl.num_programs(0)
         size = tl.where(is_split, tl.minimum(rows_each, rows - split * rows_each), 0).to(tl.float32)
         inside = is_split & exists[None, :]
@@ -375,7 +377,7 @@ def gradient_kernel(
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
     LOADS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    LOADED_SPLITS: tl.constexpr,
     RELU: tl.constexpr,
 ):
     """Write the sums of ``g`` and of ``g * xhat`` of a channel block, (2, C)."""
@@ -410,7 +412,7 @@ def gradient_kernel(
     tl.store(partial + (split * 2 + 1) * C + channel, tl.sum(products, axis=0), mask=exists)
 
     if _is_last(counter + block):
-        sums_of_all, products_of_all = _merged_sums(partial, channel, exists, C, CHANNELS, LOADS, SPLITS)
+        sums_of_all, products_of_all = _merged_sums(partial, channel, exists, C, CHANNELS, LOADS, LOADED_SPLITS)
         tl.store(result + channel, sums_of_all, mask=exists)
         tl.store(result + C + channel, products_of_all, mask=exists)
         tl.store(counter + block, 0)
@@ -424,13 +426,13 @@ def _merged_sums(
     C: tl.constexpr,
     CHANNELS: tl.constexpr,
     LOADS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    LOADED_SPLITS: tl.constexpr,
 ):
     """Return both sums of the results of all programs."""
-    sums = tl.zeros((SPLITS, CHANNELS), dtype=tl.float32)
-    products = tl.zeros((SPLITS, CHANNELS), dtype=tl.float32)
+    sums = tl.zeros((LOADED_SPLITS, CHANNELS), dtype=tl.float32)
+    products = tl.zeros((LOADED_SPLITS, CHANNELS), dtype=tl.float32)
     for load in tl.static_range(LOADS):
-        split = load * SPLITS + tl.arange(0, SPLITS)[:, None]
+        split = load * LOADED_SPLITS + tl.arange(0, LOADED_SPLITS)[:, None]
         inside = (split < tl.num_programs(0)) & exists[None, :]
         address = partial + split * 2 * C + channel[None, :]
         sums += tl.load(address, mask=inside, other=0.0, cache_modifier=".cg")

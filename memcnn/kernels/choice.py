@@ -139,7 +139,7 @@ class Choices:
             by_name[str(plan)] = plan
             runs[str(plan)] = partial(operation.planned, first, second, plan)
         if rejected:
-            warn_user(_rejected(key, rejected), RuntimeWarning)
+            warn_user(_rejection_message(key, rejected), RuntimeWarning)
         with torch.cuda.device(key.device) if key.device.type == "cuda" else nullcontext():
             microseconds = self.timer(runs) if by_name else {}
         chosen = fastest(microseconds)
@@ -195,7 +195,7 @@ def _check_agreement(result: Tensor, expected: Tensor) -> None:
         raise ArithmeticError(f"differs from the library's result by {difference / size:.1e} of its norm")
 
 
-def _rejected(key: Key, rejected: Mapping[str, str]) -> str:
+def _rejection_message(key: Key, rejected: Mapping[str, str]) -> str:
     plan, reason = next(iter(rejected.items()))
     return (
         f"{len(rejected)} plans for the {key.operation} of shapes {key.shapes[0]} and {key.shapes[1]}, {key.dtype} on "

@@ -56,7 +56,7 @@ def residual_of(block: nn.Module, keywords: Sequence[str] = ()) -> Residual:
         raise NotResidual("its forward was replaced on the object, so that its class does not say what it computes")
     if type(block) is nn.TransformerEncoderLayer:
         return Residual(_of_encoder_layer(block), relu_after=False)
-    training, evaluation = (_recorded(block, keywords, mode) for mode in (True, False))
+    training, evaluation = (_record(block, keywords, mode) for mode in (True, False))
     if len(training.graphs) != len(evaluation.graphs) or training.relu_after != evaluation.relu_after:
         raise NotResidual("its structure in training mode differs from that in evaluation mode")
     functions: list[nn.Module] = [
@@ -183,7 +183,7 @@ class _OwnForward(fx.Tracer):
         return m is not self.block
 
 
-def _recorded(block: nn.Module, keywords: Sequence[str], training: bool) -> _Graphs:
+def _record(block: nn.Module, keywords: Sequence[str], training: bool) -> _Graphs:
     """Return a graph for each residual function of the block in training or evaluation mode."""
     with _unchanged(block), torch.random.fork_rng():
         block.train(training)
@@ -192,14 +192,18 @@ def _recorded(block: nn.Module, keywords: Sequence[str], training: bool) -> _Gra
             graph = _OwnForward(block).trace(_call_of(block, keywords))
         except Exception as error:  # whatever the block raises when it is given no values
             reason = " ".join(str(error).split(". ")[0].split())
-            raise NotResidual(f"its forward cannot be read without values: {type(error).__name__}: {reason}") from error
+            raise NotResidual(
+                f"torch.fx cannot trace its forward without values of tensors: {type(error).__name__}: {reason}"
+            ) from error
         if random.getstate() != before[0] or not torch.equal(torch.get_rng_state(), before[1]):
-            raise NotResidual("its forward decides by random numbers what to compute")
+            raise NotResidual(
+                "its forward draws random numbers itself: use a child module, such as nn.Dropout, for that"
+            )
     if any(node.op == "get_attr" and not str(node.target).startswith("block.") for node in graph.nodes):
         raise NotResidual("its forward makes a tensor from numbers, which stays on one device: register it as a buffer")
     _skip_identities(block, graph)
     x = next(node for node in graph.nodes if node.op == "placeholder")
-    return _parted(block, graph, x)
+    return _split_at_sums(block, graph, x)
 
 
 @contextmanager
@@ -239,7 +243,7 @@ def _skip_identities(block: nn.Module, graph: fx.Graph) -> None:
                 graph.erase_node(node)
 
 
-def _parted(block: nn.Module, graph: fx.Graph, x: fx.Node) -> _Graphs:
+def _split_at_sums(block: nn.Module, graph: fx.Graph, x: fx.Node) -> _Graphs:
     """Split a recorded graph at its sums, from the last to the first."""
     end = next(node for node in graph.nodes if node.op == "output").args[0]
     if not isinstance(end, fx.Node):
@@ -261,7 +265,9 @@ def _shortcut(end: fx.Node, x: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     """Return the skip term of the sum ``end``, which all other terms are computed from, and these other terms."""
     terms = _terms(end)
     if terms is None:
-        raise NotResidual(f"its last operation is {_words(end)}, not a sum of its input and a function of it")
+        raise NotResidual(f"its last operation is {_operation_name(end)}, not a sum of its input and a function of it")
+    # (a + b) + c is recorded as two sums. If no term of the outer one is the skip connection, replace each sum among
+    # the terms by its own terms, and look again.
     while True:
         for i, stream in enumerate(terms):
             rest = terms[:i] + terms[i + 1 :]
@@ -270,7 +276,7 @@ def _shortcut(end: fx.Node, x: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
         longer = [inner for term in terms for inner in (_terms(term) or [term])]
         if len(longer) == len(terms):
             raise NotResidual(
-                f"no term of its sum {_words(end)} is passed on unchanged, with all others computed from it alone"
+                f"its sum {_operation_name(end)} has no skip connection: no term from which all others are computed"
             )
         terms = longer
 
@@ -286,14 +292,14 @@ def _terms(node: fx.Node) -> list[fx.Node] | None:
 
 def _only_through(node: fx.Node, stream: fx.Node, x: fx.Node) -> bool:
     """Return whether every path from ``node`` back to ``x`` leads through ``stream``."""
-    return x not in _before(node, stream)
+    return x not in _ancestors(node, stream)
 
 
 def _leads_to(stream: fx.Node, x: fx.Node) -> bool:
-    return stream is x or x in _before(stream, None)
+    return stream is x or x in _ancestors(stream, None)
 
 
-def _before(node: fx.Node, stop: fx.Node | None) -> set[fx.Node]:
+def _ancestors(node: fx.Node, stop: fx.Node | None) -> set[fx.Node]:
     """Return the node and all nodes that it is computed from, as far back as ``stop``, which is not included."""
     found, waiting = set(), [node]
     while waiting:
@@ -306,7 +312,7 @@ def _before(node: fx.Node, stop: fx.Node | None) -> set[fx.Node]:
 
 def _graph_from(stream: fx.Node, terms: Sequence[fx.Node]) -> fx.Graph:
     """Return a graph of the sum of the terms as a function of ``stream``, without the "block." of all names."""
-    needed = set().union(*(_before(term, stream) for term in terms))
+    needed = set().union(*(_ancestors(term, stream) for term in terms))
     graph = fx.Graph()
     copies = {stream: graph.placeholder("x")}
     nodes = list(stream.graph.nodes)
@@ -327,7 +333,7 @@ def _is_relu(block: nn.Module, node: fx.Node) -> bool:
     return node.op == "call_method" and node.target in ("relu", "relu_")
 
 
-def _words(node: fx.Node) -> str:
+def _operation_name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target)).removeprefix("block.")
 
 

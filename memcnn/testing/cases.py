@@ -37,7 +37,7 @@ class Values:
     layout: str = "contiguous"
 
     def leaf(self, device: str = "cpu") -> Tensor:
-        """Return the memory from which ``laid_out`` makes the tensor."""
+        """Return the memory that ``laid_out`` makes the tensor of."""
         n, *others, last = self.shape
         shape = {"sliced": (n, *others, 2 * last), "expanded": (1, *others, last)}.get(self.layout, self.shape)
         if self.layout == "transposed":
@@ -66,7 +66,10 @@ class Values:
 
 
 class Attention(nn.Module):
-    """Self-attention over (N, L, features), with biases: without, it gives zeros for zeros, the kink of a ReLU."""
+    """Self-attention over (N, L, features), with nonzero biases.
+
+    Without them it maps zeros to zeros, where a following ReLU has its kink.
+    """
 
     def __init__(self, features: int, dropout: float = 0.0):
         super().__init__()
@@ -155,9 +158,11 @@ LAYERS = (*BUILDERS, NESTED)
 """The layers that branches are made of."""
 RANDOM_LAYERS = ("dropout", "attention with dropout")
 KINKED_LAYERS = ("relu", "relu in place")
-"""A rounding may carry a value across their kink and change a gradient by all of itself."""
+"""Rounding may move a value across their kink and so change a gradient entirely."""
 LEAST_STATISTICS = 8
-"""A norm divides by a standard deviation; over fewer values than this it may be close to zero, and is left out."""
+"""Fewest values over which a norm is drawn.
+
+Over fewer, the standard deviation that it divides by may be close to zero."""
 
 
 def fitting_layers(shape: Shape, layers: Collection[str] = LAYERS) -> list[str]:
@@ -184,7 +189,10 @@ def fitting_layers(shape: Shape, layers: Collection[str] = LAYERS) -> list[str]:
 
 @dataclass(frozen=True)
 class Branch:
-    """F or G: layers that keep ``shape``, by name or nested chains, and at the end may double it along ``doubled``."""
+    """F or G: a sequence of layers that keep ``shape``, each a name or a nested chain.
+
+    If ``doubled`` is given, a last layer doubles that dimension.
+    """
 
     shape: Shape
     layers: tuple["str | Chain", ...]
@@ -277,9 +285,9 @@ class Chain:
 
 @dataclass(frozen=True)
 class Network:
-    """A chain with an input for it, a mode, and what of it is frozen.
+    """A chain, its input, its mode, and which of its parameters are frozen.
 
-    frozen_every: freeze every parameter whose number this divides: 1 freezes all, 0 none.
+    frozen_every: freeze every n-th parameter; 1 freezes all, 0 none.
     autocast: run forward (and inverse) under bfloat16 autocast.
     """
 

@@ -186,7 +186,7 @@ def networks(
     """
     dtype, layout = draw(st.sampled_from(dtypes)), draw(st.sampled_from(layouts))
     under_autocast = dtype == torch.float32 and draw(st.sampled_from(autocast))
-    if under_autocast:  # the stream of nested blocks would be in low precision, of which the engine warns
+    if under_autocast:  # the stream of nested blocks would be in low precision, and the engine warns of that
         layers = [name for name in layers if name != NESTED]
     if dtype != torch.float64:
         layers = [name for name in layers if name not in KINKED_LAYERS]

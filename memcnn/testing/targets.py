@@ -22,7 +22,7 @@ WANTED = "wanted package.module:factory or path/to/file.py:factory"
 
 
 class Factory:
-    """Makes the user's module anew at each call. What the user's function prints is shown once.
+    """Makes a new module of the user's at each call. What the user's function prints is shown once.
 
     Attributes:
         target: ``package.module:name`` or ``path.py:name``.

@@ -10,10 +10,12 @@ from memcnn.engine.rounding import relative_error
 __all__ = ["ROUNDINGS_PER_BLOCK", "describe", "distance", "relative_error", "tolerance"]
 
 ROUNDINGS_PER_BLOCK = 1_000
-"""The number of unit roundings of the dtype that a block may add. A block evaluates about ten operations of a few
-hundred terms each, and one inversion. Correct blocks of the shipped kinds stay below a tenth of this."""
+"""The number of machine epsilons of the dtype (``torch.finfo(dtype).eps``) that a block may add.
+
+A block evaluates about ten operations of a few hundred terms each, and one inversion. Correct blocks of the shipped
+kinds stay below a tenth of this."""
 ROUNDINGS_PER_OPERATION = 100
-"""The number of unit roundings that one operation may add: the condition number counts every operation."""
+"""The number of machine epsilons that one operation may add: the condition number counts every operation."""
 
 
 def tolerance(

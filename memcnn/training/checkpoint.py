@@ -62,11 +62,11 @@ def load(folder: Path, identity: Identity, *, device: torch.device | str) -> Sta
             continue
         refuse_other_run(path, found, identity)
         if faults:
-            print(f"{faults[0]}. Going on from the one before, {PREVIOUS}.", file=sys.stderr)
+            print(f"{faults[0]}. Resuming from the previous checkpoint, {PREVIOUS}.", file=sys.stderr)
             if paths[0].exists():  # otherwise the next checkpoint would overwrite the good one with it
                 os.replace(paths[0], folder / DAMAGED)
         return state
-    raise BadCheckpoint(f"{'; '.join(faults)}. --fresh moves the run aside and begins anew.")
+    raise BadCheckpoint(f"{'; '.join(faults)}. --fresh moves the run aside and starts over.")
 
 
 def read(path: Path, *, device: torch.device | str = "cpu") -> tuple[Identity, State]:
@@ -103,5 +103,5 @@ def refuse_other_run(path: Path, found: Identity, wanted: Identity, *, ignoring:
     if differences:
         raise BadCheckpoint(
             f"{path} belongs to another run: {'; '.join(differences)}. "
-            "--fresh moves it aside and begins anew; --runs FOLDER keeps both."
+            "--fresh moves it aside and starts over; --runs FOLDER keeps both."
         )

@@ -1,4 +1,4 @@
-"""A network's training pass through ``torch.compile``, so that networks of one architecture share compiled code.
+"""A network's forward pass in training mode through ``torch.compile``. Networks of one architecture share the code.
 
 The compiled code does not depend on the number of classes: the last linear layer is not compiled. A residual network is
 compiled as a whole. In a reversible network the branches F and G are compiled, and the units between the reversible
@@ -31,7 +31,7 @@ THIRD_PARTY_WARNINGS = (
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def without_compiler_warnings() -> Iterator[None]:
     """Silence warnings of the compiler that a user of this project cannot act on."""
     with warnings.catch_warnings():
         for message, category in THIRD_PARTY_WARNINGS:
@@ -39,11 +39,11 @@ def quiet() -> Iterator[None]:
         yield
 
 
-@quiet()
+@without_compiler_warnings()
 def compiled(
     model: nn.Module, forward: Callable[[Tensor], Tensor] | None = None, *, combine_kernels: bool = False
 ) -> Callable[[Tensor], Tensor]:
-    """Return a function that computes the model's training pass with compiled code. Its first call compiles.
+    """Return a function that computes the model's forward pass in training mode. Its first call compiles.
 
     Modules within a reversible network are compiled in place, by ``nn.Module.compile``, which does not change the state
     dict. In the context ``torch.compiler.set_stance("force_eager")`` they run uncompiled.
@@ -54,14 +54,16 @@ def compiled(
         combine_kernels: let the compiler launch small kernels that do not depend on each other as one.
     """
     settings: dict[str, Any] = {"dynamic": False, "options": {"combo_kernels": True} if combine_kernels else None}
-    in_parts = isinstance(model, CifarResNet) and _rebuilds(model)
-    if isinstance(model, CifarResNet) and in_parts:
+    wrapper = None if forward is model else forward
+    if isinstance(model, CifarResNet) and _rebuilds(model):
         _compile_parts(model, settings)
-    if forward is not None and forward is not model:
-        return forward if in_parts else torch.compile(forward, **settings)
-    if not isinstance(model, CifarResNet):
-        return torch.compile(model, **settings)
-    features = _features_in_parts(model, settings) if in_parts else torch.compile(model.features, **settings)
+        if wrapper is not None:
+            return wrapper
+        features = _features_in_parts(model, settings)
+    elif wrapper is not None or not isinstance(model, CifarResNet):
+        return torch.compile(model if wrapper is None else wrapper, **settings)
+    else:
+        features = torch.compile(model.features, **settings)
     return lambda images: model.head[-1](features(images))
 
 

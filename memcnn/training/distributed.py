@@ -45,11 +45,11 @@ class World:
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """Return the slice of ``count`` items that this process handles, equally many in all processes but the last."""
+        """Return the slice of ``count`` items that this process handles: ceil(count / size), while any are left."""
         each = -(-count // self.size)
         return slice(min(self.rank * each, count), min((self.rank + 1) * each, count))
 
-    def from_first(self, function: Callable[[], T]) -> T:
+    def on_rank_0(self, function: Callable[[], T]) -> T:
         """Run ``function()`` on rank 0, and return its result, or raise its exception, in every process."""
         if self.size == 1:
             return function()
@@ -81,39 +81,39 @@ class World:
                     result = function()
                 except Exception as raised:
                     error = raised
-            if errors := [one for one in self.gathered(error) if one is not None]:
+            if errors := [one for one in self.all_gather(error) if one is not None]:
                 raise errors[0]
         return result
 
-    def agreed(self, reason: str | None) -> str | None:
+    def first_reason(self, reason: str | None) -> str | None:
         """Return the reason of the first process that has one, in every process; None if none has one."""
         if self.size == 1:
             return reason
         someone = torch.tensor(reason is not None, dtype=torch.int)
         dist.all_reduce(someone, dist.ReduceOp.MAX)
-        return next(one for one in self.gathered(reason) if one is not None) if someone else None
+        return next(one for one in self.all_gather(reason) if one is not None) if someone else None
 
-    def gathered(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Return the values of all processes, by rank."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def summed(self, x: Tensor) -> Tensor:
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
         """Return the sum of all processes' x."""
         total = x.clone()
         if self.size > 1:
             dist.all_reduce(total)
         return total
 
-    def take_from_first(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast_from_rank_0(self, tensors: Iterable[Tensor]) -> None:
         """Copy the values of rank 0 into each tensor, in place."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
-    def spread(self, model: nn.Module, execution: Execution) -> nn.Module:
+    def wrap_in_ddp(self, model: nn.Module, execution: Execution) -> nn.Module:
         """Return a module that trains the model in every process, with gradients averaged over them."""
         if self.size == 1:
             return model
@@ -122,21 +122,21 @@ class World:
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     @contextmanager
-    def noticing_losses(self) -> Iterator[None]:
+    def detect_lost_process(self) -> Iterator[None]:
         """Raise ProcessLost for PyTorch's errors about a process that is gone."""
         try:
             yield
         except RuntimeError as error:
             if self.size > 1 and any(words in str(error) for words in LOST):
                 raise ProcessLost(
-                    f"process {self.rank} of {self.size} lost another one, and cannot go on without it; the same "
-                    "command goes on from the last checkpoint"
+                    f"process {self.rank} of {self.size}: another process has ended or cannot be reached, so training "
+                    "stopped. Run the same command again to resume from the last checkpoint"
                 ) from error
             raise
 
 
 @contextmanager
-def joined(device: str | None) -> Iterator[World]:
+def process_group(device: str | None) -> Iterator[World]:
     """Connect the processes that torchrun started, for as long as the context lasts.
 
     Args:
@@ -166,6 +166,6 @@ def launched() -> bool:
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
-def speaks() -> bool:
+def is_rank_0_or_alone() -> bool:
     """Return whether this process prints the messages that are the same in all processes of its run."""
     return not launched() or os.environ["RANK"] == "0"

@@ -1,7 +1,7 @@
 """The execution of a recipe's steps: number formats, CUDA graphs, compilation, processes.
 
-The execution is not part of the recipe, because only rounding separates the results of two executions. The record names
-it.
+Two executions differ only by rounding, except for ``sync_batch_norm``. The execution is therefore not part of the
+recipe; the record names it.
 
 On a CPU, with the same number of threads, a run ends with the same bits however often it was stopped. On a GPU that
 holds only with ``deterministic``. Without it, cuDNN chooses the fastest algorithms, which may differ from run to run
@@ -29,7 +29,7 @@ class Execution:
             "bf16", under autocast. Weights, their updates, BatchNorm statistics, the loss and a RevNet's residual
             stream stay in float32.
         graph: capture the whole step once as a CUDA graph, and replay it with one launch a step.
-        compile: run the model's training pass through ``torch.compile``.
+        compile: run the model's forward pass in training mode through ``torch.compile``.
         sync_batch_norm: with several processes, normalise by the statistics of the whole batch instead of those of each
             process's share.
         deterministic: on a GPU, use only cuDNN's deterministic algorithms. By default cuDNN times its algorithms and
@@ -56,7 +56,7 @@ class Execution:
             raise ValueError(f"precision: got {self.precision!r}, wanted one of {', '.join(PRECISIONS)}")
 
     def __str__(self) -> str:
-        """The words of the record: "bf16, graph"."""
+        """Return the execution as records name it: "bf16, graph"."""
         names = (field.name for field in fields(self) if field.name != "precision")
         return ", ".join([self.precision, *(name.replace("_", "-") for name in names if getattr(self, name))])
 

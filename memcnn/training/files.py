@@ -126,7 +126,7 @@ class Holder:
         return f"process {self.pid} on {self.host} (since {self.since:%Y-%m-%d %H:%M:%S} UTC)"
 
     @property
-    def lives(self) -> bool | None:
+    def is_alive(self) -> bool | None:
         """True if there is such a process; None if we cannot know, as for another machine."""
         if self.host != socket.gethostname() or os.name != "posix":
             return None

@@ -22,7 +22,7 @@ class Identity:
         dataset: name of the data set.
         seed: seed of weights, order and augmentation.
         recipe: the recipe as plain values (``Recipe.to_dict``).
-        engine: False if a RevNet runs as plain autograd.
+        engine: False if a RevNet runs with plain autograd, with all activations stored.
         official_data: whether the images are the official ones.
         data_checksums: MD5 by file name; None before the images are loaded.
         batch_norm_images: how many images BatchNorm normalises together, if that is fewer than a batch; else None.

@@ -53,8 +53,8 @@ class Job:
         dataset: "cifar10" or "cifar100".
         recipe: the hyper-parameters.
         seed: seed of weights, order and augmentation.
-        disable: train RevNets as plain autograd, with all activations stored.
-        fresh: move an existing run aside, and begin anew.
+        disable: train RevNets with plain autograd, with all activations stored.
+        fresh: move an existing run aside, and start over.
         allow_mixed: resume a run although it was executed differently so far; the record lists both executions.
     Raises:
         BadArgument: a value is not one of the choices.

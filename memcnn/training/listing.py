@@ -42,10 +42,10 @@ def _status(folder: Path, record: RunRecord | None) -> str:
     if record is not None and record.status == "complete":
         return "complete"
     by = holder(folder)
-    if by is not None and by.lives:
+    if by is not None and by.is_alive:
         return f"running, {by}"
     if record is not None and record.reason is not None:
         return f"{record.status}: {clean(record.reason)}"
     if by is None:
         return "partial"
-    return f"killed, {by}" if by.lives is False else f"running or killed, {by}"
+    return f"killed, {by}" if by.is_alive is False else f"running or killed, {by}"

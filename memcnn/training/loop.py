@@ -51,17 +51,18 @@ class Run:
         )
         self.saving = Saving(self.folder if self.world.is_first else None, self.identity)
 
-        saved = self.world.from_first(lambda: checkpoint.load(self.folder, self.identity, device="cpu"))
+        saved = self.world.on_rank_0(lambda: checkpoint.load(self.folder, self.identity, device="cpu"))
         if saved is not None:
-            self._take_up(saved)
+            self._resume(saved)
         self.model = new_network(start.job, self.data.num_classes, self.device)
         started = time.perf_counter()
         memory = self._measure_memory() if saved is None else saved.memory
         measured_seconds = time.perf_counter() - started
-        forward = self.world.spread(self.model, setting.execution)
+        forward = self.world.wrap_in_ddp(self.model, setting.execution)
         self.training_step = TrainingStep(self.model, self.recipe, self.data, setting.execution, forward=forward)
         if saved is not None:
             self._load_tensors(saved)
+        # the measured step's time is the first estimate of a step's time
         self.state = saved or self._new_state(memory, measured_seconds)
         self.evaluation = Evaluation(
             self.model, self.data, setting.execution, images=self.recipe.test_images, share=self.world.share
@@ -77,10 +78,10 @@ class Run:
         if self.world.is_first:
             self.writer = TensorBoard(self.folder / "tensorboard", first=self.state.last_evaluation + 1)
 
-    def _take_up(self, state: State) -> None:
-        """Begin a new segment of a saved state."""
+    def _resume(self, state: State) -> None:
+        """Resume a saved state: begin a new segment of it."""
         here = self.setting.segment_from(state.iteration)
-        state.assign(written=self.world.from_first(lambda: record.find(self.folder)), here=here)
+        state.make_segment_of_old_checkpoint(written=self.world.on_rank_0(lambda: record.find(self.folder)), here=here)
         state.begin(here, allow_mixed=self.start.job.allow_mixed)
         state.interruptions += 1
 
@@ -89,7 +90,7 @@ class Run:
         self.training_step.load_state_dict(state.optimizer, iteration=state.iteration)
         if self.world.is_first:  # it is the sum over all processes
             self.training_step.totals.copy_(state.window)
-        state.take(**self._tensors())
+        state.set_tensors(**self._tensors())
 
     def _new_state(self, memory: dict[str, int], step_seconds: float) -> State:
         state = State(memory=memory, step_seconds=step_seconds, **self._tensors())
@@ -101,7 +102,7 @@ class Run:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.training_step.state_dict(),
-            "window": self.world.summed(self.training_step.totals),
+            "window": self.world.all_reduce_sum(self.training_step.totals),
         }
 
     def _measure_memory(self) -> dict[str, int]:
@@ -113,7 +114,7 @@ class Run:
         try:
             with self._under_way():
                 if self.state.interruptions:
-                    self.progress.say(f"Going on from iteration {self.state.iteration} in {self.folder}")
+                    self.progress.say(f"Resuming from iteration {self.state.iteration} in {self.folder}")
                 if self.state.last_evaluation < self.recipe.iterations and (reason := (yield from self._prepare())):
                     return self._write_record("partial", reason)
                 while self.state.last_evaluation < self.recipe.iterations:
@@ -129,6 +130,7 @@ class Run:
 
     @contextmanager
     def _under_way(self) -> Iterator[None]:
+        """Count this run among the running ones for as long as the context lasts, then close its displays."""
         self.setting.running.append(self)
         try:
             yield
@@ -147,7 +149,7 @@ class Run:
         words = self.training_step.preparation or self.evaluation.preparation
         if not words:
             return None
-        if reason := self.world.agreed(self._stop_reason(0.0)):
+        if reason := self.world.first_reason(self._stop_reason(0.0)):
             return reason
         what, started = f"{words.capitalize()} {self.start.job.model}", time.perf_counter()
         self.progress.say(f"{what} ...")
@@ -180,7 +182,7 @@ class Run:
         since, shared_by = clock.now(), 1
         try:
             while state.iteration < goal and reason is None:
-                if reason := self._interruption(1.5 * state.step_seconds):
+                if reason := self._interruption(1.5 * state.step_seconds):  # 50 % more than the last step took
                     break
                 started = clock.now()
                 due = self.step()
@@ -191,11 +193,12 @@ class Run:
                 if due:
                     self.progress.show(state.iteration, **self._shown_values())
                 yield self.lane.launched()
+                # after one short step the next may be long again: let the estimate fall by at most 10 %
                 state.step_seconds = max(clock.now() - started, 0.9 * state.step_seconds)
             yield self.lane.mark()
             return reason
         finally:
-            state.count(seconds=clock.now() - since, shared_by=shared_by)
+            state.extend_last_segment(seconds=clock.now() - since, shared_by=shared_by)
 
     def step(self) -> bool:
         """Launch one step; return whether the display of progress is due."""
@@ -217,7 +220,7 @@ class Run:
 
     def check_losses(self) -> None:
         """Raise NotFinite if a loss was not finite. The GPU must have finished all steps (rule 3 of ``turns``)."""
-        found = [bad for bad in self.world.gathered(self.training_step.bad.tolist()) if bad[0]]
+        found = [bad for bad in self.world.all_gather(self.training_step.first_bad_loss.tolist()) if bad[0]]
         if found:
             iteration, loss = min(found)
             self.state.iteration = int(iteration) - 1
@@ -234,19 +237,19 @@ class Run:
         reason = self._stop_reason(step_seconds)
         if reason is None and self.world.is_first and self.saving.is_due(self.state.iteration):
             reason = CHECKPOINT_DUE
-        return self.world.agreed(reason)
+        return self.world.first_reason(reason)
 
     def _evaluate(self) -> Turns[str | None]:
         """Evaluate and add a row to the curve. Return a reason if the run must stop before, else None."""
         self.check_losses()
-        self.world.take_from_first(self.model.buffers())
+        self.world.broadcast_from_rank_0(self.model.buffers())
         count, batch = self.evaluation.count, self.evaluation.batch
         batch_seconds = self.state.step_seconds * batch / self.recipe.batch_size / 2
         batches = self.evaluation.turns()
         try:
             for _ in range(0, count, batch):
                 started = self.setting.clock.now()
-                if reason := self.world.agreed(self._stop_reason(batch_seconds)):
+                if reason := self.world.first_reason(self._stop_reason(batch_seconds)):
                     return reason
                 next(batches)
                 yield self.lane.launched()
@@ -254,7 +257,7 @@ class Run:
         finally:
             batches.close()  # puts the model back into training mode
         yield self.lane.mark()
-        loss, correct = self.world.summed(self.evaluation.totals).tolist()
+        loss, correct = self.world.all_reduce_sum(self.evaluation.totals).tolist()
         test_loss, test_accuracy = loss / count, 100 * correct / count
         if not math.isfinite(test_loss):
             raise NotFinite(f"test loss is {test_loss} at iteration {self.state.iteration}")
@@ -264,7 +267,7 @@ class Run:
     def _add_row(self, test_loss: float, test_accuracy: float) -> None:
         """Add a row to the curve, and begin the sums of the next one."""
         state = self.state
-        batch_losses = self.world.summed(self.training_step.totals)[0].item() / self.world.size
+        batch_losses = self.world.all_reduce_sum(self.training_step.totals)[0].item() / self.world.size
         row = {
             "iteration": state.iteration,
             "epoch": state.iteration / self.batches.per_epoch,
@@ -285,14 +288,14 @@ class Run:
         yield self.lane.mark()
         started = time.perf_counter()
         self.check_losses()
-        self.world.take_from_first(self.model.buffers())
+        self.world.broadcast_from_rank_0(self.model.buffers())
         check_weights(self.model, self.state.iteration)
-        self.state.take(**self._tensors())
+        self.state.set_tensors(**self._tensors())
         self.saving.save(self.state, started=started)
 
     def _write_record(self, status: str, reason: str | None) -> RunRecord:
         """Write record and curve; return the record."""
-        self.state.count(seconds=0.0, shared_by=1)  # check_losses() may have set the iteration back
+        self.state.extend_last_segment(seconds=0.0, shared_by=1)  # check_losses() may have set the iteration back
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         result = record_of(
             self.state, self.identity, self.recipe, self.data, parameters=parameters, outcome=(status, reason)

@@ -27,7 +27,7 @@ def run_name(
         recipe: the recipe; its name becomes part of the folder's.
         seed: seed of weights, order and augmentation.
         data: "official", "generated", or "unofficial" for files with other checksums (``memcnn.data.Data.kind``).
-        engine: False where RevNets run as plain autograd.
+        engine: False if RevNets run with plain autograd, with all activations stored.
         processes: how many processes share each batch.
 
     Raises:

@@ -23,8 +23,8 @@ __all__ = [
 
 HYPERPARAMETERS = {
     "batch_size": (whole_number, "images of an iteration"),
-    "iterations": (whole_number, "updates in all"),
-    "learning_rate": (number, "step size before the first milestone"),
+    "iterations": (whole_number, "number of iterations (updates of the weights)"),
+    "learning_rate": (number, "learning rate before the first milestone"),
     "milestones": (iterations_list, "iterations after which DECAY is applied, like 40000,60000"),
     "decay": (number, "factor on the learning rate at a milestone"),
     "momentum": (number, "momentum of SGD"),
@@ -32,7 +32,7 @@ HYPERPARAMETERS = {
     "pad": (whole_number, "pixels of padding before the random crop"),
     "flip": (None, "mirror training images at random"),
     "evaluate_every": (whole_number, "iterations between evaluations, each followed by a checkpoint"),
-    "test_images": (count_or_all, "test images to evaluate on, from the first, or all"),
+    "test_images": (count_or_all, "evaluate on the first N test images, or on all"),
 }
 
 
@@ -58,7 +58,10 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that ``execution_of`` reads."""
     group = parser.add_argument_group("execution", "how steps are executed: not a part of the recipe, but recorded")
     option = group.add_argument
-    fast = "the fastest measured execution of the device, in place of precision, graph, compile and narrow-convolutions"
+    fast = (
+        "use the fastest execution measured on this type of device; sets --precision, --graph, --compile and "
+        "--narrow-convolutions"
+    )
     option("--fast", action=argparse.BooleanOptionalAction, help=fast)
     option("--precision", choices=PRECISIONS, help=f"number format of all layers (default: {Execution().precision})")
     option("--graph", action="store_true", help="capture the whole step as a CUDA graph; no effect on a CPU")
@@ -67,8 +70,8 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
     option("--deterministic", action="store_true", help="deterministic kernels, slower on a GPU; CPUs always have them")
     narrow = "our kernels for narrow convolutions, where they are measured to be faster (GPUs, Triton)"
     option("--narrow-convolutions", action="store_true", help=narrow)
-    norms = "fewer kernels for BatchNorm, whose statistics the recomputation reuses (GPUs, Triton, --compile); may be "
-    option("--fused-norms", action="store_true", help=f"{norms}added to --fast")
+    norms = "fewer kernels for BatchNorm, whose statistics the recomputation reuses (GPUs, Triton, --compile)"
+    option("--fused-norms", action="store_true", help=f"{norms}; may be added to --fast")
     combine = "let the compiler launch small kernels together (GPUs, --compile); may be added to --fast"
     option("--combine-kernels", action="store_true", help=combine)
 

@@ -63,8 +63,8 @@ def preview(job: Job, execution: Execution, place: Place, device: torch.device) 
         "parameters": f"{parameters:,} ({memory.parameter_bytes / MIB:.1f} MiB)",
         "peak memory": f"{mib:.1f} MiB of tensors in a step, {activation_mib:.1f} MiB of them activations; predicted",
         "arithmetic": f"{flops / 1e9:,.1f} GFLOP a step, forward and backward",
-        "time": f"{timedelta(seconds=round(seconds * left))} for {left:,} iterations of {1000 * seconds:,.1f} ms, as "
-        f"{source}; evaluations apart",
+        "time": f"{timedelta(seconds=round(seconds * left))} for {left:,} iterations of {1000 * seconds:,.1f} ms each "
+        f"({source}), without evaluations",
     }
     width = max(map(len, lines))
     return "\n".join(f"{name.ljust(width)}  {text}" for name, text in lines.items())
@@ -73,17 +73,17 @@ def preview(job: Job, execution: Execution, place: Place, device: torch.device) 
 def _state(folder: Path, recipe: Recipe) -> tuple[int, str]:
     """Return the number of iterations left, and a phrase that says where training would begin."""
     by = holder(folder)
-    if by is not None and by.lives is not False:
+    if by is not None and by.is_alive is not False:
         return recipe.iterations, f"busy, {by} is training in it"
     if not (folder / checkpoint.FILE_NAME).exists():
-        return recipe.iterations, "would begin"
+        return recipe.iterations, "would start from iteration 0"
     try:
         done = checkpoint.read(folder / checkpoint.FILE_NAME)[1].iteration
     except checkpoint.BadCheckpoint as error:
         return recipe.iterations, str(error)
     if done == recipe.iterations:
         return 0, "is complete"
-    return recipe.iterations - done, f"would go on from iteration {done:,}"
+    return recipe.iterations - done, f"would resume from iteration {done:,}"
 
 
 def step_seconds_of_records(
@@ -99,7 +99,7 @@ def step_seconds_of_records(
     """
     wanted = (device_info(device), str(execution), place.shared_by)
     alike = [
-        (segment.iterations, segment.train_seconds / segment.iterations, f"in {folder.name}")
+        (segment.iterations, segment.train_seconds / segment.iterations, f"as in {folder.name}")
         for folder, found in load_all(place.runs)[0]
         if (found.model, found.recipe.batch_size, found.engine) == (job.model, job.recipe.batch_size, not job.disable)
         for segment in found.segments
@@ -123,4 +123,4 @@ def _measured(
             step(plan, recipe.learning_rate)
             step.totals.tolist()  # waits for the device
             seconds.append(time.perf_counter() - started)
-    return min(seconds[1:]), f"in {len(seconds) - 1} steps just timed"
+    return min(seconds[1:]), f"{len(seconds) - 1} steps timed just now"

@@ -46,7 +46,7 @@ class RunRecord:
         peak_bytes: peak of one training step, see ``memcnn.memory.StepMemory``; ``activation_bytes`` likewise.
         commit: the package's commit; None outside a git checkout.
         clean: whether the package's folder was as committed; None outside a git checkout.
-        engine: False when a RevNet ran as plain autograd.
+        engine: False if a RevNet ran with plain autograd, with all activations stored.
         segments: the execution of each part of the run, in order and without gaps. By default a single segment, made
             from the record's other fields, as for records of schema 1. Schema 1 knows only a run's last part, so
             ``mixed`` may be False for an interrupted run that was mixed.
@@ -93,8 +93,8 @@ class RunRecord:
         )
 
     @property
-    def is_full(self) -> bool:
-        """True if this run may be compared with published numbers. A mixed run is listed apart, with its mark."""
+    def is_comparable(self) -> bool:
+        """True if this run may be compared with published numbers. Runs with mixed execution are listed separately."""
         published = self.recipe == PUBLISHED and not self.splits_batch_norm and not self.mixed
         return self.status == "complete" and published and self.data["official"] and self.engine
 

@@ -30,8 +30,8 @@ class Start:
     images: cifar.Data
 
 
-def begin(job: Job, setting: Setting) -> Start | RunRecord:
-    """Check a job and load its images; return the record instead if the run is complete. Write nothing.
+def check_job(job: Job, setting: Setting) -> Start | RunRecord:
+    """Check a job, and load its images. If the run is complete already, return its record instead. Nothing is written.
 
     Raises:
         BadArgument: the recipe asks for more images than there are.
@@ -54,9 +54,9 @@ def begin(job: Job, setting: Setting) -> Start | RunRecord:
         data_checksums=None if images is None else images.checksums,
         batch_norm_images=job.recipe.batch_size // world.size if shares else None,
     )
-    if not job.fresh and (done := world.from_first(lambda: _finished(folder, identity))):
+    if not job.fresh and (done := world.on_rank_0(lambda: _finished(folder, identity))):
         if setting.shown:
-            print(f"{folder} is already complete; --fresh trains it anew.", file=sys.stderr)
+            print(f"{folder} is already complete; --fresh trains it again from the start.", file=sys.stderr)
         return done
     images = images or setting.images_of(job)
     _check_sizes(job.recipe, images)

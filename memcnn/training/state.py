@@ -23,13 +23,14 @@ class State:
         step_seconds: an upper estimate of the time between two steps.
         model: the network's state dict.
         optimizer: the optimizer's state dict, in the form that all executions share.
-        window: summed loss and correct predictions since the last evaluation, float64 of shape (2,).
+        window: summed loss and correct predictions since the last evaluation, float64 of shape (2,): the
+            ``TrainingStep.totals`` of all processes together.
         iteration: iterations done.
         rows: the rows of the curve, one for each evaluation.
         interruptions: how often the run was resumed.
         segments: the parts of the run so far; the last one grows.
         unassigned_seconds: seconds of training that belong to no segment. Only checkpoints of the first version have
-            them, until ``assign`` makes a segment.
+            them, until ``make_segment_of_old_checkpoint`` makes one.
     """
 
     memory: dict[str, int]
@@ -71,7 +72,7 @@ class State:
         """Iterations done at the last evaluation, 0 before the first."""
         return self.rows[-1]["iteration"] if self.rows else 0
 
-    def assign(self, *, written: RunRecord | None, here: Segment) -> None:
+    def make_segment_of_old_checkpoint(self, *, written: RunRecord | None, here: Segment) -> None:
         """Make one segment of all iterations in a checkpoint of the first version, which has no segments.
 
         Args:
@@ -101,15 +102,15 @@ class State:
             raise MixedExecution(
                 f"the first {self.iteration} iterations were computed with {done}, but this command asks for "
                 f"{here.execution} on {here.device['type']}. Ask for the same execution, or give --allow-mixed: then "
-                "the record lists both, and the table marks the run. --fresh begins anew."
+                "the record lists both, and the table marks the run. --fresh starts over."
             )
         self.segments.append(here)
 
-    def take(self, *, model: dict[str, Tensor], optimizer: dict, window: Tensor) -> None:
+    def set_tensors(self, *, model: dict[str, Tensor], optimizer: dict, window: Tensor) -> None:
         """Set the tensors to the present ones, for a checkpoint."""
         self.model, self.optimizer, self.window = model, optimizer, window
 
-    def count(self, *, seconds: float, shared_by: int) -> None:
+    def extend_last_segment(self, *, seconds: float, shared_by: int) -> None:
         """Extend the last segment to the present iteration.
 
         Args:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from memcnn import data as cifar
 from memcnn.kernels import use_fused_norms, use_narrow_convolutions
-from memcnn.training.compilation import compiled, quiet
+from memcnn.training.compilation import compiled, without_compiler_warnings
 from memcnn.training.execution import Execution
 from memcnn.training.graph import captured
 from memcnn.training.recipe import Recipe
@@ -29,8 +29,8 @@ class TrainingStep:
 
     Attributes:
         totals: loss and number of correct predictions, float64 of shape (2,), summed until the caller sets them to 0.
-        bad: the first iteration with a loss that is not finite, counted from 1, and that loss, float64 of shape (2,);
-            zeros while all losses are finite.
+        first_bad_loss: the first iteration with a loss that is not finite, counted from 1, and that loss, float64 of
+            shape (2,); zeros while all losses are finite.
         preparation: the work that ``prepare`` has yet to do, as text for the user: "compiling", "capturing", "compiling
             and capturing"; empty when there is nothing to do.
 
@@ -69,7 +69,7 @@ class TrainingStep:
             weight_decay=recipe.weight_decay,
             fused=self.device.type in FUSED_DEVICES,
         )
-        self.totals, self.bad = torch.zeros(2, 2, dtype=torch.float64, device=self.device)
+        self.totals, self.first_bad_loss = torch.zeros(2, 2, dtype=torch.float64, device=self.device)
         self.iteration = torch.zeros((), dtype=torch.float64, device=self.device)
         self.batch: cifar.EpochPlan | None = None
         self.run = self.update
@@ -107,11 +107,11 @@ class TrainingStep:
             return
         self._set_learning_rate(learning_rate)
         self.batch = batch.clone()
-        with quiet():
+        with without_compiler_warnings():
             if self.execution.graph:
                 self.run = captured(self.update, self._state())
             else:
-                self._try()
+                self._warm_up()
         self.preparation = ""
 
     def __call__(self, batch: cifar.EpochPlan, learning_rate: float) -> None:
@@ -128,7 +128,8 @@ class TrainingStep:
     def update(self) -> None:
         """Update the model on ``batch``, in place."""
         assert self.batch is not None, "prepare() has set it"
-        self.optimizer.zero_grad()  # first: with earlier gradients blocks take longer (memcnn/engine/direct.py)
+        # before forward: while parameters have gradients, blocks cannot take the direct way (memcnn/engine/direct.py)
+        self.optimizer.zero_grad()
         images, labels = cifar.batch(self.data, self.batch, pad=self.pad)
         images = images.contiguous(memory_format=torch.channels_last)
         with self.execution.autocast(self.device):
@@ -141,10 +142,11 @@ class TrainingStep:
         self.iteration += 1
         self.totals += torch.stack([loss, (logits.detach().argmax(1) == labels).sum()])
         found = torch.stack([self.iteration, loss])
-        self.bad.copy_(torch.where((self.bad[0] == 0) & ~loss.isfinite(), found, self.bad))
+        bad = self.first_bad_loss
+        bad.copy_(torch.where((bad[0] == 0) & ~loss.isfinite(), found, bad))
 
-    def _try(self) -> None:
-        """Update once, and undo it."""
+    def _warm_up(self) -> None:
+        """Update once, so that code is compiled, and undo it."""
         state = self._state()
         before = [tensor.detach().clone() for tensor in state]
         self.update()
@@ -161,7 +163,7 @@ class TrainingStep:
 
     def _state(self) -> list[Tensor]:
         """Return all tensors that an update changes. Missing momentum buffers become zeros, which changes no result."""
-        state = [*self.model.parameters(), *self.model.buffers(), self.totals, self.bad, self.iteration]
+        state = [*self.model.parameters(), *self.model.buffers(), self.totals, self.first_bad_loss, self.iteration]
         for group in self.optimizer.param_groups:
             if group["momentum"]:
                 for parameter in group["params"]:
@@ -195,7 +197,7 @@ class Evaluation:
         execution: the execution of the forward pass; its ``settings`` must be in force during the turns.
         images: how many test images to evaluate, from the first; None for all.
         batch: images of a batch; None for the usual number on this device.
-        share: the part of n images of a batch that this process evaluates.
+        share: a function that maps the number of images of a batch to the slice that this process evaluates.
     """
 
     def __init__(
@@ -249,7 +251,7 @@ class Evaluation:
                 yield done
 
     def result(self) -> tuple[float, float]:
-        """Evaluate all images without pause; return mean loss (nats) and accuracy (percent) of this process's share."""
+        """Evaluate all images and return mean loss (nats) and accuracy (percent). For a single process only."""
         for _ in self.turns():
             pass
         loss, correct = self.totals.tolist()

@@ -33,8 +33,8 @@ def warning(batch_size: int, *, measure: Callable[[int, int], float] | None = No
         return None
     return (
         f"{threads} CPU threads are slower than one: a convolution of this batch takes {1e3 * several:.0f} ms, and "
-        f"{1e3 * one:.0f} ms with one thread, as where other processes use the CPU. To train faster, stop with Ctrl-C "
-        "and resume with --threads 1, or set OMP_NUM_THREADS=1"
+        f"{1e3 * one:.0f} ms with one thread, probably because other processes use the CPU. To train faster, stop with "
+        "Ctrl-C and resume with --threads 1, or set OMP_NUM_THREADS=1"
     )
 
 

@@ -69,19 +69,19 @@ def timed(job: Job, execution: Execution, place: Place, device: torch.device, *,
     On a GPU the runs take turns in this process, as in training; on a CPU each has a process. Nothing is written.
     """
     with execution.settings(device):
-        first = _Copy(job, execution, place, device)
+        first = _TimedNetwork(job, execution, place, device)
         step, evaluation = _round_seconds([first]), first.evaluation_seconds()
         alone = Cost(first.start_seconds, step, evaluation, "timed")
         if at_once == 1:
             return alone, alone
         if device.type == "cuda":
-            copies = [first, *(_Copy(job, execution, place, device) for _ in range(at_once - 1))]
+            copies = [first, *(_TimedNetwork(job, execution, place, device) for _ in range(at_once - 1))]
             start = max(one.start_seconds for one in copies)
             return alone, Cost(start, _round_seconds(copies), at_once * evaluation, "timed")
     return alone, _slowest_of_processes(job, execution, place, device, at_once)
 
 
-class _Copy:
+class _TimedNetwork:
     """A network in training on generated images, and the seconds that its start took."""
 
     def __init__(self, job: Job, execution: Execution, place: Place, device: torch.device) -> None:
@@ -128,7 +128,7 @@ class _Copy:
         return (time.perf_counter() - started) * self.evaluated_share
 
 
-def _round_seconds(copies: list[_Copy]) -> float:
+def _round_seconds(copies: list[_TimedNetwork]) -> float:
     """Return the seconds in which each copy makes a step."""
     started, rounds = time.perf_counter(), 0
     while rounds == 0 or time.perf_counter() - started < TIMED_SECONDS:

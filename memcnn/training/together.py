@@ -16,7 +16,7 @@ from memcnn.training.execution import Execution
 from memcnn.training.job import Job, Place
 from memcnn.training.record import RunRecord
 from memcnn.training.setting import Setting, setting_of
-from memcnn.training.starting import begin
+from memcnn.training.starting import check_job
 from memcnn.training.stopping import Stop
 from memcnn.training.trainer import HERE, PLAIN, turns
 from memcnn.training.turns import Event, Lane, Turns
@@ -25,7 +25,7 @@ Outcome = tuple[Job, RunRecord | Exception]
 
 
 class DeviceLost(RuntimeError):
-    """The GPU computes nothing more in this process, because a kernel of one run has failed."""
+    """The GPU can no longer be used in this process, because a kernel of one run has failed."""
 
 
 def train_together(
@@ -132,12 +132,12 @@ class _Group:
         try:
             torch.zeros(1, device=self.setting.device).item()
         except RuntimeError:
-            raise DeviceLost(f"the GPU failed in a run, and computes nothing more in this process: {error}") from error
+            raise DeviceLost(f"the GPU failed in a run, and can no longer be used in this process: {error}") from error
 
 
 def _turns_of(job: Job, setting: Setting, lane: Lane) -> Turns[RunRecord]:
     with setting.clock.held():
-        start = begin(job, setting)
+        start = check_job(job, setting)
     if isinstance(start, RunRecord):
         return start
     return (yield from turns(start, setting, lane))

@@ -9,14 +9,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from memcnn.training import threads
-from memcnn.training.distributed import joined
+from memcnn.training.distributed import process_group
 from memcnn.training.execution import Execution
 from memcnn.training.files import locked, move_aside
 from memcnn.training.job import BadArgument, Job, Place
 from memcnn.training.loop import Run
 from memcnn.training.record import RunRecord
 from memcnn.training.setting import Setting, check_batch, pick_device, setting_of
-from memcnn.training.starting import Start, begin
+from memcnn.training.starting import Start, check_job
 from memcnn.training.stopping import Stop
 from memcnn.training.turns import Lane, Turns, finish
 
@@ -40,7 +40,8 @@ def train(
     The run stops after an iteration on Ctrl-C, on SIGTERM, and before the budget is used up: status "partial", with the
     reason. A loss or weight that is not finite ends it with status "failed"; the last good checkpoint remains, and
     another call resumes from there. On a CPU, with the same number of threads, a run that was stopped ends with the
-    same bits as one that was not. Checkpoints are written at evaluations, at a stop, and every 20 seconds of training.
+    same bits as one that was not. Checkpoints are written at evaluations, at a stop, and about every 20 seconds, less
+    often if writing takes more than 3 % of the time.
 
     In a process that torchrun started, the run is shared with the others, see ``memcnn.training.distributed``.
 
@@ -57,18 +58,18 @@ def train(
         distributed.ProcessLost: another process of the run has ended.
     """
     deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
-    with joined(place.device) as world, world.noticing_losses():
+    with process_group(place.device) as world, world.detect_lost_process():
         stop = Stop(deadline)
         setting = setting_of(place, execution, world, stop)
         check_batch(job.recipe.batch_size, world.size)
-        ready = begin(job, setting)
+        ready = check_job(job, setting)
         if isinstance(ready, RunRecord):
             return ready
         if setting.shown and setting.device.type == "cpu" and (slow := threads.warning(job.recipe.batch_size)):
             print(f"Warning: {slow}.", file=sys.stderr)
         with stop, setting.execution.settings(setting.device):
             result = finish(turns(ready, setting, Lane(setting.device)))
-            world.agreed(None)  # no process ends before rank 0 has written everything
+            world.first_reason(None)  # no process ends before rank 0 has written everything
             return result
 
 
@@ -78,8 +79,8 @@ def turns(start: Start, setting: Setting, lane: Lane) -> Turns[RunRecord]:
     with _explaining_disks(folder), ExitStack() as stack:
         with setting.clock.held():
             if start.job.fresh:
-                world.from_first(lambda: _set_aside(folder))
-            dead = world.from_first(lambda: stack.enter_context(locked(folder)))
+                world.on_rank_0(lambda: _set_aside(folder))
+            dead = world.on_rank_0(lambda: stack.enter_context(locked(folder)))
             if dead and setting.shown:
                 print(f"Taking over from {dead}, which has ended.", file=sys.stderr)
             run = Run(start, setting, lane)
@@ -95,8 +96,8 @@ def _explaining_disks(folder: Path) -> Iterator[None]:
         if error.errno not in UNWRITABLE:
             raise
         raise CannotWrite(
-            f"cannot write in {folder} ({error}). The last checkpoint there, if any, is as it was: when there is "
-            "room and permission to write, the same command goes on from it. --runs FOLDER writes elsewhere."
+            f"cannot write in {folder} ({error}). The last checkpoint there, if any, is as it was: when there is room "
+            "and permission to write, run the same command again to resume from it. --runs FOLDER writes elsewhere."
         ) from error
 
 

@@ -109,7 +109,7 @@ def test_the_page_is_that_of_the_projects_own_chains(target, tmp_path):
         for case in block.cases(target("coupling"), SHAPE, [depth]):
             rows += [measured(case), row("time", case, 1.0 if case.subject == "plain" else 1.4, repeat=0)]
     results = result.load(written(tmp_path / "own.json", rows))
-    report.write(results, tmp_path / "out", "python -m bench.report", beside=tmp_path)
+    report.write(results, tmp_path / "out", "python -m bench.report", results_folder=tmp_path)
     page = (tmp_path / "out" / "page.html").read_text("utf-8")
     assert f"What reversibility costs and saves in {target('coupling')}" in page
     assert "input 2 x 4 x 8 x 8, float32" in page and "time / plain, 2 blocks" in page

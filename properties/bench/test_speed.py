@@ -66,6 +66,16 @@ def test_the_report_has_a_row_for_each_execution_with_its_distance(tmp_path, mon
     assert row.floor_ms == pytest.approx(1e3 * floor_seconds, rel=1e-5) and row.clock == "wall" and row.torch in text
 
 
+def test_the_variants_on_a_cpu_are_shown_with_the_network_that_they_were_timed_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "cpu_variants", lambda network, *, batch: {"as it is": None, "bfloat16": None})
+    monkeypatch.setattr(timing, "timed", lambda functions, device, limit: (pd.DataFrame(0.1, range(3), functions), {}))
+    setup = speed.Setup(torch.device("cpu"), BATCH, {}, {})
+    variants = speed.variants_table("revnet38", setup)
+    text = speed_text.page(measured("resnet110", 1.0), "command", "floor", variants)
+    _, _, section = text.partition("## Variants of the step on this CPU")
+    assert section.count("revnet38") == 2 and "resnet32" not in section
+
+
 def measured(network: str, ms: float, **more) -> pd.DataFrame:
     """Return a row of speed.csv as if it had been measured."""
     row = dict.fromkeys(speed_text.COLUMNS, 1.0)

@@ -87,7 +87,11 @@ def test_a_number_is_an_argument_like_others(keep_input):
 
 
 def test_an_inverse_that_cannot_be_given_the_arguments_is_refused_in_the_forward_pass():
-    with refused(TypeError, "the inverse of ForgetsToTakePower", "give inverse the parameters of forward"):
+    with refused(
+        TypeError,
+        "the inverse of ForgetsToTakePower cannot be called with the outputs",
+        "Give inverse the parameters of forward",
+    ):
         wrapped(ForgetsToTakePower())(rows(), 0.5)
     with refused(TypeError, "the inverse of TakesPowerAsKeyword", "['power']", "keep_input=True"):
         wrapped(TakesPowerAsKeyword())(rows(), power=0.5)

@@ -196,7 +196,8 @@ def test_on_a_gpu_the_numbers_are_read_when_they_have_arrived(monkeypatch):
     arrived = SimpleNamespace(query=lambda: ready)
     watch = drift.Drift(nn.Linear(2, 2))
     what = drift.Comparison([0], [torch.Size([100])])
-    monkeypatch.setattr(drift, "arriving", [(watch, what, torch.tensor([[1.0, 50, 50], [2.0, 50, 50]]), arrived)])
+    numbers = torch.tensor([[1.0, 50, 50], [2.0, 50, 50]])
+    monkeypatch.setattr(drift, "arriving", [drift.Arriving(watch, what, numbers, arrived)])
     ready = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")

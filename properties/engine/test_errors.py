@@ -222,9 +222,9 @@ class InverseOfNothing(Doubling):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (InverseOfAnotherShape, ["does not invert itself", "(4, 6)", "(4, 2)"]),
-        (InverseOfAnotherType, ["does not invert itself", "torch.float64", "torch.float32"]),
-        (InverseOfNothing, ["does not invert itself", "NoneType"]),
+        (InverseOfAnotherShape, ["must return what forward was given", "(4, 6)", "(4, 2)"]),
+        (InverseOfAnotherType, ["must return what forward was given", "torch.float64", "torch.float32"]),
+        (InverseOfNothing, ["must return what forward was given", "NoneType"]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -151,8 +151,8 @@ def test_one_bit_changes_the_fingerprint_of_a_branch(dtype):
 
 
 @pytest.mark.parametrize("step", [0.3, -0.5, 0.0, float("inf"), 2])
-def test_a_step_that_is_no_power_of_two_is_refused(step):
-    with pytest.raises(ValueError, match="power of two"):
+def test_a_step_that_is_no_float_or_no_power_of_two_is_refused(step):
+    with pytest.raises(ValueError, match="must be a float that is a power of two, such as 2.0.*got"):
         AdditiveCoupling(conv_branch(), exact=step)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from memcnn.engine import generators
 from properties.support.blocks import net, rows
 from properties.support.scaled import PROGRAMS, Scaled, chain
-from properties.support.twin import assert_like_twin, backward, block
+from properties.support.twin import assert_like_twin, backward, block, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -117,6 +117,28 @@ def test_every_generator_gives_the_recomputation_the_numbers_of_the_forward_pass
         return [y, torch.tensor(drawn, dtype=torch.float64, device="cpu")]
 
     assert_like_twin(chain(branch), several, rows())
+
+
+@pytest.mark.parametrize(
+    ("branch", "name"),
+    [
+        (TorchsOwn, "its own torch.Generator"),
+        (PythonsOwn, "its own random.Random"),
+        (PythonGauss, "Python's random module"),
+    ],
+)
+def test_a_branch_that_draws_more_in_the_recomputation_is_an_error(branch, name):
+    calls = []
+
+    class DrawsMore(branch):
+        def scale(self, x):
+            calls.append(None)
+            scales = [super(DrawsMore, self).scale(x) for _ in calls]
+            return scales[0]
+
+    y = block(DrawsMore)(rows())
+    with pytest.raises(RuntimeError, match=f"drew other random numbers from {name} in the recomputation"):
+        weighted_sum(y).backward()
 
 
 def test_a_hook_that_draws_draws_again():

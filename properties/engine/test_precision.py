@@ -212,8 +212,8 @@ def test_a_low_precision_stream_warns_once(dtype, autocast):
         for _ in range(2):
             gradients(model, x, context)
     assert [str(w.message) for w in caught if w.category is UserWarning and "rebuilding" in str(w.message)] == [
-        f"rebuilding a {dtype} stream adds as much rounding as computing it, so that gradients are off by percents, "
-        "and by more in deeper chains: give the blocks float32 (x.float()) and run their branches under "
+        f"rebuilding a {dtype} stream adds as much rounding as computing it, so that gradients are wrong by several "
+        "percent, and by more in deeper chains: give the blocks float32 (x.float()) and run their branches under "
         "torch.autocast, or use keep_input=True"
     ]
 

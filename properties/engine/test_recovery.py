@@ -11,7 +11,7 @@ from torch.nn.modules import module as torch_module
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.engine import retained
-from memcnn.engine.again import Again
+from memcnn.engine.again import ReplayContext
 from memcnn.engine.chain import Value, thread_state
 from memcnn.testing.tolerances import tolerance
 from properties.devices import rng_state
@@ -198,6 +198,6 @@ def test_an_error_while_something_is_put_back_does_not_keep_the_rest_from_it(at_
             raise ArithmeticError
 
     replay = SimpleNamespace(check_unchanged=lambda *_: None, restore=restore, generators=(), sets_parameters=False)
-    with pytest.raises(KeyboardInterrupt), Again(replay, compare=True):
+    with pytest.raises(KeyboardInterrupt), ReplayContext(replay, check_generators=True):
         pass
     assert put_back == [3, 2, 1]

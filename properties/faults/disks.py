@@ -19,7 +19,7 @@ from memcnn.training import checkpoint
 from properties.faults.sandbox import NAME, Sandbox, small_disk
 from properties.support.runs import tiny
 
-FALLS_BACK = "Going on from the one before, checkpoint.previous.pt."
+FALLS_BACK = "Resuming from the previous checkpoint, checkpoint.previous.pt."
 
 
 def full_disk(sandbox: Sandbox, rng: Random, tries: int) -> Iterator[str]:

@@ -342,7 +342,7 @@ def test_second_derivatives_raise_an_error():
 
 @needs_triton_and_gpu
 def test_on_a_gpu_a_captured_step_trains_as_without_fused_norms():
-    """Losses of ten steps agree as far as bfloat16 allows. The statistics move once a step."""
+    """Losses of ten steps agree as far as bfloat16 allows. The statistics are updated once a step."""
     torch._dynamo.reset()
     device = torch.device("cuda")
     data = cifar.generate(10, train=400, test=1).to(device)

@@ -118,7 +118,7 @@ def test_a_division_has_each_row_and_channel_once(channels, itemsize, processors
         assert division.rows_each % 16 == 0
         constants = division.constants
         assert (constants["TILES"] - 1) * division.rows < division.rows_each <= constants["TILES"] * division.rows
-        assert constants["LOADS"] * constants["SPLITS"] >= division.splits
+        assert constants["LOADS"] * constants["LOADED_SPLITS"] >= division.splits
         assert division.blocks <= COUNTERS
         assert division.splits * division.blocks <= max(2 * processors, division.blocks)
 

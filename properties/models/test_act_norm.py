@@ -121,5 +121,5 @@ def test_a_module_that_changes_its_parameters_at_every_pass_is_refused():
 
     block = InvertibleModuleWrapper(Restless(6).double())
     loss = weighted_sum(block(images(4, 6, 5, 4)))
-    with pytest.raises(RuntimeError, match="'log_scale' of shape .* modified by its module's every forward pass"):
+    with pytest.raises(RuntimeError, match="'log_scale' of shape .* modified in every forward pass of its module"):
         loss.backward()

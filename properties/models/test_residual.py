@@ -26,7 +26,7 @@ def test_an_identity_on_the_shortcut_is_ignored_unless_it_has_a_hook():
     block, x = WithIdentity(), torch.randn(4, 6)
     assert relative_error(convert(block)(x), block(x)) <= tolerance(x.dtype, depth=2)
     block.shortcut.register_forward_hook(lambda module, args, y: 2 * y)
-    with pytest.raises(ValueError, match="no term of its sum add is passed on unchanged"):
+    with pytest.raises(ValueError, match="its sum add has no skip connection"):
         convert(block)
 
 
@@ -95,7 +95,7 @@ REFUSED = {
     ),
     "a scaled shortcut": (
         lambda: residual_block(forward=lambda self, x: 2 * x + self.function(x)),
-        "no term of its sum add",
+        "its sum add has no skip connection",
     ),
     "data decides": (
         lambda: residual_block(forward=lambda self, x: x + self.function(x) if x.sum() > 0 else x),
@@ -103,7 +103,11 @@ REFUSED = {
     ),
     "chance decides": (
         lambda: residual_block(forward=lambda self, x: x if random.random() < 0.5 else x + self.function(x)),
-        "its forward decides by random numbers",
+        "its forward draws random numbers itself",
+    ),
+    "chance adds": (
+        lambda: residual_block(forward=lambda self, x: x + self.function(x) + torch.rand(())),
+        "its forward draws random numbers itself",
     ),
     "two structures": (
         lambda: residual_block(forward=lambda self, x: (F.relu if self.training else F.hardtanh)(x + self.function(x))),

@@ -180,7 +180,7 @@ def test_the_stack_takes_the_keyword_arguments_of_the_sample():
 
 def test_a_resnet_stage_moves_its_relu_and_keeps_its_first_block():
     stage, x = torchvision.models.resnet34(num_classes=2).layer2.eval(), torch.randn(1, 64, 8, 8)
-    with pytest.raises(ValueError, match=r"4 of 4 .*\n  0: BasicBlock: no term of its sum add is passed on unchanged"):
+    with pytest.raises(ValueError, match=r"4 of 4 .*\n  0: BasicBlock: its sum add has no skip connection"):
         memcnn.to_reversible(stage, x)
     stack, report = memcnn.to_reversible(stage, x, keep_others=True, move_relu=True)
     assert [type(part) for part in stack.parts] == [type(stage[0]), TwoStreams]
@@ -193,7 +193,7 @@ def test_a_resnet_stage_moves_its_relu_and_keeps_its_first_block():
     x2 = x2 + branch(stage[2], x1.relu())
     x1 = x1 + branch(stage[3], x2.relu())
     assert relative_error(stack(x), (x1 + x2 - h).relu()) <= tolerance(x.dtype, depth=8)
-    assert report.kept[0].startswith("0: BasicBlock: no term") and len(report.converted) == 3
+    assert report.kept[0].startswith("0: BasicBlock: its sum add") and len(report.converted) == 3
     assert "keeps negative values" in str(report)
     _, report = memcnn.to_reversible([stage[1]], h, move_relu=True, measure=False)
     assert report.output_difference <= tolerance(x.dtype, depth=2), "a single block computes the same"

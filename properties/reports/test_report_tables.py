@@ -137,7 +137,7 @@ def test_the_main_table_holds_the_full_runs_and_nothing_else(full, drawn):
     for dataset in DATASETS:
         shown = cells.results(results, dataset)
         for place, model in enumerate(MODELS):
-            here = [r for r in records if (r.model, r.dataset) == (model, dataset) and r.is_full]
+            here = [r for r in records if (r.model, r.dataset) == (model, dataset) and r.is_comparable]
             row, text = results.loc[dataset, model], shown.iloc[place]["this project"]
             assert row["n"] == len(here)
             if here:
@@ -153,7 +153,7 @@ def test_the_main_table_holds_the_full_runs_and_nothing_else(full, drawn):
 def test_a_run_is_full_exactly_when_nothing_speaks_against_it(full, drawn):
     for changes in drawn:
         record = full(**changes)
-        assert record.is_full == (not why_not_full(record))
+        assert record.is_comparable == (not why_not_full(record))
 
 
 @given(drawn=drawn_runs(), random=st.randoms(use_true_random=False))
@@ -237,7 +237,7 @@ def test_a_mixed_run_is_marked_and_listed_under_the_other_runs(full):
     pure = in_parts(full, (80_000, "bf16, graph", 1), seed=1)
     mixed = in_parts(full, (400, "bf16", 1), (600, "bf16", 1), (80_000, "float32", 1), test_accuracy=99.0)
     runs, results = tables(pure, mixed)
-    assert (results.loc[("cifar10", "resnet32"), "n"], mixed.is_full) == (1, False)
+    assert (results.loc[("cifar10", "resnet32"), "n"], mixed.is_comparable) == (1, False)
     (other,) = cells.other_runs(runs).to_dict("records")
     assert other["", "accuracy %"] == "99.00 (mixed execution)"
     why = "mixed execution: bf16 on cuda to iteration 600; float32 on cuda to iteration 80,000"

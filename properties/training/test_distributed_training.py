@@ -251,8 +251,8 @@ def test_under_torchrun_a_killed_process_ends_the_run_which_then_goes_on(tmp_pat
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 1
-    assert "process 0 of 2 lost another one" in output, output
-    assert "goes on from the last checkpoint" in output
+    assert "process 0 of 2: another process has ended" in output, output
+    assert "Run the same command again to resume from the last checkpoint" in output
     done = load(record)
     assert done.status == "partial" and done.iterations >= 2
     for again in ranks(resumed, tmp_path):

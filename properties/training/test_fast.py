@@ -67,7 +67,7 @@ def assert_like_plain(make, execution: Execution, limit: float, device: torch.de
     for got, wanted in zip(step.model.state_dict().items(), plain.model.state_dict().items(), strict=True):
         assert relative_error(got[1], wanted[1]) <= limit, got[0]
     assert step.iteration == plain.iteration == STEPS
-    assert step.bad.tolist() == [0, 0]
+    assert step.first_bad_loss.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_the_first_iteration_with_a_nan_loss_is_recorded(executable):
         plan = cifar.epoch_plan(0, 0, 40, pad=2, flip=True)
         for i in range(2):
             step(plan.part(8 * i, 8 * i + 8), 0.1)
-        iteration, loss = step.bad.tolist()
+        iteration, loss = step.first_bad_loss.tolist()
         assert iteration == 8 and loss != loss
 
 

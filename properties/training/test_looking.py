@@ -92,7 +92,7 @@ def test_an_unreadable_holder_file_names_nobody(tmp_path, content):
     (tmp_path / files.HOLDER).write_text(content)
     assert files.holder(tmp_path) is None
     with files.locked(tmp_path) as dead:
-        assert dead is None and files.holder(tmp_path).pid == os.getpid() and files.holder(tmp_path).lives
+        assert dead is None and files.holder(tmp_path).pid == os.getpid() and files.holder(tmp_path).is_alive
     assert files.holder(tmp_path) is None
 
 
@@ -116,11 +116,11 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(tmp_path, monkeypatch, c
         return torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64)
 
     memory = predict_step_memory(revnet38, batch)
-    assert "smoke-batch_size=2-s0: would begin" in said and "12 iterations of 2 images" in said
+    assert "smoke-batch_size=2-s0: would start from iteration 0" in said and "12 iterations of 2 images" in said
     assert "573,994 (2.2 MiB)" in said
     assert f"{memory.activation_bytes / 2**20:.1f} MiB of them activations" in said
     assert f"{step_flops(revnet38, batch) / 1e9:,.1f} GFLOP a step" in said
-    assert "for 12 iterations of " in said and "steps just timed" in said
+    assert "for 12 iterations of " in said and "steps timed just now" in said
 
 
 def test_a_dry_run_shows_the_state_of_the_run_and_the_time_of_a_similar_one(tiny_runs, tmp_path, monkeypatch, capsys):
@@ -131,11 +131,11 @@ def test_a_dry_run_shows_the_state_of_the_run_and_the_time_of_a_similar_one(tiny
         return next(line for line in capsys.readouterr().out.splitlines() if line.startswith(name))
 
     run(tmp_path)  # too short to measure
-    assert "for 300 iterations of " in printed("time") and "steps just timed" in printed("time")
+    assert "for 300 iterations of " in printed("time") and "steps timed just now" in printed("time")
     run(tmp_path, recipe=override(SMOKE, batch_size=8, test_images=20, iterations=300))
     (folder,) = (path for path in tmp_path.iterdir() if path.name != NAME)
     milliseconds = f"{1000 * record.load(folder).train_seconds / 300:,.1f}"
     assert printed("run").endswith("is complete")
-    assert f"0:00:00 for 0 iterations of {milliseconds} ms, as in {folder.name}; " in printed("time")
+    assert f"0:00:00 for 0 iterations of {milliseconds} ms each (as in {folder.name})" in printed("time")
     with files.locked(folder):
         assert f"busy, process {os.getpid()} on {HOST}" in printed("run")

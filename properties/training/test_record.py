@@ -42,16 +42,16 @@ def test_the_committed_records_are_valid_and_their_folders_have_their_names(fold
 
 
 def test_only_a_complete_published_run_on_official_data_with_the_engine_is_full():
-    assert FULL.is_full
-    assert not PARTIAL.is_full and not FAILED.is_full
-    assert not changed(FULL, data={**FULL.data, "official": False}).is_full
-    assert not changed(FULL, engine=False).is_full
+    assert FULL.is_comparable
+    assert not PARTIAL.is_comparable and not FAILED.is_comparable
+    assert not changed(FULL, data={**FULL.data, "official": False}).is_comparable
+    assert not changed(FULL, engine=False).is_comparable
     two = {**FULL.device, "count": 2}
-    assert not changed(FULL, device=two).is_full, "each process normalises by its own half of a batch"
-    assert changed(FULL, device=two, software={**FULL.software, "execution": "bf16, sync-batch-norm"}).is_full
+    assert not changed(FULL, device=two).is_comparable, "each process normalises by its own half of a batch"
+    assert changed(FULL, device=two, software={**FULL.software, "execution": "bf16, sync-batch-norm"}).is_comparable
     for change in ({"pad": 3}, {"test_images": 100}, {"evaluate_every": 100}, {"learning_rate": 0.2}):
         recipe = replace(PUBLISHED, **change)  # the name is unchanged, but the values count
-        assert not changed(FULL, recipe=recipe).is_full
+        assert not changed(FULL, recipe=recipe).is_comparable
 
 
 @pytest.mark.parametrize(("name", "change"), INCONSISTENT)

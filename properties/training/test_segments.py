@@ -45,7 +45,7 @@ def test_a_run_whose_segments_were_executed_differently_is_mixed_and_not_full():
     ):
         found = in_segments(*segments)
         assert found.mixed == mixed
-        assert found.is_full == (not mixed)
+        assert found.is_comparable == (not mixed)
         assert found.mark == (" (mixed execution)" if mixed else "")
     assert changed(FULL, data=GENERATED).mark == " (generated data)"
     assert replace(MIXED, data=GENERATED).mark == " (generated data) (mixed execution)"

@@ -46,7 +46,7 @@ def test_sigterm_and_the_same_command_again_give_the_same_bits(tmp_path):
     second = process("-m", "memcnn.train", *WORDS, "--runs", str(tmp_path / "stopped"))
     out, err = second.communicate(timeout=300)
     assert second.returncode == 0, err
-    assert f"Going on from iteration {stopped.iterations} " in err
+    assert f"Resuming from iteration {stopped.iterations} " in err
 
     run(tmp_path / "whole", model="revnet38", recipe=RECIPE)
     assert load(record).interruptions == 1

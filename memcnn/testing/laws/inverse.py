@@ -1,7 +1,7 @@
 """The law of inversion: inverse(forward(x)) = x and forward(inverse(y)) = y, up to rounding.
 
-A block that amplifies rounding (badly conditioned) is right: its limit is larger. It is told apart from a block whose
-inverse is wrong by the same comparison in float64, where rounding is nine digits smaller.
+A badly conditioned block amplifies rounding, which is no fault: its limit is larger. The same comparison in float64,
+where rounding is nine digits smaller, shows whether the inverse itself is wrong.
 """
 
 import math
@@ -36,8 +36,9 @@ from memcnn.testing.laws.twin import NamedTensors, is_finite, worst
 from memcnn.testing.tolerances import distance, tolerance
 
 SHARE = 0.25
-"""Share of another sample's output in the values from which the inverse starts. They lie between outputs, and so within
-the range of a layer whose range is an interval."""
+"""For forward(inverse(y)) = y, each y is a mix of two samples' outputs; this is the share of the second.
+
+A mix lies in the range of forward if that range is an interval, as for a sigmoid."""
 FORTH = "inverse(forward(x)) = x"
 BACK = "forward(inverse(y)) = y"
 DIFFERS = f"{NOT_DETERMINISTIC}: the same input and seed give another output"
@@ -54,7 +55,7 @@ def check_inverse(
 ) -> Report:
     """Check that ``inverse_of(module)`` undoes ``module`` and the other way round, in the inputs' dtype and in float64.
 
-    Runs on copies, in the module's mode, with dropout off (a mask drawn anew is another function). Errors are relative
+    Runs on copies, in the module's mode, with dropout off (a new mask would be another function). Errors are relative
     to the largest entry of what should come back; their limit is that of `memcnn.testing.laws.limits.Limit`. The
     explanation of a pass says if the block is badly conditioned; that of a failure, what the inverse does instead.
 
@@ -62,24 +63,25 @@ def check_inverse(
         module: with ``forward`` and ``inverse``, from tensors to a tensor or a tuple of tensors.
         inputs: the arguments of ``forward``, of any shapes and strides.
         seed: of torch's generators at every evaluation.
-        deepest: the number of blocks in a row for which a pass says whether they can still be rebuilt. 0: do not look.
+        deepest: if the law holds, estimate whether a chain of up to this many such blocks could still be rebuilt, and
+            report it. 0 skips the estimate.
         autocast: run both directions under autocast to this dtype.
     """
     subject = settled(Subject(module, inputs, seed, autocast=autocast))
     forth = _checked(FORTH, _inverse_undoes_forward, subject)
     if not forth.failed and not forth.skipped and (remark := growth(subject, deepest)):
-        forth = _with(forth, remark)
+        forth = _explain(forth, remark)
     results = [forth, _checked(BACK, _forward_undoes_inverse, subject)]
     if subject.dtype != torch.float64 and not autocast:
         try:
             exact = _checked(FORTH + IN_FLOAT64, _inverse_undoes_forward, settled(subject.in_double()), IN_FLOAT64)
             if forth.skipped and exact.verdict == "PASS":
-                exact = _with(exact, growth(subject, deepest))
+                exact = _explain(exact, growth(subject, deepest))
             results.append(exact)
         except NotRunnable as error:
             results.append(Result("inverse", FORTH + IN_FLOAT64, skipped=f"in float64 {error}"))
-    strides = _checked(STRIDES, _any_strides, subject)
-    results = [_of_strides(result, strides) for result in results] + [strides]
+    strides = _checked(STRIDES, _check_strides, subject)
+    results = [_explain_by_strides(result, strides) for result in results] + [strides]
     results.append(_checked(ANOTHER_SIZE, another_size_leaves_no_trace, subject, _both_directions))
     if forth.verdict == "PASS" and any(p.requires_grad for p in module.parameters()):
         after = settled(moved(subject))
@@ -90,10 +92,13 @@ def check_inverse(
     return Report(tuple(results))
 
 
-def _of_strides(result: Result, strides: Result) -> Result:
-    """Return a failure that contiguous values do not have with the cause that the claim about strides names."""
+def _explain_by_strides(result: Result, strides: Result) -> Result:
+    """Put the explanation of a failed claim about strides in front of that of ``result``.
+
+    Do so only if ``result`` fails for non-contiguous values alone.
+    """
     if result.failed and strides.failed and CONTIGUOUS in result.explanation:
-        return _with(result, f"{strides.explanation}: {result.explanation}")
+        return _explain(result, f"{strides.explanation}: {result.explanation}")
     return result
 
 
@@ -102,17 +107,17 @@ def _checked(claim: str, check: Callable[..., Result], *arguments: object) -> Re
 
 
 def _inverse_undoes_moved_forward(after: Subject) -> Result:
-    """Check the inverse with moved parameters, which are those of no special block."""
+    """Check the inverse after an optimiser step. Initial parameters may be a special case, such as zeros."""
     result = _inverse_undoes_forward(after, WHEN_MOVED)
     if result.failed:
-        return _with(
+        return _explain(
             result, f"after an optimiser step {result.explanation}; it is right with the parameters as they start"
         )
     return result
 
 
 def _inverse_undoes_mirrored_forward(subject: Subject) -> Result:
-    """Check the inverse with parameters of the other sign, where forward has an inverse."""
+    """Check the inverse with negated parameters. Skip the claim if forward then has no inverse."""
     try:
         after = settled(mirrored(subject))
         subject.evaluated(after.fresh(), subject.inputs)
@@ -124,7 +129,7 @@ def _inverse_undoes_mirrored_forward(subject: Subject) -> Result:
         return replace(result, skipped=reason)
     if result.failed:
         words = f"with parameters of the other sign {result.explanation}"
-        return _with(result, f"{words}; it is right with the signs that they start with")
+        return _explain(result, f"{words}; it is right with the signs that they start with")
     return result
 
 
@@ -152,8 +157,8 @@ def _new_parameters_are_used(subject: Subject, after: Subject) -> Result:
     )
 
 
-def _any_strides(subject: Subject) -> Result:
-    """Compare both directions for contiguous values with those for values that lie otherwise in memory."""
+def _check_strides(subject: Subject) -> Result:
+    """Check that forward and inverse give the same results for contiguous values and for other strides."""
     conditions = condition_numbers(subject, _both_directions, proportional=not subject.is_exact)
     limit = Limit(subject.dtype, subject.depth, subject.autocast, conditions)
     module = subject.fresh()
@@ -170,7 +175,7 @@ def _any_strides(subject: Subject) -> Result:
     largest, explanation = 0.0, ""
     strided = next((x for x in subject.inputs if not x.is_contiguous()), None)
     given = {} if strided is None else {f"values of shape {tuple(strided.shape)}, strides {strided.stride()}": None}
-    for name, lay_out in (given | OTHER_STRIDES).items():
+    for name, lay_out in (given | OTHER_STRIDES).items():  # None: the user's own inputs
         for direction, wanted in ("forward", y), ("inverse", x):
             if lay_out is None and direction == "inverse":
                 continue
@@ -197,13 +202,13 @@ def _any_strides(subject: Subject) -> Result:
                 largest, explanation = error, f"{direction} gives other results for {name}"
     result = limit.judge("inverse", STRIDES, largest, explanation)
     varied = without_constants(subject) if result.failed else None
-    if varied is not None and not _any_strides(varied).failed:
+    if varied is not None and not _check_strides(varied).failed:
         return Result("inverse", STRIDES, skipped=f"{explanation}, but right with {RANDOM_CHANNELS}")
     return result
 
 
 def _both_directions(subject: Subject) -> NamedTensors:
-    """Return the results of forward and of the inverse behind it."""
+    """Return the results of forward, and of the inverse applied to them."""
     module = subject.fresh()
     without_dropout(module)
     y = subject.evaluated(module, subject.inputs)
@@ -238,12 +243,12 @@ def _inverse_undoes_forward(subject: Subject, where: str = "") -> Result:
         return Result("inverse", claim, math.inf, 0.0, explanation=f"inverse raised {described(error)}")
     result = _compared(subject, claim, back, x, inverse_first=False)
     if not result.failed:
-        return _with(result, note) if not where and not result.skipped else result
+        return _explain(result, note) if not where and not result.skipped else result
     if result.explanation:
         return result
     if where == IN_FLOAT64 and result.error <= tolerance(torch.float32) and _deterministic(subject):
-        return _with(result, f"in float64 the inverse is {result.error:.1g} off, {of_float64_alone(result.error)}")
-    return _with(
+        return _explain(result, f"in float64 the inverse is {result.error:.1g} off, {of_float64_alone(result.error)}")
+    return _explain(
         result, _what_it_does_instead(subject, module, x, y, back) + _but_right_elsewhere(subject, x, result.error)
     )
 
@@ -271,9 +276,9 @@ def _forward_undoes_inverse(subject: Subject) -> Result:
     if not result.failed or result.explanation:
         return result
     if not _deterministic(subject):
-        return _with(result, DIFFERS)
+        return _explain(result, DIFFERS)
     if [t.shape for t in x] == [t.shape for t in subject.inputs] and not distance(x, subject.inputs):
-        return _with(result, "inverse returns the last input of forward, whatever it is asked to invert")
+        return _explain(result, "inverse returns the last input of forward, whatever it is asked to invert")
     return result
 
 
@@ -290,12 +295,13 @@ def _compared(
 
 
 def _there_and_back(subject: Subject, *, start: Sequence[Tensor], inverse_first: bool) -> NamedTensors:
-    """Return what comes back; the values in between are rounded as well, even if no operation has made them."""
+    """Return what comes back from both directions, one after the other."""
     module = subject.fresh()
     without_dropout(module)
     start = [x.to(subject.dtype) if x.is_floating_point() else x for x in start]
     there, back = (inverse_of(module), module) if inverse_first else (module, inverse_of(module))
     middle = subject.evaluated(there, start)
+    # multiply by 1, so that condition_numbers also perturbs the values in between
     end = subject.evaluated(back, [1 * y if y.is_floating_point() else y for y in middle])
     return {"end": torch.cat([x.flatten() for x in end if x.is_floating_point()])}
 
@@ -303,9 +309,9 @@ def _there_and_back(subject: Subject, *, start: Sequence[Tensor], inverse_first:
 def _what_it_does_instead(
     subject: Subject, module: nn.Module, x: Sequence[Tensor], y: Sequence[Tensor], back: Sequence[Tensor]
 ) -> str:
-    """Explain what ``back``, which the inverse made of y, is in place of x.
+    """Describe ``back``, the wrong result of the inverse of y, such as "its argument unchanged".
 
-    It is something else only if it is ten times closer to that than to x.
+    A description is used only if ``back`` is at least ten times closer to it than to x.
     """
     off = distance(back, x)
     close = min(1e3 * tolerance(subject.dtype, depth=subject.depth), 0.1 * off)
@@ -355,6 +361,8 @@ def _where(x: Tensor, back: Tensor) -> str:
 
 
 def _but_right_elsewhere(subject: Subject, x: Sequence[Tensor], error: float) -> str:
+    """Return a clause that says where the inverse is right: the other mode, contiguous or smaller inputs; or ""."""
+
     def right(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
         without_dropout(module)
         try:
@@ -383,5 +391,5 @@ def _words(values: Sequence[Tensor]) -> str:
     return ", ".join(f"{tuple(value.shape)} of {value.dtype} on {value.device}" for value in values)
 
 
-def _with(result: Result, explanation: str) -> Result:
+def _explain(result: Result, explanation: str) -> Result:
     return replace(result, explanation=explanation)

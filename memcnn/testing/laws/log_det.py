@@ -1,4 +1,4 @@
-"""The law of the log-determinant: a flow reports that of its Jacobian, and its two directions cancel."""
+"""The law of the log-determinant: a flow reports log|det| of its Jacobian; those of its two directions sum to 0."""
 
 import math
 from collections.abc import Callable
@@ -20,13 +20,14 @@ from memcnn.testing.laws.result import Report, Result, is_small, of_float64_alon
 from memcnn.testing.laws.rounding import condition_numbers
 from memcnn.testing.laws.settled import settled
 from memcnn.testing.laws.signs import is_undone
-from memcnn.testing.laws.subject import Subject, sample_by_sample, without_dropout
+from memcnn.testing.laws.subject import Refused, Subject, sample_by_sample, without_dropout
 from memcnn.testing.laws.twin import is_finite, relative_errors, worst
 from memcnn.testing.tolerances import distance, tolerance
 
 FAR_OFF = 1e-2
-"""Relative error of an inverse beyond which the law of inversion reports it, and its log-determinant is that of another
-point."""
+"""If the relative error of the inverse is larger than this, its log-determinant belongs to another point.
+
+It is then not compared. The law of inversion reports the error."""
 METHODS = "forward_log_det", "inverse_log_det"
 
 
@@ -40,10 +41,10 @@ def check_log_det(
     """Check that ``forward_log_det`` and ``inverse_log_det`` report log|det| of the Jacobian, in float64.
 
     Each sample's value is compared with that of its own Jacobian, with batch normalisation in eval mode. Where samples
-    mix, no sample has a Jacobian of its own: then the sum is compared with the Jacobian of the batch. Values and
-    log-determinants are also compared with those of ``forward`` and ``inverse`` and of the other direction, in the
-    inputs' dtype. Dropout is off. The error of a log-determinant is absolute where the true one is below 1. The
-    determinant of the dense Jacobian loses digits, for which the limit allows by the Jacobian's condition number.
+    mix, no sample has a Jacobian of its own: then the sum is compared with the Jacobian of the batch. In the inputs'
+    dtype, values must equal those of ``forward`` and ``inverse``, and the log-determinants of the two directions must
+    cancel. Dropout is off. The error of a log-determinant is absolute where the true one is below 1. Computing the
+    determinant of the dense Jacobian loses digits, so the limit grows with the Jacobian's condition number.
 
     Args:
         module: whose ``forward_log_det(x)`` gives y and (N,) values, and whose ``inverse_log_det(y)``, if it has one,
@@ -55,7 +56,7 @@ def check_log_det(
     """
     subject = Subject(module, inputs, seed)
     if not has_log_det(module):
-        raise TypeError(
+        raise Refused(
             f"the module must have forward_log_det(x), giving y and a log-determinant for each sample: "
             f"{type(module).__name__} has none"
         )
@@ -105,7 +106,9 @@ def _of_jacobian(method: str) -> str:
 
 
 def _larger_when_moved(result: Result | None, subject: Subject, method: str) -> Result | None:
-    """Return a failure that float32 does not show with the words for moved parameters, with which it may be large.
+    """If a failure is too small for float32 to show, check again after an optimiser step.
+
+    If it is large there, return the failure with that error in its explanation.
 
     A factor that is wrong hardly shows where the log-determinant that it multiplies starts near zero.
     """
@@ -120,7 +123,7 @@ def _larger_when_moved(result: Result | None, subject: Subject, method: str) -> 
 
 
 def _with_mirrored_parameters(subject: Subject, methods: list[str]) -> list[Result | None]:
-    """Check log-determinants with parameters of the other sign, where the inverse is right."""
+    """Check log-determinants with negated parameters. Check none if the inverse is then not right."""
     try:
         after = settled(mirrored(subject))
     except Exception:  # forward does not run there
@@ -152,7 +155,7 @@ class _Reported(nn.Module):
 
 
 def _gradients(claim: str, subject: Subject, method: str) -> Result:
-    """Compare the gradients of a loss of values and log-determinants, which training maximises, with differences."""
+    """Compare gradients with finite differences, for a loss made of values and log-determinants."""
     values = _start(subject, method, without_dropout)
     flow = _Reported(_prepared(subject, without_dropout, plain=True), method)
     when = "for a loss of values and log-determinants, "
@@ -210,9 +213,9 @@ def _of_batch(claim: str, subject: Subject, method: str, values: Tensor, prepare
 def _compared(claim: str, subject: Subject, method: str, reported: Tensor, jacobians: Tensor) -> Result:
     wanted, reported = torch.linalg.slogdet(jacobians).logabsdet.cpu(), reported.cpu().double()
     error = ((reported - wanted).abs().max() / max(1.0, wanted.abs().max().item())).item()
-    limit = Limit(
-        torch.float64, subject.depth, conditions=(torch.linalg.cond(matrices).max().item() for matrices in [jacobians])
-    )
+    # a generator: the condition number is computed only if the limit needs it
+    conditions = (torch.linalg.cond(matrices).max().item() for matrices in [jacobians])
+    limit = Limit(torch.float64, subject.depth, conditions=conditions)
     return limit.judge("log_det", claim, error, _explain(method, reported, wanted, error))
 
 

@@ -33,6 +33,10 @@ class NotRunnable(ValueError):
     """The module does not run on the inputs, so that no law can be checked."""
 
 
+class Refused(TypeError):
+    """A check refuses the module or its inputs: the caller has made a mistake."""
+
+
 class Precisions(TorchDispatchMode):
     """Counts the results of lower precision than float64, and the largest of them."""
 
@@ -79,16 +83,16 @@ class Subject:
         if self.runs:
             return
         if not isinstance(self.module, nn.Module) or not callable(getattr(self.module, "inverse", None)):
-            raise TypeError(
+            raise Refused(
                 f"the module must be an nn.Module with forward and inverse: got "
                 f"{type(self.module).__name__}; give it an inverse method"
             )
         if not self.inputs or not all(isinstance(x, Tensor) for x in self.inputs):
-            raise TypeError(
+            raise Refused(
                 f"the inputs must be tensors, at least one: got ({', '.join(type(x).__name__ for x in self.inputs)})"
             )
         if not any(x.is_floating_point() for x in self.inputs):
-            raise TypeError(
+            raise Refused(
                 "an input must be of floating point, since the laws compare gradients and rounding: got "
                 f"{', '.join(str(x.dtype) for x in self.inputs)}; give integers beside such an input, and check a "
                 "block of integers or complex numbers through an adapter that takes and returns real tensors"
