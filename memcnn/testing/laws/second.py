@@ -114,7 +114,8 @@ def _has_own_functions(subject: Subject, module: nn.Module) -> bool:
 
     def program(module: nn.Module, *inputs: Tensor) -> None:
         nonlocal found
-        waiting = [y.grad_fn for y in subject.call(module, *inputs)]
+        outputs = subject.call(module, *inputs)  # kept: in PyTorch 2.11 a Python node does not keep its graph alive
+        waiting = [y.grad_fn for y in outputs]
         seen: set[Any] = set()
         while waiting and not found:
             node = waiting.pop()
