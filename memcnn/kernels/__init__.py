@@ -26,10 +26,10 @@ channels  image    cuDNN  ours
 32        32 x 32  47.1   20.0
 ========  =======  =====  ====
 
-A captured and compiled training step of ResNet-32 took 2.57 ms without this kernel and 1.82 ms with it. The kernel for
-output and input gradient has not run on a GPU yet.
+A captured and compiled training step of ResNet-32 took 2.57 ms without the kernel for weight gradients and 1.82 ms with
+it. The kernel for output and input gradient has not run on a GPU yet.
 
-Importing this package does not import Triton. Without Triton, without a GPU, and for layers that the kernels do not
+Without Triton, without a GPU, and for layers that the kernels do not
 support, ``narrow_conv2d`` is ``torch.nn.functional.conv2d``.
 """
 

@@ -172,6 +172,11 @@ def gradient_sums(output_gradient: Tensor, x: Tensor, statistics: Tensor, weight
         images = innermost(output_gradient), innermost(x)
         with _launch_options(x) as options:
             return channel_sums.gradient_sums(*images, statistics, weight, bias, relu=True, **options)
+    return _gradient_sums(output_gradient, x, statistics, weight, bias)
+
+
+def _gradient_sums(output_gradient: Tensor, x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``gradient_sums``, computed by PyTorch."""
     normalised, gradient = _before_relu(output_gradient, x, statistics, weight, bias)
     return torch.stack([gradient.sum((0, 2, 3)), (gradient * normalised).sum((0, 2, 3))])
 
@@ -197,7 +202,9 @@ class _BatchNormReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, statistics, weight, bias = ctx.saved_tensors
-        of_bias, of_weight = gradient_sums(output_gradient, x, statistics, weight, bias).unbind()
+        # PyTorch would drop forward-mode derivatives of an opaque operator
+        sums = _gradient_sums if is_transformed() else gradient_sums
+        of_bias, of_weight = sums(output_gradient, x, statistics, weight, bias).unbind()
         n = x.numel() // x.shape[1]
         normalised, gradient = _before_relu(output_gradient, x, statistics, weight, bias)
         centred = gradient - (_column(of_bias) + normalised * _column(of_weight)) / n

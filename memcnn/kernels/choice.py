@@ -3,7 +3,7 @@
 A plan is a division of the work of one of our kernels. The rules:
 
 1. A shape is measured the first time that an operation is computed for it on real tensors, unless a CUDA graph is being
-   captured on the current stream. During a capture, the library computes the shapes that were not measured before.
+   captured on the current stream, or memory is short. Until then the library computes it.
 2. A plan is chosen only if it ran, agreed with the library, and took at most ``MOST_OF_LIBRARY`` of its time.
 3. If the caller asks for deterministic algorithms, the library computes everything. Each plan is deterministic, but
    the choice between them depends on a clock.
@@ -11,6 +11,7 @@ A plan is a division of the work of one of our kernels. The rules:
    threads must not capture a CUDA graph meanwhile: measuring allocates memory and waits for the GPU.
 """
 
+import math
 import statistics
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ LIBRARY = "library"
 MOST_OF_LIBRARY = 0.95  # a smaller gain is within the noise of the measurement
 AGREEMENT = 0.01  # largest relative difference to the library's result, as norms; bfloat16 rounds to 0.004
 ROUNDS, CALLS = 5, 10
+FACTORS = (5**0.5 - 1) / 2, 2**0.5 - 1  # of the values of both tensors; irrational, so that they do not repeat
 SLEEP_CYCLES, MOST_SLEEP_CYCLES = 2_000_000, 64_000_000  # 1 and 32 ms on an H100
 
 Timer = Callable[[Mapping[str, Callable[[], object]]], dict[str, float]]
@@ -54,7 +56,7 @@ class Operation(Generic[Plan]):
 
 
 class Key(NamedTuple):
-    """Everything that a choice depends on. Tensors are dense in channels_last, so shapes fix the strides."""
+    """What a choice depends on. Tensors are dense in channels_last, so shapes fix the strides."""
 
     operation: str
     device: torch.device
@@ -101,7 +103,7 @@ class Choices:
         self.found: dict[Key, tuple[Any, Measurement]] = {}  # a plan, or None for the library
 
     def plan(self, operation: Operation[Plan], first: Tensor, second: Tensor) -> Plan | None:
-        """Return the plan for tensors like these, or ``None`` for the library. Measure it if rule 1 allows it."""
+        """Return the plan for tensors like these, or ``None`` for the library. Measure if the rules allow it."""
         if torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
             return None
         shapes = tuple(first.shape), tuple(second.shape)
@@ -109,9 +111,16 @@ class Choices:
         if key not in self.found:
             if first.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return None
+            rejected = {}
             with self.lock:
                 if key not in self.found:
-                    self.found[key] = self._measure(operation, key)
+                    try:
+                        self.found[key] = self._measure(operation, key)
+                    except torch.OutOfMemoryError:  # the library alone may have enough; measure at another call
+                        return None
+                    rejected = self.found[key][1].rejected
+            if rejected:
+                warn_user(_rejection_message(key, rejected), RuntimeWarning)
         return self.found[key][0]
 
     def measured(self) -> list[Measurement]:
@@ -120,26 +129,20 @@ class Choices:
 
     def _measure(self, operation: Operation[Plan], key: Key) -> tuple[Plan | None, Measurement]:
         """Check and time the plans for a shape; return the chosen one, None for the library, and the measurement."""
-        generator = torch.Generator(key.device).manual_seed(0)  # the caller's random numbers stay as they are
-        first, second = (
-            torch.empty(shape, dtype=key.dtype, device=key.device, memory_format=torch.channels_last)
-            for shape in key.shapes
-        )
-        for tensor in (first, second):
-            tensor.normal_(generator=generator)
+        first, second = (_filled(shape, key, factor) for shape, factor in zip(key.shapes, FACTORS, strict=True))
         expected = operation.library(first, second)
         runs: dict[str, Callable[[], Tensor]] = {LIBRARY: lambda: operation.library(first, second)}
         by_name, rejected = {}, {}
         for plan in operation.plans(first.shape, second.shape):
             try:
                 _check_agreement(operation.planned(first, second, plan), expected)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # whatever a compiler or a driver raises: the library remains
                 rejected[str(plan)] = f"{type(error).__name__}: {error}"
                 continue
             by_name[str(plan)] = plan
             runs[str(plan)] = partial(operation.planned, first, second, plan)
-        if rejected:
-            warn_user(_rejection_message(key, rejected), RuntimeWarning)
         with torch.cuda.device(key.device) if key.device.type == "cuda" else nullcontext():
             microseconds = self.timer(runs) if by_name else {}
         chosen = fastest(microseconds)
@@ -147,6 +150,16 @@ class Choices:
         dtype = str(key.dtype).removeprefix("torch.")
         measurement = Measurement(key.operation, device, dtype, *key[3:], microseconds, rejected, chosen)
         return by_name.get(chosen), measurement
+
+
+def _filled(shape: tuple[int, ...], key: Key, factor: float) -> Tensor:
+    """Return a tensor in channels_last of values between -0.5 and 0.5: the fractions of factor * n * n.
+
+    Random numbers would change the caller's generator, and cannot be drawn while a gradient is batched by vmap.
+    """
+    n, c, height, width = shape
+    index = torch.arange(math.prod(shape), dtype=torch.float64, device=key.device)
+    return (index.square_().mul_(factor).frac_() - 0.5).to(key.dtype).view(n, height, width, c).permute(0, 3, 1, 2)
 
 
 def fastest(microseconds: Mapping[str, float]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 from torch.utils.flop_counter import register_flop_formula
 
 from memcnn.autocast import autocast_dtype
@@ -24,16 +25,17 @@ from memcnn.kernels.operations import INPUT_GRADIENT, OUTPUT, WEIGHT_GRADIENT, p
 
 CHANNELS = (16, 32, 64)
 DTYPES = (torch.bfloat16, torch.float16)  # tensor cores would round float32 to TF32
+_TYPES = {Tensor, nn.Parameter}
 
 
 def narrow_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``F.conv2d(x, weight, padding=1)``, computed by our kernels where they are faster.
 
-    Our kernels support plain CUDA tensors in bfloat16 or float16 (under autocast: after the cast), with ``x`` in
+    Our kernels support plain CUDA tensors in bfloat16 or float16 (under autocast: after its cast), with ``x`` in
     channels_last, and 16, 32 or 64 channels in and out. They need Triton. The output and both gradients can then differ
-    from those of ``F.conv2d`` by rounding. Second derivatives are supported. For all other tensors, and within
-    ``torch.func`` transforms, forward-mode differentiation and ``torch.export``, this function is ``F.conv2d`` itself,
-    with the same bits.
+    from those of ``F.conv2d`` by rounding, and NaN and infinite values can reach more entries of a gradient. Second
+    derivatives are supported. For all other tensors, and within ``torch.func`` transforms, forward-mode differentiation
+    and ``torch.export``, this function is ``F.conv2d`` itself, with the same bits.
 
     Args:
         x: images, (N, C_in, H, W).
@@ -42,15 +44,20 @@ def narrow_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (N, C_out, H, W).
     """
-    dtype = x.dtype
+    if not {type(x), type(weight)} <= _TYPES:  # first: torch.fx cannot trace the conditions below
+        return F.conv2d(x, weight, padding=1)
     autocast = autocast_dtype(x.device.type)
-    if autocast is not None and torch.float64 not in (x.dtype, weight.dtype):
-        dtype = autocast
-    if not _is_supported(x, weight, dtype) or (autocast is None and weight.dtype != dtype):
+    dtype = _dtype_under(autocast, x)
+    if dtype != _dtype_under(autocast, weight) or not _is_supported(x, weight, dtype):
         return F.conv2d(x, weight, padding=1)  # raises if the dtypes differ
-    # a view, because the compiler cannot trace one tensor as two inputs
-    rounded = weight.view_as(weight) if weight.dtype == dtype else weight.to(dtype)
-    return _NarrowConv.apply(x.to(dtype), rounded, weight)
+    return _NarrowConv.apply(x.to(dtype), None if weight.dtype == dtype else weight.to(dtype), weight)
+
+
+def _dtype_under(autocast: torch.dtype | None, tensor: Tensor) -> torch.dtype:
+    """Return the dtype to which autocast casts a tensor for a convolution."""
+    if autocast is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor.dtype
+    return autocast
 
 
 class NarrowConv2d(nn.Conv2d):
@@ -60,7 +67,7 @@ class NarrowConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of images (N, C_in, H, W), or (C_in, H, W)."""
-        return narrow_conv2d(x, self.weight) if _is_narrow(self) and x.dim() == 4 else super().forward(x)
+        return narrow_conv2d(x, self.weight) if _is_narrow(self) else super().forward(x)
 
 
 def use_narrow_convolutions(model: nn.Module, *, enabled: bool = True) -> list[str]:
@@ -73,7 +80,7 @@ def use_narrow_convolutions(model: nn.Module, *, enabled: bool = True) -> list[s
     Args:
         model: the model, changed in place. Subclasses of ``nn.Conv2d``, and modules with a bias or with other kernel
             sizes, strides or numbers of channels, stay as they are.
-        enabled: with ``False``, change back.
+        enabled: with ``False``, change back, apart from modules that were parametrized since.
 
     Returns:
         The names of the modules that were changed.
@@ -139,10 +146,11 @@ def _gradients_of_conv3x3(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Te
     """Return the gradients of ``conv3x3``. It is linear in each input, so both are convolutions."""
     images, weight = ctx.saved_tensors
     transposed = ctx.option
-    of_images = conv3x3(gradient, weight, not transposed) if ctx.needs_input_grad[0] else None
+    of_images = _convolution(gradient, weight, transposed=not transposed) if ctx.needs_input_grad[0] else None
     of_weight = None
     if ctx.needs_input_grad[1]:
-        of_weight = conv3x3_weight_gradient(*((images, gradient) if transposed else (gradient, images)), weight.dtype)
+        output_gradient, x = (images, gradient) if transposed else (gradient, images)
+        of_weight = _weight_gradient(output_gradient, x, weight.dtype)
     return of_images, of_weight, None
 
 
@@ -150,9 +158,24 @@ def _gradients_of_weight_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | 
     """Return the gradients of ``conv3x3_weight_gradient``. It is linear in each input, so both are convolutions."""
     output_gradient, x = ctx.saved_tensors
     weight = gradient.to(x.dtype)
-    of_output_gradient = conv3x3(x, weight, False) if ctx.needs_input_grad[0] else None
-    of_input = conv3x3(output_gradient, weight, True) if ctx.needs_input_grad[1] else None
+    of_output_gradient = _convolution(x, weight, transposed=False) if ctx.needs_input_grad[0] else None
+    of_input = _convolution(output_gradient, weight, transposed=True) if ctx.needs_input_grad[1] else None
     return of_output_gradient, of_input, None
+
+
+def _convolution(images: Tensor, weight: Tensor, *, transposed: bool) -> Tensor:
+    """``conv3x3``. Within transforms by PyTorch, which would drop forward-mode derivatives of an opaque operator."""
+    if is_transformed():
+        return (F.conv_transpose2d if transposed else F.conv2d)(images, weight, padding=1)
+    return conv3x3(images, weight, transposed)
+
+
+def _weight_gradient(output_gradient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``conv3x3_weight_gradient``; within transforms by PyTorch."""
+    if is_transformed():
+        shape = output_gradient.shape[1], x.shape[1], 3, 3
+        return conv2d_weight(x, shape, output_gradient, padding=1).to(dtype)
+    return conv3x3_weight_gradient(output_gradient, x, dtype)
 
 
 conv3x3.register_autograd(_gradients_of_conv3x3, setup_context=_save_tensors)
@@ -171,26 +194,28 @@ def _flops_of_weight_gradient(output_gradient: torch.Size, x: torch.Size, dtype:
 
 
 class _NarrowConv(torch.autograd.Function):
-    """The convolution of x and ``rounded``, which is ``weight`` in the dtype of x.
+    """The convolution of x and weight.
 
-    It saves the same tensors as PyTorch's, in that order: a reversible block can forget them. The gradient goes to
-    ``weight`` at once, in its dtype, so that no kernel has to cast it. Second derivatives also go through ``rounded``.
+    ``rounded`` is the weight in the dtype of x; None if it has this dtype itself. The function saves the same tensors
+    as PyTorch's convolution, in that order: a reversible block can forget them. The gradient goes to ``weight`` at
+    once, in its dtype, so our kernel rounds it once. Second derivatives also go through ``rounded``.
     """
 
     @staticmethod
-    def forward(x: Tensor, rounded: Tensor, weight: Tensor) -> Tensor:
-        return conv3x3(x, rounded, False)
+    def forward(x: Tensor, rounded: Tensor | None, weight: Tensor) -> Tensor:
+        return conv3x3(x, weight if rounded is None else rounded, False)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.dtype = inputs[2].dtype
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor], output: Tensor) -> None:
+        x, rounded, weight = inputs
+        ctx.save_for_backward(x, weight if rounded is None else rounded)
+        ctx.dtype = weight.dtype
 
     @staticmethod
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        x, rounded = ctx.saved_tensors
-        of_input = conv3x3(output_gradient, rounded, True) if ctx.needs_input_grad[0] else None
-        of_weight = conv3x3_weight_gradient(output_gradient, x, ctx.dtype) if ctx.needs_input_grad[2] else None
+        x, weight = ctx.saved_tensors
+        of_input = _convolution(output_gradient, weight, transposed=True) if ctx.needs_input_grad[0] else None
+        of_weight = _weight_gradient(output_gradient, x, ctx.dtype) if ctx.needs_input_grad[2] else None
         return of_input, None, of_weight
 
 
@@ -199,8 +224,6 @@ def _is_supported(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
         x.device.type in KERNEL_DEVICES
         and not is_transformed()
         and x.device == weight.device
-        and type(x) in (Tensor, nn.Parameter)
-        and type(weight) in (Tensor, nn.Parameter)
         and dtype in DTYPES
         and x.dim() == weight.dim() == 4
         and weight.shape[2:] == (3, 3)

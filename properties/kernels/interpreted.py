@@ -5,6 +5,7 @@ By hand: ``TRITON_INTERPRET=1 pytest properties/kernels/interpreted.py``.
 """
 
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import narrow_conv
@@ -293,6 +295,29 @@ def test_plans_that_fail_or_disagree_are_not_used(monkeypatch):
     assert torch.equal(weight.grad, expected)
 
 
+def test_a_warning_about_plans_comes_after_the_choice_is_stored(monkeypatch):
+    """A warning that is an error, or a function that is called for it and needs a choice itself, changes nothing."""
+    bad = (replace(convolution_kernel.plans(16)[0], pixels=48),)
+    monkeypatch.setattr(convolution_kernel, "plans", lambda channels: bad)
+    x, weight = images(1, 16, 3, 3), torch.randn(16, 16, 3, 3).bfloat16()
+    shown = []
+
+    def show(*arguments, **options) -> None:
+        shown.append(kernels.narrow_conv2d(images(1, 16, 2, 2), weight))
+
+    with kernels.choosing(kernels.Choices(kernel_wins)) as choices:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            with pytest.raises(RuntimeWarning, match="1 plans for the output"):
+                kernels.narrow_conv2d(x, weight)
+            assert torch.equal(kernels.narrow_conv2d(x, weight), conv2d(x, weight))
+        with warnings.catch_warnings():
+            warnings.simplefilter("once")
+            monkeypatch.setattr(warnings, "showwarning", show)
+            kernels.narrow_conv2d(images(1, 16, 4, 4), weight)
+        assert len(shown) == 2 and len(choices.measured()) == 3
+
+
 def test_one_thread_measures_for_all():
     calls = []
 
@@ -330,6 +355,10 @@ def test_output_has_the_same_bits_in_every_mode(chosen, mode):
     assert [measurement.operation for measurement in chosen.measured()] == ["output"]
 
 
+def conv2d(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight, padding=1)
+
+
 def transformed(convolution: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> list[Tensor]:
     """Return a batched result, a forward-mode derivative and a gradient of a convolution, by ``torch.func``."""
     with torch.no_grad():
@@ -340,12 +369,88 @@ def transformed(convolution: Callable[[Tensor, Tensor], Tensor], x: Tensor, weig
 
 
 def test_transforms_use_the_library(chosen):
-    """PyTorch knows no derivative and no batching rule of our operators, and would drop forward-mode derivatives."""
+    """PyTorch has no forward-mode derivative of our operators, and would drop it without a word."""
     x, weight = images(3, 16, 4, 5), torch.randn(16, 16, 3, 3).bfloat16()
-    ours = transformed(kernels.narrow_conv2d, x, weight)
-    library = transformed(lambda x, weight: F.conv2d(x, weight, padding=1), x, weight)
+    ours, library = (transformed(convolution, x, weight) for convolution in (kernels.narrow_conv2d, conv2d))
     assert all(torch.equal(*pair) for pair in zip(ours, library, strict=True))
     assert chosen.measured() == []
+
+
+def forward_over_reverse(
+    convolution: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, gradient: Tensor
+) -> list[Tensor]:
+    """Return forward-mode derivatives of first and second gradients, of a graph that was recorded outside of them."""
+    y = convolution(x, weight)
+    of_first = torch.func.jvp(
+        lambda gradient: torch.autograd.grad(y, (x, weight), gradient, retain_graph=True),
+        (gradient,),
+        (gradient.sin(),),
+    )[1]
+    leaf = gradient.clone().requires_grad_()
+    firsts = torch.autograd.grad(convolution(x, weight), (x, weight), leaf, create_graph=True)
+    found = [*of_first]
+    for one in firsts:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(torch.ones_like(one), torch.ones_like(one))
+            seconds = torch.autograd.grad(one, (x, weight, leaf), dual, retain_graph=True, allow_unused=True)
+            found += [forward_ad.unpack_dual(value).tangent for value in seconds if value is not None]
+    return found
+
+
+def test_forward_mode_derivatives_of_gradients_are_not_dropped(chosen):
+    x, weight = images(2, 16, 4, 5).requires_grad_(), torch.randn(16, 16, 3, 3).bfloat16().requires_grad_()
+    gradient = images(2, 16, 4, 5)
+    ours, library = (forward_over_reverse(c, x, weight, gradient) for c in (kernels.narrow_conv2d, conv2d))
+    assert len(ours) == len(library) == 6
+    for got, expected in zip(ours, library, strict=True):
+        assert error(got, expected) <= 2 * LIMITS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float64], ids=str)
+@pytest.mark.parametrize("argument", [0, 1], ids=["x", "weight"])
+def test_autocast_casts_the_dtypes_that_it_casts_for_conv2d_alone(chosen, dtype, argument):
+    arguments = [images(1, 16, 3, 3), images(16, 16, 3, 3)]
+    arguments[argument] = arguments[argument].to(dtype)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError) as library:
+        conv2d(*arguments)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError) as ours:
+        kernels.narrow_conv2d(*arguments)
+    assert str(ours.value) == str(library.value)
+
+
+def test_a_weight_of_the_inputs_dtype_is_saved_itself(chosen):
+    """So hooks recognise the parameter, and new data of the weight counts, as with conv2d."""
+    x, weight = images(2, 16, 4, 5).requires_grad_(), nn.Parameter(torch.randn(16, 16, 3, 3).bfloat16())
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        y = kernels.narrow_conv2d(x, weight)
+    assert saved[0] is x and saved[1] is weight
+    weight.data = torch.randn(16, 16, 3, 3).bfloat16()
+    gradient = images(2, 16, 4, 5)
+    (got,) = torch.autograd.grad(y, x, gradient)
+    assert error(got, exact_convolution(gradient, weight, transposed=True)) <= LIMITS[torch.bfloat16]
+
+
+def test_torch_fx_traces_a_swapped_model(chosen):
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.ReLU()).bfloat16()
+    kernels.use_narrow_convolutions(model)
+    traced = torch.fx.symbolic_trace(model)
+    x = images(1, 16, 3, 3)
+    assert error(traced(x), model(x)) <= LIMITS[torch.bfloat16]
+
+
+def test_short_memory_leaves_the_shape_to_the_library_for_this_call(chosen):
+    x, weight = images(1, 16, 3, 3), torch.randn(16, 16, 3, 3).bfloat16()
+
+    def timer(runs: dict) -> dict[str, float]:
+        raise torch.OutOfMemoryError("planted")
+
+    with kernels.choosing(kernels.Choices(timer)) as choices:
+        assert torch.equal(kernels.narrow_conv2d(x, weight), conv2d(x, weight))
+        assert choices.measured() == []
+        choices.timer = kernel_wins
+        kernels.narrow_conv2d(x, weight)
+        assert [measurement.chosen != "library" for measurement in choices.measured()] == [True]
 
 
 def test_floating_point_operations_are_counted(chosen):

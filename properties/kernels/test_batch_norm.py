@@ -19,7 +19,7 @@ from memcnn import data as cifar
 from memcnn import kernels, reuse
 from memcnn.kernels.batch_norm import batch_statistics, gradient_sums
 from memcnn.models.resnet import MODELS, CifarResNet, basic_branch, bottleneck_branch
-from memcnn.training.compilation import compiled, quiet
+from memcnn.training.compilation import compiled, without_compiler_warnings
 from memcnn.training.execution import Execution
 from memcnn.training.recipe import PUBLISHED
 from memcnn.training.step import TrainingStep
@@ -91,6 +91,22 @@ def test_forward_mode_derivatives_are_those_of_the_plain_layers():
             derivatives.append(forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent)
     assert derivatives[0] is not None and torch.equal(*derivatives)
     assert torch.equal(plain[0].running_var, fused[0].running_var)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's own
+def test_forward_mode_derivatives_of_gradients_are_not_dropped():
+    """The graph is recorded outside of the transform."""
+    x, tangent, derivatives = images(3, 6, 5, 4).requires_grad_(), images(3, 6, 5, 4).sin(), []
+    for fused in (False, True):
+        model = layers()
+        if fused:
+            kernels.use_fused_norms(model)
+        y, parameters = model(x), [x, *model[0].parameters()]
+        with forward_ad.dual_level():
+            gradients = torch.autograd.grad(y, parameters, forward_ad.make_dual(y.detach(), tangent))
+            derivatives.append([forward_ad.unpack_dual(gradient).tangent for gradient in gradients])
+    for ours, plain in zip(*derivatives[::-1], strict=True):
+        assert error(ours, plain) <= 1e-5
 
 
 def test_under_autocast_the_output_is_rounded_once():
@@ -188,7 +204,7 @@ def test_compiled_branches_have_the_gradients_of_uncompiled_ones(backend):
             F_.compile(backend=backend, dynamic=False)
             G_.compile(backend=backend, dynamic=False)
         x = images(2, 32, 6, 6).requires_grad_()
-        with quiet():
+        with without_compiler_warnings():
             block(x).square().sum().backward()
         results.append([x.grad, *[p.grad for p in block.parameters()], *[b.float() for b in block.buffers()]])
     for ours, theirs in zip(*results, strict=True):
@@ -205,7 +221,7 @@ def test_a_whole_compiled_network_with_combined_kernels_trains_as_the_plain_one(
         if fused:
             kernels.use_fused_norms(model)
             forward = compiled(model, combine_kernels=True)
-        with quiet():
+        with without_compiler_warnings():
             F.cross_entropy(forward(images(4, 3, 8, 8)), torch.arange(4)).backward()
         results.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     assert error(results[1], results[0]) <= 1e-5
