@@ -113,7 +113,7 @@ def test_a_record_gives_the_time_only_of_an_equal_execution_and_as_many_runs(tin
     job = Job(model="resnet32", dataset="cifar10", recipe=recipe)
     place = Place(data="generated", runs=tmp_path)
     cost = cost_of_records(job, Execution(), place, CPU)
-    assert cost.step_seconds == record.segments[0].train_seconds / 120 and cost.source.startswith("in resnet32")
+    assert cost.step_seconds == record.segments[0].train_seconds / 120 and cost.source.startswith("as in resnet32")
     assert cost_of_records(job, Execution(precision="bf16"), place, CPU) is None
     assert cost_of_records(job, Execution(), replace(place, shared_by=2), CPU) is None
 
