@@ -89,7 +89,7 @@ def _state(folder: Path, recipe: Recipe) -> tuple[int, str]:
 def step_seconds_of_records(
     job: Job, execution: Execution, place: Place, device: torch.device
 ) -> tuple[float, str] | None:
-    """Return the seconds of a step in the longest recorded segment that was executed like this job, and its run's name.
+    """Return the seconds of a step in the longest segment recorded for an equal job, and a phrase that names its run.
 
     Args:
         job: the model and its batch size.
