@@ -109,7 +109,8 @@ def _parser() -> cli.Parser:
     add(
         "--chain",
         metavar="TARGET",
-        help="package.module:function; function(depth) returns a chain of that many blocks, for the law of memory",
+        help="package.module:function or path.py:function; function(depth) returns a chain of that many blocks, for "
+        "the law of memory",
     )
     add(
         "--no-finite-differences",

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from torch import Size, nn, ones
+from torch import nn, ones
 
 import memcnn
 from memcnn.attribution import warn_user
+from memcnn.kernels.choice import Choices
 from memcnn.kernels.operations import WEIGHT_GRADIENT
 
 FILE = str(Path(memcnn.__file__).parent / "engine" / "made_up.py")
@@ -59,9 +60,14 @@ def test_where_nobody_called_the_library_its_own_line_is_named():
     assert (found[0].filename, found[0].lineno) == (FILE, 1 + SOURCE.splitlines().index("    else:") + 1)
 
 
-def test_without_triton_the_line_that_asks_for_plans_is_named(monkeypatch):
+def test_without_triton_the_line_that_asks_for_a_plan_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "memcnn.kernels.weight_gradient", None)
     monkeypatch.delattr("memcnn.kernels.weight_gradient", raising=False)
-    with pytest.warns(UserWarning, match="Triton cannot be imported") as found:
-        assert WEIGHT_GRADIENT.plans(Size([1, 16, 4, 4]), Size([1, 16, 4, 4])) == ()
+    choices = Choices()
+    with pytest.warns(
+        RuntimeWarning, match="Our kernel for the weight gradient .* could not be tried.*ModuleNotFoundError"
+    ) as found:
+        assert choices.plan(WEIGHT_GRADIENT, ones(1, 16, 4, 4), ones(1, 16, 4, 4)) is None
     assert found[0].filename == __file__
+    assert choices.plan(WEIGHT_GRADIENT, ones(1, 16, 4, 4), ones(1, 16, 4, 4)) is None  # warns once
+    assert [measurement.chosen for measurement in choices.measured()] == ["library"]

@@ -38,7 +38,7 @@ def published() -> pd.DataFrame:
 
 
 def why_not_full(record: RunRecord) -> list[str]:
-    """Return the reasons that keep a run out of the main table. None if and only if ``record.is_comparable``."""
+    """Return the reasons that keep a run out of the main table. Empty if and only if ``record.is_comparable``."""
     reasons = []
     if record.status != "complete":
         reason = "still running, or killed" if record.reason is None else record.reason

@@ -151,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
         "options that may be faster"
     )
     add("--tries", action="store_true", help=tries)
-    kernels_help = "also profile the steps: kernels.csv and kernels.md have calls and time of each kernel"
+    kernels_help = "also profile the steps: kernels.csv has calls and time of each kernel, kernels.md the largest"
     add("--kernels", action="store_true", help=kernels_help)
     folders.add_place_options(parser, "speed.csv and speed.md")
     return parser
@@ -166,7 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device, folder = folders.place_of(parser, given)
     try:
         text.read(folder)  # report files that cannot be extended before measuring anything
-        text.read_rows(folder / kernels.FILE, kernels.COLUMNS)
+        if given.kernels:
+            text.read_rows(folder / kernels.FILE, kernels.COLUMNS)
     except ValueError as error:
         parser.error(str(error))
     ways = ways_of(given, device)
@@ -189,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         page = _write_page(folder, command)
         if given.kernels:
             kernels.add(folder, kernel_rows(network, functions, setup))
+        del functions  # frees its models and graphs before the next network's are made
     if given.tries and device.type == "cpu":
         variants_table(given.networks[0], setup).to_csv(folder / text.TRIES, index=False)
         page = _write_page(folder, command)

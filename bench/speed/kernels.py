@@ -36,9 +36,10 @@ class Event(Protocol):
 
 
 def profiled(run: Callable[[int], None], way: Way, device: torch.device) -> pd.DataFrame:
-    """Profile a few training steps one by one, and return the kernels of the shortest; see ``rows``.
+    """Profile a few training steps one by one, and return the kernels of one of them; see ``rows``.
 
-    The engine watches some steps for drift, and these make more calls than all others.
+    It is the step with the fewest calls, and of these the shortest: in some steps the engine watches for drift, which
+    takes more calls.
 
     Args:
         run: ``run(1)`` runs a training step of each run of the group.
@@ -97,8 +98,8 @@ def page(table: pd.DataFrame) -> str:
     """Return the kernels that take most time as a Markdown page, with a table for each execution."""
     parts = [
         "# Kernels of a training step",
-        f"By `python -m bench.speed --kernels`: the shortest of {STEPS} profiled steps; on a CPU operators. The time "
-        f"of a kernel is that of all its calls in the step. [{FILE}]({FILE}) has all rows.",
+        f"By `python -m bench.speed --kernels`: of {STEPS} steps the one with the fewest calls; on a CPU operators. "
+        f"The time of a kernel is that of all its calls in the step. [{FILE}]({FILE}) has all rows.",
     ]
     for (network, execution, group, batch), rows in table.groupby(KEYS, sort=False):
         together = f", {group} runs together" if group > 1 else ""

@@ -183,9 +183,9 @@ class ReplayedBuffers:
     def exchange_statistics(self, undo: list[tuple]) -> set[int]:
         """Register uninitialised memory in place of running statistics that a further evaluation only writes.
 
-        This saves two copies of each. Statistics that share memory with another buffer stay registered, because other
-        code may read them; with hooks, all stay. Return the ids of the statistics that were replaced. ``undo`` receives
-        the calls that put them back.
+        This saves two copies of each. Statistics that share memory with another buffer or attribute stay registered,
+        because other code may read them; with hooks, all stay. Return the ids of the statistics that were replaced.
+        ``undo`` receives the calls that put them back.
         """
         if self.hooks is not None or not any(buffer.is_only_written for buffer in self.restored):
             return set()

@@ -3,7 +3,7 @@
 ``torch.utils._pytree`` and ``torch.utils._python_dispatch``, which PyTorch's documentation itself uses, are imported
 where they are needed.
 
-A release of PyTorch may change a private name. This file is then the only one to repair. Three kinds of private
+A release of PyTorch may change a private name. This file is then the one to repair. Only three kinds of private
 attributes are read where they are needed, since a function call for each saved tensor would cost more than the work:
 
 * ``Tensor._version``: counts in-place modifications. Autograd checks it in the same way.

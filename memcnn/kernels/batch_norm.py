@@ -18,7 +18,7 @@ Formulas: Ioffe, Szegedy, "Batch Normalization", arXiv:1502.03167, section 3.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -202,8 +202,13 @@ class _BatchNormReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, statistics, weight, bias = ctx.saved_tensors
-        # PyTorch would drop forward-mode derivatives of an opaque operator
-        sums = _gradient_sums if is_transformed() else gradient_sums
+        sums: Callable[..., Tensor] = gradient_sums
+        if is_transformed():  # PyTorch would drop forward-mode derivatives of an opaque operator
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    "fused norms have no second derivatives; change the model back by use_fused_norms(enabled=False)"
+                )
+            sums = _gradient_sums
         of_bias, of_weight = sums(output_gradient, x, statistics, weight, bias).unbind()
         n = x.numel() // x.shape[1]
         normalised, gradient = _before_relu(output_gradient, x, statistics, weight, bias)

@@ -3,7 +3,7 @@
 A plan is a division of the work of one of our kernels. The rules:
 
 1. A shape is measured the first time that an operation is computed for it on real tensors, unless a CUDA graph is being
-   captured on the current stream, or memory is short. Until then the library computes it.
+   captured on the current stream. Until then the library computes it.
 2. A plan is chosen only if it ran, agreed with the library, and took at most ``MOST_OF_LIBRARY`` of its time.
 3. If the caller asks for deterministic algorithms, the library computes everything. Each plan is deterministic, but
    the choice between them depends on a clock.
@@ -29,7 +29,9 @@ LIBRARY = "library"
 MOST_OF_LIBRARY = 0.95  # a smaller gain is within the noise of the measurement
 AGREEMENT = 0.01  # largest relative difference to the library's result, as norms; bfloat16 rounds to 0.004
 ROUNDS, CALLS = 5, 10
-FACTORS = (5**0.5 - 1) / 2, 2**0.5 - 1  # of the values of both tensors; irrational, so that they do not repeat
+FACTORS = (5**0.5 - 1) / 2, 2**0.5 - 1  # of the values of both tensors
+PERIOD = 1_000_003  # number of different values; a prime, so that no two images are equal
+ALL_PLANS = "all plans"
 SLEEP_CYCLES, MOST_SLEEP_CYCLES = 2_000_000, 64_000_000  # 1 and 32 ms on an H100
 
 Timer = Callable[[Mapping[str, Callable[[], object]]], dict[str, float]]
@@ -46,7 +48,7 @@ class Operation(Generic[Plan]):
         name: of the result.
         library: computes it by PyTorch; the result is dense in channels_last.
         planned: computes it by our kernel, with a plan.
-        plans: returns the plans to measure for two shapes. There are none where Triton cannot be imported.
+        plans: returns the plans to measure for two shapes. Raises ImportError where Triton cannot be imported.
     """
 
     name: str
@@ -76,8 +78,9 @@ class Measurement:
         shapes: of the operation's two tensors.
         library_benchmark: whether cuDNN was free to choose its algorithm by measurement.
         microseconds: time of the operation, by name; ``library`` is cuDNN's.
-        rejected: for each plan that failed or disagreed with the library, the reason.
-        chosen: the name of the fastest, which is used from now on.
+        rejected: for each plan that failed or disagreed with the library, the reason. ``all plans``: nothing could be
+            measured.
+        chosen: the name of the choice by rule 2, which is used from now on.
     """
 
     operation: str
@@ -111,15 +114,12 @@ class Choices:
         if key not in self.found:
             if first.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return None
-            rejected = {}
+            rejected: Mapping[str, str] = {}
             with self.lock:
                 if key not in self.found:
-                    try:
-                        self.found[key] = self._measure(operation, key)
-                    except torch.OutOfMemoryError:  # the library alone may have enough; measure at another call
-                        return None
+                    self.found[key] = self._measure(operation, key)
                     rejected = self.found[key][1].rejected
-            if rejected:
+            if rejected:  # stored before and warned of without the lock: code that runs for a warning may need a choice
                 warn_user(_rejection_message(key, rejected), RuntimeWarning)
         return self.found[key][0]
 
@@ -129,22 +129,25 @@ class Choices:
 
     def _measure(self, operation: Operation[Plan], key: Key) -> tuple[Plan | None, Measurement]:
         """Check and time the plans for a shape; return the chosen one, None for the library, and the measurement."""
-        first, second = (_filled(shape, key, factor) for shape, factor in zip(key.shapes, FACTORS, strict=True))
-        expected = operation.library(first, second)
-        runs: dict[str, Callable[[], Tensor]] = {LIBRARY: lambda: operation.library(first, second)}
-        by_name, rejected = {}, {}
-        for plan in operation.plans(first.shape, second.shape):
-            try:
-                _check_agreement(operation.planned(first, second, plan), expected)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever a compiler or a driver raises: the library remains
-                rejected[str(plan)] = f"{type(error).__name__}: {error}"
-                continue
-            by_name[str(plan)] = plan
-            runs[str(plan)] = partial(operation.planned, first, second, plan)
-        with torch.cuda.device(key.device) if key.device.type == "cuda" else nullcontext():
-            microseconds = self.timer(runs) if by_name else {}
+        by_name: dict[str, Plan] = {}
+        rejected: dict[str, str] = {}
+        microseconds: dict[str, float] = {}
+        try:
+            first, second = (_filled(shape, key, factor) for shape, factor in zip(key.shapes, FACTORS, strict=True))
+            expected = operation.library(first, second)
+            runs: dict[str, Callable[[], Tensor]] = {LIBRARY: lambda: operation.library(first, second)}
+            for plan in operation.plans(first.shape, second.shape):
+                try:
+                    _check_agreement(operation.planned(first, second, plan), expected)
+                except Exception as error:  # whatever a compiler or a driver raises: the library remains
+                    rejected[str(plan)] = f"{type(error).__name__}: {error}"
+                    continue
+                by_name[str(plan)] = plan
+                runs[str(plan)] = partial(operation.planned, first, second, plan)
+            with torch.cuda.device(key.device) if key.device.type == "cuda" else nullcontext():
+                microseconds = self.timer(runs) if by_name else {}
+        except (ImportError, torch.OutOfMemoryError) as error:  # no Triton, or no memory to compare: for good
+            by_name, rejected = {}, {ALL_PLANS: f"{type(error).__name__}: {error}"}
         chosen = fastest(microseconds)
         device = torch.cuda.get_device_name(key.device) if key.device.type == "cuda" else str(key.device)
         dtype = str(key.dtype).removeprefix("torch.")
@@ -153,13 +156,15 @@ class Choices:
 
 
 def _filled(shape: tuple[int, ...], key: Key, factor: float) -> Tensor:
-    """Return a tensor in channels_last of values between -0.5 and 0.5: the fractions of factor * n * n.
+    """Return a tensor in channels_last of values between -0.5 and 0.5: the fractions of factor * i * i, repeated.
 
-    Random numbers would change the caller's generator, and cannot be drawn while a gradient is batched by vmap.
+    Random numbers cannot be drawn while a gradient is batched by vmap.
     """
     n, c, height, width = shape
-    index = torch.arange(math.prod(shape), dtype=torch.float64, device=key.device)
-    return (index.square_().mul_(factor).frac_() - 0.5).to(key.dtype).view(n, height, width, c).permute(0, 3, 1, 2)
+    index = torch.arange(PERIOD, dtype=torch.float64, device=key.device)
+    values = index.square_().mul_(factor).frac_().sub_(0.5).to(key.dtype)
+    size = math.prod(shape)
+    return values.repeat(-(-size // PERIOD))[:size].view(n, height, width, c).permute(0, 3, 1, 2)
 
 
 def fastest(microseconds: Mapping[str, float]) -> str:
@@ -210,10 +215,10 @@ def _check_agreement(result: Tensor, expected: Tensor) -> None:
 
 def _rejection_message(key: Key, rejected: Mapping[str, str]) -> str:
     plan, reason = next(iter(rejected.items()))
-    return (
-        f"{len(rejected)} plans for the {key.operation} of shapes {key.shapes[0]} and {key.shapes[1]}, {key.dtype} on "
-        f"{key.device}, failed. Training goes on without them. The first: {plan}: {reason}"
-    )
+    about = f"for the {key.operation} of shapes {key.shapes[0]} and {key.shapes[1]}, {key.dtype} on {key.device}"
+    if plan == ALL_PLANS:
+        return f"Our kernel {about} could not be tried. Training goes on with PyTorch's. {reason}"
+    return f"{len(rejected)} plans {about} failed. Training goes on without them. The first: {plan}: {reason}"
 
 
 _current = Choices()
@@ -225,7 +230,7 @@ def current() -> Choices:
 
 
 def measured() -> list[Measurement]:
-    """Return the measurements of this process, one for each shape."""
+    """Return the measurements of this process, one for each operation and shape."""
     return _current.measured()
 
 

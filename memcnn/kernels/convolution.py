@@ -33,7 +33,7 @@ def narrow_conv2d(x: Tensor, weight: Tensor) -> Tensor:
 
     Our kernels support plain CUDA tensors in bfloat16 or float16 (under autocast: after its cast), with ``x`` in
     channels_last, and 16, 32 or 64 channels in and out. They need Triton. The output and both gradients can then differ
-    from those of ``F.conv2d`` by rounding, and NaN and infinite values can reach more entries of a gradient. Second
+    from those of ``F.conv2d`` by rounding, and NaN and infinite values can reach more of their entries. Second
     derivatives are supported. For all other tensors, and within ``torch.func`` transforms, forward-mode differentiation
     and ``torch.export``, this function is ``F.conv2d`` itself, with the same bits.
 

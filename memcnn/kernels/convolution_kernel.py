@@ -25,7 +25,7 @@ not a measurement; ``python -m bench.narrow_conv`` measures.
 bytes from memory      6.6 MB (input and output, 3.3 MB each): 2 us; less where they are still in the L2 cache
 operations             0.47 GFLOP, 0.63 with padding: 1 to 2 us at half of the tensor cores' rate
 reads of shifted tiles 30 MB through the L1 caches: 2 us, or 6 us where each of them goes to the L2 cache
-latency                800 programs, 5 or 6 a multiprocessor, 3 or 9 products each, one after the other: 2 to 4 us
+latency                800 programs, 6 or 7 a multiprocessor, 3 or 9 products each, one after the other: 2 to 4 us
 =====================  ==============================================================================================
 
 These overlap in part. The expected sum is 5 to 9 us, against 19 us (forward) and 21 us (input gradient) that cuDNN was

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memcnn.attribution import warn_user
 from memcnn.kernels.choice import Operation
 from memcnn.kernels.devices import innermost, processors
 
@@ -62,24 +61,15 @@ def planned_weight_gradient(
 
 
 def _convolution_plans(images: torch.Size, weight: torch.Size) -> "tuple[convolution_kernel.Plan, ...]":
-    try:
-        from memcnn.kernels import convolution_kernel
-    except ImportError as error:
-        return _without_triton(error)
+    from memcnn.kernels import convolution_kernel
+
     return convolution_kernel.plans(images[1])
 
 
 def _weight_gradient_plans(output_gradient: torch.Size, x: torch.Size) -> "tuple[weight_gradient.Plan, ...]":
-    try:
-        from memcnn.kernels import weight_gradient
-    except ImportError as error:
-        return _without_triton(error)
+    from memcnn.kernels import weight_gradient
+
     return weight_gradient.plans(output_gradient[1], x[1])
-
-
-def _without_triton(error: ImportError) -> tuple[()]:
-    warn_user(f"Triton cannot be imported ({error}): the library computes narrow convolutions")
-    return ()
 
 
 OUTPUT = Operation("output", _library_output, partial(_planned_convolution, transposed=False), _convolution_plans)

@@ -34,8 +34,8 @@ class Execution:
             process's share.
         deterministic: on a GPU, use only cuDNN's deterministic algorithms. By default cuDNN times its algorithms and
             takes the fastest, which may add in any order.
-        narrow_convolutions: on a GPU, compute narrow 3x3 convolutions and their gradients by our Triton kernels, each
-            shape only if this was measured to be faster. See ``memcnn.kernels``.
+        narrow_convolutions: on a GPU, use our Triton kernels for narrow 3x3 convolutions and their gradients, for each
+            shape only where they were measured to be faster. See ``memcnn.kernels``.
         fused_norms: on a GPU, in compiled code, compute each BatchNorm and ReLU in front of a convolution in few
             kernels, and reuse the statistics in the recomputation. See ``memcnn.kernels.batch_norm``.
         combine_kernels: on a GPU, in compiled code, launch small kernels that do not depend on each other as one, such

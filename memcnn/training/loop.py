@@ -182,7 +182,7 @@ class Run:
         since, shared_by = clock.now(), 1
         try:
             while state.iteration < goal and reason is None:
-                if reason := self._interruption(1.5 * state.step_seconds):  # 50 % more than the last step took
+                if reason := self._interruption(1.5 * state.step_seconds):  # 50 % more than a step is expected to take
                     break
                 started = clock.now()
                 due = self.step()

@@ -102,5 +102,5 @@ def test_small_kernels_are_shown_together():
 def test_a_file_that_cannot_be_extended_is_reported_before_anything_is_measured(tmp_path, capsys):
     (tmp_path / kernels.FILE).write_text("network,us\nresnet32,1\n")
     with pytest.raises(SystemExit):
-        speed.main(["--networks", "resnet32", "--device", "cpu", "--out", str(tmp_path)])
+        speed.main(["--networks", "resnet32", "--kernels", "--device", "cpu", "--out", str(tmp_path)])
     assert "missing columns batch, calls, execution, group, kernel" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import narrow_conv
 from memcnn import kernels
-from memcnn.kernels import convolution_kernel, weight_gradient
+from memcnn.kernels import choice, convolution_kernel, weight_gradient
 from memcnn.kernels.convolution import conv3x3, conv3x3_weight_gradient
 from memcnn.kernels.operations import OPERATIONS, WEIGHT_GRADIENT
 from memcnn.models.resnet import CifarResNet, basic_branch
@@ -439,18 +439,42 @@ def test_torch_fx_traces_a_swapped_model(chosen):
     assert error(traced(x), model(x)) <= LIMITS[torch.bfloat16]
 
 
-def test_short_memory_leaves_the_shape_to_the_library_for_this_call(chosen):
+def test_short_memory_leaves_the_shape_to_the_library(chosen):
+    """For good: both evaluations of a reversible branch must have the same bits."""
     x, weight = images(1, 16, 3, 3), torch.randn(16, 16, 3, 3).bfloat16()
 
     def timer(runs: dict) -> dict[str, float]:
         raise torch.OutOfMemoryError("planted")
 
     with kernels.choosing(kernels.Choices(timer)) as choices:
-        assert torch.equal(kernels.narrow_conv2d(x, weight), conv2d(x, weight))
-        assert choices.measured() == []
+        with pytest.warns(
+            RuntimeWarning, match="Our kernel for the output .* could not be tried.*OutOfMemoryError: planted"
+        ):
+            assert torch.equal(kernels.narrow_conv2d(x, weight), conv2d(x, weight))
         choices.timer = kernel_wins
-        kernels.narrow_conv2d(x, weight)
-        assert [measurement.chosen != "library" for measurement in choices.measured()] == [True]
+        assert torch.equal(kernels.narrow_conv2d(x, weight), conv2d(x, weight))
+        assert [measurement.chosen for measurement in choices.measured()] == ["library"]
+
+
+@pytest.mark.parametrize("size", [4, 3_000_000])
+def test_values_for_measuring_differ_from_image_to_image(size):
+    """A plan that reads the wrong pixels must disagree with the library."""
+    seen = []
+
+    def library(first: Tensor, second: Tensor) -> Tensor:
+        seen.extend((first, second))
+        return first
+
+    operation = choice.Operation("output", library, lambda first, second, plan: first, lambda first, second: (1,))
+    x = torch.empty(2, 16, 1, size // 2, dtype=torch.bfloat16)
+    kernels.Choices(kernel_wins).plan(operation, x, x)
+    for tensor in seen:
+        assert tensor.shape == x.shape and tensor.is_contiguous(memory_format=torch.channels_last)
+        values = tensor.float()
+        assert 0.25 < values.std() < 0.33 and values.abs().max() <= 0.5  # 1 / sqrt(12) = 0.29
+        shifted = [values[0] - values[1], values[..., 1:] - values[..., :-1], values[:, 1:] - values[:, :-1]]
+        assert all(0.3 < difference.std() < 0.5 for difference in shifted)
+    assert not torch.equal(*seen[:2])
 
 
 def test_floating_point_operations_are_counted(chosen):

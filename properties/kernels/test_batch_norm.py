@@ -109,6 +109,14 @@ def test_forward_mode_derivatives_of_gradients_are_not_dropped():
         assert error(ours, plain) <= 1e-5
 
 
+def test_second_derivatives_raise_within_transforms_too():
+    model, x = layers(), images(3, 6, 5, 4).requires_grad_()
+    kernels.use_fused_norms(model)
+    y = model(x)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="fused norms have no second derivatives"):
+        torch.autograd.grad(y, x, forward_ad.make_dual(y.detach(), y.detach().sin()), create_graph=True)
+
+
 def test_under_autocast_the_output_is_rounded_once():
     """The convolution would round it anyway. Gradients are as near to float32 as those of PyTorch's own layers."""
     x = images(4, 16, 6, 6)
