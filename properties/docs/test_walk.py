@@ -23,7 +23,7 @@ NOT_RUN = {
     r"torchrun|python -m memcnn\.train (?!.*(smoke|--list|--dry-run|--config))": "hours on a CPU",
     r"python -m bench\.reproduce_table --train": "hours on a CPU",
     r"python -m (bench|bench --quick|bench\.compare .*|bench\.gpu_day .*|bench --quick .*)$": "minutes",
-    r"python examples/train_cifar\.py": "downloads CIFAR-10; ``test_examples`` runs it on generated images",
+    r"python examples/train_cifar.py": "downloads CIFAR-10; ``test_examples`` runs it on generated images",
     r"python -m bench\.gate|python -m memcnn\.convert|python -m properties\.": "needs files, or is long",
 }
 """Patterns of commands that the walk leaves out, with the reason; their arguments are checked by ``test_pages``."""
