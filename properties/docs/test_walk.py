@@ -24,6 +24,7 @@ NOT_RUN = {
     r"python -m bench\.reproduce_table --train": "hours on a CPU",
     r"python -m (bench|bench --quick|bench\.compare .*|bench\.gpu_day .*|bench --quick .*)$": "minutes",
     r"python examples/train_cifar.py": "downloads CIFAR-10; ``test_examples`` runs it on generated images",
+    r"python examples/train_glow.py": "likewise",
     r"python -m bench\.gate|python -m memcnn\.convert|python -m properties\.": "needs files, or is long",
 }
 """Patterns of commands that the walk leaves out, with the reason; their arguments are checked by ``test_pages``."""
@@ -50,7 +51,7 @@ WALKED = [page for page in PAGES if any(map(runs, commands(page)))]
 @pytest.fixture
 def copy(tmp_path) -> Path:
     """Return a folder with a copy of what the commands need."""
-    for name in ("memcnn", "bench", "reports", "examples", "README.md", "tox.ini"):
+    for name in ("memcnn", "bench", "reports", "examples", "docs", "README.md", "tox.ini"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     return tmp_path
