@@ -69,8 +69,8 @@ class Execution:
         bench.speed --clock cpu --tries`` (reports/bench/cpu/speed.md) found bfloat16 11 times slower. It found compiled
         code no faster than the plain step, within the spread of the measurement, after minutes of compiling.
         ``fused_norms`` and ``combine_kernels`` launch fewer kernels, but their time has not been measured yet.
-        The kernel for outputs and input gradients of narrow convolutions has not been measured there either; each process
-        uses it only after it has measured that it is faster.
+        The kernel for outputs and input gradients of narrow convolutions has not been measured there either; each
+        process uses it only after it has measured that it is faster.
 
         Args:
             device: the device that trains; only its type counts.
