@@ -49,12 +49,12 @@ def narrow_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     autocast = autocast_dtype(x.device.type)
     dtype = _dtype_under(autocast, x)
     if dtype != _dtype_under(autocast, weight) or not _is_supported(x, weight, dtype):
-        return F.conv2d(x, weight, padding=1)  # raises if the dtypes differ
+        return F.conv2d(x, weight, padding=1)  # which raises if the dtypes differ
     return _NarrowConv.apply(x.to(dtype), None if weight.dtype == dtype else weight.to(dtype), weight)
 
 
 def _dtype_under(autocast: torch.dtype | None, tensor: Tensor) -> torch.dtype:
-    """Return the dtype to which autocast casts a tensor for a convolution."""
+    """Return the dtype of a tensor after autocast has cast it for a convolution."""
     if autocast is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor.dtype
     return autocast

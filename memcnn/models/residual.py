@@ -276,7 +276,8 @@ def _shortcut(end: fx.Node, x: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
         longer = [inner for term in terms for inner in (_terms(term) or [term])]
         if len(longer) == len(terms):
             raise NotResidual(
-                f"its sum {_operation_name(end)} has no skip connection: no term from which all others are computed"
+                f"its sum {_operation_name(end)} has no skip connection: one term must be the value that all "
+                "the others are computed from"
             )
         terms = longer
 

@@ -1,13 +1,10 @@
-"""Run the kernels for narrow convolutions on a CPU with Triton's interpreter.
+"""``narrow_conv2d`` is ``F.conv2d``, where Triton's interpreter runs our kernels.
 
 The variable must be set before Triton is imported, so ``test_narrow_conv.py`` runs this file in a process of its own.
 By hand: ``TRITON_INTERPRET=1 pytest properties/kernels/interpreted.py``.
 """
 
-import threading
-import warnings
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,59 +13,24 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import narrow_conv
 from memcnn import kernels
-from memcnn.kernels import choice, convolution_kernel, weight_gradient
 from memcnn.kernels.convolution import conv3x3, conv3x3_weight_gradient
-from memcnn.kernels.operations import OPERATIONS, WEIGHT_GRADIENT
 from memcnn.models.resnet import CifarResNet, basic_branch
+from properties.support.narrow_conv import (
+    LIMITS,
+    conv2d,
+    error,
+    exact_convolution,
+    exact_weight_gradient,
+    images,
+    kernel_wins,
+)
 
 pytestmark = [  # the compiler's own
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),  # of torch.func.jvp
 ]
-SHAPES = [  # N, C_in, C_out, H, W
-    (2, 16, 16, 8, 8),
-    (1, 16, 16, 1, 1),
-    (5, 16, 16, 7, 9),
-    (3, 32, 16, 5, 3),
-    (3, 16, 32, 1, 70),
-    (2, 32, 32, 9, 6),
-    (1, 64, 64, 2, 3),
-]
-LIMITS = {torch.float32: 1e-6, torch.bfloat16: 2**-7}  # largest error, to the largest value
-
-
-def images(n: int, channels: int, height: int, width: int, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Return images in channels_last between two images of NaN in memory, which a read out of bounds would spread."""
-    padded = torch.full((n + 2, channels, height, width), torch.nan, dtype=dtype)
-    padded = padded.contiguous(memory_format=torch.channels_last)
-    padded[1:-1] = torch.randn(n, channels, height, width)
-    return padded[1:-1]
-
-
-def exact_weight_gradient(output_gradient: Tensor, x: Tensor) -> Tensor:
-    """Return the weight gradient in float64, by autograd."""
-    weight = torch.zeros(output_gradient.shape[1], x.shape[1], 3, 3, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(F.conv2d(x.double(), weight, padding=1), weight, output_gradient.double())
-    return gradient
-
-
-def exact_convolution(images: Tensor, weight: Tensor, *, transposed: bool) -> Tensor:
-    """Return the convolution in float64, or the gradient of its input."""
-    function = F.conv_transpose2d if transposed else F.conv2d
-    return function(images.double(), weight.double(), padding=1)
-
-
-def error(result: Tensor, expected: Tensor) -> float:
-    """Return the largest difference as a share of the largest expected value."""
-    return ((result.detach().double() - expected.detach()).abs().max() / expected.detach().abs().max()).item()
-
-
-def kernel_wins(runs: dict) -> dict[str, float]:
-    """Stand in for a timer: each plan is faster than the library, and the last plan is the fastest."""
-    return {name: float(len(runs) - index) for index, name in enumerate(runs)}
 
 
 @pytest.fixture
@@ -76,59 +38,6 @@ def chosen():
     """Choose the kernel for every shape, although it is slow under the interpreter."""
     with kernels.choosing(kernels.Choices(kernel_wins)) as choices:
         yield choices
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_convolution_kernel_against_float64(shape, dtype, transposed):
-    n, in_channels, out_channels, height, width = shape
-    x = images(n, out_channels if transposed else in_channels, height, width, dtype=dtype)
-    weight = images(out_channels, in_channels, 3, 3, dtype=dtype)
-    plans = convolution_kernel.plans(x.shape[1])
-    assert len(plans) >= 2
-    for plan in plans if dtype == torch.float32 else plans[:1]:
-        first, second = (convolution_kernel.convolve(x, weight, plan, transposed=transposed) for _ in range(2))
-        assert (first.dtype, first.shape) == (dtype, (n, in_channels if transposed else out_channels, height, width))
-        assert first.is_contiguous(memory_format=torch.channels_last)
-        assert error(first, exact_convolution(x, weight, transposed=transposed)) <= LIMITS[dtype], plan
-        assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_nan_reaches_the_neighbours_of_its_pixel_only(transposed):
-    """Tiles are padded with products by zero, and zero times NaN is NaN."""
-    x, weight = images(1, 16, 5, 6), images(16, 16, 3, 3)
-    x[0, 0, 2, 2] = torch.nan
-    expected = exact_convolution(x, weight, transposed=transposed).isnan()
-    for plan in convolution_kernel.plans(16):
-        result = convolution_kernel.convolve(x, weight, plan, transposed=transposed)
-        assert torch.equal(result.isnan(), expected), plan
-
-
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_weight_gradient_kernel_against_float64(shape, dtype):
-    n, in_channels, out_channels, height, width = shape
-    x, gradient = (images(n, c, height, width, dtype=dtype) for c in (in_channels, out_channels))
-    plans = weight_gradient.plans(out_channels, in_channels)
-    assert len(plans) >= 3
-    for plan in plans if dtype == torch.float32 else plans[:1]:
-        result = weight_gradient.weight_gradient(gradient, x, plan, processors=1)
-        assert (result.dtype, result.shape) == (dtype, (out_channels, in_channels, 3, 3))
-        assert result.is_contiguous(memory_format=torch.channels_last)
-        assert error(result, exact_weight_gradient(gradient, x)) <= LIMITS[dtype], plan
-
-
-@pytest.mark.parametrize("processors", [1, 132])
-def test_every_split_of_the_pixels_gives_the_same_gradient(processors):
-    """The number of programs changes only the rounding, although the last program has fewer pixels."""
-    x, gradient = (images(5, 16, 7, 9, dtype=torch.float32) for _ in range(2))
-    for pixels in (16, 64):
-        plan = replace(weight_gradient.plans(16, 16)[0], pixels=pixels, occupancy=1)
-        first, second = (weight_gradient.weight_gradient(gradient, x, plan, processors=processors) for _ in range(2))
-        assert error(first, exact_weight_gradient(gradient, x)) <= LIMITS[torch.float32]
-        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
@@ -260,84 +169,6 @@ def test_in_a_reversible_network(chosen):
     assert [measurement.chosen != "library" for measurement in chosen.measured()] == [True] * 3
 
 
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
-def test_a_row_of_the_benchmark_has_times_and_errors_of_library_and_chosen_plan(operation):
-    choices = kernels.Choices(kernel_wins)
-    row = narrow_conv.row(operation, (2, 16, 32, 4, 5), choices, torch.device("cpu"), torch.bfloat16)
-    (measurement,) = choices.measured()
-    assert row["chosen"] == measurement.chosen != "library" and row["chosen"] in row["all plans, us"]
-    assert row["saved"] == row["cuDNN, us"] - row["ours, us"] > 0
-    assert 0 < row["error, chosen"] <= LIMITS[torch.bfloat16] and 0 < row["error, cuDNN"] <= LIMITS[torch.bfloat16]
-
-
-class Short(weight_gradient.Plan):
-    """A wrong plan that uses only the first tile."""
-
-    def splits(self, pixels: int, processors: int) -> tuple[int, int]:
-        return 1, 1
-
-
-def test_plans_that_fail_or_disagree_are_not_used(monkeypatch):
-    """They are rejected with a warning that names the reason; the library computes the gradient."""
-    bad = replace(weight_gradient.plans(16, 16)[0], pixels=48), Short(4, 4, pixels=16)
-    monkeypatch.setattr(weight_gradient, "plans", lambda *channels: bad)
-    monkeypatch.setattr(convolution_kernel, "plans", lambda channels: ())
-    x, weight = images(2, 16, 4, 5).requires_grad_(), torch.randn(16, 16, 3, 3).bfloat16().requires_grad_()
-    with kernels.choosing(kernels.Choices(kernel_wins)) as choices:
-        with pytest.warns(RuntimeWarning, match=r"2 plans for the weight gradient of shapes \(2, 16, 4, 5\) and"):
-            kernels.narrow_conv2d(x, weight).sum().backward()
-    *without_plans, measurement = choices.measured()
-    assert [other.chosen for other in without_plans] == ["library"] * 2
-    assert measurement.chosen == "library"
-    first, second = measurement.rejected.values()
-    assert "power of 2" in first and "differs from the library's result" in second
-    expected = torch.autograd.grad(F.conv2d(x, weight, padding=1).sum(), weight)[0]
-    assert torch.equal(weight.grad, expected)
-
-
-def test_a_warning_about_plans_comes_after_the_choice_is_stored(monkeypatch):
-    """A warning that is an error, or a function that is called for it and needs a choice itself, changes nothing."""
-    bad = (replace(convolution_kernel.plans(16)[0], pixels=48),)
-    monkeypatch.setattr(convolution_kernel, "plans", lambda channels: bad)
-    x, weight = images(1, 16, 3, 3), torch.randn(16, 16, 3, 3).bfloat16()
-    shown = []
-
-    def show(*arguments, **options) -> None:
-        shown.append(kernels.narrow_conv2d(images(1, 16, 2, 2), weight))
-
-    with kernels.choosing(kernels.Choices(kernel_wins)) as choices:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)
-            with pytest.raises(RuntimeWarning, match="1 plans for the output"):
-                kernels.narrow_conv2d(x, weight)
-            assert torch.equal(kernels.narrow_conv2d(x, weight), conv2d(x, weight))
-        with warnings.catch_warnings():
-            warnings.simplefilter("once")
-            monkeypatch.setattr(warnings, "showwarning", show)
-            kernels.narrow_conv2d(images(1, 16, 4, 4), weight)
-        assert len(shown) == 2 and len(choices.measured()) == 3
-
-
-def test_one_thread_measures_for_all():
-    calls = []
-
-    def timer(runs: dict) -> dict[str, float]:
-        calls.append(threading.get_ident())
-        return kernel_wins(runs)
-
-    x, gradient = images(1, 16, 3, 3), images(1, 16, 3, 3)
-    choices, plans = kernels.Choices(timer), []
-    threads = [
-        threading.Thread(target=lambda: plans.append(choices.plan(WEIGHT_GRADIENT, gradient, x))) for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(calls) == 1
-    assert plans == [weight_gradient.plans(16, 16)[-1]] * 4
-
-
 def test_swapped_module_uses_the_kernel(chosen):
     layer = nn.Conv2d(16, 16, 3, padding=1, bias=False).bfloat16()
     kernels.use_narrow_convolutions(layer)
@@ -353,10 +184,6 @@ def test_output_has_the_same_bits_in_every_mode(chosen, mode):
         output = kernels.narrow_conv2d(x, weight)
     assert torch.equal(output, kernels.narrow_conv2d(x, weight.detach()))
     assert [measurement.operation for measurement in chosen.measured()] == ["output"]
-
-
-def conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(x, weight, padding=1)
 
 
 def transformed(convolution: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> list[Tensor]:
@@ -437,44 +264,6 @@ def test_torch_fx_traces_a_swapped_model(chosen):
     traced = torch.fx.symbolic_trace(model)
     x = images(1, 16, 3, 3)
     assert error(traced(x), model(x)) <= LIMITS[torch.bfloat16]
-
-
-def test_short_memory_leaves_the_shape_to_the_library(chosen):
-    """For good: both evaluations of a reversible branch must have the same bits."""
-    x, weight = images(1, 16, 3, 3), torch.randn(16, 16, 3, 3).bfloat16()
-
-    def timer(runs: dict) -> dict[str, float]:
-        raise torch.OutOfMemoryError("planted")
-
-    with kernels.choosing(kernels.Choices(timer)) as choices:
-        with pytest.warns(
-            RuntimeWarning, match="Our kernel for the output .* could not be tried.*OutOfMemoryError: planted"
-        ):
-            assert torch.equal(kernels.narrow_conv2d(x, weight), conv2d(x, weight))
-        choices.timer = kernel_wins
-        assert torch.equal(kernels.narrow_conv2d(x, weight), conv2d(x, weight))
-        assert [measurement.chosen for measurement in choices.measured()] == ["library"]
-
-
-@pytest.mark.parametrize("size", [4, 3_000_000])
-def test_values_for_measuring_differ_from_image_to_image(size):
-    """A plan that reads the wrong pixels must disagree with the library."""
-    seen = []
-
-    def library(first: Tensor, second: Tensor) -> Tensor:
-        seen.extend((first, second))
-        return first
-
-    operation = choice.Operation("output", library, lambda first, second, plan: first, lambda first, second: (1,))
-    x = torch.empty(2, 16, 1, size // 2, dtype=torch.bfloat16)
-    kernels.Choices(kernel_wins).plan(operation, x, x)
-    for tensor in seen:
-        assert tensor.shape == x.shape and tensor.is_contiguous(memory_format=torch.channels_last)
-        values = tensor.float()
-        assert 0.25 < values.std() < 0.33 and values.abs().max() <= 0.5  # 1 / sqrt(12) = 0.29
-        shifted = [values[0] - values[1], values[..., 1:] - values[..., :-1], values[:, 1:] - values[:, :-1]]
-        assert all(0.3 < difference.std() < 0.5 for difference in shifted)
-    assert not torch.equal(*seen[:2])
 
 
 def test_floating_point_operations_are_counted(chosen):

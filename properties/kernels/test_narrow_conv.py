@@ -1,6 +1,6 @@
 """Narrow convolutions use the library where our kernels cannot run, and the kernels where they were measured to win.
 
-The kernels themselves are tested on a CPU by ``interpreted.py``, in a process of its own, and on a GPU here.
+The kernels themselves are tested on a CPU by ``interpreted*.py``, in processes of their own, and on a GPU here.
 """
 
 import copy
@@ -25,8 +25,9 @@ SHARED_MEMORY_BYTES = 227 * 1024  # of a program on an H100
 
 
 @needs_triton
-def test_kernels_under_the_interpreter():
-    assert_passes_interpreted(str(Path(__file__).with_name("interpreted.py")))
+@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_kernels.py", "interpreted_choices.py"])
+def test_under_the_interpreter(file):
+    assert_passes_interpreted(str(Path(__file__).with_name(file)))
 
 
 def assert_compiles_for_an_h100(kernel, constants: dict, arrays: dict[str, str], plan) -> None:
