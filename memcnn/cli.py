@@ -293,7 +293,7 @@ def _path(text: str) -> Path:
 
 
 def _check_writable(folder: Path, what: str) -> None:
-    """Raise ArgumentTypeError if the folder cannot be created, or not be written to."""
+    """Raise ArgumentTypeError if the folder cannot be created or written to."""
     try:
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     except OSError as error:  # such as a name that is too long

@@ -119,8 +119,8 @@ def convert_optimizer_state(optimizer_state: Mapping, state: Mapping[str, Tensor
         )
     if len(order) != len(numbers) or len(order) != len(groups[0]["params"]):
         raise ValueError(
-            f"the optimiser state is of {len(groups[0]['params'])} parameters, the model has {len(numbers)} and shares "
-            f"the names of {len(order)} with the network's state; wanted the three to belong together"
+            f"the optimiser state has {len(groups[0]['params'])} parameters, the model has {len(numbers)}, and the "
+            f"network's state names {len(order)} of these; pass an optimiser state, a state and a model of one network"
         )
     values = {order[position]: optimizer_state["state"][old]
               for position, old in enumerate(groups[0]["params"]) if old in optimizer_state["state"]}  # fmt: skip

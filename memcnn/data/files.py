@@ -107,7 +107,7 @@ def _read_batch(path: Path, classes: int) -> tuple[Tensor, Tensor]:
     content = path.read_bytes()
     try:
         batch = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
-        pixels, labels = batch["data"].bytes(), batch["labels" if "labels" in batch else "fine_labels"]
+        pixels, labels = batch["data"].uint8_values(), batch["labels" if "labels" in batch else "fine_labels"]
         if pixels.shape != (len(labels), 3072):
             raise ValueError(f"{len(labels)} labels and images of shape {pixels.shape}, wanted (..., 3072)")
         if not labels or not all(type(label) is int and 0 <= label < classes for label in labels):
@@ -159,8 +159,12 @@ class _Array:
         array.__setstate__((1, shape, kind, order == "F", content))
         return array
 
-    def bytes(self) -> np.ndarray:
-        """Return the array. It must have dtype uint8."""
+    def uint8_values(self) -> np.ndarray:
+        """Return the array.
+
+        Raises:
+            ValueError: its dtype is not uint8.
+        """
         if self.type.code != "u1":
             raise ValueError(f"got an array of dtype {self.type.code}, wanted u1 (uint8)")
         content = self.content.encode("latin1") if isinstance(self.content, str) else self.content

@@ -24,9 +24,14 @@ class AdditiveCoupling(Coupling):
     Args:
         Fm: F, a module that keeps the shape of a half.
         Gm: G, likewise; a deep copy of F if it is not given.
+        implementation_fwd: accepted for compatibility; it has no effect.
+        implementation_bwd: likewise.
         split_dim: the dimension along which x and y are halved.
         exact: round x, F(x2) and G(y1) to a grid, which makes the inversion exact: True, or the grid's step, a power of
             two (True means 2^-10). See ``memcnn.engine.exact``.
+
+    Raises:
+        TypeError: ``Fm`` or ``Gm`` is not a module, or ``split_dim`` is not an integer.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Choose the blocks of a chain that store their activations, so that a training step stays within a number of bytes.
 
-The budget is for the tensors that the chain's forward and backward pass makes, at the worst instant. The chain's input,
+The budget is for the tensors that the chain's forward and backward pass make, at the worst instant. The chain's input,
 the gradient of its output, its parameters and their gradients are not counted, nor is the scratch memory of kernels.
 For a step that ends with the chain and differentiates all of its outputs, this is ``activation_bytes`` of
 ``memcnn.memory.measure_step_memory``.
@@ -53,7 +53,7 @@ class Budget:
     """Chooses the blocks that store their activations, for each size of the inputs.
 
     Args:
-        limit_bytes: the bytes that a step may need at its worst instant, see above.
+        limit_bytes: the bytes that a step may need at its worst instant, as the module's docstring counts them.
 
     Attributes:
         plans: the plans made so far.
@@ -119,7 +119,7 @@ class Budget:
         if least > self.limit_bytes:
             raise _BelowMinimum(
                 f"budget_bytes={self.limit_bytes:,} is too small for an input of shape {tuple(step.x.shape)}: with no "
-                f"block's activations stored, a step needs {least:,} bytes; give it at least these, or a "
+                f"block's activations stored, a step needs {least:,} bytes; raise the budget to that, or use a "
                 "smaller batch"
             )
         chosen: list[int] = []

@@ -54,7 +54,7 @@ class MomentumNet(nn.Module):
     Args:
         *functions: modules that keep the shape of their input.
         gamma: the momentum, 0 < gamma < 1.
-        exact: invert without rounding, see above: True, or the grid's step, as for ``AdditiveCoupling``. With False,
+        exact: invert without rounding: True, or the grid's step, as for ``AdditiveCoupling``. With False,
             rounding errors grow by ``gamma**-depth``.
         dim: the dimension along which velocity and state are concatenated within the chain.
         disable: keep the weights, but store every activation.

@@ -53,7 +53,7 @@ class ReversibleViT(nn.Module):
     ):
         super().__init__()
         if image_size % patch:
-            raise ValueError(f"the size of the image, {image_size}, must be a multiple of that of a patch: got {patch}")
+            raise ValueError(f"image_size must be a multiple of patch: got {image_size} and {patch}")
         if fusion not in ("concat", "mean"):
             raise ValueError(f"fusion must be 'concat' or 'mean': got {fusion!r}")
         self.fusion = fusion

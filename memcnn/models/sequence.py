@@ -28,8 +28,12 @@ class ReversibleSequential(nn.Sequential):
         keep_every: let every ``keep_every``-th block, counted from the end, store its activations, so that backward
             need not recompute it: 1 is ordinary autograd, 2 recomputes half of the blocks, None all of them.
         budget_bytes: the most that activations may take, in place of ``keep_every``: as many blocks as fit store
-            theirs, those first that are the most expensive to recompute. ``memcnn.models.budget`` says what counts.
-        exact: set ``exact`` of every coupling, which must be additive ones; None leaves them as they are.
+            theirs, those first that save the most time for each byte. ``memcnn.models.budget`` defines what counts.
+        exact: set ``exact`` of every coupling; all must be additive. None leaves them as they are.
+
+    Raises:
+        ValueError: ``keep_every`` or ``budget_bytes`` is no positive whole number, both are given, or ``exact`` is
+            given and a module is no additive coupling.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Drawn examples of a user's module, and the smallest that breaks a law."""
+"""Draw examples of a user's module, and find the smallest that breaks a law."""
 
 import math
 import time
@@ -17,11 +17,11 @@ from memcnn.testing.laws.result import Report, Result
 from memcnn.testing.laws.subject import NotRunnable
 
 SIZES = 3, 5, 1, 2
-"""Sizes that every varied dimension takes at least once; of a batch of two, a roll is its own inverse."""
+"""Sizes that every varied dimension takes at least once. 3 is there since a roll of two samples is its own inverse."""
 LONGEST_SHRINKING = 30
-"""Seconds after the first drawn failure in which smaller ones are looked for."""
+"""Seconds for which the search continues after the first drawn failure, to find a smaller one."""
 LEAST_EXAMPLES = 4
-"""Examples of a law that are checked however long they take."""
+"""Number of examples of a law that are checked however long they take."""
 SCALES = (1.0, 0.1, 0.01, 10.0)
 """Standard deviations of inputs; a block may be right for small values alone."""
 
@@ -72,8 +72,8 @@ def search(
         vary: dimensions whose sizes are drawn, between 1 and half as much again as that of ``base``, or 5. Each takes
             every size of ``SIZES`` at least once, unless ``max_examples`` is 1 or ``base`` fails.
         max_examples: the number of variants. At least half of them are drawn at random.
-        first_seed: of the search.
-        options: of the law's check.
+        first_seed: seed of the search.
+        options: options of the law's check.
         longest: seconds after which no further example is drawn, once there are ``LEAST_EXAMPLES``.
 
     Raises:
@@ -136,7 +136,7 @@ def search(
             failed_since.append(time.monotonic())
             raise _Broken
 
-    with suppress(_Broken, Flaky):  # after ``LONGEST_SHRINKING`` examples that failed pass
+    with suppress(_Broken, Flaky):  # Flaky: after ``LONGEST_SHRINKING`` seconds, failing examples return unchecked
         every_example_passes()
     return found
 
@@ -158,7 +158,7 @@ def _examples(draw: st.DrawFn, base: Example, modes: Collection[bool], vary: Col
 
 
 def _varied(shapes: Shapes, vary: Collection[int]) -> list[tuple[int, int]]:
-    """Return (dimension, size) of what varies together: inputs that are equally long there stay so."""
+    """Return each (dimension, size) that varies. Inputs of equal size along a dimension keep equal sizes."""
     return sorted(
         {(i, size) for shape in shapes for i, size in enumerate(shape) if i in vary or i - len(shape) in vary}
     )

@@ -1,4 +1,4 @@
-"""What the user names on a command line: a module or a function that makes one, and a file of tensors."""
+"""Load the objects that a command line names: a module or a function that makes one, and a file of tensors."""
 
 import contextlib
 import copy
@@ -76,10 +76,8 @@ def load(target: str) -> Any:
     except Misuse:
         raise
     except ModuleNotFoundError as error:
-        where = _where(error)
         raise Misuse(
-            f"{target}: cannot import {error.name}{where and f', as {where[2:-1]} asks'}: is it installed, or are you "
-            "in another folder?"
+            f"{target}: cannot import {error.name}{_where(error)}: is it installed, or are you in another folder?"
         ) from error
     except (Exception, SystemExit) as error:
         raise Misuse(

@@ -31,7 +31,7 @@ def check_copies(
     Args:
         module: with ``forward`` and ``inverse``.
         inputs: the arguments of ``forward``.
-        seed: of torch's generators.
+        seed: seed of torch's generators.
         wrap: as for `check_gradients`.
         make: makes a module of the same structure with other values, into which the state is loaded.
     """

@@ -1,4 +1,4 @@
-"""Whose exception it is: one that the tested block causes is a failure of a law, any other a fault of the verifier."""
+"""Attribute exceptions: one that the tested block causes fails a law, any other is a fault of the verifier."""
 
 import math
 import sysconfig
@@ -52,7 +52,7 @@ def guarded(law: str, claim: str, check: Callable[..., Checked], *arguments: obj
 
 
 def failure(law: str, claim: str, error: Exception) -> Result:
-    """Return the failure of ``claim`` that an exception of the block is. Raises the exception if it is not one."""
+    """Return a failure of ``claim`` for an exception of the block. Raise the exception if it is the verifier's own."""
     if is_ours(error):
         raise error
     return Result(law, claim, math.inf, 0.0, explanation=f"raised {described(error)}")

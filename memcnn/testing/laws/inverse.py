@@ -62,7 +62,7 @@ def check_inverse(
     Args:
         module: with ``forward`` and ``inverse``, from tensors to a tensor or a tuple of tensors.
         inputs: the arguments of ``forward``, of any shapes and strides.
-        seed: of torch's generators at every evaluation.
+        seed: seed of torch's generators at every evaluation.
         deepest: if the law holds, estimate whether a chain of up to this many such blocks could still be rebuilt, and
             report it. 0 skips the estimate.
         autocast: run both directions under autocast to this dtype.

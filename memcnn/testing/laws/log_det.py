@@ -50,7 +50,7 @@ def check_log_det(
         module: whose ``forward_log_det(x)`` gives y and (N,) values, and whose ``inverse_log_det(y)``, if it has one,
             gives x and (N,) values.
         inputs: one tensor (N, ...) of at most 1024 entries a sample.
-        seed: of torch's generators at every evaluation.
+        seed: seed of torch's generators at every evaluation.
         finite_differences: whether to check the gradients of log-determinants, too; see `check_gradients`.
         through_inverse: whether to check those of ``inverse_log_det``; see `check_gradients`.
     """

@@ -18,7 +18,7 @@ from memcnn.testing.laws.twin import is_dense, leaf_like, relative_errors, worst
 from memcnn.testing.tolerances import distance
 
 FACTOR = 1.5
-"""By which an output is multiplied in place."""
+"""Factor by which an output is multiplied in place."""
 
 
 def check_state(
@@ -230,7 +230,7 @@ def _generators(subject: Subject, claim: str) -> Result:
             return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
     def training_step() -> None:
-        module = subject.trained()  # alive until backward, as hooks on it want
+        module = subject.trained()  # hooks on it may need it alive until backward
         subject.differentiate(subject.call(module, *_leaves(subject)))
 
     plain = state_after(lambda: subject.call(subject.fresh(), *_leaves(subject)))

@@ -38,7 +38,7 @@ class Refused(TypeError):
 
 
 class Precisions(TorchDispatchMode):
-    """Counts the results of lower precision than float64, and the largest of them."""
+    """Counts the results of lower precision than float64, by dtype. Results of a single value do not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,9 +61,9 @@ class Subject:
     Inputs of a module with an exact coupling are rounded to its grid, as the coupling does (``memcnn.engine.exact``).
 
     Attributes:
-        module: is never run itself, only copies of it.
-        inputs: of any strides, which every copy of them keeps.
-        seed: of torch's generators at every evaluation.
+        module: the module, of which only copies run.
+        inputs: the inputs; copies keep their strides.
+        seed: seed of torch's generators at every evaluation.
         wrap: run the module in an `InvertibleModuleWrapper`, as it would be trained. None: if nothing in it is wrapped
             yet. False: it has an engine of its own.
         autocast: run forward and inverse under autocast to this dtype.
@@ -124,7 +124,7 @@ class Subject:
 
     @property
     def depth(self) -> int:
-        """The number of blocks: parts with an inverse of which no part has one, nested blocks included."""
+        """The number of blocks: modules with an inverse that contain no other such module; at least 1."""
 
         def blocks(module: nn.Module) -> int:
             return sum(map(blocks, module.children())) or callable(getattr(module, "inverse", None))

@@ -39,11 +39,11 @@ def check_training(
     Args:
         module: with ``forward`` and ``inverse``; without an engine of its own, since that has no plain twin.
         inputs: the arguments of ``forward``. They are trained as well, where they are dense.
-        seed: of torch's generators.
+        seed: seed of torch's generators.
         wrap: as for `check_gradients`.
         steps: the number of optimiser steps.
-        optimiser: makes one of a list of tensors. Where it divides by the size of a gradient, as Adam does, its ``eps``
-            must be larger than gradients that are rounding alone.
+        optimiser: makes an optimiser for a list of tensors. Where it divides by the size of a gradient, as Adam does,
+            its ``eps`` must be larger than gradients that are rounding alone.
         evaluate: whether to run forward and inverse in eval mode afterwards.
     """
     subject = Subject(module, inputs, seed, wrap)

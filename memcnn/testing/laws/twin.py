@@ -160,7 +160,7 @@ def run(
         module: its parameters collect the gradients.
         program: is given inputs with the values and strides of ``inputs``, made from leaves.
         inputs: an input that requires a gradient gets one.
-        seed: of torch's generators, whose state is as before when the function returns.
+        seed: seed of torch's generators, whose state is as before when the function returns.
         named_like: a module with the same parameters and buffers, whose names the outcome uses.
     """
     leaves, copies = zip(*map(leaf_like, inputs), strict=True)
