@@ -30,7 +30,7 @@ def evaluate(
     """Return mean loss (nats) and accuracy (percent) on the test images, evaluated as in training.
 
     Args:
-        model: the network, on the device of ``data``. It is left in evaluation mode.
+        model: the network, on the device of ``data``. It is left in evaluation mode and in channels_last.
         data: the images.
         images: how many test images to evaluate, from the first; None for all.
         execution: how the evaluation is executed; by default in float32.

@@ -84,11 +84,11 @@ def convert_state_dict(
     """
     state = _without_prefix(state)
     converted = {new: state[old] for old, new in _new_names(state).items()}
-    called, wanted = _find_shapes(converted, model)
+    label, wanted = _find_shapes(converted, model)
     for name in wanted.keys() - converted.keys():
         if name.endswith("num_batches_tracked"):  # PyTorch before 0.4.1 did not count them
             converted[name] = torch.tensor(0)
-    _refuse_other_shapes(converted, called, wanted)
+    _refuse_other_shapes(converted, label, wanted)
     if unit_pixels:
         converted["stem.0.weight"] = converted["stem.0.weight"] * 255
     return converted
@@ -148,6 +148,7 @@ def _new_names(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _new_name(name: str, state: Mapping[str, Tensor]) -> str | None:
+    """Return this version's name of an entry; None if no network of MemCNN 1.5 has it."""
     module, _, value = name.rpartition(".")
     if module in _ENDS:
         return f"{_ENDS[module]}.{value}"
@@ -183,16 +184,18 @@ def _find_shapes(converted: Mapping[str, Tensor], model: str | nn.Module | None)
 
 
 def _shapes(state: nn.Module | Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Return the shape of each entry of a state dict, or of a module's state dict."""
     state = state.state_dict() if isinstance(state, nn.Module) else state
     return {name: value.shape for name, value in state.items()}
 
 
-def _refuse_other_shapes(converted: Mapping[str, Tensor], called: str, wanted: dict[str, torch.Size]) -> None:
+def _refuse_other_shapes(converted: Mapping[str, Tensor], label: str, wanted: dict[str, torch.Size]) -> None:
+    """Raise a ValueError if names or shapes are not those of ``wanted``. The message calls the network ``label``."""
     got = _shapes(converted)
     if different := sorted(name for name in got.keys() | wanted.keys() if got.get(name) != wanted.get(name)):
         name = different[0]
         words = [tuple(shapes[name]) if name in shapes else "nothing" for shapes in (got, wanted)]
         raise ValueError(
-            f"the state is not that of {called}: {len(different)} entries differ, such as {name}, where the state has "
-            f"{words[0]} and {called} {words[1]}; name the network that the state was saved from, or leave model out"
+            f"the state is not that of {label}: {len(different)} entries differ, such as {name}, where the state has "
+            f"{words[0]} and {label} {words[1]}; name the network that the state was saved from, or leave model out"
         )

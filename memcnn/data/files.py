@@ -22,11 +22,11 @@ DATASETS = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.dat
 
 
 class DataNotFound(RuntimeError):
-    """The official files are missing and could not be downloaded. The message names the folder that was searched."""
+    """Files are missing, or are not the official ones. The message names the folder that was searched, and a fix."""
 
 
 class BadData(RuntimeError):
-    """A file of the data set has the wrong content. The message names the file."""
+    """A file does not contain a batch of CIFAR images. The message names the file."""
 
 
 def find(dataset: str, folder: Path, *, download: bool = True, unofficial: bool = False) -> tuple[dict[str, str], bool]:

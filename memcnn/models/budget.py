@@ -126,7 +126,9 @@ class Budget:
         bound, too_large = least, set()
         for i in sorted(range(len(step.prices)), key=lambda i: (-step.prices[i].cost_per_byte, -i)):
             price = step.prices[i]
-            most = bound + price.stored_bytes + 2 * step.x.nbytes  # its activations, and the ends of two more chains
+            most = (
+                bound + price.stored_bytes + 2 * step.x.nbytes
+            )  # its activations, and the outputs of the two chains around it
             if price in too_large:  # an equal block that runs later, and frees its bytes earlier, did not fit
                 continue
             if most > self.limit_bytes:

@@ -95,7 +95,7 @@ class InvertibleConv1x1(nn.Module):
 
     The parameter ``triangles`` (C, C) holds L below its diagonal, U above it, and log|diag(U)| on it. W can therefore
     never become singular, and log|det W| is the sum of the diagonal; the signs of diag(U) are fixed. W starts as a
-    random orthogonal matrix. The layer disables autocast, because a product in half precision cannot be inverted.
+    random orthogonal matrix. The layer disables autocast, because a product in half precision loses too many digits.
 
     Args:
         channels: C, the number of channels.

@@ -218,7 +218,7 @@ def _changed(
     halves = [*split(values.pop(), coupling.split_dim, coupling.grid)]
     start = 0
     while start < len(blocks):
-        # without a gradient of x the first block cannot go the direct way, but those after it can
+        # run_directly needs an input that requires a gradient; if x does not, only the blocks after the first have one
         part = blocks[start : start + (LONGEST_RUN if halves[0].requires_grad else 1)]
         start += len(part)
         if kwargs or not run_directly(_sums(part, inverse), halves, subtract=inverse):

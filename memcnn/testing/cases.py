@@ -322,7 +322,7 @@ class Network:
         return replace(self.input, shape=self.chain.blocks[-1].output_shape)
 
     def build(self, device: str = "cpu") -> nn.Module:
-        """Return the module on ``device``; the state of torch's generators is as before."""
+        """Return the module on ``device``; the state of torch's CPU generator is as before."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.input.seed)
             module = self.chain.build().to(self.dtype)

@@ -50,7 +50,7 @@ def check_all(
     """Check every law that applies: inverse, gradients, state, memory, and log_det where the module has one.
 
     Args:
-        module: with ``forward`` and ``inverse``, wrapped or not; only copies of it are run.
+        module: a module with ``forward`` and ``inverse``, wrapped or not; only copies of it are run.
         inputs: the arguments of ``forward``. Random ones find more faults than constant ones. The last ones may be
             conditions: where ``inverse`` takes as many arguments as ``forward`` and forward returns fewer, they are
             handed to ``inverse`` behind the outputs.

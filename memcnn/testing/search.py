@@ -90,20 +90,8 @@ def search(
         return report.passed
 
     shallow = {"deepest": 0} if law == "inverse" else {}
-    refused: list[NotRunnable] = []
     failed_since: list[float] = []
-    for training in modes:
-        try:
-            check(replace(base, training=training))  # the growth of errors with depth is measured here alone
-        except NotRunnable as error:
-            refused.append(error)
-            mode = "training" if training else "eval"
-            failure = Result(law, "forward runs in both modes", math.inf, 0.0, explanation=f"in {mode} mode {error}")
-            found.failing = replace(base, training=training), Report((failure,))
-    if len(refused) == len(modes):
-        raise refused[0]
-    if refused and found.failing is not None:
-        found.add(found.failing[1])
+    _check_in_each_mode(base, modes, check, found)
     edges = list(_edges(base, modes, vary)) if max_examples > 1 and not found.failing else []
     for example in edges:
         try:
@@ -143,6 +131,28 @@ def search(
 
 class _Broken(Exception):
     """An example breaks a law."""
+
+
+def _check_in_each_mode(
+    base: Example, modes: Collection[bool], check: Callable[[Example], bool], found: Findings
+) -> None:
+    """Check ``base`` in every mode. A mode in which it does not run is a failure; raise NotRunnable if it runs in none.
+
+    Only here the growth of errors with depth is measured.
+    """
+    refused: list[NotRunnable] = []
+    for training in modes:
+        try:
+            check(replace(base, training=training))
+        except NotRunnable as error:
+            refused.append(error)
+            explanation = f"in {'training' if training else 'eval'} mode {error}"
+            failure = Result(found.law, "forward runs in both modes", math.inf, 0.0, explanation=explanation)
+            found.failing = replace(base, training=training), Report((failure,))
+    if len(refused) == len(modes):
+        raise refused[0]
+    if refused and found.failing is not None:
+        found.add(found.failing[1])
 
 
 @st.composite

@@ -197,7 +197,7 @@ def networks(
         layers = [name for name in layers if name not in KINKED_LAYERS]
     if layout != "contiguous":  # a mask is drawn in the order of memory, which a chain may choose where sizes are 1
         layers = [name for name in layers if name not in RANDOM_LAYERS]
-    if layout == "expanded":  # there a layer that initialises itself would divide by no deviation at all
+    if layout == "expanded":  # ActNorm would initialise itself from channels that may be constant
         layers, kinds = [name for name in layers if name != "act norm"], [kind for kind in kinds if kind != "actnorm"]
     shape = draw(
         shapes(max_size=max_size, double_batch=split_batch).filter(

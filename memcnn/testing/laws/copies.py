@@ -29,7 +29,7 @@ def check_copies(
     original. It must share no parameter with it, and have the same parameters frozen.
 
     Args:
-        module: with ``forward`` and ``inverse``.
+        module: a module with ``forward`` and ``inverse``.
         inputs: the arguments of ``forward``.
         seed: seed of torch's generators.
         wrap: as for `check_gradients`.

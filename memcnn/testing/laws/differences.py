@@ -85,7 +85,11 @@ def like_finite_differences(subject: Subject, *, explain: bool = True, rounds: i
             DIFFERENCES,
             skipped=f"the loss is too rough here: finite differences of two steps differ by {rough:.1g}",
         )
-    worst = max(found, key=lambda comparison: comparison.error)
+    return _judged(subject, max(found, key=lambda comparison: comparison.error), rough, explain=explain)
+
+
+def _judged(subject: Subject, worst: Comparison, rough: float, *, explain: bool) -> Result:
+    """Return the result for the comparison with the largest error; ``rough`` is the doubt about finite differences."""
     limit = max(LIMIT, 2 * rough)
     source = f"central differences at a step and its half, which agree to {rough:.1e}"
     if worst.error <= limit:

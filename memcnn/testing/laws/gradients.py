@@ -60,7 +60,7 @@ def check_gradients(
     is twice the number of blocks. To check training through the inverse, check `memcnn.testing.adapters.Inverted`.
 
     Args:
-        module: with ``forward`` and ``inverse``.
+        module: a module with ``forward`` and ``inverse``.
         inputs: the arguments of ``forward``, of any shapes and strides.
         seed: seed of torch's generators at every evaluation.
         wrap: run it in an ``InvertibleModuleWrapper``; None: if nothing in it is wrapped yet. False for a module with

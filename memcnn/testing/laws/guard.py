@@ -10,7 +10,7 @@ from typing import TypeVar
 from memcnn.testing.laws.result import Report, Result
 
 Checked = TypeVar("Checked", Report, Result, list[Result], Result | None)
-"""What a check returns."""
+"""Types that a check returns."""
 
 TESTING = Path(__file__).parents[1]
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))

@@ -60,7 +60,7 @@ def check_inverse(
     explanation of a pass says if the block is badly conditioned; that of a failure, what the inverse does instead.
 
     Args:
-        module: with ``forward`` and ``inverse``, from tensors to a tensor or a tuple of tensors.
+        module: a module with ``forward`` and ``inverse``, from tensors to a tensor or a tuple of tensors.
         inputs: the arguments of ``forward``, of any shapes and strides.
         seed: seed of torch's generators at every evaluation.
         deepest: if the law holds, estimate whether a chain of up to this many such blocks could still be rebuilt, and

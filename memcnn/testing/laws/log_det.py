@@ -47,12 +47,12 @@ def check_log_det(
     determinant of the dense Jacobian loses digits, so the limit grows with the Jacobian's condition number.
 
     Args:
-        module: whose ``forward_log_det(x)`` gives y and (N,) values, and whose ``inverse_log_det(y)``, if it has one,
-            gives x and (N,) values.
+        module: a module whose ``forward_log_det(x)`` returns y and (N,) values. If it has ``inverse_log_det(y)``, this
+            returns x and (N,) values.
         inputs: one tensor (N, ...) of at most 1024 entries a sample.
         seed: seed of torch's generators at every evaluation.
         finite_differences: whether to check the gradients of log-determinants, too; see `check_gradients`.
-        through_inverse: whether to check those of ``inverse_log_det``; see `check_gradients`.
+        through_inverse: whether to check the gradients of ``inverse_log_det``; see `check_gradients`.
     """
     subject = Subject(module, inputs, seed)
     if not has_log_det(module):

@@ -7,23 +7,23 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from memcnn.memory import TensorMeter
 from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.laws.guard import described
 from memcnn.testing.laws.result import Report, Result
 from memcnn.testing.laws.subject import Subject, as_tuple
 from memcnn.testing.laws.twin import seeded, weighted_sum
-from memcnn.testing.memory import TensorMeter
 
 SHARE = 0.01
 """Share of what plain backpropagation stores for a block that a further reversible block may hold."""
 STATE_BYTES = 8192
-"""What a further block may hold besides: one generator state for each direction (5,056 bytes)."""
+"""Bytes that a further block may hold besides: one generator state for each direction (5,056 bytes)."""
 ENGINE_MAPS = 10
 """Number of tensors like the output that a block with its own engine is assumed to store in plain backpropagation."""
 
 DEPTHS = 4, 12
 DEPTHS_OF_CHAINS = 1, 3
-"""Numbers of copies of the module that are compared. A module that is a chain of many blocks is deep by itself."""
+"""Numbers of copies of the module that are compared. The second pair is for modules of ``MANY_BLOCKS`` or more."""
 MANY_BLOCKS = 16
 
 MakeChain = Callable[[int], nn.Module]
@@ -42,12 +42,12 @@ def check_memory(
 ) -> Report:
     """Check that the peak memory of a training step stays the same as the chain gets deeper, parameter gradients apart.
 
-    Counts the bytes of tensors exactly (`memcnn.testing.memory.TensorMeter`), on any device. The limit is 1 % of what
+    Counts the bytes of tensors exactly (`memcnn.memory.TensorMeter`), on any device. The limit is 1 % of what
     plain backpropagation stores for a further block, plus ``allowance``. A block that needs the allowance is measured
     again with a batch twice as large, which state does not depend on.
 
     Args:
-        module: with ``forward`` and ``inverse``; the output must have the shape of the input.
+        module: a module with ``forward`` and ``inverse``; the output must have the shape of the input.
         inputs: one tensor.
         seed: seed of torch's generators.
         wrap: as for `check_gradients`.

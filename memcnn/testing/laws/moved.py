@@ -15,9 +15,9 @@ from memcnn.testing.adapters import inverse_of
 from memcnn.testing.laws.subject import Subject, without_dropout
 
 MOVE = 0.1
-"""How far parameters move, relative to the root mean square of their entries."""
+"""Size of the move of parameters, relative to the root mean square of their entries."""
 WHEN_MOVED = " after an optimiser step"
-"""What is added to a claim that is checked once more with moved parameters."""
+"""The end of a claim that is checked once more with moved parameters."""
 WHEN_MIRRORED = " with parameters of the other sign"
 """The end of a claim that is checked once more with parameters whose signs have changed."""
 

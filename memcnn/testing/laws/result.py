@@ -37,7 +37,7 @@ class Result:
         error: relative to the largest expected entry, or a number of bytes or faults.
         limit: the largest error that still passes.
         limit_from: where the limit comes from.
-        explanation: of a failure: what is wrong; of a success: what is worth knowing.
+        explanation: for a failure, what is wrong; for a success, a remark or nothing.
         skipped: why nothing could be measured; such a result neither holds nor fails.
     """
 

@@ -28,8 +28,9 @@ def check_state(
 
     It looks at the caller's inputs and outputs (values, versions, strides, storage), buffers, parameters, modes,
     torch's generators, the number of calls of forward hooks, two forward passes that are under way at once, retained
-    graphs, the dtype of products under autocast, evaluation under ``no_grad``, and the argument of ``inverse``. Most of
-    it must not differ at all; gradients and buffers have the limits of rounding. Arguments as for `check_gradients`.
+    graphs, the dtype of products under autocast, an output that is changed in place, evaluation under ``no_grad``, and
+    the argument of ``inverse``. Most of it must not differ at all; gradients and buffers have the limits of rounding.
+    Arguments as for `check_gradients`.
     """
     subject = Subject(module, inputs, seed, wrap, autocast)
     claims: dict[str, Callable[[Subject, str], Result]] = {

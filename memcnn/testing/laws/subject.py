@@ -115,7 +115,7 @@ class Subject:
 
     @property
     def is_exact(self) -> bool:
-        """Whether a coupling in the module rounds its values to a grid."""
+        """True if a coupling in the module rounds its values to a grid."""
         return any(isinstance(part, Coupling) and part.grid is not None for part in self.module.modules())
 
     @property
@@ -214,7 +214,7 @@ class Subject:
 
     @property
     def lower_precisions(self) -> Mapping[torch.dtype, int]:
-        """How many results the ordinary training step computes in each lower precision than float64."""
+        """Number of results of the ordinary training step in each lower precision than float64."""
         return self._ordinary[1]
 
     @cached_property
@@ -244,7 +244,7 @@ class Subject:
 
     @property
     def input_names(self) -> list[str]:
-        """How messages call the inputs."""
+        """The names of the inputs in messages."""
         return ["the input"] if len(self.inputs) == 1 else [f"input {i}" for i in range(len(self.inputs))]
 
 

@@ -14,7 +14,7 @@ from memcnn.testing.laws.subject import Subject
 from memcnn.testing.laws.twin import worst
 
 SHIFT = 0.1
-"""What is added to the inputs from step to step, so that no two steps are the same."""
+"""Added to the inputs from step to step, so that no two steps are the same."""
 
 
 def sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -37,7 +37,7 @@ def check_training(
     twice the number of blocks a step.
 
     Args:
-        module: with ``forward`` and ``inverse``; without an engine of its own, since that has no plain twin.
+        module: a module with ``forward`` and ``inverse``, but without an engine of its own: that has no plain twin.
         inputs: the arguments of ``forward``. They are trained as well, where they are dense.
         seed: seed of torch's generators.
         wrap: as for `check_gradients`.

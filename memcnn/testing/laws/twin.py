@@ -1,4 +1,4 @@
-"""The plain twin of a module, the loss of a training step, and what such a step computes and leaves behind.
+"""The plain twin of a module, the loss of a training step, and the results and side effects of such a step.
 
 Every law that compares a module with ordinary backpropagation does so with these functions.
 """
@@ -110,7 +110,7 @@ def weighted_sum(*outputs: Tensor, seed: int = 0) -> Tensor:
 
 @dataclass
 class Outcome:
-    """What a program computed and what it left behind."""
+    """The results of a program, and the gradients, buffers and generator states after it."""
 
     results: list[Tensor]
     input_gradients: dict[str, Tensor | None]  # "input 0", "input 1", ...
