@@ -178,8 +178,8 @@ def _find_shapes(converted: Mapping[str, Tensor], model: str | nn.Module | None)
         if model is not None or {**shapes, **_shapes(converted)} == shapes:
             return name, shapes
     raise ValueError(
-        f"the state fits none of {', '.join(MODELS)}: build its network with the arguments that it had from "
-        "memcnn.models.resnet.ResNet and load the state as it is, or pass a CifarResNet as model"
+        f"the state fits none of {', '.join(MODELS)}: build a memcnn.models.resnet.ResNet with the arguments of its "
+        "network and load the state as it is, or pass a CifarResNet as model"
     )
 
 

@@ -35,7 +35,7 @@ MOST_CHANNELS = 1024
 
 
 class BatchNormReLU2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` and ReLU in front of a convolution. Under autocast the output has autocast's dtype."""
+    """``nn.BatchNorm2d`` and ReLU in front of a convolution. In training under autocast, y has autocast's dtype."""
 
     stands_for = nn.BatchNorm2d  # read by memcnn.engine.survey
 

@@ -126,11 +126,10 @@ class Budget:
         bound, too_large = least, set()
         for i in sorted(range(len(step.prices)), key=lambda i: (-step.prices[i].cost_per_byte, -i)):
             price = step.prices[i]
-            most = (
-                bound + price.stored_bytes + 2 * step.x.nbytes
-            )  # its activations, and the outputs of the two chains around it
             if price in too_large:  # an equal block that runs later, and frees its bytes earlier, did not fit
                 continue
+            # the block's activations, and the outputs of the chains before and after it
+            most = bound + price.stored_bytes + 2 * step.x.nbytes
             if most > self.limit_bytes:
                 most = step.peak_bytes([*chosen, i])
             if most > self.limit_bytes:
@@ -164,7 +163,7 @@ class Price(NamedTuple):
 
     Attributes:
         cost: number of multiplications and additions, plus ``ELEMENT`` for each element of a result.
-        stored_bytes: bytes that plain autograd saves in the block, without its input.
+        stored_bytes: bytes that plain autograd saves in the block, without its input and parameters.
     """
 
     cost: int

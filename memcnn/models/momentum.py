@@ -151,5 +151,5 @@ class MomentumResNet(nn.Module):
 
 
 def momentum_resnet(num_classes: int = 10, *, units: tuple[int, ...] = (5, 5, 5), **options: Any) -> MomentumResNet:
-    """Return the momentum network of ResNet-32's branches, for images (N, 3, 32, 32); options as the class's."""
+    """Return a momentum network with ResNet-32's branches, for images (N, 3, 32, 32). Options as for the class."""
     return MomentumResNet(lambda width: basic_branch(width, width), units, 16, num_classes, **options)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memcnn.testing.adapters import inverse_of
-from memcnn.testing.laws.subject import Subject, without_dropout
+from memcnn.testing.laws.subject import Subject
 
 MOVE = 0.1
 """Size of the move of parameters, relative to the root mean square of their entries."""
@@ -60,8 +60,7 @@ def used_and_moved(subject: Subject) -> nn.Module:
     module must not be copied: it may recognise its parameters by version or address, and those of a copy differ.
     """
     start = subject.initialised()
-    module = start.fresh()
-    without_dropout(module)
+    module = start.fresh(dropout=False)
     _use(start, module)
     modes = [(part, part.training) for part in module.modules()]
     training = module.training

@@ -136,9 +136,12 @@ class Subject:
         inputs = tuple(x.double() if x.is_floating_point() else x for x in self.inputs)
         return Subject(self.fresh().double(), inputs, self.seed, self.wrap, keep_input=self.keep_input)
 
-    def fresh(self) -> nn.Module:
-        """Return a copy of the module as it was given."""
-        return duplicate(self.module)
+    def fresh(self, *, dropout: bool = True) -> nn.Module:
+        """Return a copy of the module as it was given; without ``dropout``, its dropout layers are in eval mode."""
+        module = duplicate(self.module)
+        if not dropout:
+            without_dropout(module)
+        return module
 
     def initialised(self) -> "Subject":
         """Return the same after a plain forward pass, if one sets parameters, as ActNorm's first does."""
