@@ -65,6 +65,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(MISUSE, f"{self.prog}: {message}\nOptions: python -m {self.prog} --help\n")
 
     def _about_unknown(self, unknown: list[str]) -> str:
+        """Return the error for unknown arguments, with the option that the first one resembles."""
         options = [option for option in self._option_string_actions if option.startswith("--")]
         word = unknown[0].partition("=")[0]
         close = difflib.get_close_matches(word, options, n=1)

@@ -172,6 +172,7 @@ class _Array:
 
 
 def _not_found(source: type[Any], folder: Path, missing: list[str], wrong: list[str], outcome: str) -> str:
+    """Return the message of ``DataNotFound``."""
     where = (folder / source.base_folder).resolve()
     lines = [f"{source.__name__} was looked for in {where}: {'; '.join([*missing, *wrong])}."]
     if not wrong:

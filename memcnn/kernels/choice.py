@@ -214,6 +214,7 @@ def _check_agreement(result: Tensor, expected: Tensor) -> None:
 
 
 def _rejection_message(key: Key, rejected: Mapping[str, str]) -> str:
+    """Return the warning about plans that failed, or about a kernel that could not be tried."""
     plan, reason = next(iter(rejected.items()))
     about = f"for the {key.operation} of shapes {key.shapes[0]} and {key.shapes[1]}, {key.dtype} on {key.device}"
     if plan == ALL_PLANS:

@@ -220,6 +220,7 @@ class _NarrowConv(torch.autograd.Function):
 
 
 def _is_supported(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether our kernels support the convolution of these tensors in ``dtype``."""
     return (
         x.device.type in KERNEL_DEVICES
         and not is_transformed()
@@ -237,6 +238,7 @@ def _is_supported(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _is_narrow(module: nn.Conv2d) -> bool:
+    """Return whether the module is a 3x3 convolution that our kernels can compute."""
     return (
         module.kernel_size == (3, 3)
         and module.stride == module.dilation == (1, 1)

@@ -124,6 +124,7 @@ def _log(s: Tensor, a: Tensor) -> Tensor:
 
 
 def _scale_and_shift(h: Any) -> tuple[Tensor, Tensor]:
+    """Return the scale and the shift in the result of a branch; raise a TypeError if it is no pair."""
     if not isinstance(h, (tuple, list)) or len(h) != 2:  # a tensor could be unpacked too, along its batch
         got = type(h).__name__ if not isinstance(h, (tuple, list)) else f"{len(h)} values"
         raise TypeError(

@@ -97,6 +97,7 @@ class Budget:
         return self.plans[key].stored
 
     def _plan(self, chain: nn.Sequential, direction: str, x: Tensor, kwargs: Mapping, autocast: tuple) -> Plan:
+        """Return the plan for an input, which is predicted on tensors without values."""
         try:
             with (
                 torch.random.fork_rng(devices=[]),
@@ -217,6 +218,7 @@ class _FakeStep:
         return meter.peak_bytes
 
     def _run(self) -> None:
+        """Run the forward and the backward pass of the chain."""
         results = _as_tuple(getattr(self.chain, self.direction)(self.x, **self.kwargs))
         trained = [(y, g) for y, g in zip(results, self.gradients, strict=True) if y.requires_grad]
         del results

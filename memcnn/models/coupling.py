@@ -101,6 +101,7 @@ class Coupling(nn.Module):
         return f"split_dim={self.split_dim}"
 
     def _check_per_sample(self, x: Tensor) -> None:
+        """Raise a ValueError if the coupling splits the batch."""
         if self.split_dim in (0, -x.dim()):
             raise ValueError(
                 f"a coupling that splits the batch, split_dim={self.split_dim} of an input of shape "

@@ -278,6 +278,7 @@ def _unit(
     disable: bool,
     exact: bool,
 ) -> nn.Module:
+    """Return a reversible unit, or a plain one where it strides, changes its width, or should not be reversible."""
     if not reversible or stride != 1 or in_width != width:
         return ResidualUnit(branch, in_width, width, stride, activate, full_precision=reversible)
     F, G = (branch(width // 2, width // 2, activate=activate) for _ in range(2))

@@ -87,6 +87,7 @@ class ReversibleViT(nn.Module):
         return self.head(self.norm(self._fused(self.blocks(torch.cat((tokens, tokens), -1), **masks))).mean(1))
 
     def _fused(self, streams: Tensor) -> Tensor:
+        """Return the tokens (N, T, C) of both streams (N, T, 2 * dim): side by side, or their mean."""
         if self.fusion == "concat":
             return streams
         x1, x2 = streams.chunk(2, -1)

@@ -157,6 +157,7 @@ def _warn_of_sharing(method: str, inputs: Sequence[Tensor], outputs: Sequence[Te
 
 
 def _shapes(shape: Sequence) -> Sequence[Sequence[int]]:
+    """Return ``test_input_shape`` as a sequence of shapes."""
     shapes = [shape] if _is_shape(shape) else shape
     if not isinstance(shapes, (tuple, list)) or not all(map(_is_shape, shapes)):
         raise ValueError(

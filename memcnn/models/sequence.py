@@ -194,7 +194,7 @@ def _run_of(
     ``values`` holds the input alone. It is taken out, so that no caller keeps the input until the last block has run.
     """
     if not any(is_recorded(block._fn, values) for block in blocks):
-        return _changed(blocks, values, kwargs, inverse)
+        return _run_on_halves(blocks, values, kwargs, inverse)
     options = {"preserve_rng_state": blocks[0].preserve_rng_state, "check_inverse": blocks[0].check_inverse}
     return _recorded_run(blocks, values, kwargs, inverse, options)
 
@@ -207,13 +207,15 @@ def _recorded_run(
     inverse: bool,
     options: dict,
 ) -> Tensor:
+    """Run the couplings in one recording of the engine with these options."""
     with recording(**options):
-        return _changed(blocks, values, kwargs, inverse)
+        return _run_on_halves(blocks, values, kwargs, inverse)
 
 
-def _changed(
+def _run_on_halves(
     blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], kwargs: dict[str, object], inverse: bool
 ) -> Tensor:
+    """Split the input, run the couplings or their inverses on its halves, and join the halves."""
     coupling: Any = blocks[0]._fn
     halves = [*split(values.pop(), coupling.split_dim, coupling.grid)]
     start = 0

@@ -100,6 +100,7 @@ class InvertibleModuleWrapper(nn.Module):
     def _run(
         self, run: Callable, undo: Callable, inputs: tuple, kwargs: dict, keep_input: bool, log_det: bool = False
     ) -> Any:
+        """Call ``run``, and let ``undo`` rebuild its inputs in backward if autograd records the call."""
         if self.disable or not is_recorded(self._fn, inputs):
             return run(*inputs, **kwargs)
         return self._run_recorded(run, undo, inputs, kwargs, keep_input, log_det)
@@ -120,6 +121,7 @@ class InvertibleModuleWrapper(nn.Module):
 
 
 def _log_det_method(fn: nn.Module, name: str) -> Callable:
+    """Return the method ``name`` of the module; raise a TypeError if it has none."""
     if not callable(method := getattr(fn, name, None)):
         raise TypeError(
             f"{type(fn).__name__} has no {name}: give it one that returns the output and a value for each "

@@ -38,6 +38,7 @@ class Findings:
     out_of_time: bool = False  # fewer examples were drawn than were wanted
 
     def add(self, report: Report) -> None:
+        """Count a report, and keep the worst result of each claim."""
         self.examples += 1
         for result in report:
             known = self.worst.get(result.claim)
@@ -157,6 +158,7 @@ def _check_in_each_mode(
 
 @st.composite
 def _examples(draw: st.DrawFn, base: Example, modes: Collection[bool], vary: Collection[int]) -> Example:
+    """Draw a variant of ``base``."""
     return replace(
         base,
         shapes=_drawn_shapes(draw, base.shapes, vary),
@@ -175,6 +177,7 @@ def _varied(shapes: Shapes, vary: Collection[int]) -> list[tuple[int, int]]:
 
 
 def _resized(shapes: Shapes, vary: Collection[int], sizes: Mapping[tuple[int, int], int]) -> Shapes:
+    """Return the shapes with the sizes of the varied dimensions replaced."""
     return tuple(
         tuple(
             sizes.get((i, size), size) if i in vary or i - len(shape) in vary else size for i, size in enumerate(shape)

@@ -223,6 +223,7 @@ def _splits(shape: Shape, split_batch: bool) -> list[int]:
 
 
 def _fits(kind: str, shape: Shape, split_batch: bool) -> bool:
+    """Return whether a block of this kind can take inputs of ``shape``."""
     _, channels, *sizes = shape
     if kind in COUPLINGS:
         return bool(_splits(shape, split_batch))

@@ -156,6 +156,7 @@ def _names(found: Any) -> str:
 
 
 def _from_file(path: Path) -> ModuleType:
+    """Import and return the module in a file; raise ``Misuse`` if Python finds another module of its name."""
     if not path.is_file():
         raise Misuse(f"target: there is no file {path}; {WANTED}: check the path")
     sys.path.insert(0, str(path.absolute().parent))

@@ -59,6 +59,8 @@ def _loaded(other: nn.Module, module: nn.Module) -> nn.Module:
 
 
 def _compare(subject: Subject, claim: str, duplicate: Callable[[nn.Module], nn.Module]) -> Result:
+    """Compare a training step of a copy with one of the original, after both have trained."""
+
     def train_on(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
         return subject.step(module, *(x.cos() if x.is_floating_point() else x for x in inputs))
 

@@ -85,6 +85,7 @@ def check_gradients(
 
 
 def _results(subject: Subject, finite_differences: bool, through_inverse: bool) -> list[Result]:
+    """Return the results of all claims of the law of gradients."""
     results = [*_like_plain(subject), *second_step_is_plain(subject), *_added(subject)]
     subsets = [guarded("gradients", claim, check, subject, claim) for claim, check in SUBSETS.items()]
     if subject.autocast:

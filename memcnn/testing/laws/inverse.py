@@ -227,6 +227,7 @@ OTHER_STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _inverse_undoes_forward(subject: Subject, where: str = "") -> Result:
+    """Compare inverse(forward(x)) with x."""
     claim, x = FORTH + where, subject.inputs
     module = subject.fresh()
     note = "dropout was off for this check" if without_dropout(module) else ""
@@ -250,6 +251,7 @@ def _inverse_undoes_forward(subject: Subject, where: str = "") -> Result:
 
 
 def _forward_undoes_inverse(subject: Subject) -> Result:
+    """Compare forward(inverse(y)) with y, a mix of two samples' outputs."""
     module = subject.fresh(dropout=False)
     try:
         y = [

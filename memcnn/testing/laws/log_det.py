@@ -200,6 +200,7 @@ def _like_jacobian_of_batch(claim: str, subject: Subject, method: str) -> Result
 
 
 def _of_batch(claim: str, subject: Subject, method: str, values: Tensor, prepare: Callable) -> Result:
+    """Compare the sum of the log-determinants with log|det| of the Jacobian of the batch."""
     if values.numel() > LARGEST_SAMPLE:
         return Result("log_det", claim, skipped=f"samples mix, and the batch has more than {LARGEST_SAMPLE} entries")
     reported = _reported(subject, method, values, prepare).sum()[None]
@@ -211,6 +212,7 @@ def _of_batch(claim: str, subject: Subject, method: str, values: Tensor, prepare
 
 
 def _compared(claim: str, subject: Subject, method: str, reported: Tensor, jacobians: Tensor) -> Result:
+    """Return the result for reported log-determinants and the Jacobians, of shape (N, D, D)."""
     wanted, reported = torch.linalg.slogdet(jacobians).logabsdet.cpu(), reported.cpu().double()
     error = ((reported - wanted).abs().max() / max(1.0, wanted.abs().max().item())).item()
     # a generator: the condition number is computed only if the limit needs it
@@ -220,6 +222,7 @@ def _compared(claim: str, subject: Subject, method: str, reported: Tensor, jacob
 
 
 def _explain(method: str, reported: Tensor, wanted: Tensor, error: float) -> str:
+    """Explain the error: a small one of float64 alone, a reversed sign, or a factor."""
     said = f"{method} says {_numbers(reported)}, the Jacobian {_numbers(wanted)}"
     if not wanted.any():
         return said

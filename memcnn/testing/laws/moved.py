@@ -86,6 +86,7 @@ def _other_signs(part: nn.Module, parameter: Tensor) -> Tensor:
 
 
 def _optimise(module: nn.Module, seed: int) -> None:
+    """Take an optimiser step that moves every trained parameter by ``_move``."""
     trained = [p for p in module.parameters() if p.requires_grad and p.numel()]
     generator = torch.Generator().manual_seed(seed)
     for parameter in trained:

@@ -136,6 +136,7 @@ def graphs_can_be_retained(subject: Subject, claim: str) -> Result:
 
 
 def _gradients_of_two_passes(subject: Subject, module: nn.Module) -> tuple[NamedTensors, NamedTensors]:
+    """Return the gradients of each of two backward passes over one graph."""
     found = []
 
     def program(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:

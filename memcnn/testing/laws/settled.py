@@ -63,6 +63,7 @@ def _moving(module: nn.Module) -> list[Tensor]:
 
 
 def _differ(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Return whether a buffer differs by more than ``MOST_ROUNDINGS``."""
     return any(
         (a - b).abs().max().item() > MOST_ROUNDINGS * torch.finfo(a.dtype).eps * a.abs().max().item()
         for a, b in zip(first, second, strict=True)

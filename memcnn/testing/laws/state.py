@@ -56,6 +56,7 @@ def _callers_tensors(subject: Subject, claim: str) -> Result:
 
 
 def _changed_by_training(subject: Subject) -> list[str]:
+    """Describe the changes of inputs, outputs and incoming gradients by a training step."""
     module = subject.trained()
     held = [(_intermediate(x), name) for x, name in zip(subject.inputs, subject.input_names, strict=True)]
     before = [_seen(x) for x, _ in held]
@@ -110,6 +111,7 @@ def _intermediate(x: Tensor) -> Tensor:
 
 
 def _changed_without_gradients(subject: Subject) -> list[str]:
+    """Describe the changes of inputs under ``no_grad``, and of the argument of ``inverse``."""
     module = subject.trained()
     held = [(leaf_like(x.detach())[1], name) for x, name in zip(subject.inputs, subject.input_names, strict=True)]
     before = [_seen(x) for x, _ in held]
@@ -128,6 +130,7 @@ def _seen(x: Tensor) -> tuple[Tensor, int, int, int, tuple[int, ...]]:
 
 
 def _changes(held: Sequence[tuple[Tensor, str]], before: Sequence[tuple], when: str) -> list[str]:
+    """Describe how tensors differ from what ``_seen`` returned before, in values, version, storage or strides."""
     faults = []
     for (x, name), (value, version, address, size, strides) in zip(held, before, strict=True):
         if x.untyped_storage().nbytes() != size:
@@ -180,6 +183,7 @@ def _difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple
 
 
 def _explain_buffer(name: str, before: Tensor, wanted: Tensor, got: Tensor) -> str:
+    """Explain how a step moves a buffer differently from a forward pass."""
     if wanted.numel() == 1:
         return (
             f"a step takes buffer {name} from {before.item():.6g} to {got.item():.6g}, a forward pass to "
@@ -195,6 +199,7 @@ def _explain_buffer(name: str, before: Tensor, wanted: Tensor, got: Tensor) -> s
 
 
 def _rest_of_the_module(subject: Subject, claim: str) -> Result:
+    """Check that a step changes no mode, no ``requires_grad`` and no parameter."""
     module, faults = subject.trained(), []
     modes = [(part, part.training) for part in module.modules()]
     parameters = [(p, p.detach().clone(), p.requires_grad) for p in module.parameters()]
@@ -222,6 +227,8 @@ def _initialises_itself(subject: Subject) -> bool:
 
 
 def _generators(subject: Subject, claim: str) -> Result:
+    """Check that a step leaves torch's generators in the state in which a forward pass leaves them."""
+
     def state_after(step: Callable[[], object]) -> list[Tensor]:
         devices = {x.device for x in subject.inputs if x.device.type == "cuda"}
         with subject.seeded():

@@ -54,6 +54,7 @@ def duplicate(module: nn.Module) -> nn.Module:
 
 
 def _duplicate(x: Any, memo: dict[int, Any]) -> Any:
+    """Return a copy of an object, as ``copy.deepcopy(x, memo)`` does."""
     kind: Any = type(x)
     if kind in UNCHANGED:
         return x
@@ -239,6 +240,7 @@ def worst(errors: Mapping[str, float]) -> tuple[str, float]:
 
 
 def _error(got: Tensor | None, wanted: Tensor | None, least_scale: float) -> float:
+    """Return the relative error; infinite if only one is None, or shape or dtype differ."""
     if got is None or wanted is None:
         return 0.0 if got is wanted else float("inf")
     if (got.shape, got.dtype) != (wanted.shape, wanted.dtype) or is_emptied(got) or is_emptied(wanted):
