@@ -65,6 +65,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(MISUSE, f"{self.prog}: {message}\nOptions: python -m {self.prog} --help\n")
 
     def _about_unknown(self, unknown: list[str]) -> str:
+        """Return the error for unknown arguments, with the option that the first one resembles."""
         options = [option for option in self._option_string_actions if option.startswith("--")]
         word = unknown[0].partition("=")[0]
         close = difflib.get_close_matches(word, options, n=1)
@@ -293,7 +294,7 @@ def _path(text: str) -> Path:
 
 
 def _check_writable(folder: Path, what: str) -> None:
-    """Raise ArgumentTypeError if the folder cannot be created, or not be written to."""
+    """Raise ArgumentTypeError if the folder cannot be created or written to."""
     try:
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     except OSError as error:  # such as a name that is too long

@@ -34,7 +34,7 @@ def read_state(path: Path) -> dict:
     """Return the state dict in a file.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file cannot be read, or holds something else.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -42,8 +42,9 @@ def read_state(path: Path) -> dict:
         raise ValueError(f"{path}: {error.strerror or error}; wanted a file that torch.save wrote") from error
     except Exception as error:  # unpicklers raise anything
         raise ValueError(
-            f"{path} holds more than tensors: {type(error).__name__}. If it holds a whole module, load it with "
-            "torch.load(..., weights_only=False), which can run code, and save its state_dict()"
+            f"{path} holds more than tensors, or torch.save did not write it: {type(error).__name__}. If it holds a "
+            "whole module, load it with torch.load(..., weights_only=False), which can run code, and save its "
+            "state_dict()"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         inside = (

@@ -30,7 +30,7 @@ def evaluate(
     """Return mean loss (nats) and accuracy (percent) on the test images, evaluated as in training.
 
     Args:
-        model: the network, on the device of ``data``. It is left in evaluation mode.
+        model: the network, on the device of ``data``. It is left in evaluation mode and in channels_last.
         data: the images.
         images: how many test images to evaluate, from the first; None for all.
         execution: how the evaluation is executed; by default in float32.
@@ -62,7 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser_from("memcnn.evaluate", __doc__)
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="with record.json and checkpoint.pt")
     option = parser.add_argument
-    option("--data", metavar="FOLDER", help='the CIFAR files, or the word "generated" (default: as in its training)')
+    default = "generated if the run was trained on generated images, else $MEMCNN_DATA, else ./data"
+    option("--data", metavar="FOLDER", help=f'folder of the CIFAR files, or the word "generated" (default: {default})')
     option("--unofficial-data", action="store_true", help="evaluate on files with wrong checksums too")
     option("--device", choices=cli.devices(), default=cli.devices()[0], help="(default: %(default)s)")
     option("--threads", type=cli.threads, metavar="N", help="CPU threads (default: PyTorch's choice)")
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loss, accuracy = evaluate(model, data.to(given.device), images=images, execution=execution_of(record))
     count = f"{len(data.test_images[:images]):,} images"
     if data.checksums != record.data["checksums"]:
-        count += ", other ones than in its training"
+        count += ", other data than in its training"
     print(f"{record.model} on {record.dataset}, after iteration {iterations} of {record.recipe.iterations}:")
     print(f"  test accuracy {accuracy:.2f} %, loss {loss:.4f}, on {count}")
     if record.test_iteration is not None:

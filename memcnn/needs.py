@@ -1,4 +1,4 @@
-"""Packages that a command lacks, reported before the first import of one. Imports only the standard library."""
+"""Report the packages that a command lacks before it imports any of them. Imports only the standard library."""
 
 import shlex
 import sys

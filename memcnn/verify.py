@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> cli.Parser:
+    """Return the parser of the command line."""
     parser = cli.parser_from("memcnn.verify", __doc__ or "", whole=True)
     add = parser.add_argument
     add("target", help="package.module:factory, or path/to/file.py:factory")

@@ -84,11 +84,11 @@ def convert_state_dict(
     """
     state = _without_prefix(state)
     converted = {new: state[old] for old, new in _new_names(state).items()}
-    called, wanted = _find_shapes(converted, model)
+    label, wanted = _find_shapes(converted, model)
     for name in wanted.keys() - converted.keys():
         if name.endswith("num_batches_tracked"):  # PyTorch before 0.4.1 did not count them
             converted[name] = torch.tensor(0)
-    _refuse_other_shapes(converted, called, wanted)
+    _refuse_other_shapes(converted, label, wanted)
     if unit_pixels:
         converted["stem.0.weight"] = converted["stem.0.weight"] * 255
     return converted
@@ -119,8 +119,8 @@ def convert_optimizer_state(optimizer_state: Mapping, state: Mapping[str, Tensor
         )
     if len(order) != len(numbers) or len(order) != len(groups[0]["params"]):
         raise ValueError(
-            f"the optimiser state is of {len(groups[0]['params'])} parameters, the model has {len(numbers)} and shares "
-            f"the names of {len(order)} with the network's state; wanted the three to belong together"
+            f"the optimiser state has {len(groups[0]['params'])} parameters, the model has {len(numbers)}, and the "
+            f"network's state names {len(order)} of these; pass an optimiser state, a state and a model of one network"
         )
     values = {order[position]: optimizer_state["state"][old]
               for position, old in enumerate(groups[0]["params"]) if old in optimizer_state["state"]}  # fmt: skip
@@ -148,6 +148,7 @@ def _new_names(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _new_name(name: str, state: Mapping[str, Tensor]) -> str | None:
+    """Return this version's name of an entry; None if no network of MemCNN 1.5 has it."""
     module, _, value = name.rpartition(".")
     if module in _ENDS:
         return f"{_ENDS[module]}.{value}"
@@ -177,22 +178,24 @@ def _find_shapes(converted: Mapping[str, Tensor], model: str | nn.Module | None)
         if model is not None or {**shapes, **_shapes(converted)} == shapes:
             return name, shapes
     raise ValueError(
-        f"the state fits none of {', '.join(MODELS)}: build its network with the arguments that it had from "
-        "memcnn.models.resnet.ResNet and load the state as it is, or pass a CifarResNet as model"
+        f"the state fits none of {', '.join(MODELS)}: build a memcnn.models.resnet.ResNet with the arguments of its "
+        "network and load the state as it is, or pass a CifarResNet as model"
     )
 
 
 def _shapes(state: nn.Module | Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Return the shape of each entry of a state dict, or of a module's state dict."""
     state = state.state_dict() if isinstance(state, nn.Module) else state
     return {name: value.shape for name, value in state.items()}
 
 
-def _refuse_other_shapes(converted: Mapping[str, Tensor], called: str, wanted: dict[str, torch.Size]) -> None:
+def _refuse_other_shapes(converted: Mapping[str, Tensor], label: str, wanted: dict[str, torch.Size]) -> None:
+    """Raise a ValueError if names or shapes are not those of ``wanted``. The message calls the network ``label``."""
     got = _shapes(converted)
     if different := sorted(name for name in got.keys() | wanted.keys() if got.get(name) != wanted.get(name)):
         name = different[0]
         words = [tuple(shapes[name]) if name in shapes else "nothing" for shapes in (got, wanted)]
         raise ValueError(
-            f"the state is not that of {called}: {len(different)} entries differ, such as {name}, where the state has "
-            f"{words[0]} and {called} {words[1]}; name the network that the state was saved from, or leave model out"
+            f"the state is not that of {label}: {len(different)} entries differ, such as {name}, where the state has "
+            f"{words[0]} and {label} {words[1]}; name the network that the state was saved from, or leave model out"
         )

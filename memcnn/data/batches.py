@@ -101,6 +101,11 @@ def augment(images: Tensor, *, pad: int, top: Tensor, left: Tensor, flip: Tensor
 def batch(data: Data, plan: EpochPlan, *, pad: int) -> tuple[Tensor, Tensor]:
     """Return the augmented training images of a plan, or of a part of one, and their labels.
 
+    Args:
+        data: the data set.
+        plan: the B images and how to augment them, on the device of ``data``.
+        pad: pixels of padding on each side, as for ``epoch_plan``.
+
     Returns:
         Images, float32 of shape (B, 3, 32, 32), and labels, int64 of shape (B,).
     """

@@ -22,11 +22,11 @@ DATASETS = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.dat
 
 
 class DataNotFound(RuntimeError):
-    """The official files are missing and could not be downloaded. The message names the folder that was searched."""
+    """Files are missing, or are not the official ones. The message names the folder that was searched, and a fix."""
 
 
 class BadData(RuntimeError):
-    """A file of the data set has the wrong content. The message names the file."""
+    """A file does not contain a batch of CIFAR images. The message names the file."""
 
 
 def find(dataset: str, folder: Path, *, download: bool = True, unofficial: bool = False) -> tuple[dict[str, str], bool]:
@@ -107,7 +107,7 @@ def _read_batch(path: Path, classes: int) -> tuple[Tensor, Tensor]:
     content = path.read_bytes()
     try:
         batch = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
-        pixels, labels = batch["data"].bytes(), batch["labels" if "labels" in batch else "fine_labels"]
+        pixels, labels = batch["data"].uint8_values(), batch["labels" if "labels" in batch else "fine_labels"]
         if pixels.shape != (len(labels), 3072):
             raise ValueError(f"{len(labels)} labels and images of shape {pixels.shape}, wanted (..., 3072)")
         if not labels or not all(type(label) is int and 0 <= label < classes for label in labels):
@@ -159,8 +159,12 @@ class _Array:
         array.__setstate__((1, shape, kind, order == "F", content))
         return array
 
-    def bytes(self) -> np.ndarray:
-        """Return the array. It must have dtype uint8."""
+    def uint8_values(self) -> np.ndarray:
+        """Return the array.
+
+        Raises:
+            ValueError: its dtype is not uint8.
+        """
         if self.type.code != "u1":
             raise ValueError(f"got an array of dtype {self.type.code}, wanted u1 (uint8)")
         content = self.content.encode("latin1") if isinstance(self.content, str) else self.content
@@ -168,6 +172,7 @@ class _Array:
 
 
 def _not_found(source: type[Any], folder: Path, missing: list[str], wrong: list[str], outcome: str) -> str:
+    """Return the message of ``DataNotFound``."""
     where = (folder / source.base_folder).resolve()
     lines = [f"{source.__name__} was looked for in {where}: {'; '.join([*missing, *wrong])}."]
     if not wrong:

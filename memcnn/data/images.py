@@ -67,7 +67,7 @@ def load(dataset: str, data: str | Path | None = None, *, download: bool = True,
         unofficial: accept files whose MD5 differs from the published one; ``official`` of the result is then False.
 
     Raises:
-        DataNotFound: the official files are missing and could not be downloaded.
+        DataNotFound: a file is missing and could not be downloaded, or its MD5 is wrong and ``unofficial`` is False.
         BadData: a file does not contain a batch of CIFAR images.
         ValueError: there is no such data set.
     """

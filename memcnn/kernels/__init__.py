@@ -29,8 +29,8 @@ channels  image    cuDNN  ours
 A captured and compiled training step of ResNet-32 took 2.57 ms without the kernel for weight gradients and 1.82 ms with
 it. The kernel for output and input gradient has not run on a GPU yet.
 
-Without Triton, without a GPU, and for layers that the kernels do not
-support, ``narrow_conv2d`` is ``torch.nn.functional.conv2d``.
+Without Triton, without a GPU, and for layers that the kernels do not support, ``narrow_conv2d`` is
+``torch.nn.functional.conv2d``.
 """
 
 from memcnn.kernels.batch_norm import BatchNormReLU2d, SkippedReLU, use_fused_norms

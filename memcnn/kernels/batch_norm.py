@@ -35,7 +35,7 @@ MOST_CHANNELS = 1024
 
 
 class BatchNormReLU2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` and ReLU in front of a convolution. Under autocast the output has autocast's dtype."""
+    """``nn.BatchNorm2d`` and ReLU in front of a convolution. In training under autocast, y has autocast's dtype."""
 
     stands_for = nn.BatchNorm2d  # read by memcnn.engine.survey
 
@@ -160,7 +160,7 @@ def gradient_sums(output_gradient: Tensor, x: Tensor, statistics: Tensor, weight
     """Return the gradients of bias and weight, float32 of shape (2, C).
 
     Args:
-        output_gradient: of y, (N, C, H, W).
+        output_gradient: the gradient of y, (N, C, H, W).
         x: the input, (N, C, H, W).
         statistics: the result of ``batch_statistics`` for x.
         weight: (C,), float32.
@@ -187,7 +187,7 @@ def _(output_gradient: Tensor, x: Tensor, statistics: Tensor, weight: Tensor, bi
 
 
 class _BatchNormReLU(torch.autograd.Function):
-    """y = relu(w n + b) with n = (x - mean) / deviation. Its gradient includes that of mean and deviation."""
+    """y = relu(w n + b) with n = (x - mean) / deviation. Gradients also go through mean and deviation."""
 
     @staticmethod
     def forward(x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,8 +29,8 @@ LIBRARY = "library"
 MOST_OF_LIBRARY = 0.95  # a smaller gain is within the noise of the measurement
 AGREEMENT = 0.01  # largest relative difference to the library's result, as norms; bfloat16 rounds to 0.004
 ROUNDS, CALLS = 5, 10
-FACTORS = (5**0.5 - 1) / 2, 2**0.5 - 1  # of the values of both tensors
-PERIOD = 1_000_003  # number of different values; a prime, so that no two images are equal
+FACTORS = (5**0.5 - 1) / 2, 2**0.5 - 1  # one for each of the two tensors, see _filled
+PERIOD = 1_000_003  # values before they repeat; a prime, so that no two images are equal
 ALL_PLANS = "all plans"
 SLEEP_CYCLES, MOST_SLEEP_CYCLES = 2_000_000, 64_000_000  # 1 and 32 ms on an H100
 
@@ -45,7 +45,7 @@ class Operation(Generic[Plan]):
     """A function of two tensors, dense in channels_last, that the library and one of our kernels can compute.
 
     Args:
-        name: of the result.
+        name: the name of the result.
         library: computes it by PyTorch; the result is dense in channels_last.
         planned: computes it by our kernel, with a plan.
         plans: returns the plans to measure for two shapes. Raises ImportError where Triton cannot be imported.
@@ -58,7 +58,7 @@ class Operation(Generic[Plan]):
 
 
 class Key(NamedTuple):
-    """What a choice depends on. Tensors are dense in channels_last, so shapes fix the strides."""
+    """The properties that a choice depends on. Tensors are dense in channels_last, so shapes fix the strides."""
 
     operation: str
     device: torch.device
@@ -74,12 +74,12 @@ class Measurement:
     Args:
         operation: the name of the result: "output", "input gradient" or "weight gradient".
         device: name of the GPU, or ``cpu``.
-        dtype: of the operation's tensors.
-        shapes: of the operation's two tensors.
+        dtype: the dtype of the operation's tensors.
+        shapes: the shapes of the operation's two tensors.
         library_benchmark: whether cuDNN was free to choose its algorithm by measurement.
-        microseconds: time of the operation, by name; ``library`` is cuDNN's.
-        rejected: for each plan that failed or disagreed with the library, the reason. ``all plans``: nothing could be
-            measured.
+        microseconds: time of the operation by the name of the plan; ``library`` is PyTorch's own time.
+        rejected: for each plan that failed or disagreed with the library, the reason. The key ``all plans`` means that
+            no plan could be tried.
         chosen: the name of the choice by rule 2, which is used from now on.
     """
 
@@ -119,7 +119,7 @@ class Choices:
                 if key not in self.found:
                     self.found[key] = self._measure(operation, key)
                     rejected = self.found[key][1].rejected
-            if rejected:  # stored before and warned of without the lock: code that runs for a warning may need a choice
+            if rejected:  # warn after the lock is released: code that handles the warning may need a choice
                 warn_user(_rejection_message(key, rejected), RuntimeWarning)
         return self.found[key][0]
 
@@ -146,7 +146,7 @@ class Choices:
                 runs[str(plan)] = partial(operation.planned, first, second, plan)
             with torch.cuda.device(key.device) if key.device.type == "cuda" else nullcontext():
                 microseconds = self.timer(runs) if by_name else {}
-        except (ImportError, torch.OutOfMemoryError) as error:  # no Triton, or no memory to compare: for good
+        except (ImportError, torch.OutOfMemoryError) as error:  # no Triton, or too little memory: the library stays
             by_name, rejected = {}, {ALL_PLANS: f"{type(error).__name__}: {error}"}
         chosen = fastest(microseconds)
         device = torch.cuda.get_device_name(key.device) if key.device.type == "cuda" else str(key.device)
@@ -214,6 +214,7 @@ def _check_agreement(result: Tensor, expected: Tensor) -> None:
 
 
 def _rejection_message(key: Key, rejected: Mapping[str, str]) -> str:
+    """Return the warning about plans that failed, or about a kernel that could not be tried."""
     plan, reason = next(iter(rejected.items()))
     about = f"for the {key.operation} of shapes {key.shapes[0]} and {key.shapes[1]}, {key.dtype} on {key.device}"
     if plan == ALL_PLANS:

@@ -122,7 +122,7 @@ def conv3x3_weight_gradient(output_gradient: Tensor, x: Tensor, dtype: torch.dty
     Args:
         output_gradient: (N, C_out, H, W), of any strides.
         x: the convolution's input, (N, C_in, H, W), of any strides.
-        dtype: of the result. Our kernel rounds its sums, which are float32, to it.
+        dtype: dtype of the result, to which our kernel rounds its float32 sums.
     """
     output_gradient, x = innermost(output_gradient), innermost(x)
     plan = choice.current().plan(WEIGHT_GRADIENT, output_gradient, x)
@@ -220,6 +220,7 @@ class _NarrowConv(torch.autograd.Function):
 
 
 def _is_supported(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether our kernels support the convolution of these tensors in ``dtype``."""
     return (
         x.device.type in KERNEL_DEVICES
         and not is_transformed()
@@ -237,6 +238,7 @@ def _is_supported(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _is_narrow(module: nn.Conv2d) -> bool:
+    """Return whether the module is a 3x3 convolution that our kernels can compute."""
     return (
         module.kernel_size == (3, 3)
         and module.stride == module.dilation == (1, 1)

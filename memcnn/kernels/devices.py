@@ -1,4 +1,4 @@
-"""Where our kernels can run, and what they need there."""
+"""The devices that our kernels run on, and the layout and size of the tensors that they take."""
 
 import os
 from importlib.util import find_spec

@@ -3,9 +3,9 @@
 All are 3x3 convolutions with stride 1 and padding 1. Tensors are dense in channels_last. With x of shape (N, C_in, H,
 W), weight (C_out, C_in, 3, 3) and the output's gradient (N, C_out, H, W):
 
-* ``OUTPUT``: of x and weight;
-* ``INPUT_GRADIENT``: of the output's gradient and weight;
-* ``WEIGHT_GRADIENT``: of the output's gradient and x.
+* ``OUTPUT`` computes the output from x and weight;
+* ``INPUT_GRADIENT`` computes the gradient of x from the output's gradient and weight;
+* ``WEIGHT_GRADIENT`` computes the gradient of weight from the output's gradient and x.
 """
 
 from contextlib import AbstractContextManager, nullcontext

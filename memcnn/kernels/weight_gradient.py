@@ -122,7 +122,7 @@ def weight_gradient(
         x: input of the convolution, (N, C_in, H, W), likewise and of the same dtype.
         plan: division of the work. It changes the result only by rounding.
         processors: number of multiprocessors of the GPU.
-        dtype: of the result; by default that of ``x``. Sums are float32, and rounded once.
+        dtype: dtype of the result; by default that of ``x``. Sums are float32, and rounded once.
 
     Returns:
         (C_out, C_in, 3, 3), channels_last.

@@ -13,7 +13,7 @@ For training steps:
 * ``measure_step_memory`` measures the bytes that a step adds to parameters and gradients.
 * ``measure_peak_split`` measures the bytes of each kind of tensor at the peak of a step.
 * ``predict_step_memory`` predicts the same split for a device that need not exist, ``step_flops`` the operations.
-* ``largest_that_fits`` searches the largest batch, depth or other size within a number of bytes.
+* ``largest_that_fits`` searches for the largest batch, depth or other size within a number of bytes.
 
 This package imports nothing but torch and the standard library, so that it can measure other packages and older
 commits.

@@ -57,6 +57,12 @@ def allocator_total_bytes(
         fn: the code to measure.
         held: returns tensors to include, which ``fn`` may free and replace, such as a model and its gradients.
         device: the device of the allocator: CPU or CUDA.
+
+    Returns:
+        The sum in bytes.
+
+    Raises:
+        RuntimeError: on the CPU, while a profiler is running.
     """
     device = torch.device(device)
     if device.type == "cuda":

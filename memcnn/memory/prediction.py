@@ -131,7 +131,7 @@ def training_step(
 
 
 class _FakeCopies(TorchFunctionMode):
-    """A mode in which ``copy.deepcopy`` can copy fake tensors, as a coupling does that is given only F.
+    """A mode in which ``copy.deepcopy`` can copy fake tensors. A coupling that is given only F makes such a copy.
 
     ``Tensor.__deepcopy__`` would copy their ``FakeTensorMode`` too, but tensors of two modes cannot be mixed.
     """

@@ -42,7 +42,7 @@ class PeakSplit:
         peak_bytes: the sum of the above.
         phase: the part of the step with that instant: "forward", "backward" or "update".
         allocated_bytes: the peak as the allocator counts it, kernels' scratch included; None without ``allocator``.
-        reserved_bytes: the bytes that CUDA's allocator took from the device; None without ``allocator``.
+        reserved_bytes: the bytes that CUDA's allocator took from the device; None without ``allocator`` or CUDA.
     """
 
     parameter_bytes: int
@@ -71,9 +71,10 @@ def measure_step_memory(
         model: the model that is trained.
         step: runs one forward and backward pass on ``model``.
         meter: returns the peak bytes of a function. The default on CUDA is ``allocator_peak_bytes`` on the model's
-            device; ``step`` then runs once more beforehand, so that library handles and the choice of kernels do not
-            count. Elsewhere it is ``tensor_peak_bytes``, because its result is the same on every machine and because
-            it leaves the process's one profiler free; pass ``allocator_peak_bytes`` to include scratch memory.
+            device. Elsewhere it is ``tensor_peak_bytes``, because its result is the same on every machine and because
+            it leaves the process's one profiler free; pass ``allocator_peak_bytes`` to include scratch memory. For a
+            model on CUDA, ``step`` runs once more beforehand, so that library handles and the choice of kernels do not
+            count.
 
     Returns:
         The bytes of parameters, activations and the peak.

@@ -24,9 +24,14 @@ class AdditiveCoupling(Coupling):
     Args:
         Fm: F, a module that keeps the shape of a half.
         Gm: G, likewise; a deep copy of F if it is not given.
+        implementation_fwd: accepted for compatibility; it has no effect.
+        implementation_bwd: likewise.
         split_dim: the dimension along which x and y are halved.
         exact: round x, F(x2) and G(y1) to a grid, which makes the inversion exact: True, or the grid's step, a power of
             two (True means 2^-10). See ``memcnn.engine.exact``.
+
+    Raises:
+        TypeError: ``Fm`` or ``Gm`` is not a module, or ``split_dim`` is not an integer.
     """
 
     def __init__(
@@ -43,10 +48,10 @@ class AdditiveCoupling(Coupling):
         self.grid = Grid.of(exact)
 
     def couple(self, x1: Tensor, x2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self._changed([x1, x2], kwargs, subtract=False)
+        return self._apply_steps([x1, x2], kwargs, subtract=False)
 
     def uncouple(self, y1: Tensor, y2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self._changed([y1, y2], kwargs, subtract=True)
+        return self._apply_steps([y1, y2], kwargs, subtract=True)
 
     def sums(self, *, subtract: bool) -> Sequence[AdditiveStep]:
         """Return the steps of ``couple``, or with ``subtract`` of ``uncouple``, if they are sums and nothing else.
@@ -62,7 +67,7 @@ class AdditiveCoupling(Coupling):
         steps = AdditiveStep(modules["Fm"], 0), AdditiveStep(modules["Gm"], 1)
         return steps[::-1] if subtract else steps
 
-    def _changed(self, halves: list[Tensor], kwargs: dict[str, object], *, subtract: bool) -> tuple[Tensor, Tensor]:
+    def _apply_steps(self, halves: list[Tensor], kwargs: dict[str, object], *, subtract: bool) -> tuple[Tensor, Tensor]:
         """Return the halves after the steps of ``couple``, or with ``subtract`` of ``uncouple``."""
         steps = self._steps(subtract)
         if self.grid is None and not kwargs and run_directly(steps, halves, subtract=subtract):

@@ -20,11 +20,16 @@ class AffineCoupling(Coupling):
     """y1 = s1 * x1 + t1 with (s1, t1) = F(x2), y2 = s2 * x2 + t2 with (s2, t2) = G(y1), on the halves of x and y.
 
     Args:
-        Fm: F, a module that returns a scale and a shift for the other half, or what ``adapter`` makes such a module of.
+        Fm: F, a module that returns a pair (scale, shift) for the other half. With ``adapter``, the adapter's argument.
         Gm: G, likewise; a deep copy of F if it is not given.
-        adapter: called with F and with G, gives the modules that return scale and shift: one of the adapters below,
-            ``functools.partial(AffineAdapterExp, bound=1.0)``, or a class of your own.
+        adapter: called once with F and once with G; returns a module that returns (scale, shift). Pass one of the
+            adapters below, ``functools.partial(AffineAdapterExp, bound=1.0)``, or a class of your own.
+        implementation_fwd: accepted for compatibility; it has no effect.
+        implementation_bwd: likewise.
         split_dim: the dimension along which x and y are halved.
+
+    Raises:
+        TypeError: ``Fm`` or ``Gm`` is not a module, or ``split_dim`` is not an integer.
     """
 
     def __init__(
@@ -119,6 +124,7 @@ def _log(s: Tensor, a: Tensor) -> Tensor:
 
 
 def _scale_and_shift(h: Any) -> tuple[Tensor, Tensor]:
+    """Return the scale and the shift in the result of a branch; raise a TypeError if it is no pair."""
     if not isinstance(h, (tuple, list)) or len(h) != 2:  # a tensor could be unpacked too, along its batch
         got = type(h).__name__ if not isinstance(h, (tuple, list)) else f"{len(h)} values"
         raise TypeError(
@@ -129,7 +135,7 @@ def _scale_and_shift(h: Any) -> tuple[Tensor, Tensor]:
 
 
 class AffineAdapter(nn.Module):
-    """Makes a module that returns scale and shift of ``module``, which returns one tensor."""
+    """Base class: a module that computes (scale, shift) from the one tensor that ``module`` returns."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -141,7 +147,7 @@ class AffineAdapter(nn.Module):
 
 
 class AffineAdapterNaive(AffineAdapter):
-    """s = exp(h), t = h, where h = f(x) has the shape of x. The scale overflows where h does not fit exp."""
+    """s = exp(h), t = h, where h = f(x) has the shape of x. The scale overflows for large h."""
 
     def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         t = self.f(x, **kwargs)
@@ -152,7 +158,7 @@ class AffineAdapterSigmoid(AffineAdapter):
     """s = sigmoid(h1 + 2), t = h0, where h0 and h1 are the even and odd entries of f(x)
     along the dimension that f doubles.
 
-    The scale lies between 0 and 1, and at 0.88 where f gives 0, as in Glow.
+    The scale lies between 0 and 1. It is 0.88 where f returns 0, as in Glow.
     """
 
     def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ __all__ = ["Attention", "FeedForward", "KeyValueCache", "StochasticDepth", "tran
 
 
 class StochasticDepth(nn.Module):
-    """Drop the whole sample with probability ``p`` in training mode, else divide it by 1 - p (arXiv:1603.09382).
+    """In training mode, set a sample to 0 with probability ``p``, and divide the others by 1 - p (arXiv:1603.09382).
 
     Torch's generator decides which samples are dropped, so that a reversible block can replay the choice.
 
@@ -59,7 +59,11 @@ class KeyValueCache:
         return min((keys.shape[-2] for keys, _ in self.entries.values()), default=0)
 
     def extended(self, layer: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values (N, heads, T, dim / heads), and return those of all positions of the layer."""
+        """Add keys and values (N, heads, T, dim / heads), and return those of all positions of the layer.
+
+        Raises:
+            RuntimeError: gradients are recorded.
+        """
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a key-value cache was used while gradients are recorded, but it is for generation: call the model "

@@ -1,6 +1,6 @@
 """Choose the blocks of a chain that store their activations, so that a training step stays within a number of bytes.
 
-The budget is for the tensors that the chain's forward and backward pass makes, at the worst instant. The chain's input,
+The budget is for the tensors that the chain's forward and backward pass make, at the worst instant. The chain's input,
 the gradient of its output, its parameters and their gradients are not counted, nor is the scratch memory of kernels.
 For a step that ends with the chain and differentiates all of its outputs, this is ``activation_bytes`` of
 ``memcnn.memory.measure_step_memory``.
@@ -53,7 +53,7 @@ class Budget:
     """Chooses the blocks that store their activations, for each size of the inputs.
 
     Args:
-        limit_bytes: the bytes that a step may need at its worst instant, see above.
+        limit_bytes: the bytes that a step may need at its worst instant, as the module's docstring counts them.
 
     Attributes:
         plans: the plans made so far.
@@ -97,6 +97,7 @@ class Budget:
         return self.plans[key].stored
 
     def _plan(self, chain: nn.Sequential, direction: str, x: Tensor, kwargs: Mapping, autocast: tuple) -> Plan:
+        """Return the plan for an input, which is predicted on tensors without values."""
         try:
             with (
                 torch.random.fork_rng(devices=[]),
@@ -119,16 +120,17 @@ class Budget:
         if least > self.limit_bytes:
             raise _BelowMinimum(
                 f"budget_bytes={self.limit_bytes:,} is too small for an input of shape {tuple(step.x.shape)}: with no "
-                f"block's activations stored, a step needs {least:,} bytes; give it at least these, or a "
+                f"block's activations stored, a step needs {least:,} bytes; raise the budget to that, or use a "
                 "smaller batch"
             )
         chosen: list[int] = []
         bound, too_large = least, set()
         for i in sorted(range(len(step.prices)), key=lambda i: (-step.prices[i].cost_per_byte, -i)):
             price = step.prices[i]
-            most = bound + price.stored_bytes + 2 * step.x.nbytes  # its activations, and the ends of two more chains
             if price in too_large:  # an equal block that runs later, and frees its bytes earlier, did not fit
                 continue
+            # the block's activations, and the outputs of the chains before and after it
+            most = bound + price.stored_bytes + 2 * step.x.nbytes
             if most > self.limit_bytes:
                 most = step.peak_bytes([*chosen, i])
             if most > self.limit_bytes:
@@ -162,7 +164,7 @@ class Price(NamedTuple):
 
     Attributes:
         cost: number of multiplications and additions, plus ``ELEMENT`` for each element of a result.
-        stored_bytes: bytes that plain autograd saves in the block, without its input.
+        stored_bytes: bytes that plain autograd saves in the block, without its input and parameters.
     """
 
     cost: int
@@ -216,6 +218,7 @@ class _FakeStep:
         return meter.peak_bytes
 
     def _run(self) -> None:
+        """Run the forward and the backward pass of the chain."""
         results = _as_tuple(getattr(self.chain, self.direction)(self.x, **self.kwargs))
         trained = [(y, g) for y, g in zip(results, self.gradients, strict=True) if y.requires_grad]
         del results

@@ -1,4 +1,4 @@
-"""What the additive and the affine coupling have in common."""
+"""The base class of the additive and the affine coupling."""
 
 import copy
 import warnings
@@ -18,6 +18,17 @@ class Coupling(nn.Module):
 
     A subclass defines ``couple``, which changes the halves, and ``uncouple``, which undoes that. Both are written with
     ``memcnn.engine.couple.couple``.
+
+    Args:
+        Fm: F.
+        Gm: G; a deep copy of F if it is not given.
+        implementation_fwd: accepted for compatibility; it has no effect.
+        implementation_bwd: likewise.
+        split_dim: the dimension along which the input is halved.
+
+    Raises:
+        TypeError: ``Fm`` or ``Gm`` is not a module, or ``split_dim`` is not an integer.
+        NotImplementedError: ``implementation_fwd`` or ``implementation_bwd`` is none of MemCNN 1.5's numbers.
     """
 
     grid: Grid | None = None
@@ -90,6 +101,7 @@ class Coupling(nn.Module):
         return f"split_dim={self.split_dim}"
 
     def _check_per_sample(self, x: Tensor) -> None:
+        """Raise a ValueError if the coupling splits the batch."""
         if self.split_dim in (0, -x.dim()):
             raise ValueError(
                 f"a coupling that splits the batch, split_dim={self.split_dim} of an input of shape "

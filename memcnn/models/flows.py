@@ -78,6 +78,7 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of each channel; 1 as the deviation of a constant channel."""
         x = x.to(self.shift.dtype)
         deviation, mean = torch.std_mean(x, [0, *range(2, x.dim())], correction=0)
         constant = deviation <= torch.finfo(x.dtype).eps * mean.abs()
@@ -95,7 +96,7 @@ class InvertibleConv1x1(nn.Module):
 
     The parameter ``triangles`` (C, C) holds L below its diagonal, U above it, and log|diag(U)| on it. W can therefore
     never become singular, and log|det W| is the sum of the diagonal; the signs of diag(U) are fixed. W starts as a
-    random orthogonal matrix. The layer disables autocast, because a product in half precision cannot be inverted.
+    random orthogonal matrix. The layer disables autocast, because a product in half precision loses too many digits.
 
     Args:
         channels: C, the number of channels.
@@ -155,6 +156,7 @@ class InvertibleConv1x1(nn.Module):
 
 
 def _check_channels(module: nn.Module, x: Tensor, channels: int) -> None:
+    """Raise a ValueError if x is not (N, channels, ...)."""
     if x.dim() < 2 or x.shape[1] != channels:
         raise ValueError(
             f"{type(module).__name__} of {channels} channels takes inputs of shape (N, {channels}, ...): "

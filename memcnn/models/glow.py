@@ -99,7 +99,8 @@ class Glow(nn.Module):
             ValueError: the images have another shape.
         """
         if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"the flow was made for images (N, {self.shape}): got {tuple(x.shape)}")
+            shape = ", ".join(map(str, self.shape))
+            raise ValueError(f"the flow was made for images (N, {shape}): got {tuple(x.shape)}")
         z, total = [], constant_log_det(x)
         for i, scale in enumerate(self.scales):
             x, log_det = scale.forward_log_det(x)

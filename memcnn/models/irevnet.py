@@ -2,8 +2,9 @@
 
 Jacobsen, Smeulders, Oyallon, "i-RevNet: Deep Invertible Networks", arXiv:1802.07088, section 3. A unit of the paper is
 one additive step, (x, x~) -> (x~, x + F(x~)); an ``AdditiveCoupling`` is two of them. The invertible down-sampling of
-section 3.1, ``SpaceToDepth``, turns positions into channels, so that no value is lost. Here F reads the half after the
-down-sampling; the strided convolution of the half before it, which the paper uses, is a special case of that.
+section 3.1, ``SpaceToDepth``, turns positions into channels, so that no value is lost. In the paper, F of a unit that
+down-samples is a strided convolution of the half before the down-sampling. Here F reads the half after it, and can
+compute the same.
 """
 
 from collections.abc import Sequence

@@ -33,7 +33,10 @@ def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
 
 
 def batch_norm(x: int) -> nn.BatchNorm2d:
-    """Return the BatchNorm of ``x`` channels with the settings of the TensorFlow RevNets: momentum 0.99, eps 1e-3."""
+    """Return MemCNN 1.5's BatchNorm of ``x`` channels: momentum 0.99, eps 1e-3.
+
+    TensorFlow's momentum of 0.99, which it was meant to match, is 0.01 in PyTorch.
+    """
     return nn.BatchNorm2d(x, eps=1e-3, momentum=0.99)
 
 
@@ -80,7 +83,7 @@ class BottleneckSub(_Branch):
 
 
 class _Unit(nn.Module):
-    """A residual unit. A reversible one is a wrapped additive coupling where its input and output are alike.
+    """A residual unit. A reversible one without ``downsample`` is a wrapped additive coupling.
 
     Args:
         inplanes: channels of the input.

@@ -54,7 +54,7 @@ class MomentumNet(nn.Module):
     Args:
         *functions: modules that keep the shape of their input.
         gamma: the momentum, 0 < gamma < 1.
-        exact: invert without rounding, see above: True, or the grid's step, as for ``AdditiveCoupling``. With False,
+        exact: invert without rounding: True, or the grid's step, as for ``AdditiveCoupling``. With False,
             rounding errors grow by ``gamma**-depth``.
         dim: the dimension along which velocity and state are concatenated within the chain.
         disable: keep the weights, but store every activation.
@@ -151,5 +151,5 @@ class MomentumResNet(nn.Module):
 
 
 def momentum_resnet(num_classes: int = 10, *, units: tuple[int, ...] = (5, 5, 5), **options: Any) -> MomentumResNet:
-    """Return the momentum network of ResNet-32's branches, for images (N, 3, 32, 32); options as the class's."""
+    """Return a momentum network with ResNet-32's branches, for images (N, 3, 32, 32). Options as for the class."""
     return MomentumResNet(lambda width: basic_branch(width, width), units, 16, num_classes, **options)

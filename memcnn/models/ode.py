@@ -118,7 +118,7 @@ class _Solver(nn.Module):
 class ReversibleHeun(_Solver):
     """Solve y' = f(t, y) by the reversible Heun method, of second order.
 
-    The state dict names the parameters of f once for every step; ``f.state_dict()`` names them once.
+    The state dict lists the parameters of f ``steps + 1`` times; ``f.state_dict()`` lists them once.
 
     Args:
         f: called as ``f(t, y)`` with t a scalar tensor and y (N, ...); returns a tensor of the shape of y.

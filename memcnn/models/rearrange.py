@@ -63,6 +63,8 @@ class ChannelPermutation(_Rearrangement):
 
 
 class _Resampling(_Rearrangement):
+    """Base class of layers that change sizes by ``factor``."""
+
     def __init__(self, factor: int = 2):
         super().__init__()
         if not isinstance(factor, int) or factor < 1:
@@ -104,6 +106,7 @@ class DepthToSpace(_Resampling):
 
 
 def space_to_depth(x: Tensor, factor: int) -> Tensor:
+    """Return y of ``SpaceToDepth`` for x (N, C, D1, ..., Dk)."""
     n, channels, *sizes = x.shape
     k = len(sizes)
     if not sizes or any(size % factor for size in sizes):
@@ -117,6 +120,7 @@ def space_to_depth(x: Tensor, factor: int) -> Tensor:
 
 
 def depth_to_space(y: Tensor, factor: int) -> Tensor:
+    """Return x of ``SpaceToDepth`` for y (N, C * factor**k, D1, ..., Dk)."""
     n, channels, *sizes = y.shape
     k = len(sizes)
     if not sizes or channels % factor**k:

@@ -79,8 +79,8 @@ class ReversibleLM(nn.Module):
     ) -> Tensor:
         """Return ``tokens``, int64 of shape (N, T), T > 0, and ``count`` further ones: (N, T + count).
 
-        The model is in evaluation mode meanwhile. Each step evaluates only the newest token, because keys and values of
-        the others are cached.
+        The model is in evaluation mode during the call. Each step after the first evaluates only the newest token,
+        because keys and values of the others are cached.
 
         Args:
             tokens: the beginning of the text.

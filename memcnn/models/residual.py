@@ -158,6 +158,7 @@ class EncoderFeedForward(nn.Module):
 
 
 def _of_encoder_layer(layer: nn.TransformerEncoderLayer) -> list[nn.Module]:
+    """Return the residual functions of an encoder layer: attention and feed-forward network."""
     if not layer.norm_first:
         raise NotResidual(
             "it normalises after each sum (norm_first=False), so that nothing of its input is passed on unchanged"
@@ -327,6 +328,7 @@ def _graph_from(stream: fx.Node, terms: Sequence[fx.Node]) -> fx.Graph:
 
 
 def _is_relu(block: nn.Module, node: fx.Node) -> bool:
+    """Return whether the operation is a ReLU."""
     if node.op == "call_module":
         return type(block.get_submodule(str(node.target).removeprefix("block."))) is nn.ReLU
     if node.op == "call_function":

@@ -112,7 +112,11 @@ def bottleneck_branch(in_channels: int, out_channels: int, stride: int = 1, *, a
 
 
 class ResidualUnit(nn.Module):
-    """y = shortcut(x) + branch(x), for a unit that strides or changes its width: shortcut = conv1x1(stride), BN."""
+    """y = shortcut(x) + branch(x).
+
+    The shortcut is conv1x1(stride) and BN if the unit strides or changes its width, else the identity. With
+    ``full_precision`` it is float32 under autocast.
+    """
 
     def __init__(
         self,
@@ -149,6 +153,9 @@ class CifarResNet(nn.Module):
             two branches at half the width. Under autocast the stream that they invert stays in float32.
         disable: keep the reversible units' weights, but store every activation.
         exact: invert without rounding, see ``memcnn.engine.exact``.
+
+    Raises:
+        ValueError: ``channels`` does not name the stem and each stage.
     """
 
     def __init__(
@@ -222,30 +229,36 @@ class CifarResNet(nn.Module):
 
 
 def resnet32(num_classes: int = 10, *, disable: bool = False) -> CifarResNet:
+    """Return ResNet-32. ``disable`` has no effect: no unit is reversible."""
     return CifarResNet(basic_branch, (5, 5, 5), (16, 16, 32, 64), num_classes)
 
 
 def resnet110(num_classes: int = 10, *, disable: bool = False) -> CifarResNet:
+    """Return ResNet-110. ``disable`` has no effect: no unit is reversible."""
     return CifarResNet(basic_branch, (18, 18, 18), (16, 16, 32, 64), num_classes)
 
 
 def resnet164(num_classes: int = 10, *, disable: bool = False) -> CifarResNet:
+    """Return ResNet-164. ``disable`` has no effect: no unit is reversible."""
     return CifarResNet(bottleneck_branch, (18, 18, 18), (16, 16, 32, 64), num_classes)
 
 
 def revnet38(num_classes: int = 10, *, disable: bool = False, exact: bool = False) -> CifarResNet:
+    """Return RevNet-38. ``disable`` and ``exact`` are those of ``CifarResNet``."""
     return CifarResNet(
         basic_branch, (3, 3, 3), (32, 32, 64, 112), num_classes, reversible=True, disable=disable, exact=exact
     )
 
 
 def revnet110(num_classes: int = 10, *, disable: bool = False, exact: bool = False) -> CifarResNet:
+    """Return RevNet-110. ``disable`` and ``exact`` are those of ``CifarResNet``."""
     return CifarResNet(
         basic_branch, (9, 9, 9), (32, 32, 64, 128), num_classes, reversible=True, disable=disable, exact=exact
     )
 
 
 def revnet164(num_classes: int = 10, *, disable: bool = False, exact: bool = False) -> CifarResNet:
+    """Return RevNet-164. ``disable`` and ``exact`` are those of ``CifarResNet``."""
     return CifarResNet(
         bottleneck_branch, (9, 9, 9), (32, 32, 64, 128), num_classes, reversible=True, disable=disable, exact=exact
     )
@@ -265,6 +278,7 @@ def _unit(
     disable: bool,
     exact: bool,
 ) -> nn.Module:
+    """Return a reversible unit, or a plain one where it strides, changes its width, or should not be reversible."""
     if not reversible or stride != 1 or in_width != width:
         return ResidualUnit(branch, in_width, width, stride, activate, full_precision=reversible)
     F, G = (branch(width // 2, width // 2, activate=activate) for _ in range(2))

@@ -72,7 +72,7 @@ def to_reversible(
         print(report)
 
     The result and the blocks share parameters and buffers. The state dict of the result has other names: load trained
-    weights into the blocks before.
+    weights into the blocks first.
 
     Args:
         module: the blocks, as ``nn.Sequential``, ``nn.ModuleList``, list or tuple, such as ``resnet.layer1``,
@@ -220,7 +220,7 @@ def _check(block: _Block, found: Residual, x: Tensor, training: bool) -> None:
         raise NotResidual(f"its forward sets its attribute {changed[0]!r}, which the residual functions would not do")
     if not isinstance(expected, Tensor) or expected.shape != x.shape or expected.dtype != x.dtype:
         got = f"{expected.dtype} {tuple(expected.shape)}" if isinstance(expected, Tensor) else type(expected).__name__
-        raise NotResidual(f"it maps {x.dtype} {tuple(x.shape)} to {got}; a stream must keep both")
+        raise NotResidual(f"it maps {x.dtype} {tuple(x.shape)} to {got}; a stream keeps dtype and shape")
     actual, own_buffers = outcome(both, sums, x, training)
     difference = relative_difference(actual, expected)
     if not difference <= torch.finfo(x.dtype).eps ** 0.5:

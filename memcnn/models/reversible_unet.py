@@ -137,7 +137,7 @@ def _check(dims: int, widths: Sequence[int]) -> None:
     if dims not in _CONVOLUTIONS:
         raise ValueError(f"dims must be 2, for images, or 3, for volumes: got {dims!r}")
     if not widths or any(width < 4 or width % 4 for width in widths):
-        raise ValueError(f"channels must be multiples of 4, for halves with groups of two: got {list(widths)}")
+        raise ValueError(f"channels must be multiples of 4, so that halves are even for GroupNorm: got {list(widths)}")
 
 
 def _stage(width: int, blocks: int, dims: int, disable: bool) -> ReversibleSequential:

@@ -27,7 +27,7 @@ class ReversibleViT(nn.Module):
         patch: height and width of a patch.
         num_classes: number of logits.
         image_channels: channels of the image.
-        drop_path: probability of stochastic depth of the last block; it grows linearly from 0 at the first.
+        drop_path: probability of stochastic depth in the last block; it grows linearly from 0 in the first.
         fusion: "concat" normalises the two streams side by side, "mean" their average.
         exact: invert without rounding, as for ``AdditiveCoupling``.
         disable: keep the weights, but store every activation.
@@ -53,7 +53,7 @@ class ReversibleViT(nn.Module):
     ):
         super().__init__()
         if image_size % patch:
-            raise ValueError(f"the size of the image, {image_size}, must be a multiple of that of a patch: got {patch}")
+            raise ValueError(f"image_size must be a multiple of patch: got {image_size} and {patch}")
         if fusion not in ("concat", "mean"):
             raise ValueError(f"fusion must be 'concat' or 'mean': got {fusion!r}")
         self.fusion = fusion
@@ -74,7 +74,7 @@ class ReversibleViT(nn.Module):
             attention_mask: a mask of pairs of patches; see ``memcnn.models.attention.Attention``.
 
         Raises:
-            ValueError: the images have another size.
+            ValueError: the images have another number of patches.
         """
         tokens = self.patches(x).flatten(2).transpose(1, 2)
         if tokens.shape[1:] != self.position.shape[1:]:
@@ -87,6 +87,7 @@ class ReversibleViT(nn.Module):
         return self.head(self.norm(self._fused(self.blocks(torch.cat((tokens, tokens), -1), **masks))).mean(1))
 
     def _fused(self, streams: Tensor) -> Tensor:
+        """Return the tokens (N, T, C) of both streams (N, T, 2 * dim): side by side, or their mean."""
         if self.fusion == "concat":
             return streams
         x1, x2 = streams.chunk(2, -1)
@@ -94,10 +95,10 @@ class ReversibleViT(nn.Module):
 
 
 def reversible_vit_tiny(num_classes: int = 10, **options: Any) -> ReversibleViT:
-    """Return 12 blocks of width 192 with 3 heads, as ViT-Ti, for images (N, 3, 32, 32); options as the class's."""
+    """Return 12 blocks of width 192 with 3 heads, as ViT-Ti, for images (N, 3, 32, 32). Options as for the class."""
     return ReversibleViT(12, 192, 3, num_classes=num_classes, **options)
 
 
 def reversible_vit_small(num_classes: int = 10, **options: Any) -> ReversibleViT:
-    """Return 12 blocks of width 384 with 6 heads, as ViT-S, for images (N, 3, 32, 32); options as the class's."""
+    """Return 12 blocks of width 384 with 6 heads, as ViT-S, for images (N, 3, 32, 32). Options as for the class."""
     return ReversibleViT(12, 384, 6, num_classes=num_classes, **options)

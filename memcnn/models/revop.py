@@ -1,6 +1,6 @@
 """The names of MemCNN 1.5 for reversible blocks, and the check that a module is invertible.
 
-``wrapper`` and ``sequence`` define the blocks themselves; ``memcnn.engine`` is how they work.
+``wrapper`` and ``sequence`` define the blocks themselves; ``memcnn.engine`` rebuilds their activations.
 """
 
 import warnings
@@ -103,6 +103,12 @@ def is_invertible_module(
         atol: the absolute tolerance of ``torch.allclose``, beside its relative one.
         random_seed: seed of the values.
         device: the device of the module, on which x is made.
+
+    Returns:
+        True if both hold within the tolerance; False otherwise, and for a module without ``inverse``.
+
+    Raises:
+        ValueError: ``test_input_shape`` is neither a shape nor a sequence of shapes.
     """
     fn: Any = module_in._fn if isinstance(module_in, InvertibleModuleWrapper) else module_in
     if not hasattr(fn, "inverse"):
@@ -151,6 +157,7 @@ def _warn_of_sharing(method: str, inputs: Sequence[Tensor], outputs: Sequence[Te
 
 
 def _shapes(shape: Sequence) -> Sequence[Sequence[int]]:
+    """Return ``test_input_shape`` as a sequence of shapes."""
     shapes = [shape] if _is_shape(shape) else shape
     if not isinstance(shapes, (tuple, list)) or not all(map(_is_shape, shapes)):
         raise ValueError(

@@ -28,8 +28,12 @@ class ReversibleSequential(nn.Sequential):
         keep_every: let every ``keep_every``-th block, counted from the end, store its activations, so that backward
             need not recompute it: 1 is ordinary autograd, 2 recomputes half of the blocks, None all of them.
         budget_bytes: the most that activations may take, in place of ``keep_every``: as many blocks as fit store
-            theirs, those first that are the most expensive to recompute. ``memcnn.models.budget`` says what counts.
-        exact: set ``exact`` of every coupling, which must be additive ones; None leaves them as they are.
+            theirs, those first that save the most time for each byte. ``memcnn.models.budget`` defines what counts.
+        exact: set ``exact`` of every coupling; all must be additive. None leaves them as they are.
+
+    Raises:
+        ValueError: ``keep_every`` or ``budget_bytes`` is no positive whole number, both are given, or ``exact`` is
+            given and a module is no additive coupling.
     """
 
     def __init__(
@@ -190,7 +194,7 @@ def _run_of(
     ``values`` holds the input alone. It is taken out, so that no caller keeps the input until the last block has run.
     """
     if not any(is_recorded(block._fn, values) for block in blocks):
-        return _changed(blocks, values, kwargs, inverse)
+        return _run_on_halves(blocks, values, kwargs, inverse)
     options = {"preserve_rng_state": blocks[0].preserve_rng_state, "check_inverse": blocks[0].check_inverse}
     return _recorded_run(blocks, values, kwargs, inverse, options)
 
@@ -203,18 +207,20 @@ def _recorded_run(
     inverse: bool,
     options: dict,
 ) -> Tensor:
+    """Run the couplings in one recording of the engine with these options."""
     with recording(**options):
-        return _changed(blocks, values, kwargs, inverse)
+        return _run_on_halves(blocks, values, kwargs, inverse)
 
 
-def _changed(
+def _run_on_halves(
     blocks: Sequence[InvertibleModuleWrapper], values: list[Tensor], kwargs: dict[str, object], inverse: bool
 ) -> Tensor:
+    """Split the input, run the couplings or their inverses on its halves, and join the halves."""
     coupling: Any = blocks[0]._fn
     halves = [*split(values.pop(), coupling.split_dim, coupling.grid)]
     start = 0
     while start < len(blocks):
-        # without a gradient of x the first block cannot go the direct way, but those after it can
+        # run_directly needs an input that requires a gradient; if x does not, only the blocks after the first have one
         part = blocks[start : start + (LONGEST_RUN if halves[0].requires_grad else 1)]
         start += len(part)
         if kwargs or not run_directly(_sums(part, inverse), halves, subtract=inverse):

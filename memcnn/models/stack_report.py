@@ -141,8 +141,9 @@ def compare(
     y, error = outcome(stack, lambda x: _output_and_error(stack, x, kwargs), sample, training=False)[0]
     if not error <= _DRIFT:
         warn_user(
-            f"the reversible stack rebuilds its streams with a relative error of {error:.1e}; gradients will be as "
-            "wrong. Keep the streams in float32 (autocast serves for the functions), or use a shorter stack"
+            f"the reversible stack rebuilds its streams with a relative error of {error:.1e}, so gradients will "
+            "have errors of that size. Keep the streams in float32 (the residual functions may run under autocast), or "
+            "use a shorter stack"
         )
     report = StackReport(
         converted=tuple(converted),

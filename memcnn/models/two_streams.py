@@ -6,7 +6,7 @@ replace h. The residual functions change them in turn (Gomez et al., arXiv:1707.
     y1 = x1 + f[2n](x2),    y2 = x2 + f[2n+1](y1)
 
 The stack returns y1 + (y2 - x): x and the sum of all that the functions added. One or two functions (one transformer
-block, one or two residual blocks) so compute the same as before. In a longer stack each function sees x and the sums of
+block, one or two residual blocks) compute the same as before. In a longer stack each function sees x and the sums of
 the other stream, instead of the sums of all functions before it. A trained stack therefore needs further training.
 """
 

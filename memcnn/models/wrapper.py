@@ -1,6 +1,6 @@
 """A wrapped block: a module that rebuilds its activations in backward instead of storing them.
 
-``memcnn.engine`` is how it works.
+``memcnn.engine`` does the rebuilding.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -38,6 +38,9 @@ class InvertibleModuleWrapper(nn.Module):
         preserve_rng_state: replay the random numbers of the forward pass (dropout) in the recomputation.
         check_inverse: the largest relative error of rebuilt inputs, such as 1e-4. Inputs are then stored and compared
             with the rebuilt ones. A larger error, of this block or accumulated in later ones, is a RuntimeError.
+
+    Raises:
+        TypeError: ``fn`` is not a module with an ``inverse``.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class InvertibleModuleWrapper(nn.Module):
     def _run(
         self, run: Callable, undo: Callable, inputs: tuple, kwargs: dict, keep_input: bool, log_det: bool = False
     ) -> Any:
+        """Call ``run``, and let ``undo`` rebuild its inputs in backward if autograd records the call."""
         if self.disable or not is_recorded(self._fn, inputs):
             return run(*inputs, **kwargs)
         return self._run_recorded(run, undo, inputs, kwargs, keep_input, log_det)
@@ -117,6 +121,7 @@ class InvertibleModuleWrapper(nn.Module):
 
 
 def _log_det_method(fn: nn.Module, name: str) -> Callable:
+    """Return the method ``name`` of the module; raise a TypeError if it has none."""
     if not callable(method := getattr(fn, name, None)):
         raise TypeError(
             f"{type(fn).__name__} has no {name}: give it one that returns the output and a value for each "
@@ -126,7 +131,7 @@ def _log_det_method(fn: nn.Module, name: str) -> Callable:
 
 
 def is_recorded(fn: nn.Module, inputs: Sequence) -> bool:
-    """Return whether autograd would record ``fn(*inputs)`` and calls hooks for saved tensors."""
+    """Return whether autograd records ``fn(*inputs)`` and calls the engine's hooks for saved tensors."""
     return (
         torch.is_grad_enabled()
         and not is_storing()

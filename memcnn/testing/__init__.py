@@ -1,4 +1,4 @@
-"""Checks that prove a reversible block right, and meters of what it costs.
+"""Checks of a reversible block against its laws, such as inverse(forward(x)) = x.
 
 `check_all(module, *inputs)` tests any module with ``forward`` and ``inverse``. The other checks test one law each;
 `check_training` and `check_copies` are not part of `check_all`. Every law is implemented here alone: ``properties/``

@@ -1,4 +1,4 @@
-"""Modules that let the checks look at a block's other directions: its inverse, and its log-determinant."""
+"""Adapters that show the checks another side of a block: its inverse, its conditions, or its log-determinant."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +41,7 @@ class Conditioned(nn.Module):
     """(x, c) -> (y, c) and back, for a module whose ``forward(x, c)`` gives y and ``inverse(y, c)`` gives x.
 
     Args:
-        module: with these two methods, for any number of values and conditions.
+        module: has these two methods, for any number of values and conditions.
         conditions: the number of conditions, which are the last arguments.
     """
 
@@ -65,7 +65,7 @@ class WithLogDet(nn.Module):
     """(x, total) -> (y, total + log|det|): a flow whose log-determinant takes part in the loss.
 
     Args:
-        flow: with ``forward_log_det`` and ``inverse_log_det``, which return values and (N,) log-determinants.
+        flow: has ``forward_log_det`` and ``inverse_log_det``, which return values and (N,) log-determinants.
     """
 
     def __init__(self, flow: nn.Module):

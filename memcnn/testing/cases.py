@@ -37,7 +37,7 @@ class Values:
     layout: str = "contiguous"
 
     def leaf(self, device: str = "cpu") -> Tensor:
-        """Return the memory that ``laid_out`` makes the tensor of."""
+        """Return a leaf with the values, from which ``laid_out`` makes the tensor."""
         n, *others, last = self.shape
         shape = {"sliced": (n, *others, 2 * last), "expanded": (1, *others, last)}.get(self.layout, self.shape)
         if self.layout == "transposed":
@@ -48,7 +48,7 @@ class Values:
         return (self.scale * values).to(device, self.dtype)
 
     def laid_out(self, leaf: Tensor) -> Tensor:
-        """Return the tensor, of shape ``shape``, as a differentiable function of its memory."""
+        """Return the tensor, of shape ``shape``, as a differentiable function of ``leaf``."""
         match self.layout:
             case "channels_last":
                 formats = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -62,6 +62,7 @@ class Values:
         return leaf
 
     def build(self, device: str = "cpu") -> Tensor:
+        """Return the tensor, of shape ``shape``."""
         return self.laid_out(self.leaf(device))
 
 
@@ -270,7 +271,7 @@ class Chain:
         return sum(block.depth for block in self.blocks)
 
     def build(self) -> nn.Module:
-        """A module with ``forward`` and ``inverse``."""
+        """Return a module with ``forward`` and ``inverse``."""
         blocks = [block.build() for block in self.blocks]
         match self.composition:
             case "by hand":
@@ -287,8 +288,12 @@ class Chain:
 class Network:
     """A chain, its input, its mode, and which of its parameters are frozen.
 
-    frozen_every: freeze every n-th parameter; 1 freezes all, 0 none.
-    autocast: run forward (and inverse) under bfloat16 autocast.
+    Attributes:
+        chain: the blocks.
+        input: the input of the chain.
+        training: the mode.
+        autocast: run forward and inverse under bfloat16 autocast.
+        frozen_every: freeze every n-th parameter; 1 freezes all, 0 none.
     """
 
     chain: Chain
@@ -317,7 +322,7 @@ class Network:
         return replace(self.input, shape=self.chain.blocks[-1].output_shape)
 
     def build(self, device: str = "cpu") -> nn.Module:
-        """Return the module on ``device``; the state of torch's generators is as before."""
+        """Return the module on ``device``; the state of torch's CPU generator is as before."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.input.seed)
             module = self.chain.build().to(self.dtype)

@@ -28,7 +28,7 @@ LAWS: dict[str, Callable[..., Report]] = {
     "log_det": check_log_det,
 }
 UNWRAPPED = ("inverse", "log_det")
-"""Laws about the module itself, with whatever engine it runs."""
+"""Laws of the module as it is: their checks never wrap it, so they have no option ``wrap``."""
 OPTIONS = {
     "inverse": ("deepest", "autocast"),
     "gradients": ("finite_differences", "autocast", "through_inverse"),
@@ -50,22 +50,28 @@ def check_all(
     """Check every law that applies: inverse, gradients, state, memory, and log_det where the module has one.
 
     Args:
-        module: with ``forward`` and ``inverse``, wrapped or not; only copies of it are run.
+        module: a module with ``forward`` and ``inverse``, wrapped or not; only copies of it are run.
         inputs: the arguments of ``forward``. Random ones find more faults than constant ones. The last ones may be
             conditions: where ``inverse`` takes as many arguments as ``forward`` and forward returns fewer, they are
             handed to ``inverse`` behind the outputs.
-        seed: of torch's generators at every evaluation.
+        seed: seed of torch's generators at every evaluation.
         wrap: run it in an `InvertibleModuleWrapper`, as it would be trained. None: if nothing in it is wrapped yet;
             False: it has an engine of its own.
         laws: only these.
         options: those of the single checks, such as ``finite_differences`` of `check_gradients` or ``depths`` and
             ``chain`` of `check_memory`; each check gets those that it has.
+
+    Raises:
+        ValueError: a law is unknown.
+        TypeError: an option is unknown, or the module or the inputs are not of the kinds that can be checked.
+        NotRunnable: ``forward`` raises an exception for the inputs. This is a ValueError.
     """
     unknown = set(laws or ()) - set(LAWS)
     if unknown:
         raise ValueError(f"laws: got {', '.join(sorted(unknown))}; choose from {', '.join(LAWS)}")
-    if strange := set(options) - {name for names in OPTIONS.values() for name in names}:
-        raise TypeError(f"unknown options: {', '.join(sorted(strange))}")
+    known = {name for names in OPTIONS.values() for name in names}
+    if strange := set(options) - known:
+        raise TypeError(f"options: got {', '.join(sorted(strange))}; choose from {', '.join(sorted(known))}")
     report, module = Report(()), _with_conditions(module, inputs)
     for law, check in LAWS.items():
         wanted = law in laws if laws is not None else law != "log_det" or has_log_det(module)

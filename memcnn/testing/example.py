@@ -1,4 +1,4 @@
-"""An example: a user's module in one mode with inputs for it, and the code that builds both."""
+"""An example: a user's module in one mode with its inputs, and the code that builds both."""
 
 import copy
 from collections.abc import Callable
@@ -27,8 +27,12 @@ class Example:
     """A module in one mode, and inputs for it: normally distributed ones, or the user's own.
 
     Attributes:
-        shapes: of the inputs.
+        shapes: the shapes of the inputs.
+        dtype: the dtype of the module, and of inputs that are not integers.
+        device: the device of both.
+        seed: seed of the module's parameters and of drawn inputs.
         scale: the standard deviation of drawn inputs.
+        training: the module's mode.
         integers: for each input, None, or its integer dtype and the number that its values stay below.
         layout: how inputs lie in memory, where they have enough dimensions for it.
         values: the user's own inputs; () to draw them.
@@ -47,12 +51,14 @@ class Example:
     file: str = ""
 
     def module(self, make: Callable[[], nn.Module] | nn.Module) -> nn.Module:
+        """Return a new module from ``make``, or a copy of it."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             module = copy.deepcopy(make) if isinstance(make, nn.Module) else make()
         return module.to(self.device, self.dtype).train(self.training)
 
     def inputs(self) -> list[Tensor]:
+        """Return the inputs, on the example's device."""
         generator = torch.Generator().manual_seed(self.seed)
         return [self._input(i, shape, generator) for i, shape in enumerate(self.shapes)]
 
@@ -82,7 +88,7 @@ class Example:
         return self.integers[i] if self.integers else None
 
     def _layout(self, shape: tuple[int, ...]) -> str:
-        """Return the layout of an input of ``shape``: one that it can have."""
+        """Return ``layout``, or the nearest layout that an input of ``shape`` can have."""
         if self.layout == "channels_last":
             return {4: "channels_last", 5: "channels_last_3d"}.get(len(shape), "contiguous")
         return self.layout if len(shape) > 1 else "contiguous"

@@ -1,4 +1,4 @@
-"""The former place of ``memcnn.memory``: every name can still be imported from here."""
+"""The former place of ``memcnn.memory``: the names that were here can still be imported."""
 
 from memcnn.memory import (
     CUDA_BLOCK_BYTES,

@@ -1,4 +1,4 @@
-"""Drawn examples of a user's module, and the smallest that breaks a law."""
+"""Draw examples of a user's module, and find the smallest that breaks a law."""
 
 import math
 import time
@@ -17,11 +17,11 @@ from memcnn.testing.laws.result import Report, Result
 from memcnn.testing.laws.subject import NotRunnable
 
 SIZES = 3, 5, 1, 2
-"""Sizes that every varied dimension takes at least once; of a batch of two, a roll is its own inverse."""
+"""Sizes that every varied dimension takes at least once. 3 is there since a roll of two samples is its own inverse."""
 LONGEST_SHRINKING = 30
-"""Seconds after the first drawn failure in which smaller ones are looked for."""
+"""Seconds for which the search continues after the first drawn failure, to find a smaller one."""
 LEAST_EXAMPLES = 4
-"""Examples of a law that are checked however long they take."""
+"""Number of examples of a law that are checked however long they take."""
 SCALES = (1.0, 0.1, 0.01, 10.0)
 """Standard deviations of inputs; a block may be right for small values alone."""
 
@@ -38,6 +38,7 @@ class Findings:
     out_of_time: bool = False  # fewer examples were drawn than were wanted
 
     def add(self, report: Report) -> None:
+        """Count a report, and keep the worst result of each claim."""
         self.examples += 1
         for result in report:
             known = self.worst.get(result.claim)
@@ -72,8 +73,8 @@ def search(
         vary: dimensions whose sizes are drawn, between 1 and half as much again as that of ``base``, or 5. Each takes
             every size of ``SIZES`` at least once, unless ``max_examples`` is 1 or ``base`` fails.
         max_examples: the number of variants. At least half of them are drawn at random.
-        first_seed: of the search.
-        options: of the law's check.
+        first_seed: seed of the search.
+        options: options of the law's check.
         longest: seconds after which no further example is drawn, once there are ``LEAST_EXAMPLES``.
 
     Raises:
@@ -90,20 +91,8 @@ def search(
         return report.passed
 
     shallow = {"deepest": 0} if law == "inverse" else {}
-    refused: list[NotRunnable] = []
     failed_since: list[float] = []
-    for training in modes:
-        try:
-            check(replace(base, training=training))  # the growth of errors with depth is measured here alone
-        except NotRunnable as error:
-            refused.append(error)
-            mode = "training" if training else "eval"
-            failure = Result(law, "forward runs in both modes", math.inf, 0.0, explanation=f"in {mode} mode {error}")
-            found.failing = replace(base, training=training), Report((failure,))
-    if len(refused) == len(modes):
-        raise refused[0]
-    if refused and found.failing is not None:
-        found.add(found.failing[1])
+    _check_in_each_mode(base, modes, check, found)
     edges = list(_edges(base, modes, vary)) if max_examples > 1 and not found.failing else []
     for example in edges:
         try:
@@ -136,7 +125,7 @@ def search(
             failed_since.append(time.monotonic())
             raise _Broken
 
-    with suppress(_Broken, Flaky):  # after ``LONGEST_SHRINKING`` examples that failed pass
+    with suppress(_Broken, Flaky):  # Flaky: after ``LONGEST_SHRINKING`` seconds, failing examples return unchecked
         every_example_passes()
     return found
 
@@ -145,8 +134,31 @@ class _Broken(Exception):
     """An example breaks a law."""
 
 
+def _check_in_each_mode(
+    base: Example, modes: Collection[bool], check: Callable[[Example], bool], found: Findings
+) -> None:
+    """Check ``base`` in every mode. A mode in which it does not run is a failure; raise NotRunnable if it runs in none.
+
+    Only here the growth of errors with depth is measured.
+    """
+    refused: list[NotRunnable] = []
+    for training in modes:
+        try:
+            check(replace(base, training=training))
+        except NotRunnable as error:
+            refused.append(error)
+            explanation = f"in {'training' if training else 'eval'} mode {error}"
+            failure = Result(found.law, "forward runs in both modes", math.inf, 0.0, explanation=explanation)
+            found.failing = replace(base, training=training), Report((failure,))
+    if len(refused) == len(modes):
+        raise refused[0]
+    if refused and found.failing is not None:
+        found.add(found.failing[1])
+
+
 @st.composite
 def _examples(draw: st.DrawFn, base: Example, modes: Collection[bool], vary: Collection[int]) -> Example:
+    """Draw a variant of ``base``."""
     return replace(
         base,
         shapes=_drawn_shapes(draw, base.shapes, vary),
@@ -158,13 +170,14 @@ def _examples(draw: st.DrawFn, base: Example, modes: Collection[bool], vary: Col
 
 
 def _varied(shapes: Shapes, vary: Collection[int]) -> list[tuple[int, int]]:
-    """Return (dimension, size) of what varies together: inputs that are equally long there stay so."""
+    """Return each (dimension, size) that varies. Inputs of equal size along a dimension keep equal sizes."""
     return sorted(
         {(i, size) for shape in shapes for i, size in enumerate(shape) if i in vary or i - len(shape) in vary}
     )
 
 
 def _resized(shapes: Shapes, vary: Collection[int], sizes: Mapping[tuple[int, int], int]) -> Shapes:
+    """Return the shapes with the sizes of the varied dimensions replaced."""
     return tuple(
         tuple(
             sizes.get((i, size), size) if i in vary or i - len(shape) in vary else size for i, size in enumerate(shape)

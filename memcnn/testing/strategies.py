@@ -11,7 +11,8 @@ own, which changes each half of its channels by a function F of the other half::
 
 ``deadline=None``, since an example takes longer than the 200 ms that hypothesis allows by default.
 ``settings(max_examples=...)`` says how many are tried: 100 if not given. ``mix_samples=False`` leaves out BatchNorm and
-its like, with which the log-determinant of a single sample is not defined; blocks that have none may do without it.
+its like, with which the log-determinant of a single sample is not defined. If your block has no log-determinant, you
+can omit it.
 """
 
 from collections.abc import Collection, Sequence
@@ -51,7 +52,9 @@ SEEDS = st.integers(0, 2**16)
 
 @st.composite
 def shapes(draw: st.DrawFn, *, max_size: int = 4, max_spatial: int = 3, double_batch: bool = True) -> Shape:
-    """(N, C, ...) with up to ``max_spatial`` further dimensions, and one size that is even (N only if so wanted)."""
+    """(N, C, ...) with up to ``max_spatial`` further dimensions. At least one size is even; without
+    ``double_batch`` this is not N.
+    """
     shape = [
         draw(st.integers(1, 3)),
         *(draw(st.integers(1, max_size)) for _ in range(1 + draw(st.integers(0, max_spatial)))),
@@ -69,7 +72,7 @@ def tensors(
     layouts: Sequence[str] = LAYOUTS,
     scales: Sequence[float] = (1.0, 0.01, 10.0),
 ) -> Values:
-    """Normally distributed values of ``shape``, of a drawn one if none is given."""
+    """Normally distributed values of ``shape``, or of a drawn shape."""
     return Values(
         shape=shape or draw(shapes()),
         dtype=draw(st.sampled_from(dtypes)),
@@ -90,8 +93,9 @@ def branches(
 ) -> Branch:
     """[norm], convolution, linear or attention layer, [activation], [nested reversible blocks], [dropout].
 
-    Keeps ``shape``, (N, C, ...), or doubles it along ``doubled``. ``layers`` are those it may have; those that do not
-    fit the shape are left out. ``mix_samples``: whether a sample's result may depend on other samples.
+    It keeps ``shape``, (N, C, ...), or doubles it along ``doubled``. It has only ``layers`` that fit the shape.
+
+    mix_samples: whether a sample's result may depend on other samples.
     """
     fitting = fitting_layers(shape, layers)
     norms = [name for name in NORMS if name in fitting and (mix_samples or name not in ("batch norm", "act norm"))]
@@ -182,7 +186,8 @@ def networks(
 ) -> Network:
     """Chains with an input, a mode and a precision; further options are those of ``chains``.
 
-    autocast: drawn for float32 alone, and then without "conv 3" of volumes. frozen: whether parameters may be.
+    autocast: drawn for float32 alone, and then without "conv 3" of volumes.
+    frozen: whether parameters may be frozen.
     """
     dtype, layout = draw(st.sampled_from(dtypes)), draw(st.sampled_from(layouts))
     under_autocast = dtype == torch.float32 and draw(st.sampled_from(autocast))
@@ -192,7 +197,7 @@ def networks(
         layers = [name for name in layers if name not in KINKED_LAYERS]
     if layout != "contiguous":  # a mask is drawn in the order of memory, which a chain may choose where sizes are 1
         layers = [name for name in layers if name not in RANDOM_LAYERS]
-    if layout == "expanded":  # there a layer that initialises itself would divide by no deviation at all
+    if layout == "expanded":  # ActNorm would initialise itself from channels that may be constant
         layers, kinds = [name for name in layers if name != "act norm"], [kind for kind in kinds if kind != "actnorm"]
     shape = draw(
         shapes(max_size=max_size, double_batch=split_batch).filter(
@@ -218,6 +223,7 @@ def _splits(shape: Shape, split_batch: bool) -> list[int]:
 
 
 def _fits(kind: str, shape: Shape, split_batch: bool) -> bool:
+    """Return whether a block of this kind can take inputs of ``shape``."""
     _, channels, *sizes = shape
     if kind in COUPLINGS:
         return bool(_splits(shape, split_batch))

@@ -1,4 +1,4 @@
-"""What the user names on a command line: a module or a function that makes one, and a file of tensors."""
+"""Load the objects that a command line names: a module or a function that makes one, and a file of tensors."""
 
 import contextlib
 import copy
@@ -76,10 +76,8 @@ def load(target: str) -> Any:
     except Misuse:
         raise
     except ModuleNotFoundError as error:
-        where = _where(error)
         raise Misuse(
-            f"{target}: cannot import {error.name}{where and f', as {where[2:-1]} asks'}: is it installed, or are you "
-            "in another folder?"
+            f"{target}: cannot import {error.name}{_where(error)}: is it installed, or are you in another folder?"
         ) from error
     except (Exception, SystemExit) as error:
         raise Misuse(
@@ -158,6 +156,7 @@ def _names(found: Any) -> str:
 
 
 def _from_file(path: Path) -> ModuleType:
+    """Import and return the module in a file; raise ``Misuse`` if Python finds another module of its name."""
     if not path.is_file():
         raise Misuse(f"target: there is no file {path}; {WANTED}: check the path")
     sys.path.insert(0, str(path.absolute().parent))

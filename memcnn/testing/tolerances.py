@@ -24,7 +24,7 @@ def tolerance(
     """Return the largest relative error allowed after ``depth`` blocks computed in ``dtype``.
 
     Args:
-        dtype: of the residual stream.
+        dtype: the dtype of the residual stream.
         depth: the number of blocks.
         condition: the condition number of the computation, if it was measured: the effect of a relative change of every
             operation's result (``memcnn.testing.laws.rounding``). The larger of the two limits counts.
@@ -50,7 +50,7 @@ def describe(dtype: torch.dtype, *, depth: int = 1, condition: float = 0.0, auto
 
 
 def is_emptied(x: Tensor) -> bool:
-    """Return whether the storage of ``x`` was freed. To read such a tensor ends the process."""
+    """Return whether the storage of ``x`` was freed. Reading such a tensor would crash the process."""
     return x.layout is torch.strided and bool(x.numel()) and not x.untyped_storage().nbytes()
 
 

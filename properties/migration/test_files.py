@@ -142,7 +142,7 @@ def test_each_parameter_keeps_its_momentum(trained, converted):
 
 def test_an_optimiser_state_of_another_model_is_refused(trained):
     network = ResNet(**OLD_REVNET)
-    with pytest.raises(ValueError, match="the optimiser state is of .* parameters, the model has"):
+    with pytest.raises(ValueError, match="the optimiser state has .* parameters, the model has"):
         convert_optimizer_state(trained["optimizer"], trained["model"], revnet38())
     groups = {**trained["optimizer"], "param_groups": 2 * trained["optimizer"]["param_groups"]}
     with pytest.raises(ValueError, match="has 2 groups of parameters, wanted one"):

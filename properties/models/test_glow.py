@@ -103,7 +103,7 @@ def test_temperature_scales_the_latent_values():
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match=r"2\*\*3 must divide height and width of the images: got \(3, 8, 12\)"):
         Glow((3, 8, 12), 3)
-    with pytest.raises(ValueError, match=r"made for images \(N, \(1, 4, 4\)\): got \(2, 1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"made for images \(N, 1, 4, 4\): got \(2, 1, 8, 8\)"):
         small()(torch.zeros(2, 1, 8, 8))
     with pytest.raises(ValueError, match=r"latent values must have the shape \(N, 16\): got \(2, 15\)"):
         small().inverse(torch.zeros(2, 15))

@@ -93,7 +93,7 @@ def test_the_published_sizes():
         (lambda: ReversibleViT(1, 8, 3), "the width of a token must be a multiple of the 3 heads: got 8"),
         (
             lambda: ReversibleViT(1, 8, 2, patch=5),
-            "image, 32, must be a multiple of that of a patch: got 5",
+            "image_size must be a multiple of patch: got 32 and 5",
         ),
         (lambda: small(fusion="max"), "fusion must be 'concat' or 'mean': got 'max'"),
         (lambda: small()(torch.zeros(1, 3, 12, 8)), r"6 patches, but the network has 4 positions.*got \(1, 3, 12, 8\)"),

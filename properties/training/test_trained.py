@@ -39,7 +39,7 @@ def test_an_evaluation_equals_the_last_one_of_the_run(runs, capsys):
 def test_an_evaluation_on_other_images_says_so(runs, capsys, monkeypatch):
     monkeypatch.setattr(cifar_data, "load", lambda *a, **b: replace(DATA, checksums={"test_batch": "another"}))
     assert command.main([str(runs / NAME), "--data", "elsewhere"]) == 0
-    assert "on 45 images, other ones than in its training" in capsys.readouterr().out
+    assert "on 45 images, other data than in its training" in capsys.readouterr().out
 
 
 def test_trained_weights_are_loaded_by_name(runs):

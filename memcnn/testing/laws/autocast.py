@@ -1,4 +1,4 @@
-"""A claim of the law of state: what backward computes again, it computes in the number formats of the forward pass."""
+"""A claim of the law of state: under autocast, backward recomputes products in the dtypes of the forward pass."""
 
 import warnings
 from collections import Counter
@@ -44,6 +44,7 @@ class _Products(TorchDispatchMode):
 
 
 def products_keep_their_dtype(subject: Subject, claim: str) -> Result:
+    """Compare the dtypes of convolutions and matrix products in backward with those in forward, under autocast."""
     device = subject.inputs[0].device.type
     module, forward, backward = subject.trained(), _Products(), _Products()
     leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in subject.inputs]
@@ -81,9 +82,9 @@ def products_keep_their_dtype(subject: Subject, claim: str) -> Result:
 
 
 def _why_not_rebuilt(subject: Subject) -> str:
-    """Explain why autocast keeps the inverse from rebuilding inputs of the dtypes that forward was given; "" if not.
+    """Explain why an inverse cannot rebuild inputs in their dtypes under autocast; "" if all can.
 
-    The module is looked at, and every part of it that has an inverse.
+    Look at the module, and at every part of it that has an inverse.
     """
     module, calls = subject.fresh(), []
     blocks = [part for part in module.modules() if callable(getattr(part, "inverse", None))]
@@ -101,7 +102,7 @@ def _why_not_rebuilt(subject: Subject) -> str:
 
 
 def _of_call(part: nn.Module, inputs: Sequence, outputs: object) -> str:
-    """Explain why the inverse of a block, under autocast, gives no inputs of their dtypes; "" if it does."""
+    """Explain why the inverse of one block cannot rebuild inputs in their dtypes under autocast; "" if it can."""
     name, given, wanted = type(part).__name__, _dtypes(outputs), _dtypes(inputs)
     if lower := sorted(given - wanted):
         return (

@@ -29,9 +29,9 @@ def check_copies(
     original. It must share no parameter with it, and have the same parameters frozen.
 
     Args:
-        module: with ``forward`` and ``inverse``.
+        module: a module with ``forward`` and ``inverse``.
         inputs: the arguments of ``forward``.
-        seed: of torch's generators.
+        seed: seed of torch's generators.
         wrap: as for `check_gradients`.
         make: makes a module of the same structure with other values, into which the state is loaded.
     """
@@ -59,6 +59,8 @@ def _loaded(other: nn.Module, module: nn.Module) -> nn.Module:
 
 
 def _compare(subject: Subject, claim: str, duplicate: Callable[[nn.Module], nn.Module]) -> Result:
+    """Compare a training step of a copy with one of the original, after both have trained."""
+
     def train_on(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
         return subject.step(module, *(x.cos() if x.is_floating_point() else x for x in inputs))
 

@@ -1,4 +1,4 @@
-"""Gradients against finite differences: whether a gradient is the derivative of the loss at all."""
+"""Compare gradients with finite differences: a gradient must be the derivative of the loss."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,11 +23,11 @@ from memcnn.testing.laws.twin import FLOOR, Outcome, is_finite
 
 DIFFERENCES = "gradients = finite differences in float64"
 AT_ONCE = LIMIT * FLOOR
-"""Limit of the error along a direction of all tensors. A tensor that is right to it is right to ``LIMIT`` by itself."""
+"""Limit of the error along one direction in all tensors together. Each tensor by itself is then right to ``LIMIT``."""
 MOST_WRONG = 16
 """After so many tensors whose gradients differ from finite differences, the other ones are not compared."""
 ROUGH = 1e-3
-"""Finite differences that disagree with themselves by more than this decide nothing."""
+"""Where finite differences of two step sizes differ by more than this, they decide nothing."""
 ON_A_GRID = "values of an exact coupling are rounded to a grid, which has no derivative"
 ROUNDS = 2
 """Number of times that tensors are moved away from kinks before a difference counts."""
@@ -85,7 +85,11 @@ def like_finite_differences(subject: Subject, *, explain: bool = True, rounds: i
             DIFFERENCES,
             skipped=f"the loss is too rough here: finite differences of two steps differ by {rough:.1g}",
         )
-    worst = max(found, key=lambda comparison: comparison.error)
+    return _judged(subject, max(found, key=lambda comparison: comparison.error), rough, explain=explain)
+
+
+def _judged(subject: Subject, worst: Comparison, rough: float, *, explain: bool) -> Result:
+    """Return the result for the comparison with the largest error; ``rough`` is the doubt about finite differences."""
     limit = max(LIMIT, 2 * rough)
     source = f"central differences at a step and its half, which agree to {rough:.1e}"
     if worst.error <= limit:
@@ -120,10 +124,16 @@ def like_finite_differences_when_moved(
     when: str = "after an optimiser step ",
     move: Callable[[Subject], Subject] = moved,
 ) -> Result:
-    """Check the same, beside the inputs and with moved parameters, along one direction for all tensors at once.
+    """Check the same near the inputs and with moved parameters, along one direction for all tensors at once.
 
-    Where they differ, the tensors are looked at one by one, and may be moved ``rounds`` times more. An explanation
-    begins with ``when``. ``move`` moves the parameters.
+    If this finds a difference, run ``like_finite_differences``, which compares the tensors one by one.
+
+    Args:
+        subject: in float64.
+        claim: the claim of the result.
+        rounds: how often tensors may be moved further away from kinks.
+        when: the beginning of an explanation.
+        move: returns the subject with moved parameters.
     """
     if subject.is_exact:
         return Result("gradients", claim, skipped=ON_A_GRID)
@@ -192,7 +202,7 @@ def _unsteady(subject: Subject, outcome: Outcome, claim: str) -> Result | None:
 
 
 def _at_a_kink(subject: Subject, found: Sequence[Comparison]) -> bool:
-    """Return whether a gradient that differs may do so since the loss has a kink at these very values.
+    """Return whether a kink of the loss at these very values may explain the differences.
 
     At a kink the gradient is that of one side and the finite difference lies between both, so that the error is no
     larger than the kink. One ReLU of thousands may make both small.
@@ -230,7 +240,7 @@ def _differentiated(subject: Subject, outcome: Outcome) -> tuple[Callable[[], fl
 def _all_at_once(subject: Subject, outcome: Outcome) -> Result | None:
     """Return a pass where finite differences confirm all gradients along two random directions; None where not.
 
-    It takes a fraction of the time that the tensors take one by one.
+    This takes a fraction of the time of comparing the tensors one by one.
     """
     loss, compared = _differentiated(subject, outcome)
     generator = torch.Generator().manual_seed(subject.seed)
@@ -248,8 +258,8 @@ def _all_at_once(subject: Subject, outcome: Outcome) -> Result | None:
 def _compared(subject: Subject, outcome: Outcome) -> list[Comparison]:
     """Compare tensors with finite differences: in groups, which are halved until they agree, and then one by one.
 
-    Of a group that agrees to what ``LIMIT`` is for its smallest gradient, every tensor agrees to ``LIMIT``. Groups that
-    agree are left out; if all do, one tensor is compared, so that the list is never empty.
+    The limit of a group is scaled to its smallest gradient, so that in a group that agrees every tensor is right to
+    ``LIMIT``. Such groups are left out; if all agree, one tensor is compared, so that the list is never empty.
     """
     loss, compared = _differentiated(subject, outcome)
     least = FLOOR * max(map(norm_of, compared), default=0.0)

@@ -1,4 +1,4 @@
-"""The law of gradients: those of plain backpropagation, and those of finite differences in float64.
+"""The law of gradients: they equal those of plain backpropagation, and finite differences in float64.
 
 Plain backpropagation shows whether rebuilding activations changes a gradient. Finite differences show whether the plain
 gradient is the derivative of ``forward`` at all, which matters for blocks with a backward pass of their own.
@@ -60,16 +60,16 @@ def check_gradients(
     is twice the number of blocks. To check training through the inverse, check `memcnn.testing.adapters.Inverted`.
 
     Args:
-        module: with ``forward`` and ``inverse``.
+        module: a module with ``forward`` and ``inverse``.
         inputs: the arguments of ``forward``, of any shapes and strides.
-        seed: of torch's generators at every evaluation.
+        seed: seed of torch's generators at every evaluation.
         wrap: run it in an ``InvertibleModuleWrapper``; None: if nothing in it is wrapped yet. False for a module with
             an engine of its own, which is compared with finite differences alone.
         finite_differences: False for a module whose gradient is no derivative by design (spectral norm, a
             straight-through estimator).
         autocast: run forward under autocast to this dtype. Then plain backpropagation is the only reference.
         through_inverse: False for a module whose inverse is not meant to be differentiated, as a bisection under
-            ``torch.no_grad()``. Backward needs no gradient through the inverse, training on its results does.
+            ``torch.no_grad()``. Backward needs no gradient through the inverse; training on the inverse's results does.
     """
     subject = settled(Subject(module, inputs, seed, wrap, autocast))
     results = _results(subject, finite_differences, through_inverse)
@@ -85,6 +85,7 @@ def check_gradients(
 
 
 def _results(subject: Subject, finite_differences: bool, through_inverse: bool) -> list[Result]:
+    """Return the results of all claims of the law of gradients."""
     results = [*_like_plain(subject), *second_step_is_plain(subject), *_added(subject)]
     subsets = [guarded("gradients", claim, check, subject, claim) for claim, check in SUBSETS.items()]
     if subject.autocast:
@@ -201,7 +202,7 @@ def _readable(name: str, kind: str, subject: Subject) -> str:
 
 
 def _added(subject: Subject) -> list[Result]:
-    """Check that a step adds its gradients to those of an earlier one, as accumulation over batches needs it."""
+    """Check that a step adds its gradients to those of an earlier one, as accumulation over batches needs."""
 
     def onto_ones(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
         for tensor in (*inputs, *module.parameters()):

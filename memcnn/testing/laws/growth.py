@@ -1,4 +1,4 @@
-"""How the error of the inverse grows as a block is repeated: whether a deep chain of such blocks can be rebuilt."""
+"""Estimate the growth of the inverse's error with depth, and whether a deep chain of such blocks can be rebuilt."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Whose exception it is: one that the tested block causes is a failure of a law, any other a fault of the verifier."""
+"""Attribute exceptions: one that the tested block causes fails a law, any other is a fault of the verifier."""
 
 import math
 import sysconfig
@@ -10,7 +10,7 @@ from typing import TypeVar
 from memcnn.testing.laws.result import Report, Result
 
 Checked = TypeVar("Checked", Report, Result, list[Result], Result | None)
-"""What a check returns."""
+"""Types that a check returns."""
 
 TESTING = Path(__file__).parents[1]
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
@@ -52,7 +52,7 @@ def guarded(law: str, claim: str, check: Callable[..., Checked], *arguments: obj
 
 
 def failure(law: str, claim: str, error: Exception) -> Result:
-    """Return the failure of ``claim`` that an exception of the block is. Raises the exception if it is not one."""
+    """Return a failure of ``claim`` for an exception of the block. Raise the exception if it is the verifier's own."""
     if is_ours(error):
         raise error
     return Result(law, claim, math.inf, 0.0, explanation=f"raised {described(error)}")

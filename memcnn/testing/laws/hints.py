@@ -1,4 +1,4 @@
-"""What can be switched off to make a faulty training step right, which narrows down the cause."""
+"""Find layers that make a faulty training step right if they are switched off, which narrows down the cause."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +12,7 @@ SWITCHES = (
 
 
 def but_right_without(subject: Subject, is_right: Callable[[Subject], bool]) -> str:
-    """Explain what must be switched off for the fault to go away; "" if nothing of ``SWITCHES`` does it."""
+    """Explain what must be switched off for the fault to go away; "" if none of ``SWITCHES`` helps."""
     for switch_off, words in SWITCHES:
         module = subject.fresh()
         switch_off(module)

@@ -12,6 +12,7 @@ from memcnn.testing.laws.subject import Subject
 
 
 def forward_hooks_are_called_once(subject: Subject, claim: str) -> Result:
+    """Compare the numbers of calls of forward hooks in a step with those of a plain step or forward pass."""
     calls = _calls(subject, subject.trained(), subject.run)
     plain = subject.plain()
     if plain is not None:  # a step, since torch's checkpoint calls them in backward again

@@ -60,9 +60,9 @@ def check_inverse(
     explanation of a pass says if the block is badly conditioned; that of a failure, what the inverse does instead.
 
     Args:
-        module: with ``forward`` and ``inverse``, from tensors to a tensor or a tuple of tensors.
+        module: a module with ``forward`` and ``inverse``, from tensors to a tensor or a tuple of tensors.
         inputs: the arguments of ``forward``, of any shapes and strides.
-        seed: of torch's generators at every evaluation.
+        seed: seed of torch's generators at every evaluation.
         deepest: if the law holds, estimate whether a chain of up to this many such blocks could still be rebuilt, and
             report it. 0 skips the estimate.
         autocast: run both directions under autocast to this dtype.
@@ -137,8 +137,7 @@ def _new_parameters_are_used(subject: Subject, after: Subject) -> Result:
     """Compare both directions, after a step, with those of a module that has the same parameters and never ran."""
     with torch.enable_grad():
         module = used_and_moved(subject)
-    afresh = after.fresh()
-    without_dropout(afresh)
+    afresh = after.fresh(dropout=False)
     if not with_buffers_of(afresh, module) or not _deterministic(subject):
         return Result("inverse", NEW_PARAMETERS, skipped="the module's state cannot be put into one that never ran")
     y = subject.evaluated(afresh, subject.inputs)
@@ -161,8 +160,7 @@ def _check_strides(subject: Subject) -> Result:
     """Check that forward and inverse give the same results for contiguous values and for other strides."""
     conditions = condition_numbers(subject, _both_directions, proportional=not subject.is_exact)
     limit = Limit(subject.dtype, subject.depth, subject.autocast, conditions)
-    module = subject.fresh()
-    without_dropout(module)
+    module = subject.fresh(dropout=False)
     values_of: dict[str, Sequence[Tensor]] = {"forward": [x.contiguous() for x in subject.inputs]}
     y = subject.evaluated(module, values_of["forward"])
     values_of["inverse"] = y
@@ -180,8 +178,7 @@ def _check_strides(subject: Subject) -> Result:
             if lay_out is None and direction == "inverse":
                 continue
             values = [lay_out(value) for value in values_of[direction]] if lay_out else subject.inputs
-            module = subject.fresh()
-            without_dropout(module)
+            module = subject.fresh(dropout=False)
             if direction == "inverse":
                 subject.evaluated(module, subject.inputs)
             function = module if direction == "forward" else inverse_of(module)
@@ -209,8 +206,7 @@ def _check_strides(subject: Subject) -> Result:
 
 def _both_directions(subject: Subject) -> NamedTensors:
     """Return the results of forward, and of the inverse applied to them."""
-    module = subject.fresh()
-    without_dropout(module)
+    module = subject.fresh(dropout=False)
     y = subject.evaluated(module, subject.inputs)
     return {f"{i}": value for i, value in enumerate((*y, *subject.evaluated(inverse_of(module), y)))}
 
@@ -231,6 +227,7 @@ OTHER_STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _inverse_undoes_forward(subject: Subject, where: str = "") -> Result:
+    """Compare inverse(forward(x)) with x."""
     claim, x = FORTH + where, subject.inputs
     module = subject.fresh()
     note = "dropout was off for this check" if without_dropout(module) else ""
@@ -254,8 +251,8 @@ def _inverse_undoes_forward(subject: Subject, where: str = "") -> Result:
 
 
 def _forward_undoes_inverse(subject: Subject) -> Result:
-    module = subject.fresh()
-    without_dropout(module)
+    """Compare forward(inverse(y)) with y, a mix of two samples' outputs."""
+    module = subject.fresh(dropout=False)
     try:
         y = [
             subject.on_grid((1 - SHARE) * value + SHARE * reordered(value)) if value.is_floating_point() else value
@@ -296,8 +293,7 @@ def _compared(
 
 def _there_and_back(subject: Subject, *, start: Sequence[Tensor], inverse_first: bool) -> NamedTensors:
     """Return what comes back from both directions, one after the other."""
-    module = subject.fresh()
-    without_dropout(module)
+    module = subject.fresh(dropout=False)
     start = [x.to(subject.dtype) if x.is_floating_point() else x for x in start]
     there, back = (inverse_of(module), module) if inverse_first else (module, inverse_of(module))
     middle = subject.evaluated(there, start)
@@ -340,8 +336,7 @@ def _is_constant(x: Tensor) -> bool:
 
 def _deterministic(subject: Subject) -> bool:
     """Return whether forward, run twice with the same random numbers and buffers, gives the same."""
-    module = subject.fresh()
-    without_dropout(module)
+    module = subject.fresh(dropout=False)
     first = subject.evaluated(module, subject.inputs)
     for buffer, before in zip(module.buffers(), subject.module.buffers(), strict=True):
         buffer.copy_(before)

@@ -17,8 +17,8 @@ def gradients_of_each(entries: Tensor, x: Tensor, *, batched: bool) -> Tensor:
     Args:
         entries: the vector.
         x: what it was computed from.
-        batched: compute ``ROWS_AT_ONCE`` gradients in one backward pass, where all operators allow that. Not for a
-            graph of somebody else's backward functions, which may count their calls.
+        batched: compute ``ROWS_AT_ONCE`` gradients in one backward pass, where all operators allow that. Pass False
+            for a graph with custom backward functions, which may count their calls.
     """
     if batched:
         try:

@@ -1,4 +1,4 @@
-"""The largest error that rounding explains: that of well-conditioned blocks, or else of these very blocks."""
+"""The largest error that rounding explains: first for any well-conditioned block, then measured for this block."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ from memcnn.testing.laws.result import HOPELESS, Result
 from memcnn.testing.tolerances import describe, tolerance
 
 FAR_BEYOND = {1: 1e3, 3: 1e2, 6: 10.0, 12: 3.0, 30: 1.0}
-"""After so many random changes, an error is not explained by more of them if it exceeds its limit by this factor."""
+"""By number of random changes: an error that exceeds its limit by this factor fails without further changes."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,13 @@ class Limit:
     """Judges errors of computations in ``dtype`` through ``depth`` blocks.
 
     The limit of an error is ``tolerance(dtype, depth=depth)``. If the error is larger, the condition number of the
-    computation is measured, which may raise the limit. Where that is 1 or more, rounding alone may be as large as the
-    values, and nothing can be said.
+    computation is measured, which may raise the limit. Where the limit is 1 or more, rounding alone may be as large
+    as the values, and nothing can be said.
 
     Attributes:
+        dtype: the dtype of the computation.
+        depth: the number of blocks that it passes.
+        autocast: the dtype of the branches under autocast.
         conditions: the condition number, measured with one random change, two, three, ... Values are taken only where
             they matter, and kept for further errors of the same computation.
     """

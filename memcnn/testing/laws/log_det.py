@@ -47,12 +47,12 @@ def check_log_det(
     determinant of the dense Jacobian loses digits, so the limit grows with the Jacobian's condition number.
 
     Args:
-        module: whose ``forward_log_det(x)`` gives y and (N,) values, and whose ``inverse_log_det(y)``, if it has one,
-            gives x and (N,) values.
+        module: a module whose ``forward_log_det(x)`` returns y and (N,) values. If it has ``inverse_log_det(y)``, this
+            returns x and (N,) values.
         inputs: one tensor (N, ...) of at most 1024 entries a sample.
-        seed: of torch's generators at every evaluation.
+        seed: seed of torch's generators at every evaluation.
         finite_differences: whether to check the gradients of log-determinants, too; see `check_gradients`.
-        through_inverse: whether to check those of ``inverse_log_det``; see `check_gradients`.
+        through_inverse: whether to check the gradients of ``inverse_log_det``; see `check_gradients`.
     """
     subject = Subject(module, inputs, seed)
     if not has_log_det(module):
@@ -200,6 +200,7 @@ def _like_jacobian_of_batch(claim: str, subject: Subject, method: str) -> Result
 
 
 def _of_batch(claim: str, subject: Subject, method: str, values: Tensor, prepare: Callable) -> Result:
+    """Compare the sum of the log-determinants with log|det| of the Jacobian of the batch."""
     if values.numel() > LARGEST_SAMPLE:
         return Result("log_det", claim, skipped=f"samples mix, and the batch has more than {LARGEST_SAMPLE} entries")
     reported = _reported(subject, method, values, prepare).sum()[None]
@@ -211,6 +212,7 @@ def _of_batch(claim: str, subject: Subject, method: str, values: Tensor, prepare
 
 
 def _compared(claim: str, subject: Subject, method: str, reported: Tensor, jacobians: Tensor) -> Result:
+    """Return the result for reported log-determinants and the Jacobians, of shape (N, D, D)."""
     wanted, reported = torch.linalg.slogdet(jacobians).logabsdet.cpu(), reported.cpu().double()
     error = ((reported - wanted).abs().max() / max(1.0, wanted.abs().max().item())).item()
     # a generator: the condition number is computed only if the limit needs it
@@ -220,6 +222,7 @@ def _compared(claim: str, subject: Subject, method: str, reported: Tensor, jacob
 
 
 def _explain(method: str, reported: Tensor, wanted: Tensor, error: float) -> str:
+    """Explain the error: a small one of float64 alone, a reversed sign, or a factor."""
     said = f"{method} says {_numbers(reported)}, the Jacobian {_numbers(wanted)}"
     if not wanted.any():
         return said

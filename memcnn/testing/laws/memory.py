@@ -7,23 +7,23 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from memcnn.memory import TensorMeter
 from memcnn.models.revop import InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.laws.guard import described
 from memcnn.testing.laws.result import Report, Result
 from memcnn.testing.laws.subject import Subject, as_tuple
 from memcnn.testing.laws.twin import seeded, weighted_sum
-from memcnn.testing.memory import TensorMeter
 
 SHARE = 0.01
 """Share of what plain backpropagation stores for a block that a further reversible block may hold."""
 STATE_BYTES = 8192
-"""What a further block may hold besides: one generator state for each direction (5,056 bytes)."""
+"""Bytes that a further block may hold besides: one generator state for each direction (5,056 bytes)."""
 ENGINE_MAPS = 10
-"""The number of outputs that plain backpropagation is taken to store for a block with an engine of its own."""
+"""Number of tensors like the output that a block with its own engine is assumed to store in plain backpropagation."""
 
 DEPTHS = 4, 12
 DEPTHS_OF_CHAINS = 1, 3
-"""Numbers of copies of the module that are compared. A module that is a chain of many blocks is deep by itself."""
+"""Numbers of copies of the module that are compared. The second pair is for modules of ``MANY_BLOCKS`` or more."""
 MANY_BLOCKS = 16
 
 MakeChain = Callable[[int], nn.Module]
@@ -42,14 +42,14 @@ def check_memory(
 ) -> Report:
     """Check that the peak memory of a training step stays the same as the chain gets deeper, parameter gradients apart.
 
-    Counts the bytes of tensors exactly (`memcnn.testing.memory.TensorMeter`), on any device. The limit is 1 % of what
+    Counts the bytes of tensors exactly (`memcnn.memory.TensorMeter`), on any device. The limit is 1 % of what
     plain backpropagation stores for a further block, plus ``allowance``. A block that needs the allowance is measured
     again with a batch twice as large, which state does not depend on.
 
     Args:
-        module: with ``forward`` and ``inverse``; the output must have the shape of the input.
+        module: a module with ``forward`` and ``inverse``; the output must have the shape of the input.
         inputs: one tensor.
-        seed: of torch's generators.
+        seed: seed of torch's generators.
         wrap: as for `check_gradients`.
         depths: the two numbers of blocks that are compared. None for 4 and 12, or for 1 and 3 where the module itself
             has 16 blocks or more.
@@ -71,7 +71,7 @@ def check_memory(
                 Result(
                     "memory",
                     claim,
-                    skipped="the output has not the shape of the input, so that blocks do not form a chain",
+                    skipped="the output does not have the shape of the input, so blocks do not form a chain",
                 ),
             )
         )
@@ -111,7 +111,7 @@ def _why_inputs_are_kept(subject: Subject) -> str:
 
 
 def _check_batch(x: Tensor, measure: Callable[[Tensor], float], growth: float, share: float) -> Result:
-    """Tell state, which does not depend on the batch, apart from activations that are as small."""
+    """Distinguish state, which does not depend on the batch, from activations that are as small."""
     claim = "what a further block holds does not grow with the batch"
     try:
         more = measure(torch.cat((x, x))) - growth

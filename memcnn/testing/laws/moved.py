@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from memcnn.testing.adapters import inverse_of
-from memcnn.testing.laws.subject import Subject, without_dropout
+from memcnn.testing.laws.subject import Subject
 
 MOVE = 0.1
-"""How far parameters move, relative to the root mean square of their entries."""
+"""Size of the move of parameters, relative to the root mean square of their entries."""
 WHEN_MOVED = " after an optimiser step"
-"""What is added to a claim that is checked once more with moved parameters."""
+"""The end of a claim that is checked once more with moved parameters."""
 WHEN_MIRRORED = " with parameters of the other sign"
 """The end of a claim that is checked once more with parameters whose signs have changed."""
 
@@ -48,7 +48,7 @@ def mirrored(subject: Subject) -> Subject:
 
 
 def hides_a_sign(module: nn.Module) -> bool:
-    """Return whether the entries of a trained parameter all have one sign, or a square matrix has one determinant."""
+    """Return whether the entries of a trained parameter all have one sign, or it is a square matrix."""
     trained = [p.detach() for p in module.parameters() if p.requires_grad and p.numel()]
     return any(bool((p > 0).all() or (p < 0).all()) or _is_square(p) for p in trained)
 
@@ -60,8 +60,7 @@ def used_and_moved(subject: Subject) -> nn.Module:
     module must not be copied: it may recognise its parameters by version or address, and those of a copy differ.
     """
     start = subject.initialised()
-    module = start.fresh()
-    without_dropout(module)
+    module = start.fresh(dropout=False)
     _use(start, module)
     modes = [(part, part.training) for part in module.modules()]
     training = module.training
@@ -87,6 +86,7 @@ def _other_signs(part: nn.Module, parameter: Tensor) -> Tensor:
 
 
 def _optimise(module: nn.Module, seed: int) -> None:
+    """Take an optimiser step that moves every trained parameter by ``_move``."""
     trained = [p for p in module.parameters() if p.requires_grad and p.numel()]
     generator = torch.Generator().manual_seed(seed)
     for parameter in trained:
@@ -109,7 +109,7 @@ def with_buffers_of(module: nn.Module, other: nn.Module) -> bool:
 
 
 def beside(subject: Subject, share: float = 0.01) -> Subject:
-    """Return the subject with inputs moved at random by ``share`` of their size: no value is at a kink by design."""
+    """Return the subject with inputs moved at random by ``share`` of their size, away from a kink such as ReLU's."""
     generator = torch.Generator().manual_seed(subject.seed + 1)
     inputs = []
     for x in subject.inputs:
@@ -141,7 +141,7 @@ def _use(subject: Subject, module: nn.Module) -> None:
 
 
 def _move(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a change of every entry: ``MOVE`` of their root mean square; smaller for a matrix of zeros than for 1."""
+    """Return random changes: ``MOVE`` times the root mean square of the entries, or for zeros MOVE / sqrt(fan-in)."""
     size = parameter.abs().square().mean().sqrt().item()
     if not size:
         fan_in = parameter[0].numel() if parameter.dim() > 1 else 1

@@ -1,4 +1,4 @@
-"""Claims about several passes: a second step, two steps that are under way at once, and retained graphs."""
+"""Claims about several passes: a second step, two steps with overlapping passes, and retained graphs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -80,7 +80,8 @@ def gradients_of_two_steps(subject: Subject, module: nn.Module, order: Sequence[
     Args:
         subject: gives the first batch; the second is its samples in reverse order, with other random numbers.
         module: a copy of the subject's.
-        order: in which the backward passes follow both forward passes; () for each right after its forward pass.
+        order: order of the backward passes, which follow both forward passes. With () each backward pass follows its
+            own forward pass.
     """
     losses: list[Tensor] = []
     leaves: list[dict[str, Tensor]] = []
@@ -135,6 +136,7 @@ def graphs_can_be_retained(subject: Subject, claim: str) -> Result:
 
 
 def _gradients_of_two_passes(subject: Subject, module: nn.Module) -> tuple[NamedTensors, NamedTensors]:
+    """Return the gradients of each of two backward passes over one graph."""
     found = []
 
     def program(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:

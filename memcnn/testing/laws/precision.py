@@ -14,10 +14,10 @@ LARGEST_ERROR = 2e-9
 
 
 def stay_in_float64(subject: Subject, claim: str) -> Result:
-    """Check that backward computes nothing in a lower precision that a plain forward pass does not compute in it.
+    """Check that a training step in float64 uses no lower precision that a plain forward pass does not use.
 
-    An engine that stores or rebuilds in float32 what is of float64 loses half of the digits, which finite differences
-    do not show.
+    An engine that stores or rebuilds float64 values in float32 loses half of the digits, which finite differences do
+    not show.
     """
     try:
         found = subject.lower_precisions

@@ -13,7 +13,7 @@ NOT_DETERMINISTIC = "forward is not deterministic"
 TOO_LITTLE = "which is too little to show in float32: look for a cast, a constant, or an iteration that stops early"
 WITHIN_LIMIT = "which the limit of float32 allows: look for an iteration that stops early, an eps, or a cast"
 FEW_ROUNDINGS = 1e-6
-"""An error of up to so much may be that of a few values of float32. Beyond that, it is not."""
+"""Largest error in float64 that a few roundings to float32 can cause."""
 HOPELESS = "rounding may be as large as the values: "
 
 
@@ -23,7 +23,7 @@ def of_float64_alone(error: float) -> str:
 
 
 def is_small(explanation: str) -> bool:
-    """Return whether an explanation is that of an error that float64 alone shows."""
+    """Return whether an explanation describes an error that only float64 shows."""
     return TOO_LITTLE in explanation or WITHIN_LIMIT in explanation
 
 
@@ -37,7 +37,7 @@ class Result:
         error: relative to the largest expected entry, or a number of bytes or faults.
         limit: the largest error that still passes.
         limit_from: where the limit comes from.
-        explanation: of a failure: what is wrong; of a success: what is worth knowing.
+        explanation: for a failure, what is wrong; for a success, a remark or nothing.
         skipped: why nothing could be measured; such a result neither holds nor fails.
     """
 

@@ -22,7 +22,7 @@ from memcnn.testing.laws.twin import NamedTensors, duplicate, is_finite, relativ
 LIKE_PLAIN = "second derivatives = plain backpropagation's"
 LIKE_DIFFERENCES = "second derivatives = finite differences in float64, or an error"
 WRONG = 1e-4
-"""Limit where plain backpropagation confirms the second derivatives to rounding, and may share what is wrong."""
+"""Limit for a module with a plain twin. The twin confirms the second derivatives, but may share the fault."""
 REMEDY = (
     "a torch.autograd.Function whose backward has no derivative marks it with "
     "torch.autograd.function.once_differentiable, so that second derivatives are an error"
@@ -69,7 +69,7 @@ def like_differences(subject: Subject, claim: str) -> Result | None:
 
     Args:
         subject: in float64, with right first derivatives.
-        claim: that the result names.
+        claim: the claim of the result.
     """
     if (twin := subject.plain()) is not None and not _has_own_functions(subject, twin):
         return None

@@ -17,7 +17,7 @@ STEADY_PASSES = 50
 
 @torch.no_grad()
 def settled(subject: Subject) -> Subject:
-    """Return the subject after so many forward passes that such buffers stay; the same if it has none.
+    """Return the subject after as many forward passes as such buffers need to settle; the same if it has none.
 
     Spectral norm takes one step of a power iteration in each pass of training. Until it has converged, two passes
     compute two functions, so that no inverse undoes a pass, and the gradient is not the derivative.
@@ -63,6 +63,7 @@ def _moving(module: nn.Module) -> list[Tensor]:
 
 
 def _differ(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Return whether a buffer differs by more than ``MOST_ROUNDINGS``."""
     return any(
         (a - b).abs().max().item() > MOST_ROUNDINGS * torch.finfo(a.dtype).eps * a.abs().max().item()
         for a, b in zip(first, second, strict=True)

@@ -34,8 +34,7 @@ TOO_LARGE = (
 @torch.no_grad()
 def is_undone(subject: Subject) -> bool:
     """Return whether both directions run and the inverse gives the inputs back."""
-    module = subject.fresh()
-    without_dropout(module)
+    module = subject.fresh(dropout=False)
     try:
         back = subject.evaluated(inverse_of(module), subject.evaluated(module, subject.inputs))
         return distance(back, subject.inputs) <= UNDONE

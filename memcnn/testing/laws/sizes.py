@@ -16,7 +16,7 @@ from memcnn.testing.laws.limits import Limit
 from memcnn.testing.laws.moved import with_buffers_of
 from memcnn.testing.laws.result import Result
 from memcnn.testing.laws.rounding import Computation, condition_numbers
-from memcnn.testing.laws.subject import Subject, reordered, without_dropout
+from memcnn.testing.laws.subject import Subject, reordered
 from memcnn.testing.laws.twin import is_finite
 from memcnn.testing.tolerances import distance, tolerance
 
@@ -34,7 +34,7 @@ def another_size_leaves_no_trace(subject: Subject, computed: Computation) -> Res
     start, accepted = subject.initialised(), False
     largest, explanation = 0.0, ""
     for words, inputs in _other_sizes(start):
-        module = _prepared(start)
+        module = start.fresh(dropout=False)
         try:
             start.evaluated(inverse_of(module), start.evaluated(module, inputs))
         except Exception:  # it refuses this size
@@ -50,12 +50,6 @@ def another_size_leaves_no_trace(subject: Subject, computed: Computation) -> Res
     return limit.judge("inverse", ANOTHER_SIZE, largest, explanation)
 
 
-def _prepared(subject: Subject) -> nn.Module:
-    module = subject.fresh()
-    without_dropout(module)
-    return module
-
-
 def _other_sizes(subject: Subject) -> Iterator[tuple[str, list[Tensor]]]:
     """Yield inputs that are longer by one along one dimension, or twice as long, and the words for their size.
 
@@ -66,7 +60,7 @@ def _other_sizes(subject: Subject) -> Iterator[tuple[str, list[Tensor]]]:
         for more in dict.fromkeys((1, size)):
             longer = [_longer(x, dim, more) if x.dim() > dim and x.shape[dim] == size else x for x in inputs]
             with suppress(Exception), torch.no_grad():
-                subject.evaluated(_prepared(subject), longer)
+                subject.evaluated(subject.fresh(dropout=False), longer)
                 yield f"with {size + more} entries along dimension {dim} instead of {size}", longer
                 break
 
@@ -77,7 +71,7 @@ def _longer(x: Tensor, dim: int, more: int) -> Tensor:
 
 def _trace(subject: Subject, module: nn.Module) -> tuple[float, str]:
     """Return how much ``module``, which has run, differs from one that never ran, and the direction that does."""
-    afresh = _prepared(subject)
+    afresh = subject.fresh(dropout=False)
     if not with_buffers_of(afresh, module):
         return 0.0, ""
     y = subject.evaluated(afresh, subject.inputs)
@@ -105,7 +99,7 @@ def _depends_on_its_past(subject: Subject) -> bool:
 
     A layer that initialises itself from its first batch does so, and so does one that counts its calls.
     """
-    module = _prepared(subject)
+    module = subject.fresh(dropout=False)
     others = [0.5 * reordered(x) if x.is_floating_point() else x for x in subject.inputs]
     with suppress(Exception):
         subject.evaluated(inverse_of(module), subject.evaluated(module, others))

@@ -22,9 +22,13 @@ Differentiated = tuple[str, Tensor, Tensor | None]
 class Comparison:
     """One gradient beside finite differences along several directions.
 
-    slopes: for each direction, what the gradient predicts, and what finite differences give.
-    error, doubt: the largest difference of the two, and of two finite differences, relative to the gradient's norm.
-    kink: the largest difference of the slopes ahead and behind, relative to the same.
+    Attributes:
+        name: the name of the tensor.
+        gradient: its gradient.
+        slopes: for each direction, the slope that the gradient predicts, and that of finite differences.
+        error: the largest difference of these two, relative to the gradient's norm.
+        doubt: the largest difference of finite differences of two steps, relative to the same.
+        kink: the largest difference of the slopes ahead and behind, relative to the same.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Comparison:
     kink: float = 0.0
 
     def explain(self) -> str:
+        """Explain what is wrong with the gradient."""
         what = f"the gradient of {self.name}"
         if self.gradient is None or not self.gradient.any():
             return f"{what} is {'missing' if self.gradient is None else 'zero'}, but the loss depends on it"
@@ -70,8 +75,10 @@ def along_random_steps(
     return abs(predicted - slope) / size, doubt / size
 
 
-def norm_of(of: Differentiated) -> float:
-    return 0.0 if of[2] is None else of[2].norm().item()
+def norm_of(tensor: Differentiated) -> float:
+    """Return the norm of a tensor's gradient; 0 if there is none."""
+    gradient = tensor[2]
+    return 0.0 if gradient is None else gradient.norm().item()
 
 
 def compared_alone(
@@ -106,10 +113,10 @@ def _slope(
 ) -> tuple[float, float, float]:
     """Return the derivative of ``loss()`` along ``directions``, the doubt about it, and the size of a kink.
 
-    Where they disagree, as on either side of a ReLU's kink, shorter steps are tried. A shorter step is preferred only
-    if it agrees better even after the rounding of the loss is added, in which two steps may agree by chance. The kink
-    is the difference between the slopes ahead and behind. The doubt is how much two steps disagree, and what rounding
-    may do to the shorter one.
+    Where two steps disagree, as on either side of a ReLU's kink, shorter steps are tried. A shorter step is preferred
+    only if it agrees better even after the rounding of the loss is added, in which two steps may agree by chance. The
+    kink is the difference between the slopes ahead and behind. The doubt is how much two steps disagree, plus what
+    rounding may do to the shorter one.
     """
     starts = [tensor.clone() for tensor in tensors]
     eps, here = torch.finfo(starts[0].dtype).eps, loss()

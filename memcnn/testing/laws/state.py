@@ -18,7 +18,7 @@ from memcnn.testing.laws.twin import is_dense, leaf_like, relative_errors, worst
 from memcnn.testing.tolerances import distance
 
 FACTOR = 1.5
-"""By which an output is multiplied in place."""
+"""Factor by which an output is multiplied in place."""
 
 
 def check_state(
@@ -28,8 +28,9 @@ def check_state(
 
     It looks at the caller's inputs and outputs (values, versions, strides, storage), buffers, parameters, modes,
     torch's generators, the number of calls of forward hooks, two forward passes that are under way at once, retained
-    graphs, the dtype of products under autocast, evaluation under ``no_grad``, and the argument of ``inverse``. Most of
-    it must not differ at all; gradients and buffers have the limits of rounding. Arguments as for `check_gradients`.
+    graphs, the dtype of products under autocast, an output that is changed in place, evaluation under ``no_grad``, and
+    the argument of ``inverse``. Most of it must not differ at all; gradients and buffers have the limits of rounding.
+    Arguments as for `check_gradients`.
     """
     subject = Subject(module, inputs, seed, wrap, autocast)
     claims: dict[str, Callable[[Subject, str], Result]] = {
@@ -55,6 +56,7 @@ def _callers_tensors(subject: Subject, claim: str) -> Result:
 
 
 def _changed_by_training(subject: Subject) -> list[str]:
+    """Describe the changes of inputs, outputs and incoming gradients by a training step."""
     module = subject.trained()
     held = [(_intermediate(x), name) for x, name in zip(subject.inputs, subject.input_names, strict=True)]
     before = [_seen(x) for x, _ in held]
@@ -109,6 +111,7 @@ def _intermediate(x: Tensor) -> Tensor:
 
 
 def _changed_without_gradients(subject: Subject) -> list[str]:
+    """Describe the changes of inputs under ``no_grad``, and of the argument of ``inverse``."""
     module = subject.trained()
     held = [(leaf_like(x.detach())[1], name) for x, name in zip(subject.inputs, subject.input_names, strict=True)]
     before = [_seen(x) for x, _ in held]
@@ -127,6 +130,7 @@ def _seen(x: Tensor) -> tuple[Tensor, int, int, int, tuple[int, ...]]:
 
 
 def _changes(held: Sequence[tuple[Tensor, str]], before: Sequence[tuple], when: str) -> list[str]:
+    """Describe how tensors differ from what ``_seen`` returned before, in values, version, storage or strides."""
     faults = []
     for (x, name), (value, version, address, size, strides) in zip(held, before, strict=True):
         if x.untyped_storage().nbytes() != size:
@@ -179,6 +183,7 @@ def _difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple
 
 
 def _explain_buffer(name: str, before: Tensor, wanted: Tensor, got: Tensor) -> str:
+    """Explain how a step moves a buffer differently from a forward pass."""
     if wanted.numel() == 1:
         return (
             f"a step takes buffer {name} from {before.item():.6g} to {got.item():.6g}, a forward pass to "
@@ -194,6 +199,7 @@ def _explain_buffer(name: str, before: Tensor, wanted: Tensor, got: Tensor) -> s
 
 
 def _rest_of_the_module(subject: Subject, claim: str) -> Result:
+    """Check that a step changes no mode, no ``requires_grad`` and no parameter."""
     module, faults = subject.trained(), []
     modes = [(part, part.training) for part in module.modules()]
     parameters = [(p, p.detach().clone(), p.requires_grad) for p in module.parameters()]
@@ -221,6 +227,8 @@ def _initialises_itself(subject: Subject) -> bool:
 
 
 def _generators(subject: Subject, claim: str) -> Result:
+    """Check that a step leaves torch's generators in the state in which a forward pass leaves them."""
+
     def state_after(step: Callable[[], object]) -> list[Tensor]:
         devices = {x.device for x in subject.inputs if x.device.type == "cuda"}
         with subject.seeded():
@@ -230,7 +238,7 @@ def _generators(subject: Subject, claim: str) -> Result:
             return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
     def training_step() -> None:
-        module = subject.trained()  # alive until backward, as hooks on it want
+        module = subject.trained()  # hooks on it may need it alive until backward
         subject.differentiate(subject.call(module, *_leaves(subject)))
 
     plain = state_after(lambda: subject.call(subject.fresh(), *_leaves(subject)))

@@ -38,7 +38,7 @@ class Refused(TypeError):
 
 
 class Precisions(TorchDispatchMode):
-    """Counts the results of lower precision than float64, and the largest of them."""
+    """Counts the results of lower precision than float64, by dtype. Results of a single value do not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,9 +61,9 @@ class Subject:
     Inputs of a module with an exact coupling are rounded to its grid, as the coupling does (``memcnn.engine.exact``).
 
     Attributes:
-        module: is never run itself, only copies of it.
-        inputs: of any strides, which every copy of them keeps.
-        seed: of torch's generators at every evaluation.
+        module: the module, of which only copies run.
+        inputs: the inputs; copies keep their strides.
+        seed: seed of torch's generators at every evaluation.
         wrap: run the module in an `InvertibleModuleWrapper`, as it would be trained. None: if nothing in it is wrapped
             yet. False: it has an engine of its own.
         autocast: run forward and inverse under autocast to this dtype.
@@ -115,7 +115,7 @@ class Subject:
 
     @property
     def is_exact(self) -> bool:
-        """Whether a coupling in the module rounds its values to a grid."""
+        """True if a coupling in the module rounds its values to a grid."""
         return any(isinstance(part, Coupling) and part.grid is not None for part in self.module.modules())
 
     @property
@@ -124,7 +124,7 @@ class Subject:
 
     @property
     def depth(self) -> int:
-        """The number of blocks: parts with an inverse of which no part has one, nested blocks included."""
+        """The number of blocks: modules with an inverse that contain no other such module; at least 1."""
 
         def blocks(module: nn.Module) -> int:
             return sum(map(blocks, module.children())) or callable(getattr(module, "inverse", None))
@@ -136,9 +136,12 @@ class Subject:
         inputs = tuple(x.double() if x.is_floating_point() else x for x in self.inputs)
         return Subject(self.fresh().double(), inputs, self.seed, self.wrap, keep_input=self.keep_input)
 
-    def fresh(self) -> nn.Module:
-        """Return a copy of the module as it was given."""
-        return duplicate(self.module)
+    def fresh(self, *, dropout: bool = True) -> nn.Module:
+        """Return a copy of the module as it was given; without ``dropout``, its dropout layers are in eval mode."""
+        module = duplicate(self.module)
+        if not dropout:
+            without_dropout(module)
+        return module
 
     def initialised(self) -> "Subject":
         """Return the same after a plain forward pass, if one sets parameters, as ActNorm's first does."""
@@ -214,7 +217,7 @@ class Subject:
 
     @property
     def lower_precisions(self) -> Mapping[torch.dtype, int]:
-        """How many results the ordinary training step computes in each lower precision than float64."""
+        """Number of results of the ordinary training step in each lower precision than float64."""
         return self._ordinary[1]
 
     @cached_property
@@ -244,7 +247,7 @@ class Subject:
 
     @property
     def input_names(self) -> list[str]:
-        """How messages call the inputs."""
+        """The names of the inputs in messages."""
         return ["the input"] if len(self.inputs) == 1 else [f"input {i}" for i in range(len(self.inputs))]
 
 

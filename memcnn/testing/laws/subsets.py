@@ -82,6 +82,7 @@ def _wanted(subject: Subject) -> NamedTensors | str:
 def _compared(
     subject: Subject, claim: str, got: NamedTensors, wanted: NamedTensors, names: set[str], when: str
 ) -> Result:
+    """Return the result for the gradients in ``names``."""
     errors = {name: error for name, error in relative_errors(got, wanted).items() if name in names}
     name, error = worst(errors)
     limit = Limit(

@@ -14,7 +14,7 @@ from memcnn.testing.laws.subject import Subject
 from memcnn.testing.laws.twin import worst
 
 SHIFT = 0.1
-"""What is added to the inputs from step to step, so that no two steps are the same."""
+"""Added to the inputs from step to step, so that no two steps are the same."""
 
 
 def sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -37,13 +37,13 @@ def check_training(
     twice the number of blocks a step.
 
     Args:
-        module: with ``forward`` and ``inverse``; without an engine of its own, since that has no plain twin.
+        module: a module with ``forward`` and ``inverse``, but without an engine of its own: that has no plain twin.
         inputs: the arguments of ``forward``. They are trained as well, where they are dense.
-        seed: of torch's generators.
+        seed: seed of torch's generators.
         wrap: as for `check_gradients`.
         steps: the number of optimiser steps.
-        optimiser: makes one of a list of tensors. Where it divides by the size of a gradient, as Adam does, its ``eps``
-            must be larger than gradients that are rounding alone.
+        optimiser: makes an optimiser for a list of tensors. Where it divides by the size of a gradient, as Adam does,
+            its ``eps`` must be larger than gradients that are rounding alone.
         evaluate: whether to run forward and inverse in eval mode afterwards.
     """
     subject = Subject(module, inputs, seed, wrap)

@@ -1,4 +1,4 @@
-"""The plain twin of a module, the loss of a training step, and what such a step computes and leaves behind.
+"""The plain twin of a module, the loss of a training step, and the results and side effects of such a step.
 
 Every law that compares a module with ordinary backpropagation does so with these functions.
 """
@@ -54,6 +54,7 @@ def duplicate(module: nn.Module) -> nn.Module:
 
 
 def _duplicate(x: Any, memo: dict[int, Any]) -> Any:
+    """Return a copy of an object, as ``copy.deepcopy(x, memo)`` does."""
     kind: Any = type(x)
     if kind in UNCHANGED:
         return x
@@ -110,7 +111,7 @@ def weighted_sum(*outputs: Tensor, seed: int = 0) -> Tensor:
 
 @dataclass
 class Outcome:
-    """What a program computed and what it left behind."""
+    """The results of a program, and the gradients, buffers and generator states after it."""
 
     results: list[Tensor]
     input_gradients: dict[str, Tensor | None]  # "input 0", "input 1", ...
@@ -160,7 +161,7 @@ def run(
         module: its parameters collect the gradients.
         program: is given inputs with the values and strides of ``inputs``, made from leaves.
         inputs: an input that requires a gradient gets one.
-        seed: of torch's generators, whose state is as before when the function returns.
+        seed: seed of torch's generators, whose state is as before when the function returns.
         named_like: a module with the same parameters and buffers, whose names the outcome uses.
     """
     leaves, copies = zip(*map(leaf_like, inputs), strict=True)
@@ -239,6 +240,7 @@ def worst(errors: Mapping[str, float]) -> tuple[str, float]:
 
 
 def _error(got: Tensor | None, wanted: Tensor | None, least_scale: float) -> float:
+    """Return the relative error; infinite if only one is None, or shape or dtype differ."""
     if got is None or wanted is None:
         return 0.0 if got is wanted else float("inf")
     if (got.shape, got.dtype) != (wanted.shape, wanted.dtype) or is_emptied(got) or is_emptied(wanted):
