@@ -374,7 +374,7 @@ def test_what_the_system_refuses_is_explained(capsys):
         raise arguments
 
     assert main(PermissionError(13, "Permission denied", "x.json")) == cli.MISUSE
-    assert main(OSError(28, "No space left on device", "y.json")) == cli.MISUSE
+    assert main(OSError(28, "No space left on device", "y.json")) == cli.FAILED
     assert main(KeyboardInterrupt()) == cli.INTERRUPTED
     assert capsys.readouterr().err.splitlines() == [
         "memcnn.test: x.json: Permission denied; choose a place that you may read and write",

@@ -69,7 +69,7 @@ def test_in_every_direction_it_is_the_end_that_is_stored(direction):
     assert calls == {i: 1 if i == end else 2 for i in range(3)}
 
 
-@pytest.mark.parametrize("wrong", [0, -1, 1.5, "2"])
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "2", True])
 def test_other_values_are_refused(wrong):
     with pytest.raises(ValueError, match="keep_every must be None or a whole number"):
         ReversibleSequential(block(), keep_every=wrong)
