@@ -283,7 +283,9 @@ def output_folder(text: str) -> Path:
 def output_file(text: str) -> Path:
     """Return the path of a file that can be written because its folder exists."""
     path = _path(text)
-    if path.is_dir() or not path.parent.is_dir():
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text!r}, which is a folder; wanted a file: add a name to the path")
+    if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(
             f"got {text!r}, wanted a file in a folder that exists: create the folder first"
         )

@@ -216,7 +216,7 @@ COMMANDS = {
         (["revnet38", "--json", "{file}/x"], "wanted a file in a folder that exists"),
         (["revnet38", "--out", "{new}"], "--out: wanted --table"),
         (["--table", "revnet38"], "got 'revnet38', wanted none with --table"),
-        (["revnet38", "--json", "{folder}"], "wanted a file in a folder that exists"),
+        (["revnet38", "--json", "{folder}"], "which is a folder; wanted a file: add a name"),
         (["revnet38", "--json", LONG], "File name too long; choose a shorter name"),
         (["--table", "--out", "{missing}/x"], "wanted a file in a folder that exists"),
     ],
