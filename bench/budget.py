@@ -175,7 +175,7 @@ class Compiled(nn.Module):
 def planned(depth: int, x: Tensor) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Yield the name of each chain of ckptplan, and a function that builds it.
 
-    ckptplan measures bytes only on CUDA. Here it gets those that ``saved_bytes`` counts.
+    ckptplan measures bytes only on CUDA. Here it is given the bytes that ``saved_bytes`` counts.
     """
 
     def make(share: float) -> nn.Module:

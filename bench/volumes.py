@@ -25,7 +25,7 @@ from memcnn.memory import largest_that_fits, predict_step_memory
 from memcnn.models.reversible_unet import ReversibleUNet
 
 FACTOR = 4
-"""Sides are multiples of this: the resolution halves twice."""
+"""The network halves the resolution twice, so sides must be multiples of this."""
 
 
 def peak_bytes(subject: str, blocks: int, side: int) -> int:

@@ -184,7 +184,7 @@ def test_several_tensors_go_in_and_out_of_the_inverse(make):
 @pytest.mark.parametrize(
     "condition", [lambda x: x, lambda x: x.sin(), lambda x: x.detach()], ids=["leaf", "computed", "without gradient"]
 )
-def test_keywords_are_handed_on_and_differentiated(condition):
+def test_keyword_arguments_reach_the_module_and_get_gradients(condition):
     def program(module, x, other):
         given = condition(other)
         for _ in range(DEPTH):
@@ -196,7 +196,7 @@ def test_keywords_are_handed_on_and_differentiated(condition):
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
-def test_integers_and_words_are_handed_on(requires_grad):
+def test_integers_and_strings_reach_the_module(requires_grad):
     def program(module, x):
         index = torch.tensor([0, 1, 1, 4])
         for kind in ("once", "twice", "once"):
@@ -206,7 +206,7 @@ def test_integers_and_words_are_handed_on(requires_grad):
     assert_like_twin(wrapped(Looked()), program, rows(requires_grad=requires_grad))
 
 
-def test_an_inverse_may_return_what_is_no_stream_besides():
+def test_an_inverse_may_also_return_values_that_are_no_stream():
     def program(module, x):
         index = torch.tensor([0, 1, 1, 4])
         for kind in ("once", "twice", "once"):

@@ -77,7 +77,7 @@ def test_the_engine_is_switched_at_run_time(switch):
     assert bool(living()) == (switch == "enable")
 
 
-def test_nothing_is_forgotten_where_nothing_needs_a_gradient():
+def test_without_gradients_the_engine_keeps_no_objects():
     module = InvertibleModuleWrapper(AdditiveCoupling(nn.Conv2d(3, 3, 1))).double().requires_grad_(False)
     y = module(images(requires_grad=False))
     assert not y.requires_grad and not living()

@@ -257,5 +257,5 @@ def test_a_branch_computes_what_it_computes_in_the_twin(program, branch):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_modes_are_respected(training):
+def test_a_block_follows_train_and_eval_mode(training):
     assert_like_twin(block(WithDropout).train(training), backward, images())

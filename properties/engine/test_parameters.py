@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("on_device")
     ids=["wrapped blocks", "sequence"],
 )
 @pytest.mark.parametrize("frozen", ["Fm", "Gm", "0._fn.Fm.0.weight", "0.", "1.", "2."])
-def test_frozen_parameters_get_no_gradient_and_leave_the_others_theirs(chain, frozen, requires_grad):
+def test_frozen_parameters_get_no_gradient_and_the_others_keep_theirs(chain, frozen, requires_grad):
     model = chain()
     for name, p in model.named_parameters():
         p.requires_grad_(frozen not in name and not name.startswith(frozen))

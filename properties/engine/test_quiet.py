@@ -386,7 +386,7 @@ def test_norms_under_autocast_are_recomputed(affine, full, monkeypatch):
     assert x.grad.isfinite().all()
 
 
-def test_an_attribute_stands_for_that_names_no_layer_means_nothing():
+def test_an_attribute_stands_for_that_names_no_layer_has_no_effect():
     class Labelled(nn.Linear):
         stands_for = "text"
 

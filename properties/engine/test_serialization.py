@@ -137,7 +137,7 @@ def test_an_output_is_saved_and_copied_while_its_graph_lives():
     assert x.grad is not None
 
 
-def test_an_optimizer_goes_on_from_a_saved_state():
+def test_an_optimizer_continues_from_a_saved_state():
     def trained(module: nn.Module, optimizer: torch.optim.Optimizer, seeds) -> list[Tensor]:
         for seed in seeds:
             optimizer.zero_grad()

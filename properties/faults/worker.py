@@ -98,8 +98,8 @@ def work(
     """
     signal.alarm(LONGEST_SECONDS)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
+    for stream in (1, 2):
+        os.dup2(out, stream)
     with open(tally, "r+b") as file:
         numbers = mmap.mmap(file.fileno(), 16)
     _watch_iterations(numbers, stop_at, spoil)

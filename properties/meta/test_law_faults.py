@@ -1,4 +1,4 @@
-"""Faults for what only some checks look at: other directions, several passes, strides, autocast, training, copies."""
+"""Faults that only some checks find: other directions, several passes, strides, autocast, training, copies."""
 
 import copy
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def drawn(*shape: int) -> Tensor:
 
 
 class OneBackward(Engine):
-    """Forgets its output in backward, so that a retained graph cannot be differentiated again."""
+    """Deletes its saved state in backward, so that a retained graph cannot be differentiated again."""
 
     def back(self, pair, before, y, dy, found):
         result = super().back(pair, before, y, dy, found)
@@ -38,7 +38,7 @@ class OneBackward(Engine):
 
 
 class WrongSecondBackward(Engine):
-    """Counts its backward passes, and is wrong in the second."""
+    """Multiplies the gradients of its n-th backward pass by n."""
 
     passes = 0
 
@@ -77,7 +77,7 @@ class OtherValues(AffineCoupling):
 
 
 class Skewed(AffineCoupling):
-    """The inverse's log-determinant is off by a constant, which no direction shows alone."""
+    """The inverse's log-determinant is off by a constant, so the two directions do not cancel."""
 
     def inverse_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
         x, log_det = super().inverse_log_det(y)
@@ -89,7 +89,7 @@ def affine(kind: type[AffineCoupling]) -> AffineCoupling:
 
 
 class RightWhereDense(Own):
-    """Reads the memory of its input as if that had no gaps."""
+    """Reads the memory of its input as if it were contiguous."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(torch.as_strided(x, x.shape, x.contiguous().stride()))
@@ -191,12 +191,12 @@ def test_a_log_determinant_without_a_gradient_is_seen():
 
 
 @pytest.mark.parametrize("kind", [OtherValues, Skewed])
-def test_log_determinants_of_other_values_or_that_do_not_cancel_are_seen(kind):
+def test_wrong_values_and_log_determinants_that_do_not_cancel_are_found(kind):
     assert "forward_log_det gives what forward gives" in failing(check_log_det, affine(kind))
     assert not failing(check_log_det, affine(AffineCoupling))
 
 
-def test_inputs_keep_their_strides():
+def test_a_module_that_ignores_strides_is_found():
     gaps = drawn(3, 4, 3, 8)[..., ::2]
     assert failing(check_inverse, RightWhereDense(), gaps.contiguous()) == {"the strides of a tensor do not matter"}
     assert failing(check_inverse, RightWhereDense(), gaps)

@@ -234,7 +234,7 @@ def resumed(folder: Path):
     return run(folder, recipe=LONG, device=None, budget_seconds=0)
 
 
-def test_under_torchrun_a_killed_process_ends_the_run_which_then_goes_on(tmp_path, ranks):
+def test_under_torchrun_a_killed_process_ends_the_run_which_then_resumes(tmp_path, ranks):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
     process = subprocess.Popen(
         [*command, "-m", "memcnn.train", *WORDS, "--runs", str(tmp_path)],

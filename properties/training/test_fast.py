@@ -168,7 +168,7 @@ def test_a_signal_while_compiling_stops_the_run_and_loses_nothing(tmp_path, exec
     assert run(tmp_path, execution=GRAPH).status == "complete"
 
 
-def test_a_run_may_go_on_with_another_execution(tmp_path, executable):
+def test_a_run_may_resume_with_another_execution(tmp_path, executable):
     recipe = override(RECIPE, learning_rate=0.01)
     name = run_name("resnet32", "cifar10", recipe, 0, data="generated")
     run(tmp_path / "plain", recipe=recipe)

@@ -1,4 +1,5 @@
-"""Faults of the inverse. Their carriers rebuild activations without it, or keep their input, where that is said."""
+"""Faults of the inverse, in blocks whose gradients do not need it: the engine rebuilds activations without it, or keeps the
+input."""
 
 from functools import partial
 

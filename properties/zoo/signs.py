@@ -127,7 +127,7 @@ class Slope(nn.Module):
 
 
 class RootOfGain(nn.Module):
-    """A scale that has no value for a negative parameter, in neither direction."""
+    """A scale by the square root of a parameter, which is not defined in either direction if the parameter is negative."""
 
     def __init__(self) -> None:
         super().__init__()
