@@ -56,7 +56,7 @@ def train_cells(given: argparse.Namespace, settings: Settings) -> int:
     if left_out:
         parts.append(f"{len(left_out)} not started for lack of time")
     if stopped:
-        parts.append(f"stopped ({stopped}); the same command continues from here")
+        parts.append(f"stopped ({stopped}); the same command resumes from here")
     _print(", ".join(parts) + ".\n")
     if failures:
         return 1
@@ -164,7 +164,7 @@ def committed(given: argparse.Namespace, cell: Cell) -> RunRecord | None:
 
 
 def _line_of(record: RunRecord) -> str:
-    """Return accuracy, time and status of a run as text; for a run that is not complete also its progress and reason."""
+    """Return accuracy, time and status of a run as text; if the run is not complete, also its progress and reason."""
     accuracy = cells.DASH if record.test_accuracy is None else f"{record.test_accuracy:.1f}"
     words = f"accuracy {accuracy:>5} %  {cells.duration(record.train_seconds):>5}  {record.status}{record.mark}"
     if record.status == "complete":

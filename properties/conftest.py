@@ -18,8 +18,8 @@ from properties.support import errors
 
 torch.set_num_threads(1)
 
-# The first call into torch may take a second, so examples have no deadline. hypothesis' phase `explain` traces every line
-# for minutes, and the lines that it finds say nothing about a drawn block.
+# The first call into torch may take a second, so examples have no deadline. The phase `explain` traces all lines, which
+# takes minutes, and the lines that it finds say nothing about a drawn block.
 _COMMON = {
     "deadline": None,
     "suppress_health_check": [HealthCheck.too_slow],
@@ -123,7 +123,7 @@ def on_device(device: str) -> Iterator[None]:
 def reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
     """Start every test from the same seed; a test that takes ``device`` gets deterministic kernels.
 
-    At the end of a test on a GPU, wait for the measurements of the drift watch, so that its warning belongs to this test.
+    After a test on a GPU, wait for the measurements of the drift watch, so that its warning belongs to this test.
     """
     torch.manual_seed(0)
     with reproducible_kernels() if "device" in request.fixturenames else nullcontext():

@@ -83,7 +83,9 @@ def test_a_package_imports_none_that_is_built_on_it(package):
 @pytest.mark.parametrize("path", [path for path in modules("memcnn") if path != PUBLIC], ids=module_name)
 def test_a_part_of_memcnn_imports_only_the_parts_that_it_is_built_on(path):
     own = part_of(module_name(path))
-    found = {part_of(name) for name in imported(path.read_text("utf-8"), module_name(path)) if name.startswith("memcnn.")}
+    found = {
+        part_of(name) for name in imported(path.read_text("utf-8"), module_name(path)) if name.startswith("memcnn.")
+    }
     assert found - {own, ""} <= PARTS.get(own, set())
 
 
@@ -114,7 +116,7 @@ def test_an_import_is_found_wherever_and_however_it_is_written():
         "memcnn.training.record",
         "memcnn.testing.checks.check_all",
     }
-    assert (room("memcnn.testing.checks.check_all"), room("memcnn.cli"), room("memcnn.AdditiveCoupling")) == (
+    assert (part_of("memcnn.testing.checks.check_all"), part_of("memcnn.cli"), part_of("memcnn.AdditiveCoupling")) == (
         "testing",
         "cli",
         "",

@@ -33,7 +33,7 @@ def render(result: dict) -> str:
         lines += [f"on CUDA: not measured, {why}"]
     if result["budget_bytes"] is not None:
         budget, reserve = mib(result["budget_bytes"]), mib(result["reserve_bytes"])
-        lines += ["", f"Within {budget}, {reserve} reserved for the CUDA context, kernels' workspaces and fragmentation"]
+        lines += ["", f"Within {budget}, {reserve} reserved for CUDA context, kernels' workspaces and fragmentation"]
         lines += [_fit(result["largest_batch"], "batch", "")]
         if result["largest_depth"] is not None:
             depth = result["largest_depth"]

@@ -119,7 +119,7 @@ class Looked(nn.Module):
 
 
 class HandsBack(Looked):
-    """Its inverse returns all that forward was given, the stream in the last place."""
+    """Its inverse returns all inputs of forward; the stream is the last one."""
 
     def forward(self, kind, index, x):
         return super().forward(x, index, kind)
@@ -250,7 +250,7 @@ def test_empty_inputs_give_gradients_of_zero(branch, shape):
 
 
 class SoftSign(nn.Module):
-    """Bounded, as the tangent and sine of a complex number are not: what dwarfs x cannot be subtracted from it."""
+    """A bounded function. Complex tangent and sine are unbounded, and the inverse could not undo such large sums."""
 
     def forward(self, x):
         return x / (1 + x.abs())
@@ -274,7 +274,7 @@ def test_complex_streams_have_the_twins_gradients(dtype, kind):
 
 
 class Embedding(nn.Module):
-    """Has no input of floating point, and so nothing to rebuild."""
+    """Takes only integers, so there is no input to rebuild."""
 
     def __init__(self):
         super().__init__()

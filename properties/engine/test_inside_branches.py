@@ -32,7 +32,7 @@ class Checkpointed(nn.Module):
 
 
 class UnderHooks(nn.Module):
-    """Stores its activations by hooks of its own."""
+    """Runs under saved-tensor hooks of its own."""
 
     def __init__(self, hooks):
         super().__init__()

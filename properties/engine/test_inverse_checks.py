@@ -1,4 +1,4 @@
-"""Options of a block: check its inverse, keep its input, and the test whether a module is invertible."""
+"""The options ``check_inverse`` and ``keep_input`` of a block, and ``is_invertible_module``."""
 
 import random
 import warnings
@@ -22,7 +22,7 @@ def is_invertible_module(*arguments, **options) -> bool:
 
 
 class Halves(nn.Module):
-    """x -> 2 x; ``factor`` is what the inverse multiplies with, rightly 0.5."""
+    """x -> 2 x. The inverse multiplies by ``factor``, and is right for 0.5."""
 
     def __init__(self, factor: float = 0.5):
         super().__init__()
@@ -36,7 +36,7 @@ class Halves(nn.Module):
 
 
 class LosesOne(nn.Module):
-    """Its inverse gives one tensor of two."""
+    """Its inverse returns only one of two tensors."""
 
     def forward(self, a, b):
         return 2 * a, 2 * b

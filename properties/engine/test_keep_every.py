@@ -1,4 +1,4 @@
-"""``keep_every``: the dial between storing every activation and recomputing every activation."""
+"""``keep_every`` chooses between storing all activations, recomputing all of them, and steps in between."""
 
 from collections import Counter
 

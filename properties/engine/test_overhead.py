@@ -1,6 +1,6 @@
-"""What a reversible step costs beside the arithmetic: operators dispatched and Python functions called, counted.
+"""The cost of a reversible step besides its arithmetic: the numbers of dispatched operators and of Python calls.
 
-Where kernels are small, these decide how long a step takes. Counts do not depend on the machine.
+Where kernels are small, these numbers decide how long a step takes. Counts do not depend on the machine.
 """
 
 import sys

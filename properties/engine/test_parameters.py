@@ -1,4 +1,4 @@
-"""The parameters a block may have: frozen, unused and shared ones, and those that a first batch sets."""
+"""Parameters of a block: frozen, unused and shared ones, and parameters that the first batch sets."""
 
 import copy
 from collections.abc import Callable
@@ -76,7 +76,7 @@ def test_unused_parameters_get_no_gradient():
 
 
 class Shared(nn.Module):
-    """One module as F of a block, as G of another and between them."""
+    """Uses one module as F of a block, as G of another block, and between the two."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Copies, pickles and saved states of modules, also of ones that a graph still refers to, and saved outputs."""
+"""Copies, pickles and saved states of modules, also while a graph refers to them, and saved outputs."""
 
 import copy
 import io
@@ -45,7 +45,7 @@ def saved_whole(module: nn.Module) -> nn.Module:
 
 
 def saved_state(module: nn.Module) -> nn.Module:
-    """The state alone, loaded into a module that starts elsewhere."""
+    """Load only the state dict into a module with other initial weights."""
     fresh = copy.deepcopy(module)
     with torch.no_grad():
         for t in fresh.state_dict().values():

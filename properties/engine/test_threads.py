@@ -72,7 +72,7 @@ def test_two_threads_differentiate_at_once(shared):
 
 
 class Drawing(nn.Module):
-    """Multiplies by random numbers, in several parts, and notes those of every evaluation."""
+    """Multiplies by random numbers, drawn in several parts, and records those of every evaluation."""
 
     def __init__(self, draw: Callable[[], Tensor]):
         super().__init__()
@@ -97,7 +97,7 @@ def pythons() -> Tensor:
 
 @pytest.fixture
 def frequent_switches():
-    """Threads take turns after every few operations."""
+    """Let threads take turns after every few operations."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield

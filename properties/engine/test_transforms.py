@@ -109,7 +109,7 @@ def other_parameters(model):
 
 
 def computed_parameters(model):
-    """Parameters that are computed, as by a hypernetwork or by an unrolled step of gradient descent."""
+    """Return computed parameters, as from a hypernetwork or an unrolled step of gradient descent."""
     leaves = {name: p.requires_grad_() for name, p in detached(model).items()}
     weighted_sum(functional_call(model, {name: p * 2 for name, p in leaves.items()}, (rows(),))).backward()
     return [p.grad for p in leaves.values()]

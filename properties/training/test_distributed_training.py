@@ -1,4 +1,4 @@
-"""One run in several processes computes what one process computes on the same shares, resumes, and stops as one."""
+"""A run in several processes computes what one process computes on the same shares; all stop and resume together."""
 
 import os
 import signal
@@ -83,7 +83,7 @@ NETWORKS = {
 
 @contextmanager
 def network(make):
-    """Replace every run by a tiny one of the network that ``make`` makes, within this context."""
+    """Replace every run by a tiny run of the network that ``make`` makes, within this context."""
     with tiny_training() as patch:
         patch.setitem(MODELS, "resnet32", make)
         yield patch

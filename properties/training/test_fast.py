@@ -151,7 +151,7 @@ def test_capturing_is_announced_and_is_not_training_time(tmp_path, executable, c
     assert "Capturing resnet32 ..." in said and re.search(r"Capturing resnet32: \d s", said)
 
 
-@pytest.mark.parametrize("fails", [False, True], ids=["the compiler goes on", "the signal stops the compiler too"])
+@pytest.mark.parametrize("fails", [False, True], ids=["the compiler continues", "the signal stops the compiler too"])
 def test_a_signal_while_compiling_stops_the_run_and_loses_nothing(tmp_path, executable, fails):
     prepare = TrainingStep.prepare
 

@@ -61,7 +61,7 @@ def taken_back(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class Engine(nn.Module):
-    """A chain of additive couplings. The recomputation restores buffers, random numbers and autocast, and runs no hooks."""
+    """A chain of additive couplings. A recomputation restores buffers, random numbers and autocast. It runs no hook."""
 
     function: type[Function] = Chain
 
@@ -112,7 +112,7 @@ class Engine(nn.Module):
     def differentiated(
         self, branch: nn.Module, before: Before, v: Tensor, d: Tensor, found: dict
     ) -> tuple[Tensor, Tensor]:
-        """Return h = branch(v) and the gradient of v, given the gradient d of h; add parameters' gradients to ``found``."""
+        """Return h = branch(v) and the gradient of v for the gradient d of h; add those of parameters to ``found``."""
         parameters = [p for p in branch.parameters() if p.requires_grad]
         with self.again(branch, before), torch.enable_grad():
             v = v.detach().requires_grad_()

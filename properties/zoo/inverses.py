@@ -1,5 +1,4 @@
-"""Faults of the inverse, in blocks whose gradients do not need it: the engine rebuilds activations without it, or keeps the
-input."""
+"""Faults of the inverse, in blocks whose gradients do not need it: the engine works without it or keeps the input."""
 
 from functools import partial
 

@@ -127,7 +127,7 @@ class Slope(nn.Module):
 
 
 class RootOfGain(nn.Module):
-    """A scale by the square root of a parameter, which is not defined in either direction if the parameter is negative."""
+    """A scale by the square root of a parameter; neither direction is defined for a negative parameter."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from memcnn.testing import Report, Result, check_all
 
 DEPTHS = 2, 4
-"""Numbers of blocks that the law of memory compares; small ones suffice, because a fault adds bytes with every block."""
+"""Numbers of blocks that the law of memory compares. Small ones suffice: a fault adds bytes with every block."""
 DEEPEST = 2
 """Deepest chain whose errors are measured; small to save time, because no verdict depends on it."""
 SHAPE = 3, 4, 3, 4

@@ -74,7 +74,7 @@ class SquareImages(Scale):
 
 
 class FixedPoint(nn.Module):
-    """x + g(x), where the spectral norm makes g a contraction. The derivative of the norm uses the largest singular value."""
+    """x + g(x), where the spectral norm makes g a contraction. Its derivative uses the largest singular value."""
 
     iterations = 200
 
