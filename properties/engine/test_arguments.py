@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.tolerances import relative_error, tolerance
+from properties.support.blocks import net
 from properties.support.twin import (
     OnlyInvertible,
     assert_like_twin,
@@ -19,10 +20,6 @@ from properties.support.twin import (
 pytestmark = pytest.mark.usefixtures("on_device")
 
 DEPTH = 3
-
-
-def net() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
 
 
 def rows(seed: int = 0, *, requires_grad: bool = True) -> Tensor:

@@ -150,7 +150,7 @@ def test_compiled_branches_of_simple_layers_run_compiled_in_a_capture(layers, ba
 
 @pytest.mark.parametrize("name", ["revnet38", "revnet110", "revnet164"])
 def test_the_branches_of_the_revnets_are_known_to_draw_no_random_numbers(name):
-    """Otherwise ``--graph --compile`` would train with uncompiled branches."""
+    """If they were not, ``--graph --compile`` would train with uncompiled branches."""
     model = MODELS[name]()
     use_narrow_convolutions(model)
     use_fused_norms(model)

@@ -18,7 +18,7 @@ from properties.support.twin import block, conv_branch, images, plain_twin, weig
 pytestmark = pytest.mark.usefixtures("on_device")
 
 STEPS = 4
-"""The last of these is the first that is watched."""
+"""Number of steps; the drift watch samples the last of them, and none before."""
 
 
 def pre_activated(channels: int = 8) -> nn.Module:

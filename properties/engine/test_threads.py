@@ -148,7 +148,7 @@ def test_another_thread_that_draws_outside_of_blocks_is_noticed(draw, evaluation
 
 
 def test_a_thread_waits_with_its_branch_while_another_rebuilds_one():
-    """Otherwise its random numbers would come from the generator that the recomputation has set."""
+    """If it did not wait, its random numbers would come from the generator state that the recomputation sets."""
     inside, waited = threading.Event(), threading.Event()
     entered = []
 

@@ -43,7 +43,7 @@ def private_names(tree: ast.Module) -> Iterator[str]:
 
 
 PUBLIC = {"_pytree", "_python_dispatch"}
-"""Modules of torch.utils that PyTorch's own documentation sends its users to."""
+"""Modules of torch.utils with private names that PyTorch's documentation recommends."""
 OURS = {"_fn", "_give"}
 """Private attributes of our own classes that are read in other files."""
 

@@ -20,6 +20,7 @@ from memcnn.testing import (
     check_state,
     check_training,
 )
+from properties.zoo.corner_blocks import InputLayout, WithoutGradients
 from properties.zoo.engine import Engine, Pair
 from properties.zoo.specimen import Own, branch
 
@@ -58,12 +59,6 @@ class RightOnce(InvertibleModuleWrapper):
         return y if self.passes == 1 or self.disable else y.detach() + 0 * next(self.parameters()).sum()
 
 
-class InverseWithoutGradients(Own):
-    @torch.no_grad()
-    def inverse(self, y: Tensor) -> Tensor:
-        return super().inverse(y)
-
-
 class LogDetDetached(AffineCoupling):
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, log_det = super().forward_log_det(x)
@@ -86,13 +81,6 @@ class Skewed(AffineCoupling):
 
 def affine(kind: type[AffineCoupling]) -> AffineCoupling:
     return kind(branch(2, 4), branch(2, 4), AffineAdapterExp)
-
-
-class RightWhereDense(Own):
-    """Reads the memory of its input as if it were contiguous."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(torch.as_strided(x, x.shape, x.contiguous().stride()))
 
 
 class CachedWeight(Own):
@@ -172,11 +160,9 @@ def test_second_derivatives_of_an_engine_of_its_own_are_right_or_refused():
 
 
 def test_training_through_an_inverse_without_gradients_is_seen():
-    assert failing(check_gradients, InverseWithoutGradients()) == {
-        "gradients through inverse = finite differences in float64"
-    }
+    assert failing(check_gradients, WithoutGradients()) == {"gradients through inverse = finite differences in float64"}
     assert "gradients = finite differences in float64" in failing(
-        check_gradients, Inverted(InverseWithoutGradients()), wrap=False
+        check_gradients, Inverted(WithoutGradients()), wrap=False
     )
     assert not failing(check_gradients, Inverted(InvertibleModuleWrapper(Own())))
 
@@ -198,9 +184,9 @@ def test_wrong_values_and_log_determinants_that_do_not_cancel_are_found(kind):
 
 def test_a_module_that_ignores_strides_is_found():
     gaps = drawn(3, 4, 3, 8)[..., ::2]
-    assert failing(check_inverse, RightWhereDense(), gaps.contiguous()) == {"the strides of a tensor do not matter"}
-    assert failing(check_inverse, RightWhereDense(), gaps)
-    assert failing(check_inverse, RightWhereDense(), gaps.contiguous().transpose(1, 2).contiguous().transpose(1, 2))
+    assert failing(check_inverse, InputLayout(), gaps.contiguous()) == {"the strides of a tensor do not matter"}
+    assert failing(check_inverse, InputLayout(), gaps)
+    assert failing(check_inverse, InputLayout(), gaps.contiguous().transpose(1, 2).contiguous().transpose(1, 2))
 
 
 def test_a_value_that_an_optimiser_step_makes_stale_is_seen():
