@@ -127,8 +127,9 @@ def memory_table(runs: pd.DataFrame, measured: pd.DataFrame | None = None) -> pd
     """Return the memory of one training step at batch 100, one row for each model, in MiB.
 
     A record counts when its batch is 100 and its engine was on, whatever its length and data, because neither changes
-    the shapes. Records of a CPU count the tensors, in float32. Records of a GPU, and ``measured``, count what the
-    allocator handed out, scratch included; each precision has columns of its own, since bf16 halves most activations.
+    the shapes. Records of a CPU count the tensors, in float32. Records of a GPU, and ``measured``, count the bytes
+    that the allocator gave out, with the kernels' workspaces; each precision has its own columns, because in bf16 most
+    activations take half the bytes.
 
     Args:
         runs: the table of ``runs_table``.

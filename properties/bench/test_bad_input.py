@@ -1,4 +1,4 @@
-"""Bad input ends every command with exit status 2 and a few plain lines: no traceback, no usage, nothing lost."""
+"""Bad input ends every command with exit status 2 and a short message, without traceback or usage; no file changes."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""`python -m memcnn.verify` on a user's own batch, on conditions, on dropout, and its errors."""
+"""`python -m memcnn.verify` on a user's own batch, on conditions and on dropout, and its error messages."""
 
 import sys
 from pathlib import Path
@@ -88,7 +88,7 @@ class Optional(nn.Module):
 
 @pytest.fixture
 def blocks(tmp_path, monkeypatch):
-    """A folder with a user's module ``user_inputs``, which is where the user is."""
+    """The current folder, which holds a user's module ``user_inputs``."""
     (tmp_path / "user_inputs.py").write_text(BLOCKS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -30,7 +30,7 @@ def process(*arguments: str, cwd: Path = PACKAGE.parent) -> subprocess.Popen:
 
 
 def test_sigterm_and_the_same_command_again_give_the_same_bits(tmp_path):
-    """A RevNet in a process of its own, as a script in its own folder and then as a module."""
+    """``python train.py`` trains a RevNet until the signal, and ``python -m memcnn.train`` resumes it."""
     first = process("train.py", *WORDS, "--runs", str(tmp_path / "stopped"), cwd=PACKAGE)
     record = tmp_path / "stopped" / NAME / "record.json"
     while not record.exists():  # the first evaluation
