@@ -47,7 +47,6 @@ LONG = (
     "properties/memory/test_prediction.py::test_the_prediction_is_the_measurement_to_the_byte[resnet164]",
     "properties/meta/test_verdicts.py::test_no_drawn_network_is_called_wrong",
     "properties/bench/test_compare.py::test_a_commit_is_compared",
-    "properties/docs/test_walk.py::test_walk[CONTRIBUTING",
     "properties/docs/test_walk.py::test_walk[docs",
     "properties/docs/test_walk.py::test_tox_table_trains_all_twelve_cells",
     "properties/docs/test_examples.py::test_a_training_example_runs",

@@ -255,12 +255,11 @@ def _row(folder: Path, record: RunRecord, reasons: list[str]) -> tuple:
 def _parts(record: RunRecord) -> str:
     """Describe the parts of a mixed run: "bf16 on cuda to iteration 400; float32 on cpu to iteration 1,000"."""
     parts: list[tuple[str, int]] = []
-    for segment in record.segments:
+    for segment in (segment for segment in record.segments if segment.iterations):
         how = f"{segment.execution} on {segment.device['type']}"
         if parts and parts[-1][0] == how:
             parts.pop()
-        if segment.iterations:
-            parts.append((how, segment.last))
+        parts.append((how, segment.last))
     return "; ".join(f"{how} to iteration {last:,}" for how, last in parts)
 
 

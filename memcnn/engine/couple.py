@@ -164,7 +164,7 @@ class Recording:
     def split(self, x: Tensor, halves: Sequence[Tensor], dim: int) -> None:
         """Note that x was split into ``halves``. If x is the output of a block, relate them to that block's values."""
         attached = tag_of(x)
-        if attached.dim == dim:  # the block before has merged the same halves: go on with their values
+        if attached.dim == dim:  # the block before has merged the same halves: continue with their values
             values = [reference() or Value(half) for reference, half in zip(attached.values, halves, strict=True)]
         else:  # the values of x as a whole, if it has any, are rebuilt from these halves
             values = [Value(half) for half in halves]

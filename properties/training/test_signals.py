@@ -39,7 +39,7 @@ def test_sigterm_and_the_same_command_again_give_the_same_bits(tmp_path):
     first.send_signal(signal.SIGTERM)
     out, err = first.communicate(timeout=300)
     assert first.returncode == 3, err
-    assert "(interrupted); go on with: " in out and "Traceback" not in err
+    assert "(interrupted); resume with: " in out and "Traceback" not in err
     stopped = load(record)
     assert stopped.reason == "interrupted" and 4 <= stopped.iterations < 24
 
