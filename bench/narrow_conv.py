@@ -6,8 +6,8 @@
 The first table has a row for each shape and each of output, input gradient and weight gradient: the time of cuDNN and
 of every plan, the chosen plan, and the errors of cuDNN and of the chosen plan against float64. The second table shows
 how much time the chosen plans save in a step of each network. In a reversible network a step computes the outputs of
-reversible blocks twice. The command needs a CUDA device and Triton. The first run compiles about thirty kernels, which
-takes longer than timing them.
+reversible blocks twice. The command needs a CUDA device and Triton. The first run compiles a kernel for each plan and
+pair of channels, which takes longer than timing them.
 """
 
 import sys
@@ -28,8 +28,6 @@ from memcnn.models.revop import InvertibleModuleWrapper
 from memcnn.training.recipe import PUBLISHED
 
 Shape = tuple[int, int, int, int, int]  # N, C_in, C_out, H, W
-
-
 Case = tuple[str, Shape]  # the name of an operation, and a shape
 
 

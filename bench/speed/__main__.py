@@ -4,7 +4,7 @@
     python -m bench.speed --fast --group 4                     the fastest execution, alone and four runs together
     python -m bench.speed --networks resnet32 --compile        with torch.compile, which takes minutes to compile
     python -m bench.speed --tries                              on a CPU: also NCHW, unfused SGD, bfloat16, compiled
-    python -m bench.speed --fast --tries                       on a GPU: also options that may be faster
+    python -m bench.speed --fast --tries                       on a GPU: the fastest, and options that may be faster
     python -m bench.speed --networks revnet38 --kernels        also the kernels of a step, by time
 
 The rows go to speed.csv in the device's folder, where they replace earlier rows of the same network, execution, group
@@ -148,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     tries = (
         "on a CPU, also time the contiguous layout, unfused SGD, bfloat16 and torch.compile; on a GPU with --fast, "
-        "options that may be faster"
+        "compare the fastest execution with options that may be faster, instead of the other two"
     )
     add("--tries", action="store_true", help=tries)
     kernels_help = "also profile the steps: kernels.csv has calls and time of each kernel, kernels.md the largest"
@@ -159,7 +159,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 @cli.command("bench.speed")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure the executions, write speed.csv and speed.md, print the page; return 0."""
+    """Measure the executions, write speed.csv and speed.md, print the page; return the exit status.
+
+    It is 1 if ``--kernels`` recorded nothing for a network, whose times are written all the same.
+    """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop
     parser = build_parser()
     given = parser.parse_args(arguments)
@@ -183,21 +186,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     executions = {way.execution.precision: way.execution for way in ways}
     rates = {precision: floor.ceilings(device, execution) for precision, execution in executions.items()}
     setup = Setup(device, given.batch, rates, origin(device, given.clock), given.seconds)
+    complete = True
+    if given.kernels:
+        kernels.prepare(device)
     for network in given.networks:
         print(f"{network} ...", file=sys.stderr, flush=True)
         functions = {way: steps.step_of(network, way, batch=setup.batch, device=device) for way in ways}
         text.add(folder, measured_rows(network, functions, setup))  # written now, in case a later network fails
         page = _write_page(folder, command)
         if given.kernels:
-            kernels.add(folder, kernel_rows(network, functions, setup))
+            complete &= _add_kernels(folder, network, functions, setup)
         del functions  # frees its models and graphs before the next network's are made
     if given.tries and device.type == "cpu":
         variants_table(given.networks[0], setup).to_csv(folder / text.TRIES, index=False)
         page = _write_page(folder, command)
     print(page)
-    if given.kernels:
+    if given.kernels and complete:
         print((folder / kernels.PAGE).read_text())
-    return 0
+    return 0 if complete else 1
+
+
+def _add_kernels(folder: Path, network: str, functions: Functions, setup: Setup) -> bool:
+    """Profile a network's steps and write their kernels. If the profiler records nothing, report it; return False."""
+    try:
+        kernels.add(folder, kernel_rows(network, functions, setup))
+    except kernels.NothingRecorded as error:
+        print(f"{network}: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def _write_page(folder: Path, command: str) -> str:

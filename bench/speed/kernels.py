@@ -25,6 +25,10 @@ LONGEST, WIDTH = 400, 100
 """Longest names in the file and on the page. The names of C++ templates have thousands of characters."""
 
 
+class NothingRecorded(RuntimeError):
+    """The profiler recorded no kernel."""
+
+
 class Event(Protocol):
     """A row of ``profile.key_averages()``: all calls of one kernel or operator."""
 
@@ -35,28 +39,55 @@ class Event(Protocol):
     self_device_time_total: float
 
 
+def prepare(device: torch.device) -> None:
+    """Start and stop the profiler. Call it before a step is captured.
+
+    A CUDA graph that was captured before the profiler's first start can make the GPU fail or hang when it is replayed
+    under the profiler (https://github.com/pytorch/pytorch/issues/75504).
+    """
+    with _profiler(device):
+        pass
+
+
 def profiled(run: Callable[[int], None], way: Way, device: torch.device) -> pd.DataFrame:
     """Profile a few training steps one by one, and return the kernels of one of them; see ``rows``.
 
-    It is the step with the fewest calls, and of these the shortest: in some steps the engine watches for drift, which
-    takes more calls.
+    The number of calls varies. In some uncaptured steps the engine watches for drift, which takes more calls, so the
+    step with the fewest calls is returned. Captured steps all make the same calls, but the profiler can lose some, so a
+    step with the most frequent number is returned. Of several such steps the shortest is returned.
 
     Args:
         run: ``run(1)`` runs a training step of each run of the group.
         way: the execution, and the size of the group.
         device: where the steps run.
+
+    Raises:
+        NothingRecorded: the profiler recorded no kernel.
     """
     run(1)
-    tables = [_profiled_step(run, way.group, device) for _ in range(STEPS)]
-    return min(tables, key=lambda table: (table["calls"].sum(), table["us"].sum()))
+    tables = [profiled_step(run, way.group, device) for _ in range(STEPS)]
+    counts = pd.Series([table["calls"].sum() for table in tables])
+    if not counts.any():
+        raise NothingRecorded(f"the profiler recorded no kernel in {STEPS} steps; try again, or leave out --kernels")
+    usual = counts.mode().max() if way.execution.graph else counts[counts > 0].min()
+    return min((table for table, count in zip(tables, counts, strict=True) if count == usual), key=_microseconds)
 
 
-def _profiled_step(run: Callable[[int], None], group: int, device: torch.device) -> pd.DataFrame:
+def _microseconds(table: pd.DataFrame) -> float:
+    return table["us"].sum()
+
+
+def _profiler(device: torch.device) -> profile:
+    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    return profile(activities=[activity], acc_events=True)  # PyTorch 2.11 warns without acc_events
+
+
+def profiled_step(run: Callable[[int], None], group: int, device: torch.device) -> pd.DataFrame:
+    """Profile ``run(1)``, a training step of each of ``group`` runs, and return its kernels; see ``rows``."""
     is_gpu = device.type == "cuda"
     wait = partial(torch.cuda.synchronize, device) if is_gpu else lambda: None
-    activities = [ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU]
     wait()
-    with profile(activities=activities, acc_events=True) as profiler:  # PyTorch 2.11 warns without acc_events
+    with _profiler(device) as profiler:
         run(1)
         wait()
     return rows(profiler.key_averages(), group, on_gpu=is_gpu)
@@ -98,7 +129,7 @@ def page(table: pd.DataFrame) -> str:
     """Return the kernels that take most time as a Markdown page, with a table for each execution."""
     parts = [
         "# Kernels of a training step",
-        f"By `python -m bench.speed --kernels`: of {STEPS} steps the one with the fewest calls; on a CPU operators. "
+        f"By `python -m bench.speed --kernels`: one of {STEPS} steps; on a CPU operators. "
         f"The time of a kernel is that of all its calls in the step. [{FILE}]({FILE}) has all rows.",
     ]
     for (network, execution, group, batch), rows in table.groupby(KEYS, sort=False):

@@ -43,18 +43,21 @@ PLAIN = Way(Execution())
 
 
 def fast_ways(device: torch.device, *, group: int = 1, tries: bool = False) -> list[Way]:
-    """Return the fastest execution of a device, the same without our kernels, and the fastest deterministic one.
+    """Return the fastest execution of a device, and what to compare it with.
+
+    That is the same without our kernels and the fastest deterministic one, or with ``tries`` the executions that may
+    turn out to be faster. Each execution takes a minute to compile, so the former are then left out.
 
     Args:
         device: where the steps run.
-        group: if above 1, add the fastest execution as a group if it captures its steps.
-        tries: add executions that may turn out to be faster, alone and as a group.
+        group: if above 1, add the fastest execution and the tries as groups if they capture their steps.
+        tries: compare with the executions that may turn out to be faster.
     """
     fastest = Execution.fastest(device)
-    others = [replace(fastest, narrow_convolutions=False), Execution.fastest(device, deterministic=True)]
+    known = [replace(fastest, narrow_convolutions=False), Execution.fastest(device, deterministic=True)]
     candidates = [replace(fastest, **options) for options in CANDIDATES] if tries else []
     together = dict.fromkeys(execution.on(device)[0] for execution in (fastest, *candidates))
-    executions = dict.fromkeys(execution.on(device)[0] for execution in (fastest, *others, *candidates))
+    executions = dict.fromkeys(execution.on(device)[0] for execution in (fastest, *(candidates or known)))
     return [*map(Way, executions), *_groups([*together], group)]
 
 

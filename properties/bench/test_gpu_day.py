@@ -57,6 +57,7 @@ def test_the_budget_ends_the_running_stage_and_starts_no_other(a_gpu, tmp_path, 
 def test_the_stages_are_commands_that_their_programs_understand(tmp_path):
     found = gpu_day.stages(tmp_path, "cuda:1", 4)
     assert list(dict.fromkeys(stage.kind for stage in found)) == list(KINDS)
+    assert f"together they allow {sum(stage.limit_seconds for stage in found) / 60:.0f} minutes" in gpu_day.__doc__
     parsed = [speed_parser().parse_args(stage.arguments) for stage in found if stage.kind == "speed"]
     assert [given.networks for given in parsed] == [[name] for name in MODELS]
     assert all(given.fast and given.group == 4 and given.out == tmp_path for given in parsed)

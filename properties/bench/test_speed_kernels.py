@@ -1,5 +1,6 @@
 """``bench.speed --kernels`` lists the kernels of a training step, with their calls and times."""
 
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pandas as pd
@@ -9,6 +10,7 @@ from torch.autograd import DeviceType
 
 from bench.speed import __main__ as speed
 from bench.speed import floor, kernels, steps, timing
+from memcnn.training.execution import Execution
 from properties.devices import DEVICES
 
 COUNTED = ("aten::native_batch_norm", "aten::_fused_sgd_")
@@ -77,6 +79,48 @@ def test_steps_that_the_engine_watches_for_drift_do_not_count():
     table = kernels.profiled(run, steps.PLAIN, torch.device("cpu"))
     assert table.set_index("kernel")["calls"]["aten::cos"] == 1
     assert not list(lengths)
+
+
+CAPTURED = steps.Way(Execution(graph=True))
+
+
+@pytest.mark.parametrize(
+    ("way", "lengths", "calls"),
+    [
+        (steps.PLAIN, [9, 3, 0, 9, 9], 3),  # an empty profile is no step
+        (CAPTURED, [9, 9, 5, 9, 0], 9),  # of captured steps, an incomplete profile is none either
+    ],
+)
+def test_profiles_that_lost_calls_do_not_count(monkeypatch, way, lengths, calls):
+    tables = iter([pd.DataFrame({"kernel": ["k"], "calls": [length], "us": [2.0]})[:length] for length in lengths])
+    monkeypatch.setattr(kernels, "profiled_step", lambda run, group, device: next(tables))
+    assert kernels.profiled(lambda count: None, way, torch.device("cpu"))["calls"].tolist() == [calls]
+
+
+def test_the_profiler_starts_before_any_step_is_captured(tmp_path, monkeypatch):
+    order = []
+
+    def step_of(*_: object, **__: object) -> None:
+        order.append("step")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(floor, "ceilings", lambda device, execution: (1e9, 1e12))
+    monkeypatch.setattr(kernels, "prepare", lambda device: order.append("profiler"))
+    monkeypatch.setattr(steps, "step_of", step_of)
+    arguments = ["--networks", "resnet32", "--kernels", "--device", "cpu", "--out", str(tmp_path)]
+    with suppress(KeyboardInterrupt, SystemExit):
+        speed.main(arguments)
+    assert order == ["profiler", "step"]
+
+
+def test_a_profiler_that_records_nothing_is_reported_and_the_times_are_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(floor, "ceilings", lambda device, execution: (1e9, 1e12))
+    monkeypatch.setattr(timing, "LEAST_ROUNDS", 1)
+    monkeypatch.setattr(kernels, "rows", lambda events, steps, on_gpu: pd.DataFrame(columns=["kernel", "calls", "us"]))
+    arguments = ["--networks", "resnet32", "--batch", "2", "--device", "cpu", "--seconds", "0.01", "--kernels"]
+    assert speed.main([*arguments, "--out", str(tmp_path)]) == 1
+    assert "resnet32: the profiler recorded no kernel in 5 steps; try again" in capsys.readouterr().err
+    assert len(pd.read_csv(tmp_path / "speed.csv")) == 1 and not (tmp_path / kernels.FILE).exists()
 
 
 def test_a_second_measurement_replaces_the_rows_of_its_case(tmp_path):
