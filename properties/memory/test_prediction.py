@@ -19,6 +19,7 @@ from memcnn.memory import (
     tensor_peak_bytes,
     training_step,
 )
+from memcnn.memory.fake import FakeMode
 from memcnn.models.irevnet import irevnet_injective
 from memcnn.models.momentum import momentum_resnet
 from memcnn.models.resnet import MODELS
@@ -160,6 +161,17 @@ def test_recurrent_layers_on_a_gpu_are_predicted_with_a_warning():
     with pytest.warns(UserWarning, match="an LSTM, a GRU or an RNN on a GPU is wrong"):
         predict_step_memory(LIBRARIES["GRU"], maps, device="cuda")
     predict_step_memory(LIBRARIES["GRU"], maps)
+
+
+def test_a_fake_operator_of_a_gpu_library_warns_too():
+    """A plan of ``budget_bytes`` on a GPU meets this operator. Its fake kernel runs on any machine."""
+    gru = nn.GRU(3, 4)
+    with FakeMode() as mode:
+        weights = [mode.from_tensor(weight) for weight in gru.parameters()]
+        x, h = torch.zeros(5, 2, 3), torch.zeros(1, 2, 4)
+        arguments = 3, 4, 0, 1, False, 0.0, True, False, (), None
+        with pytest.warns(UserWarning, match="on a GPU is wrong"):
+            torch.ops.aten._cudnn_rnn(x, weights, 4, None, h, None, *arguments)
 
 
 def test_an_uninitialised_parameter_is_refused_by_name():
