@@ -4,9 +4,9 @@
     python -m bench.memory package.module:factory --shape 100,3,224,224 --optimizer adam
     python -m bench.memory --table --out reports/activations.md
 
-A step is forward pass with loss, backward pass and update. MODEL is one of the six networks, on images of CIFAR's size,
-or your own function that returns an nn.Module. Such a module takes one input of --shape, and its loss is the sum of
-the means of its outputs.
+A step is forward pass with loss, zero_grad(), backward pass and update. MODEL is one of the six networks, on images of
+CIFAR's size, or your own function that returns an nn.Module. Such a module takes one input of --shape, and its loss is
+the sum of the means of its outputs.
 
 Counted: every tensor, in the 512-byte blocks of CUDA's caching allocator, with optimisers as they run on CUDA.
 Not counted: the CUDA context (about 0.5 GiB), the workspaces of cuDNN and cuBLAS, and free memory between blocks. Set
