@@ -38,7 +38,7 @@ def predict_step_memory(
     loss: Loss = F.cross_entropy,
     optimizer: MakeOptimizer | None = SGD,
     autocast: torch.dtype | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
 ) -> PeakSplit:
     """Predict the bytes of each kind of tensor at the peak of a training step, without computing it.
 
@@ -52,15 +52,19 @@ def predict_step_memory(
         loss: returns the loss, a scalar, for the model's output and the targets.
         optimizer: returns an optimiser for the model's parameters; None for a step without an update.
         autocast: dtype of autocast around forward pass and loss, such as ``torch.bfloat16``; None for no autocast.
-        device: where the step will run, "cpu" or "cuda". On CUDA tensors take whole blocks of 512 bytes, and
+        device: where the step will run, the CPU or a CUDA device. On CUDA tensors take whole blocks of 512 bytes, and
             optimisers update all parameters at once by default, which takes a copy of the gradients.
 
     Returns:
         The bytes of each kind of tensor at the peak.
 
     Raises:
-        ValueError: a parameter of the model is uninitialised.
+        ValueError: a parameter of the model is uninitialised, or the device is neither a CPU nor a CUDA device.
     """
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {str(device)!r}, wanted cpu or cuda, whose memory can be predicted")
+    on_gpu = kind == "cuda"
     with FakeMode() as mode:
         model, optimiser, batch, step = training_step(
             partial(_make_fake, make_model, mode),
@@ -68,11 +72,11 @@ def predict_step_memory(
             loss=loss,
             optimizer=optimizer,
             autocast=autocast,
-            all_at_once=device == "cuda",
+            all_at_once=on_gpu,
         )
-        if device == "cuda" and any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        if on_gpu and any(isinstance(module, nn.RNNBase) for module in model.modules()):
             warn_of_gpu_rnn()
-        block_bytes = CUDA_BLOCK_BYTES if device == "cuda" else 1
+        block_bytes = CUDA_BLOCK_BYTES if on_gpu else 1
         return measure_peak_split(model, step, optimizer=optimiser, batch=batch, block_bytes=block_bytes)
 
 

@@ -38,8 +38,8 @@ def train_together(
 ) -> Iterator[Outcome]:
     """Train the jobs, ``at_once`` of them at a time; yield each with its record, or with its error, as it ends.
 
-    When a run ends, even by an error, the next job takes its place and the others continue. After a stop each run ends as
-    it would alone, and no further job begins.
+    When a run ends, even by an error, the next job takes its place and the others continue. After a stop each run ends
+    as it would alone, and no further job begins.
 
     Args:
         jobs: the jobs, taken one by one when there is room, so that a generator can choose by the time left.

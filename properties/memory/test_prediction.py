@@ -205,6 +205,9 @@ def test_on_cuda_memory_comes_in_blocks_and_optimisers_update_all_parameters_at_
     assert predicted == computed(chain, maps, all_at_once=True, block_bytes=512)
     assert all(getattr(predicted, name) % 512 == 0 for name in BYTES)
     assert predicted.peak_bytes > predict_step_memory(chain, maps).peak_bytes
+    assert predicted == predict_step_memory(chain, maps, device="cuda:0")
+    with pytest.raises(ValueError, match="device: got 'mps', wanted cpu or cuda"):
+        predict_step_memory(chain, maps, device="mps")
 
     def make():
         return nn.Sequential(*(nn.Linear(300, 300, bias=False) for _ in range(5)))
