@@ -64,8 +64,13 @@ def products_keep_their_dtype(subject: Subject, claim: str) -> Result:
         loss = subject.loss([y.float() for y in outputs])
         if not loss.requires_grad:
             return Result("state", claim, skipped="no output requires a gradient")
-        with backward:
-            loss.backward()
+        try:
+            with backward:
+                loss.backward()
+        except Exception:
+            if reason := _why_plain_backward_fails(subject):
+                return Result("state", claim, skipped=reason)
+            raise
     if not forward.dtypes:
         return Result("state", claim, skipped="computes no convolution or matrix product")
     if not _rebuilds(module) and not calls:
@@ -79,6 +84,17 @@ def products_keep_their_dtype(subject: Subject, claim: str) -> Result:
             for dtype in strange
         ],
     )
+
+
+def _why_plain_backward_fails(subject: Subject) -> str:
+    """Return why the plain twin has no backward pass under autocast; "" if it has one, or if there is no twin."""
+    if subject.plain() is None:
+        return ""
+    try:
+        _products_of_plain_backward(subject)
+    except Exception as error:
+        return f"under autocast plain backpropagation raised {described(error)}"
+    return ""
 
 
 def _why_not_rebuilt(subject: Subject) -> str:

@@ -12,7 +12,15 @@ from memcnn.testing.adapters import Inverted, inverse_of
 from memcnn.testing.laws.guard import described, is_ours
 from memcnn.testing.laws.hints import but_right_without
 from memcnn.testing.laws.limits import Limit
-from memcnn.testing.laws.moved import WHEN_MIRRORED, WHEN_MOVED, beside, is_special, mirrored, moved
+from memcnn.testing.laws.moved import (
+    WHEN_MIRRORED,
+    WHEN_MOVED,
+    beside,
+    discard_stored_values,
+    is_special,
+    mirrored,
+    moved,
+)
 from memcnn.testing.laws.result import NOT_DETERMINISTIC, Result
 from memcnn.testing.laws.rounding import condition_numbers, named
 from memcnn.testing.laws.settled import settled
@@ -219,6 +227,7 @@ def _differentiated(subject: Subject, outcome: Outcome) -> tuple[Callable[[], fl
 
     @torch.no_grad()
     def loss(values: Sequence[Tensor]) -> float:
+        discard_stored_values(module)
         for buffer, before in buffers:
             buffer.copy_(before)
         return subject.loss(subject.evaluated(module, values)).item()

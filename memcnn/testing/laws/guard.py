@@ -2,6 +2,7 @@
 
 import math
 import sysconfig
+import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ Checked = TypeVar("Checked", Report, Result, list[Result], Result | None)
 
 TESTING = Path(__file__).parents[1]
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
+LONGEST = 400
+"""Maximum number of characters of an exception's text to show: those of PyTorch's dispatcher have thousands."""
 OWN_MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError)
 """Exceptions that the verifier's own code may raise by mistake. Torch raises others for tensors that do not fit."""
 
@@ -30,7 +33,8 @@ def described(error: BaseException) -> str:
     """Return the exception in words, for "... raised X", with the last line of the block's own code that ran."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_of_library(Path(f.filename))]
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"
+    text = textwrap.shorten(str(error), LONGEST, placeholder=" ...")
+    return f"{type(error).__name__}: {text}{where}"
 
 
 def is_of_library(path: Path) -> bool:

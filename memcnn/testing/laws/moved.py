@@ -5,7 +5,8 @@ is undone, and a value that was computed from a parameter is stale only after th
 starts positive hides an absolute value that one direction takes and the other does not: so parameters also change sign.
 """
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -62,14 +63,28 @@ def used_and_moved(subject: Subject) -> nn.Module:
     start = subject.initialised()
     module = start.fresh(dropout=False)
     _use(start, module)
+    with _in_training_mode(module):
+        _optimise(module, subject.seed)
+    return module
+
+
+def discard_stored_values(module: nn.Module) -> None:
+    """Let a module discard the values that it has computed from its parameters, as ``train()`` may do."""
+    if not all(part.training for part in module.modules()):
+        with _in_training_mode(module):
+            pass
+
+
+@contextmanager
+def _in_training_mode(module: nn.Module) -> Iterator[None]:
+    """Put the module in training mode, and restore all modes afterwards, both by ``train()``."""
     modes = [(part, part.training) for part in module.modules()]
     training = module.training
     module.train()
-    _optimise(module, subject.seed)
+    yield
     module.train(training)
     for part, was in modes:
         part.training = was
-    return module
 
 
 def _is_square(parameter: Tensor) -> bool:

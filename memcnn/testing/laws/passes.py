@@ -96,7 +96,7 @@ def gradients_of_two_steps(subject: Subject, module: nn.Module, order: Sequence[
             losses[i].backward()
         gradients.update(
             {
-                f"{(FIRST, SECOND)[i]}{name}": torch.zeros_like(x) if x.grad is None else x.grad
+                f"{(FIRST, SECOND)[i]}{name}": torch.zeros_like(x) if x.grad is None else x.grad.to_dense()
                 for name, x in (leaves[i] | parameters).items()
             }
         )
@@ -147,7 +147,8 @@ def _gradients_of_two_passes(subject: Subject, module: nn.Module) -> tuple[Named
         loss = subject.loss(outputs)
         for _ in range(2 if loss.requires_grad else 0):
             gradients = torch.autograd.grad(loss, [x for _, x in tensors], retain_graph=True, allow_unused=True)
-            found.append({name: g for (name, _), g in zip(tensors, gradients, strict=True)})
+            dense = [None if gradient is None else gradient.to_dense() for gradient in gradients]
+            found.append({name: gradient for (name, _), gradient in zip(tensors, dense, strict=True)})
         return outputs
 
     subject.run(module, program)

@@ -106,7 +106,7 @@ def _changed_output(subject: Subject, claim: str) -> Result:
 def _intermediate(x: Tensor) -> Tensor:
     """Return a tensor with the values and strides of x that is computed from a leaf."""
     leaf, _ = leaf_like(x.detach().requires_grad_(x.is_floating_point()))
-    value = leaf * 1
+    value = leaf.clone()
     return value if is_dense(x) else value.as_strided(x.shape, x.stride())
 
 

@@ -1,7 +1,7 @@
 """The module under test with its inputs: its copies, its plain twin, and its runs from one and the same state."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memcnn.models.coupling import Coupling
@@ -98,6 +99,9 @@ class Subject:
                 "block of integers or complex numbers through an adapter that takes and returns real tensors"
             )
         self._refuse_values()
+        for name, parameter in (*self.module.named_parameters(), *self.module.named_buffers()):
+            if is_lazy(parameter):
+                raise Refused(f"{name} is uninitialised: call the module once on an input before it is checked")
         try:
             with torch.no_grad():
                 self.evaluated(self.fresh(), self.inputs)
@@ -235,6 +239,23 @@ class Subject:
         with Precisions() if self.dtype == torch.float64 else nullcontext() as precisions:
             outcome = self.run(self.trained())
         return outcome, precisions.found if precisions else {}
+
+    def refuse_shared_parameters(self) -> None:
+        """Raise Refused if a training step of a copy gives gradients to the parameters of the module itself."""
+        own = [(p, p.grad) for p in self.module.parameters()]
+        for parameter, _ in own:
+            parameter.grad = None
+        try:
+            with suppress(Exception):  # a claim reports it
+                _ = self.ordinary
+            if any(parameter.grad is not None for parameter, _ in own):
+                raise Refused(
+                    "a copy of the module uses the parameters of the original, so it cannot be checked: an attribute "
+                    "is a lambda, or a bound method, that refers to the module; make it a method"
+                )
+        finally:
+            for parameter, gradient in own:
+                parameter.grad = gradient
 
     def step(self, module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run a forward and a backward pass."""

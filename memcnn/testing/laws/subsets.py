@@ -2,6 +2,10 @@
 
 import math
 import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
 
 from memcnn.testing.laws.guard import described, is_ours
 from memcnn.testing.laws.limits import Limit
@@ -41,7 +45,7 @@ def gradients_without_inputs(subject: Subject, claim: str) -> Result:
 
 
 def gradients_with_frozen_parameters(subject: Subject, claim: str) -> Result:
-    """Freeze all parameters, and every second one, and compare the other gradients with those of an ordinary step."""
+    """Freeze all parameters, and each half of them, and compare the other gradients with those of an ordinary step."""
     names = [name for name, p in subject.module.named_parameters() if p.requires_grad]
     if not names:
         return Result("gradients", claim, skipped=NO_PARAMETERS)
@@ -49,7 +53,8 @@ def gradients_with_frozen_parameters(subject: Subject, claim: str) -> Result:
     if isinstance(wanted, str):
         return Result("gradients", claim, skipped=wanted)
     results = []
-    for frozen in [set(names), set(names[1::2])][: len(names)]:
+    halves = [set(names[1::2]), set(names[::2])] if len(names) > 1 else []
+    for frozen in [set(names), *halves]:
         module = subject.trained()
         own = zip((name for name, _ in subject.module.named_parameters()), module.parameters(), strict=True)
         for name, parameter in own:
@@ -68,6 +73,49 @@ def gradients_with_frozen_parameters(subject: Subject, claim: str) -> Result:
         rest = {name for name in wanted if name not in frozen}
         results.append(_compared(subject, claim, got, wanted, rest, f"with {which} frozen"))
     return next((result for result in results if result.failed), results[0])
+
+
+def gradients_for_other_strides(subject: Subject, claim: str) -> Result:
+    """Compare backward for expanded and transposed gradients of the outputs with backward for contiguous ones."""
+    wanted = _wanted(subject)
+    if isinstance(wanted, str):
+        return Result("gradients", claim, skipped=wanted)
+    results = []
+    for values, layout, when in (
+        (torch.ones_like, _expanded, "for an expanded gradient of the output, as that of a sum,"),
+        (_drawn_like, _transposed, "for a transposed gradient of the output"),
+    ):
+        wanted, got = (_gradients_for(subject, values, change) for change in (Tensor.contiguous, layout))
+        results.append(_compared(subject, claim, got, wanted, set(wanted), when))
+    return next((result for result in results if result.failed), results[0])
+
+
+def _gradients_for(
+    subject: Subject, values: Callable[[Tensor], Tensor], layout: Callable[[Tensor], Tensor]
+) -> NamedTensors:
+    """Return the gradients of a step in which the outputs have gradients of these values in this layout."""
+
+    def step(module: nn.Module, *inputs: Tensor) -> None:
+        outputs = [y for y in subject.call(module, *inputs) if y.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [layout(values(y.detach())) for y in outputs])
+
+    return subject.run(subject.trained(), step).gradients
+
+
+def _drawn_like(y: Tensor) -> Tensor:
+    numbers = torch.rand(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (2 * numbers - 0.5).to(y)
+
+
+def _expanded(ones: Tensor) -> Tensor:
+    return ones.new_ones(()).expand(ones.shape)
+
+
+def _transposed(values: Tensor) -> Tensor:
+    """Return the values with their dimensions in reverse order in memory."""
+    order = tuple(reversed(range(values.dim())))
+    return values.permute(order).contiguous().permute(order)
 
 
 def _wanted(subject: Subject) -> NamedTensors | str:

@@ -175,7 +175,7 @@ def run(
     return Outcome(
         [result.detach() for result in results],
         {f"input {i}": x.grad for i, x in enumerate(leaves)},
-        {name: p.grad for name, p in parameters},
+        {name: p.grad if p.grad is None else p.grad.to_dense() for name, p in parameters},
         dict(buffers),
         generators,
     )
