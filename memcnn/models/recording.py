@@ -220,13 +220,13 @@ def _autocast_refused() -> Any:
 
 @contextmanager
 def _noted_attributes(block: nn.Module) -> Iterator[list[str]]:
-    """Yield a list of the names of plain attributes that are read meanwhile."""
+    """Yield a list of the names of plain attributes with a value that are read meanwhile."""
     cls: Any = type(block)
     read, plain = dict[str, None](), set(vars(block)) - set(vars(nn.Module()))
 
     def note(self: nn.Module, name: str) -> Any:
         value = cls.__getattribute__(self, name)
-        if name in plain and self is block and not callable(value):
+        if name in plain and self is block and value is not None and not callable(value):
             read[name] = None
         return value
 
