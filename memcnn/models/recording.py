@@ -148,8 +148,9 @@ def changes_restored(block: nn.Module) -> Iterator[Callable[[], str]]:
 
     def changes() -> str:
         attributes = saved[0][2]
-        old = {name: attributes.get(name, getattr(type(block), name, value)) for name, value in vars(block).items()}
-        named = [f"sets its attribute {name!r}" for name, value in vars(block).items() if old[name] is not value]
+        named = [
+            f"sets its attribute {n!r}" for n, value in vars(block).items() if attributes.get(n, value) is not value
+        ]
         for name, container, before in saved[1:]:
             if name == "_buffers":
                 named += [f"changes its buffer {n!r}" for n, b in before.items() if container.get(n) is not b]
