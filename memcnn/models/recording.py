@@ -138,13 +138,13 @@ def _call_of(block: nn.Module, keywords: Mapping[str, bool]) -> nn.Module:
 
 @contextmanager
 def changes_restored(block: nn.Module) -> Iterator[Callable[[], str]]:
-    """Restore the block's attributes, buffers and containers afterwards.
+    """Restore the block's attributes, buffers and containers afterwards, unless it is lazy and was initialised.
 
     Yields:
         a function that returns the reason to refuse the block if they have changed, otherwise an empty string. New
         attributes do not count, so that a block may set them in its first call.
     """
-    saved = [(name, container, copy.copy(container)) for name, container in _containers(vars(block))]
+    cls, saved = type(block), [(name, held, copy.copy(held)) for name, held in _containers(vars(block))]
 
     def changes() -> str:
         attributes = saved[0][2]
@@ -162,7 +162,7 @@ def changes_restored(block: nn.Module) -> Iterator[Callable[[], str]]:
         yield changes
     finally:
         for _, container, before in saved:
-            if not _same(container, before):
+            if type(block) is cls and not _same(container, before):
                 container.clear()
                 (container.extend if hasattr(container, "extend") else container.update)(before)
 

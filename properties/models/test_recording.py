@@ -142,6 +142,13 @@ def test_an_attribute_that_a_block_sets_in_its_first_call_is_allowed():
     assert relative_error(stack.eval()(x), block.eval()(x)) <= tolerance(x.dtype, depth=2)
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_lazy_module_that_is_kept_stays_initialised():
+    lazy, x = nn.LazyLinear(6), torch.randn(4, 6)
+    stack, _ = memcnn.to_reversible([lazy, Residual()], x, keep_others=True, measure=False)
+    assert stack(x).shape == lazy(x).shape and lazy.weight.shape == (6, 6)
+
+
 def test_the_report_names_the_attributes_that_are_constants_now():
     block = residual_block(forward=lambda self, x: x + self.alpha * self.function(x))
     block.alpha, block.unread = 0.5, 1.0
