@@ -126,7 +126,7 @@ class RecordedFunction(nn.Module):
     def __init__(self, block: nn.Module, graphs: Mapping[bool, fx.Graph], call: RecordedCall):
         super().__init__()
         self.training = block.training
-        self.graphs, self.call = dict(graphs), call
+        self.graphs, self.recorded_call = dict(graphs), call
         nodes = [node for graph in self.graphs.values() for node in graph.nodes]
         modules = {node.target for node in nodes if node.op == "call_module"}
         values = {node.target for node in nodes if node.op == "get_attr"}
@@ -141,14 +141,14 @@ class RecordedFunction(nn.Module):
 
     def keywords_taken(self, names: Iterable[str]) -> set[str]:
         """Return those of the names that the block's ``forward`` takes."""
-        return set(names) & (self.call.given.keys() | self.call.defaults.keys())
+        return set(names) & (self.recorded_call.given.keys() | self.recorded_call.defaults.keys())
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_functions": None}  # a generated function cannot be pickled
 
     def __setstate__(self, state: dict) -> None:
-        if "call" not in state:  # pickled by an earlier commit
-            state["call"] = RecordedCall("a block", dict.fromkeys(state["keywords"], True), {}, ())
+        if "recorded_call" not in state:  # pickled by an earlier commit
+            state["recorded_call"] = RecordedCall("a block", dict.fromkeys(state["keywords"], True), {}, ())
         super().__setstate__(state)
         self._functions = self._compiled()
 

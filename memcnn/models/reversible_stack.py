@@ -100,7 +100,7 @@ def to_reversible(
             residual, or a block fails on the sample; the message gives the reasons.
     """
     _refuse_arguments(sample, kwargs)
-    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as cleanup:
+    with torch.inference_mode(False), ExitStack() as cleanup:  # which also ends no_grad
         x = sample.detach().clone()
         kwargs = {name: _copy(value) for name, value in (kwargs or {}).items()}
         blocks, after = _blocks_of(module, kwargs)
@@ -156,7 +156,7 @@ def _converted(
 
 def _positional(block: nn.Module) -> list[str]:
     """Return the names of the positional arguments of a block after its input."""
-    _, *others = inspect.signature(block.forward).parameters.values()
+    others = list(inspect.signature(block.forward).parameters.values())[1:]
     return [parameter.name for parameter in others if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
 

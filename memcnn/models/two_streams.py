@@ -65,7 +65,7 @@ class TwoStreams(nn.Module):
     def __init__(self, functions: Sequence[nn.Module], *, relu_after: bool = False):
         super().__init__()
         own = [f.function if isinstance(f, AfterReLU) else f for f in functions]
-        calls = {id(f.call): f.call for f in own if isinstance(f, RecordedFunction)}
+        calls = {id(f.recorded_call): f.recorded_call for f in own if isinstance(f, RecordedFunction)}
         self.calls = tuple(calls.values())
         functions = [*functions, Nothing()] if len(functions) % 2 else functions
         pairs = zip(functions[::2], functions[1::2], strict=True)

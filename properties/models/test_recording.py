@@ -201,7 +201,7 @@ def test_a_pickle_of_an_earlier_commit_is_read():
     del other.parts[0].calls, other.positional
     coupling = other.parts[0].chain[0]._fn
     state = coupling.Fm.__getstate__() | {"keywords": frozenset()}
-    del state["call"]
+    del state["recorded_call"]
     coupling.Fm = RecordedFunction.__new__(RecordedFunction)
     coupling.Fm.__setstate__(state)
     assert coupling.Fm.keywords_taken(["mask"]) == set()

@@ -119,6 +119,21 @@ def test_integers_and_gradients_that_are_sparse_or_complex_are_compared():
     assert relative_error(stack(x, index=index), block(x, index)) <= tolerance(x.dtype, depth=2)
 
 
+class LookedInPlace(Looked):
+    """The same with other gradients than its record."""
+
+    def forward(self, x, index):
+        y = super().forward(x, index) - x
+        with torch.no_grad():
+            doubled = y.mul_(2)
+        return x + y + 0 * doubled
+
+
+def test_other_gradients_that_are_sparse_or_complex_are_refused():
+    with pytest.raises(ValueError, match="gradients of its input, turn, embedding.weight differ"):
+        memcnn.to_reversible([LookedInPlace()], torch.randn(4, 6), {"index": torch.tensor([0, 1, 2, 1])})
+
+
 def test_keyword_arguments_with_a_graph_keep_it_and_their_gradients():
     block = residual_block(forward=lambda self, x, memory: x + self.function(x) * memory)
     leaf, x = torch.ones(6, requires_grad=True), torch.randn(4, 6)

@@ -353,6 +353,9 @@ def test_modules_that_form_no_stack_are_refused(module, sample, error, message):
 def test_a_scripted_block_and_keyword_arguments_in_a_list_are_refused():
     with pytest.raises(ValueError, match="0: RecursiveScriptModule: torch.jit has compiled it.* the original module"):
         memcnn.to_reversible([torch.jit.script(nn.Linear(6, 6))], torch.ones(2, 6))
+    kept = [torch.jit.script(nn.Linear(6, 6)), Residual()]
+    stack, _ = memcnn.to_reversible(kept, torch.ones(2, 6), keep_others=True, measure=False)
+    assert stack(torch.ones(2, 6)).shape == (2, 6)
     with pytest.raises(TypeError, match="kwargs must be a dictionary of keyword arguments .*: got list"):
         memcnn.to_reversible([Residual()], torch.ones(2, 6), ["mask"])
 
