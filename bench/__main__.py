@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if status in (pytest.ExitCode.NO_TESTS_COLLECTED, pytest.ExitCode.USAGE_ERROR):
         parser.error(
             f"argument -k: got {args.k!r}, which selects no case; wanted words of their names joined by and, or, not: "
-            "a series (depth, batch, width, tiny, law, gate, network), a contender (plain, reversible ...) or a network"
+            "a series (depth, batch, width, tiny, law, gate, network), a subject (plain, reversible ...) or a network"
         )
     if result.is_file():
         _show(args, result, device)

@@ -209,7 +209,10 @@ def branches(model: nn.Module) -> list[nn.Module]:
 
 
 def chains(*, quick: bool, cuda: bool) -> list[Chain]:
-    """Return the cases of all series but the modes. On a GPU batches are 16 times as large, for longer kernels."""
+    """Return the cases of the series depth, batch, width and tiny.
+
+    On a GPU batches are 16 times as large, so that kernels take longer than their launch, except in the series tiny.
+    """
     scale = 16 if cuda else 1
     depths = (1, 4, 8, 16) if quick else (1, 4, 8, 16, 32, 64)
     batches = (1, 16) if quick else (1, 4, 16, 64)

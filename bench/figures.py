@@ -1,6 +1,6 @@
 """Figures of a benchmark result, as SVG and PNG: ``python -m bench.figures results/bench/FILE.json [FOLDER]``.
 
-Contenders differ in marker and line as well as in colour, so that a copy in black and white can be read. A function
+Subjects differ in marker and line as well as in colour, so that a copy in black and white can be read. A function
 returns None if the measurements that its figure needs are missing.
 """
 
@@ -215,7 +215,7 @@ def _line(axes: Axes, subject: str, x, y, spread: list | None = None) -> None:
 
 
 def _ratio_lines(axes: Axes, rows: pd.DataFrame, column: str) -> None:
-    """Draw ratios against a logarithmic axis. Contenders are slightly shifted, so that no error bar hides another."""
+    """Draw ratios against a logarithmic axis. Subjects are slightly shifted, so that no error bar hides another."""
     there = [s for s in STYLES if s in set(rows.subject)]
     for place, subject in enumerate(there):
         one = rows[rows.subject == subject].sort_values(column)

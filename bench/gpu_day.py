@@ -12,8 +12,9 @@ The stages are:
 * memory: the memory of a training step;
 * suites: the benchmark suites.
 
-Each stage has a time limit; together they allow 39 minutes. If a stage fails or exceeds its limit, the next one starts all the same. Results are on the
-disk as soon as they are measured. Exit status: 0 if all stages succeeded, 1 if one did not, 2 for misuse.
+Each stage has a time limit; together they allow 39 minutes. If a stage fails or exceeds its limit, the next one starts
+all the same. Results are on the disk as soon as they are measured. Exit status: 0 if all stages succeeded, 1 if one did
+not, 2 for misuse.
 """
 
 import os

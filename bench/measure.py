@@ -81,7 +81,7 @@ def cpu_seconds_in_turn(steps: Mapping[str, Callable[[], object]], rounds: int) 
 
 
 def memory(case, device: torch.device) -> dict:
-    """Return the bytes at the worst instant of a step: of each kind of tensor, and of the allocator.
+    """Return the bytes of each kind of tensor at the peak of a step, and the peak bytes of the allocator.
 
     The series "law" and "gate" leave the allocator out: its meter is slow on a thousand blocks.
     """

@@ -23,7 +23,7 @@ MODES = {
 def modes(*, quick: bool, cuda: bool) -> list[Chain]:
     """Return chains in all modes: with long kernels, and with kernels so short that launching them takes most time."""
     large, small = (8, 64, 64, 32) if cuda else (2, 4, 64, 32), (16 if cuda else 4, 2, 4, 4)
-    # Graphs come last: a capture that fails can leave the process unable to go on.
+    # Graphs come last: after a failed capture, the process may be unable to run other cases.
     return [Chain("mode", subject, *sizes, mode) for mode in MODES for sizes in (large, small) for subject in THREE]
 
 

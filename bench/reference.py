@@ -5,8 +5,8 @@
     python -m bench.reference --time --depths 8                   also the time of a step, relative to plain
     python -m bench.reference --csv reports/networks/memory.csv   the data of the page docs/networks.md
 
-The depth is the number of blocks: of the first stage, of the first scale, or of a stage of a U-Net. Prints Markdown.
-The cases of depth 8 are part of a full run of ``python -m bench``.
+The depth is the number of blocks: in each stage of a U-Net, and in the only stage or scale of other networks. Prints
+Markdown. The cases of depth 8 are part of a full run of ``python -m bench``.
 """
 
 import sys

@@ -7,7 +7,7 @@
     python -m bench.reproduce_table --train --devices 0,1 --jobs-per-device 3   six cells at a time on two GPUs
     python -m bench.reproduce_table --train --cluster local                     a Ray task for each cell
 
-After a stop by --budget or Ctrl-C, the same command continues where it stopped. Exit status: 0 if every wanted cell is
+After a stop by --budget or Ctrl-C, the same command resumes. Exit status: 0 if every wanted cell is
 complete (always without --train), 3 if some are incomplete, 1 if some failed, 2 for misuse.
 """
 

@@ -21,7 +21,7 @@ NAMES = {
     "wrapped": "wrapped blocks",
     "reversible": "ReversibleSequential",
 }
-"""The names of the contenders, in the order of the tables."""
+"""The names of the subjects, in the order of the tables."""
 
 OPTIONAL = (
     "repeat", "depth", "batch", "channels", "side", "shape", "target", "mode", "network", "load",

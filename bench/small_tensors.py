@@ -16,6 +16,7 @@ name and the reason, and leaves it out.
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pandas as pd
 import torch
@@ -81,7 +82,12 @@ def network_steps(
     for name in names:
         for subject in ("plain", "reversible"):
             step = prepared(Network(name, subject, batch, "small", mode), device)[1]
-            yield (name, subject), lambda count, step=step: [step.run() for _ in range(count)] and None
+            yield (name, subject), partial(_repeat, step.run)
+
+
+def _repeat(run: Callable[[], None], count: int) -> None:
+    for _ in range(count):
+        run()
 
 
 def network_table(names: list[str], batches: tuple[int, ...], device: torch.device, limit: float) -> pd.DataFrame:

@@ -55,7 +55,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     usage, status = description.split("\n\n", 1)
     parser = cli.parser_from("bench.reproduce_table", usage, whole=True, epilog=status)
     out = Path(reports.__file__).with_name("out")
-    folder, names = {"metavar": "FOLDER"}, {"metavar": "A,B,..."}
+    folder = {"metavar": "FOLDER"}
     add = parser.add_argument
     add(
         "--runs",
@@ -74,7 +74,14 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--out", type=cli.output_folder, default=out, **folder, help="folder of the tables (default: reports/out)")
     add("--train", action="store_true", help="first train the cells that are not complete")
     add("--plan", action="store_true", help="print how long each missing cell takes on this device; write no file")
-    add = parser.add_argument_group("with --train and --plan").add_argument
+    _add_training_options(parser)
+    add_execution_options(parser)
+    return parser
+
+
+def _add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of --train and --plan: the cells, the devices that train them, and the data."""
+    add, names = parser.add_argument_group("with --train and --plan").add_argument, {"metavar": "A,B,..."}
     add("--models", type=choice_list(MODELS), default=list(MODELS), **names, help=f"some of {','.join(MODELS)}")
     add("--datasets", type=choice_list(DATASETS), default=list(DATASETS), **names, help=f"some of {','.join(DATASETS)}")
     add(
@@ -86,7 +93,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
     add("--recipe", choices=RECIPES, default="published", help="set of hyper-parameters (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is a GPU, else cpu)")
-    add("--devices", type=device_list, metavar="A,B,...", help="several devices, each with its own process: 0,1 or cpu")
+    add("--devices", type=device_list, **names, help="several devices, each with its own process: 0,1 or cpu")
     add(
         "--jobs-per-device",
         type=count,
@@ -113,11 +120,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         "longest cells that can finish, and use the remaining time for one that a later command resumes",
     )
     data = "(default: $MEMCNN_DATA, else ./data; downloaded when missing)"
-    add("--data", **folder, help=f'the CIFAR files, or the word "generated" for generated images {data}')
+    add("--data", metavar="FOLDER", help=f'the CIFAR files, or the word "generated" for generated images {data}')
     add("--unofficial-data", action="store_true", help="also train on files with wrong checksums; the table marks them")
     add_allow_mixed(add)
-    add_execution_options(parser)
-    return parser
 
 
 def check_places(given: argparse.Namespace) -> None:

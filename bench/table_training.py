@@ -56,7 +56,7 @@ def train_cells(given: argparse.Namespace, settings: Settings) -> int:
     if left_out:
         parts.append(f"{len(left_out)} not started for lack of time")
     if stopped:
-        parts.append(f"stopped ({stopped}); the same command continues from here")
+        parts.append(f"stopped ({stopped}); the same command resumes from here")
     _print(", ".join(parts) + ".\n")
     if failures:
         return 1
@@ -90,7 +90,7 @@ def _outcomes(
     elif given.devices:
         yield from on_devices(cells, settings, given.devices, at_once)
     elif at_once == 1:
-        yield from _in_turn(cells, settings, given.device)
+        yield from _one_by_one(cells, settings, given.device)
     elif first_device(given).type == "cuda":
         yield from in_turns(cells, settings, str(first_device(given)), at_once, progress=sys.stderr.isatty())
     else:
@@ -133,8 +133,8 @@ def is_complete(settings: Settings, cell: Cell) -> bool:
         return False
 
 
-def _in_turn(cells: Iterable[Cell], settings: Settings, device: str | None) -> Iterator[Outcome]:
-    """Train the cells in sequence in this process. Yield each cell with its outcome."""
+def _one_by_one(cells: Iterable[Cell], settings: Settings, device: str | None) -> Iterator[Outcome]:
+    """Train the cells one after the other in this process. Yield each cell with its outcome."""
     for cell in cells:
         remaining_seconds = settings.remaining_seconds()
         if remaining_seconds is not None and remaining_seconds <= 0:
@@ -164,7 +164,7 @@ def committed(given: argparse.Namespace, cell: Cell) -> RunRecord | None:
 
 
 def _line_of(record: RunRecord) -> str:
-    """Return accuracy, time and status of a run as text."""
+    """Return accuracy, time and status of a run as text; if the run is not complete, also its progress and reason."""
     accuracy = cells.DASH if record.test_accuracy is None else f"{record.test_accuracy:.1f}"
     words = f"accuracy {accuracy:>5} %  {cells.duration(record.train_seconds):>5}  {record.status}{record.mark}"
     if record.status == "complete":

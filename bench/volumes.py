@@ -5,7 +5,7 @@
 
 The network is ``ReversibleUNet(4, 3, (32, 64, 128), blocks, dims=3)`` in float32: four modalities, three classes. The
 step has a batch of one, cross-entropy and SGD with momentum. ``memcnn.memory.predict_step_memory`` predicts the bytes
-of all its tensors, in the blocks of CUDA's allocator. The reserve is for the CUDA context and the scratch memory of
+of all its tensors, in the blocks of CUDA's allocator. The reserve is for the CUDA context and the workspaces of
 kernels, which are not predicted. Sides are multiples of 4. Prints Markdown.
 """
 
@@ -25,7 +25,7 @@ from memcnn.memory import largest_that_fits, predict_step_memory
 from memcnn.models.reversible_unet import ReversibleUNet
 
 FACTOR = 4
-"""Sides are multiples of this: the resolution halves twice."""
+"""The network halves the resolution twice, so sides must be multiples of this."""
 
 
 def peak_bytes(subject: str, blocks: int, side: int) -> int:

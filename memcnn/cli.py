@@ -121,7 +121,7 @@ def command(prog: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
                 return FAILED
             except OSError as error:
                 print(f"{prog}: {explain_os_error(error)}", file=sys.stderr)
-                return MISUSE
+                return MISUSE if _is_bad_path(error) else FAILED
             except KeyboardInterrupt:
                 print(f"{prog}: interrupted", file=sys.stderr)
                 return INTERRUPTED
@@ -131,18 +131,25 @@ def command(prog: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     return decorate
 
 
+_PATH_FIXES: dict[type[OSError], str] = {
+    PermissionError: "choose a place that you may read and write",
+    FileNotFoundError: "check the path for a spelling mistake",
+    FileExistsError: "a file is in the way: choose another path",
+    NotADirectoryError: "a part of the path is a file: choose another path",
+    IsADirectoryError: "wanted a file: choose another path",
+}
+
+
+def _is_bad_path(error: OSError) -> bool:
+    """Return whether another path would be right. Otherwise the system failed, as with a full disk."""
+    return type(error) in _PATH_FIXES or error.errno == errno.ENAMETOOLONG
+
+
 def explain_os_error(error: OSError) -> str:
     """Return what the system refused, and what to do about it."""
     reason = error.strerror or str(error)
     where = f"{error.filename}: " if error.filename is not None else ""
-    fixes = {
-        PermissionError: "choose a place that you may read and write",
-        FileNotFoundError: "check the path for a spelling mistake",
-        FileExistsError: "a file is in the way: choose another path",
-        NotADirectoryError: "a part of the path is a file: choose another path",
-        IsADirectoryError: "wanted a file: choose another path",
-    }
-    fix = fixes.get(type(error), "make room or choose another place, and run the command again")
+    fix = _PATH_FIXES.get(type(error), "make room or choose another place, and run the command again")
     if error.errno == errno.ENAMETOOLONG:
         fix = "choose a shorter name"
     return f"{where}{reason}; {fix}"
@@ -276,7 +283,9 @@ def output_folder(text: str) -> Path:
 def output_file(text: str) -> Path:
     """Return the path of a file that can be written because its folder exists."""
     path = _path(text)
-    if path.is_dir() or not path.parent.is_dir():
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text!r}, which is a folder; wanted a file: add a name to the path")
+    if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(
             f"got {text!r}, wanted a file in a folder that exists: create the folder first"
         )

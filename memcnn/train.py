@@ -227,7 +227,7 @@ def _print_end(record: RunRecord, folder: Path, again: str) -> None:
     """Print the result of a run and, if it is not complete, the reason and the command that resumes it."""
     print(summary(record, folder), end="" if record.reason else "\n")
     if record.reason:
-        verb = "try again from the last good checkpoint" if record.status == "failed" else "go on"
+        verb = "try again from the last good checkpoint" if record.status == "failed" else "resume"
         print(f" ({record.reason}); {verb} with: {again}")
 
 

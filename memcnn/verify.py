@@ -4,7 +4,8 @@
 
 The target is a function or class that is called without arguments, or a module; a path works too: blocks.py:make.
 Prints every law with the largest error found and its limit. For a law that fails, it also prints an explanation and the
-smallest failing example as code. Exit status: 0 every law holds, 1 one does not, 2 misuse, 3 the verifier itself broke.
+smallest failing example as code. Exit status: 0 every law holds; 1 one does not, or nothing could be checked; 2 misuse;
+3 the verifier itself broke.
 
 To check a block on your own batch, write the batch with torch.save, as a tensor or a tuple of tensors:
 
@@ -160,7 +161,8 @@ def _verify(args: argparse.Namespace) -> int:
         print(f"some laws stopped after {SECONDS} s; use --examples {number} to check {number} examples of each law")
     for reason in dict.fromkeys(found.not_runnable for found in findings if found.not_runnable):
         print(f"some drawn examples were left out: {reason}")
-    print(f"\n{'PASS' if report.passed else 'FAIL'}: {report.summary()}")
+    verdict = "UNDECIDED" if report.is_undecided else "PASS" if report.passed else "FAIL"
+    print(f"\n{verdict}: {report.summary()}")
     codes = {}
     for found in findings:
         if found.failing:

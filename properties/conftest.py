@@ -18,8 +18,8 @@ from properties.support import errors
 
 torch.set_num_threads(1)
 
-# A first call into torch may take a second, so no single example is held to a time. To explain a failure line by line
-# takes minutes of tracing, and a block names no line.
+# The first call into torch may take a second, so examples have no deadline. The phase `explain` traces all lines, which
+# takes minutes, and the lines that it finds say nothing about a drawn block.
 _COMMON = {
     "deadline": None,
     "suppress_health_check": [HealthCheck.too_slow],
@@ -47,7 +47,6 @@ LONG = (
     "properties/memory/test_prediction.py::test_the_prediction_is_the_measurement_to_the_byte[resnet164]",
     "properties/meta/test_verdicts.py::test_no_drawn_network_is_called_wrong",
     "properties/bench/test_compare.py::test_a_commit_is_compared",
-    "properties/docs/test_walk.py::test_walk[CONTRIBUTING",
     "properties/docs/test_walk.py::test_walk[docs",
     "properties/docs/test_walk.py::test_tox_table_trains_all_twelve_cells",
     "properties/docs/test_examples.py::test_a_training_example_runs",
@@ -65,7 +64,7 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the long tests, and leave them out where ``MEMCNN_LONG`` is 0, as ``tox`` sets it."""
+    """Mark the long tests, and skip them if ``MEMCNN_LONG`` is 0, as ``tox`` sets it."""
     left_out = os.environ.get("MEMCNN_LONG") == "0"
     for item in items:
         if item.nodeid.startswith(LONG):
@@ -85,7 +84,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The largest errors that the laws met, next to their limits."""
+    """Print the largest errors that the laws measured, next to their limits."""
     if errors.LARGEST:
         terminalreporter.section("largest errors, their limits, and the share of the limit")
         for line in errors.table():
@@ -121,9 +120,9 @@ def on_device(device: str) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Start every test from the same seed; a test that takes ``device`` gets the same bits from call to call.
+    """Start every test from the same seed; a test that takes ``device`` gets deterministic kernels.
 
-    What the drift watch has measured on a GPU is read at the end, so that a warning belongs to the test that caused it.
+    After a test on a GPU, wait for the measurements of the drift watch, so that its warning belongs to this test.
     """
     torch.manual_seed(0)
     with reproducible_kernels() if "device" in request.fixturenames else nullcontext():
@@ -135,7 +134,7 @@ def reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cifar() -> Path:
-    """The folder with the official CIFAR files; a test that asks for it is skipped where there is none."""
+    """The folder with the official CIFAR files; a test that takes it is skipped if ``MEMCNN_DATA`` names none."""
     data = os.environ.get("MEMCNN_DATA")
     if data in (None, "", "generated"):
         pytest.skip("needs real CIFAR: set MEMCNN_DATA to the folder of cifar-10-batches-py and cifar-100-python")

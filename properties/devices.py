@@ -1,4 +1,4 @@
-"""The devices that tests run on, and what a test on a GPU needs around it."""
+"""The devices that tests run on, and contexts for tests on a GPU."""
 
 import warnings
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def reproducible_kernels() -> Iterator[None]:
 
 @contextmanager
 def waiting_is_an_error() -> Iterator[None]:
-    """Make every operation that waits for the GPU raise RuntimeError; at the end the mode is what it was.
+    """Make every operation that waits for the GPU raise RuntimeError, and restore the previous mode at the end.
 
     PyTorch warns that the mode is a prototype, after it has set it. That warning alone is ignored.
     """
@@ -47,7 +47,7 @@ def waiting_is_an_error() -> Iterator[None]:
 
 
 def rng_state() -> Tensor:
-    """The state of PyTorch's generator of the CPU, followed by that of the default device if it is a GPU."""
+    """Return the state of PyTorch's CPU generator, followed by the default device's state if that is a GPU."""
     states = [torch.get_rng_state()]
     if torch.get_default_device().type == "cuda":
         states.append(torch.cuda.get_rng_state())

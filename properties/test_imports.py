@@ -1,4 +1,4 @@
-"""Imports go one way: between the four packages, and between the rooms of ``memcnn``."""
+"""Imports go one way: between the four packages, and between the parts of ``memcnn``."""
 
 import ast
 from importlib.util import resolve_name
@@ -8,9 +8,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("memcnn", "reports", "bench", "properties")
-"""A package imports those before it, and none of those behind it."""
+"""A package may import the packages before it, but none after it."""
 
-ROOMS = {
+PARTS = {
     "attribution": set(),
     "engine": {"attribution", "reuse"},
     "memory": set(),
@@ -27,10 +27,10 @@ ROOMS = {
     "train": {"cli", "data", "migration", "models", "training"},
     "verify": {"cli", "testing"},
 }
-"""What each folder or file of ``memcnn`` may import of the others; a file that is not named imports none of them."""
+"""The folders and files of ``memcnn`` that each part, a folder or a file, may import; a part without an entry: none."""
 
 PUBLIC = ROOT / "memcnn" / "__init__.py"
-"""The package's public names, which come from several rooms."""
+"""The package's public names, which come from several parts."""
 
 IMPORT_ANOTHER_TEST = {f"properties.engine.test_{name}" for name in ("arguments_memory", "drift", "parameters")}
 """Tests that still import from another test instead of ``properties.support``."""
@@ -62,8 +62,8 @@ def modules(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
-def room(name: str) -> str:
-    """Return the room of a full name: the part behind ``memcnn``; "" for one of its public names."""
+def part_of(name: str) -> str:
+    """Return the part of ``memcnn`` to which a full name belongs: its second word; "" for a public name of memcnn."""
     part = name.split(".")[1] if name.startswith("memcnn.") else ""
     return part if any((ROOT / "memcnn" / f"{part}{end}").exists() for end in ("", ".py")) else ""
 
@@ -81,10 +81,12 @@ def test_a_package_imports_none_that_is_built_on_it(package):
 
 
 @pytest.mark.parametrize("path", [path for path in modules("memcnn") if path != PUBLIC], ids=module_name)
-def test_a_room_imports_only_the_rooms_that_it_is_built_on(path):
-    own = room(module_name(path))
-    found = {room(name) for name in imported(path.read_text("utf-8"), module_name(path)) if name.startswith("memcnn.")}
-    assert found - {own, ""} <= ROOMS.get(own, set())
+def test_a_part_of_memcnn_imports_only_the_parts_that_it_is_built_on(path):
+    own = part_of(module_name(path))
+    found = {
+        part_of(name) for name in imported(path.read_text("utf-8"), module_name(path)) if name.startswith("memcnn.")
+    }
+    assert found - {own, ""} <= PARTS.get(own, set())
 
 
 def test_tests_share_code_through_support_only():
@@ -97,12 +99,12 @@ def test_tests_share_code_through_support_only():
     assert found == IMPORT_ANOTHER_TEST
 
 
-def test_no_two_rooms_import_each_other():
+def test_no_two_parts_of_memcnn_import_each_other():
     def below(one: str, seen: frozenset[str] = frozenset()) -> set[str]:
-        others = ROOMS.get(one, set()) - seen
+        others = PARTS.get(one, set()) - seen
         return others.union(*(below(other, seen | others) for other in others))
 
-    assert [one for one in ROOMS if one in below(one)] == []
+    assert [one for one in PARTS if one in below(one)] == []
 
 
 def test_an_import_is_found_wherever_and_however_it_is_written():
@@ -114,7 +116,7 @@ def test_an_import_is_found_wherever_and_however_it_is_written():
         "memcnn.training.record",
         "memcnn.testing.checks.check_all",
     }
-    assert (room("memcnn.testing.checks.check_all"), room("memcnn.cli"), room("memcnn.AdditiveCoupling")) == (
+    assert (part_of("memcnn.testing.checks.check_all"), part_of("memcnn.cli"), part_of("memcnn.AdditiveCoupling")) == (
         "testing",
         "cli",
         "",

@@ -137,7 +137,7 @@ def text_frame(table: pd.DataFrame) -> pd.DataFrame:
     Args:
         table: one row for each line of the table; its columns have plain names.
     """
-    columns = {("", str(name)): [_finished(value) for value in column] for name, column in table.items()}
+    columns = {("", str(name)): [_formatted(value) for value in column] for name, column in table.items()}
     return pd.DataFrame(columns, dtype=object)
 
 
@@ -164,7 +164,8 @@ def _code(note: str) -> markupsafe.Markup:
     return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(note))))
 
 
-def _finished(value: object) -> str:
+def _formatted(value: object) -> str:
+    """Return a number with six significant digits, text as it is, and a dash for a missing value."""
     return value if isinstance(value, str) else DASH if pd.isna(value) else f"{value:.6g}"
 
 

@@ -26,7 +26,7 @@ class NoPlace(ValueError):
 
 
 def block(report: Report) -> str:
-    """Return both data sets as one Markdown table, a list with the runs of each cell, and what the cells say.
+    """Return both data sets as one Markdown table, sentences that explain it, and a list with the runs of each cell.
 
     The report must hold only committed records, because a reader of the README has no others.
     """

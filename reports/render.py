@@ -88,7 +88,7 @@ def page_of(report: Report, folder: Path | None = None) -> page.Page:
 
 
 def _files(run: Path, folder: Path) -> list[tuple[str, str]]:
-    """Return (text, address) of a run's files, seen from the page's folder. The record holds its environment."""
+    """Return (text, address) of a run's record and curve, if they exist; addresses are relative to ``folder``."""
     names = {"record": "record.json", "curve": CURVE}
     there = {text: run / name for text, name in names.items() if (run / name).is_file()}
     return [(text, quote(os.fsencode(os.path.relpath(path, folder)))) for text, path in there.items()]

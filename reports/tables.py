@@ -127,8 +127,9 @@ def memory_table(runs: pd.DataFrame, measured: pd.DataFrame | None = None) -> pd
     """Return the memory of one training step at batch 100, one row for each model, in MiB.
 
     A record counts when its batch is 100 and its engine was on, whatever its length and data, because neither changes
-    the shapes. Records of a CPU count the tensors, in float32. Records of a GPU, and ``measured``, count what the
-    allocator handed out, scratch included; each precision has columns of its own, since bf16 halves most activations.
+    the shapes. Records of a CPU count the tensors, in float32. Records of a GPU, and ``measured``, count the bytes
+    that the allocator gave out, with the kernels' workspaces; each precision has its own columns, because in bf16 most
+    activations take half the bytes.
 
     Args:
         runs: the table of ``runs_table``.
@@ -254,12 +255,11 @@ def _row(folder: Path, record: RunRecord, reasons: list[str]) -> tuple:
 def _parts(record: RunRecord) -> str:
     """Describe the parts of a mixed run: "bf16 on cuda to iteration 400; float32 on cpu to iteration 1,000"."""
     parts: list[tuple[str, int]] = []
-    for segment in record.segments:
+    for segment in (segment for segment in record.segments if segment.iterations):
         how = f"{segment.execution} on {segment.device['type']}"
         if parts and parts[-1][0] == how:
             parts.pop()
-        if segment.iterations:
-            parts.append((how, segment.last))
+        parts.append((how, segment.last))
     return "; ".join(f"{how} to iteration {last:,}" for how, last in parts)
 
 

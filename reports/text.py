@@ -51,7 +51,7 @@ def escape_markdown(text: str) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """Escape text so that LaTeX prints it literally; letters outside Latin-1 become a question mark."""
+    """Escape text so that LaTeX prints it literally; other signs outside Latin-1 become a question mark."""
     return "".join(_LATEX.get(letter, letter if ord(letter) < 256 else "?") for letter in text)
 
 

@@ -45,7 +45,7 @@ NEEDS = ("scipy==1.17.1", "UMNN==1.71")
 FILES = ("freia", "normflows", "nflows", "zuko", "iunets", "engines", "flowtorch", "antsnormflows")
 COLUMNS = ("inverse", "log_det", "gradients", "state", "wrapped")
 SINGLE = 1.2e-4
-"""Largest error that counts as float32 precision: 1,000 roundings."""
+"""Largest error that counts as float32 precision: 1,000 machine epsilons."""
 REPRODUCTIONS = Path(__file__).parent / "packages" / "reproductions"
 
 INTRODUCTION = """\
@@ -163,7 +163,7 @@ def cell(rows: list[dict], column: str) -> str:
 
 
 def reason(rows: list[dict]) -> str:
-    """Return the first sentence of the first failure that is not declared."""
+    """Return why the layer does not run, or the first line of its first failure; "" if there is neither."""
     for row in rows:
         if "refused" in row:
             return row["refused"].splitlines()[0][:160]

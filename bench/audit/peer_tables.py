@@ -112,7 +112,7 @@ def _behaviour_section(result: dict) -> str:
 ## Behaviour
 
 {count} small programs run on a chain of two couplings with conv-BN-ReLU-conv-BN branches in float64. Their results \
-are compared with plain autograd on the same weights. Right: the error is below 1e-9. Wrong: the cell shows the \
+are compared with plain autograd on the same weights. Right: the error is below 1e-12. Wrong: the cell shows the \
 largest relative error, or a count. Where a program needs it, peers run with their own options for dropout and for \
 two backward passes (upstream: preserve_rng_state, num_bwd_passes; RevTorch: fix_random_seed, \
 eagerly_discard_variables).

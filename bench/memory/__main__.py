@@ -4,15 +4,16 @@
     python -m bench.memory package.module:factory --shape 100,3,224,224 --optimizer adam
     python -m bench.memory --table --out reports/activations.md
 
-A step is forward pass with loss, backward pass and update. MODEL is one of the six networks, on images of CIFAR's size,
-or your own function that returns an nn.Module. Such a module takes one input of --shape, and its loss is the mean of
-its output.
+A step is forward pass with loss, zero_grad(), backward pass and update. MODEL is one of the six networks, on images of
+CIFAR's size, or your own function that returns an nn.Module. Such a module takes one input of --shape, and its loss is
+the sum of the means of its outputs.
 
 Counted: every tensor, in the 512-byte blocks of CUDA's caching allocator, with optimisers as they run on CUDA.
 Not counted: the CUDA context (about 0.5 GiB), the workspaces of cuDNN and cuBLAS, and free memory between blocks. Set
 --reserve for these. The prediction assumes that CUDA's kernels save the same tensors as the CPU's. Under bfloat16
 autocast it counts BatchNorm's statistics as bfloat16 where kernels keep float32, which is about 0.03 %. After the
-prediction, the command computes a step on the CPU and on a CUDA device if there is one, and prints the error.
+prediction, the command computes a step of at most 8 samples on the CPU and, if there is one, on a CUDA device, and
+prints the error of its prediction; --no-check leaves this out.
 """
 
 import argparse

@@ -20,7 +20,7 @@ def render(result: dict) -> str:
     engine = ", reversible units off" if result["disable"] else ""
     lines = [
         f"{result['model']}, input {' x '.join(map(str, result['shape']))}, {how}{engine}",
-        "One training step on CUDA at its worst instant, predicted",
+        "One training step on CUDA at its peak, predicted",
         "",
         *(f"{name:<16}{mib(peak[key]):>14}" for key, name in PARTS.items()),
         f"{'peak':<16}{mib(peak['peak_bytes']):>14}  in the {PHASES[peak['phase']]}",
@@ -33,7 +33,7 @@ def render(result: dict) -> str:
         lines += [f"on CUDA: not measured, {why}"]
     if result["budget_bytes"] is not None:
         budget, reserve = mib(result["budget_bytes"]), mib(result["reserve_bytes"])
-        lines += ["", f"Within {budget}, {reserve} being reserved for context, kernels' scratch and fragmentation"]
+        lines += ["", f"Within {budget}, {reserve} reserved for CUDA context, kernels' workspaces and fragmentation"]
         lines += [_fit(result["largest_batch"], "batch", "")]
         if result["largest_depth"] is not None:
             depth = result["largest_depth"]
@@ -45,12 +45,12 @@ def render(result: dict) -> str:
 def _check(row: dict) -> str:
     """Return the line that compares prediction and measurement on one device."""
     error = (row["predicted_bytes"] - row["tensor_bytes"]) / row["tensor_bytes"]
-    scratch = (row["predicted_bytes"] - row["allocated_bytes"]) / row["allocated_bytes"]
+    with_workspaces = (row["predicted_bytes"] - row["allocated_bytes"]) / row["allocated_bytes"]
     reserved = "" if row["reserved_bytes"] is None else f", {mib(row['reserved_bytes'])} reserved"
     return (
         f"on {row['device']}, batch {row['batch']}: predicted {mib(row['predicted_bytes'])}, measured "
         f"{mib(row['tensor_bytes'])} of tensors (error {error:+.3%}), {mib(row['allocated_bytes'])} by the allocator, "
-        f"kernels' scratch included ({scratch:+.1%}){reserved}"
+        f"kernels' workspaces included ({with_workspaces:+.1%}){reserved}"
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memcnn.engine.capture import is_captured
-from memcnn.engine.torch_private import disabled_dispatch
+from memcnn.engine.torch_private import disabled_dispatch, has_values
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PRIME = 2**31 - 1
@@ -25,6 +25,11 @@ def fingerprint(x: Tensor) -> Tensor:
     if bits.dtype is torch.int64:  # values of float64 share zero bits, so that a plain sum soon overflows to 0
         bits = bits % _PRIME
     return bits.sum(dtype=torch.int64)
+
+
+def differ(then: Tensor, now: Tensor) -> bool:
+    """Return whether two fingerprints differ. Those of tensors without values never do."""
+    return has_values(now) and not torch.equal(then, now)
 
 
 def has_fingerprint(x: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from memcnn.engine.arguments import Arguments, refuse_inference
 from memcnn.engine.chain import Rearrangement, Value, dense, evaluation_lock, tag, tag_of, thread_state, value_of_whole
-from memcnn.engine.checksum import fingerprint
+from memcnn.engine.checksum import differ, fingerprint
 from memcnn.engine.exact import Grid
 from memcnn.engine.recompute import Recomputation
 from memcnn.engine.second import SecondEvaluation
@@ -164,7 +164,7 @@ class Recording:
     def split(self, x: Tensor, halves: Sequence[Tensor], dim: int) -> None:
         """Note that x was split into ``halves``. If x is the output of a block, relate them to that block's values."""
         attached = tag_of(x)
-        if attached.dim == dim:  # the block before has merged the same halves: go on with their values
+        if attached.dim == dim:  # the block before has merged the same halves: continue with their values
             values = [reference() or Value(half) for reference, half in zip(attached.values, halves, strict=True)]
         else:  # the values of x as a whole, if it has any, are rebuilt from these halves
             values = [Value(half) for half in halves]
@@ -224,7 +224,7 @@ class CoupledBranch(Recomputation):
         a = target.read() if target is not None and target.tensor is not None else None
         with self.replay.again():
             h = second.run((b,), self.module, b, **kwargs)
-            if self.fingerprint is not None and not torch.equal(self.fingerprint, fingerprint(h)):
+            if self.fingerprint is not None and differ(self.fingerprint, fingerprint(h)):
                 raise RuntimeError(
                     f"{self.name} does not reproduce itself bit for bit, so that an exact coupling is "
                     "not exact here: use deterministic kernels (torch.use_deterministic_algorithms) and "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memcnn.engine.capture import refuse_capture
+from memcnn.engine.torch_private import has_values
 
 DEFAULT_STEP = 2.0**-10
 
@@ -69,7 +70,8 @@ class Grid:
         """Return x. Raise an OverflowError if a value lies beyond ``limit``, where sums are no longer exact."""
         limit = self.limit(x.dtype)
         refuse_capture(x.device, "an exact coupling looks at its largest value", "use exact=False")
-        largest = x.detach().abs().amax().item() if x.numel() else 0.0
+        size = x.detach().abs().amax() if x.numel() else x.new_zeros(())
+        largest = size.item() if has_values(size) else 0.0
         if not largest <= limit:
             raise OverflowError(
                 f"a value of {largest:.3g} in an exact coupling leaves the grid of {x.dtype} with step "

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode as FakeTensorMode  # tensors that have a shape and no values
+from torch._subclasses import FakeTensor
 from torch.autograd import Variable, forward_ad
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn.modules import module as torch_module
@@ -62,6 +62,12 @@ GLOBAL_BACKWARD_HOOKS: tuple[dict, ...] = (
     torch_module._global_backward_pre_hooks,
 )
 """Backward hooks and backward pre-hooks that run with every module."""
+
+
+def has_values(x: Tensor) -> bool:
+    """Return whether x has values: fake tensors and those on the meta device have a shape alone."""
+    return not isinstance(x, FakeTensor) and not x.is_meta
+
 
 disabled_dispatch = torch._C._DisableTorchDispatch
 """A context without dispatch modes. A mode of fake tensors cannot compare the states of real generators."""

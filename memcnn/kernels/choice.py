@@ -218,8 +218,8 @@ def _rejection_message(key: Key, rejected: Mapping[str, str]) -> str:
     plan, reason = next(iter(rejected.items()))
     about = f"for the {key.operation} of shapes {key.shapes[0]} and {key.shapes[1]}, {key.dtype} on {key.device}"
     if plan == ALL_PLANS:
-        return f"Our kernel {about} could not be tried. Training goes on with PyTorch's. {reason}"
-    return f"{len(rejected)} plans {about} failed. Training goes on without them. The first: {plan}: {reason}"
+        return f"Our kernel {about} could not be tried. Training continues with PyTorch's. {reason}"
+    return f"{len(rejected)} plans {about} failed. Training continues without them. The first: {plan}: {reason}"
 
 
 _current = Choices()

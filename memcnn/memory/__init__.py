@@ -4,7 +4,8 @@ There are two meters, because each sees memory that the other does not:
 
 * ``tensor_peak_bytes`` follows every tensor that an operator returns. It works on any device, and on fake and meta
   tensors. It sees neither the scratch memory that a kernel allocates and frees within one operator, nor that a storage
-  was resized to 0. Its result does not depend on the machine or on the number of threads.
+  was resized to 0, nor what other Python threads make. Its result does not depend on the machine or on the number of
+  threads that PyTorch computes with.
 * ``allocator_peak_bytes`` asks the allocator: on the CPU through the events that the profiler records, on CUDA through
   the counters of the caching allocator. It includes scratch memory, so its result is the larger one.
 

@@ -35,14 +35,9 @@ def allocator_peak_bytes(fn: Callable[[], object], *, device: str | torch.device
         RuntimeError: on the CPU, while a profiler is running.
         ValueError: for a device without such a meter.
     """
-    device = torch.device(device)
+    device = _metered(device)
     if device.type == "cuda":
         return _cuda_rise_bytes(fn, device)
-    if device.type != "cpu":
-        raise ValueError(
-            f"no allocator meter for device {device.type!r}, only for cpu and cuda; use tensor_peak_bytes, which works "
-            "on any device"
-        )
     return _peak_of(_cpu_allocations(fn))[0]
 
 
@@ -63,13 +58,25 @@ def allocator_total_bytes(
 
     Raises:
         RuntimeError: on the CPU, while a profiler is running.
+        ValueError: for a device without such a meter.
     """
-    device = torch.device(device)
+    device = _metered(device)
     if device.type == "cuda":
         held_bytes = sum(in_blocks(size, CUDA_BLOCK_BYTES) for size in _sizes(held()).values())
         return held_bytes + _cuda_rise_bytes(fn, device)
     peak_bytes, alive = _peak_of(_cpu_allocations(lambda: _twice(fn)))
     return peak_bytes + sum(size for address, size in _sizes(held()).items() if address not in alive)
+
+
+def _metered(device: str | torch.device) -> torch.device:
+    """Return the device. Raise a ValueError if its allocator has no meter."""
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"no allocator meter for device {device.type!r}, only for cpu and cuda; use tensor_peak_bytes, which works "
+            "on any device"
+        )
+    return device
 
 
 def _cuda_rise_bytes(fn: Callable[[], object], device: torch.device) -> int:

@@ -20,8 +20,8 @@ class TensorMeter(TorchDispatchMode):
 
     A storage counts once, from the operator that returns it until its last tensor is gone. Views and in-place results
     add nothing. Storages that existed at entry are not counted, even when they are freed inside; ``count`` adds them.
-    Sparse tensors are not counted. Meters may be nested. After the context has ended, ``current_bytes`` still falls
-    when a tensor is freed, so it is the bytes that are still referenced.
+    Sparse tensors are not counted, nor is what other Python threads make. Meters may be nested. After the context has
+    ended, ``current_bytes`` still falls when a tensor is freed, so it is the bytes that are still referenced.
 
     Args:
         block_bytes: size of a block; each storage counts as a whole number of blocks. CUDA's caching allocator hands

@@ -107,7 +107,12 @@ class Attention(nn.Module):
             attention_mask: True where attention is allowed, or a number to add to its logits; of a shape that
                 broadcasts to (N, heads, T, T). Not with ``causal``.
             cache: keys and values of earlier tokens.
+
+        Raises:
+            ValueError: the layer is causal, and there is an ``attention_mask``.
         """
+        if self.causal and attention_mask is not None:
+            raise ValueError("got an attention_mask for causal attention, which has a mask of its own; leave one out")
         n, length, dim = x.shape
         q, k, v = self.qkv(self.norm(x)).view(n, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         causal = self.causal

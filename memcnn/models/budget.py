@@ -6,9 +6,9 @@ For a step that ends with the chain and differentiates all of its outputs, this 
 ``memcnn.memory.measure_step_memory``.
 
 To make a plan, the step runs on fake tensors, which have sizes but no data: its peak is known to the byte without
-computing anything. Blocks are chosen in the order of the time that storing saves for each byte, the last block first
-among equals, until the budget is full. The time is estimated from the operations, see ``ELEMENT``. The plan for inputs
-of one size is made once, and kept.
+computing anything. It is the peak of a step that the drift watch samples, which is the largest. Blocks are chosen in
+the order of the time that storing saves for each byte, the last block first among equals, until the budget is full.
+The time is estimated from the operations, see ``ELEMENT``. The plan for inputs of one size is made once, and kept.
 """
 
 import copy
@@ -24,8 +24,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from memcnn.engine.chain import storing, thread_state
-from memcnn.engine.torch_private import FakeTensorMode
+from memcnn.engine.drift import SAMPLED, Evaluations, evaluations
 from memcnn.memory import TensorMeter
+from memcnn.memory.fake import FakeMode
 from memcnn.models.keywords import taken
 from memcnn.models.wrapper import is_recorded, uncompiled
 
@@ -101,7 +102,7 @@ class Budget:
         try:
             with (
                 torch.random.fork_rng(devices=[]),
-                FakeTensorMode(),
+                FakeMode(),
                 torch.autocast(x.device.type, enabled=autocast[0], dtype=autocast[1]),
             ):
                 step = _FakeStep(chain, direction, x, kwargs)
@@ -189,11 +190,19 @@ class _Elements(TorchDispatchMode):
         return result
 
 
+class _Watched(Evaluations):
+    """Stays at the number of an evaluation that the drift watch samples. Such a step needs the most bytes."""
+
+    number = property(lambda self: min(SAMPLED), lambda self, number: None)
+
+
 class _FakeStep:
-    """A copy of the chain and its inputs without values, to predict steps on. It needs a ``FakeTensorMode``."""
+    """A copy of the chain and its inputs without values, to predict steps on. It needs a ``FakeMode``."""
 
     def __init__(self, chain: nn.Sequential, direction: str, x: Tensor, kwargs: Mapping[str, Any]):
         self.chain: Any = _without_values(chain)
+        evaluations.update((module, _Watched()) for module in self.chain.modules())
+        self.peaks: dict[frozenset[int], int] = {}
         self.direction = direction
         results: tuple[Tensor, ...]
         self.x = _like(x).requires_grad_(x.requires_grad)
@@ -209,13 +218,16 @@ class _FakeStep:
         self.gradients = [torch.zeros_like(result) for result in results]
 
     def peak_bytes(self, stored: Collection[int]) -> int:
-        """Return the peak of a step in which these blocks store their activations."""
-        self.chain.budget = _Fixed(frozenset(stored))
-        self.x.grad = None
-        with TensorMeter() as meter:
-            self._run()
-        self.x.grad = None
-        return meter.peak_bytes
+        """Return the peak of a step in which these blocks store their activations. Predict each such step once."""
+        positions = frozenset(stored)
+        if positions not in self.peaks:
+            self.chain.budget = _Fixed(positions)
+            self.x.grad = None
+            with TensorMeter() as meter:
+                self._run()
+            self.x.grad = None
+            self.peaks[positions] = meter.peak_bytes
+        return self.peaks[positions]
 
     def _run(self) -> None:
         """Run the forward and the backward pass of the chain."""

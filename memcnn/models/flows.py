@@ -21,10 +21,10 @@ __all__ = ["ActNorm", "InvertibleConv1x1"]
 class ActNorm(nn.Module):
     """Activation normalisation: y = exp(log_scale) * x + shift, with a learned scale and shift for each channel.
 
-    The first call of ``forward`` or ``inverse`` in training mode initialises both parameters from its input. Every
-    channel of the result then has mean 0 and variance 1 over batch and positions; a constant channel keeps its scale.
-    Until then the layer is the identity. Make this first call before you wrap the model for distributed training,
-    because every process sees different data.
+    The first call of ``forward`` or ``inverse`` in training mode, with at least one sample, initialises both parameters
+    from its input. Every channel of the result then has mean 0 and variance 1 over batch and positions; a constant
+    channel keeps its scale. Until then the layer is the identity. Make this first call before you wrap the model for
+    distributed training, because every process sees different data.
 
     Args:
         channels: C, the number of channels.
@@ -40,7 +40,7 @@ class ActNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return y, same shape as x (N, C, ...)."""
         _check_channels(self, x, len(self.shift))
-        if self.training and not self.initialised:
+        if self.training and not self.initialised and x.numel():
             mean, deviation = self._statistics(x)
             self._initialise(-deviation.log(), -mean / deviation)
         scale, shift = self._like(x)
@@ -49,7 +49,7 @@ class ActNorm(nn.Module):
     def inverse(self, y: Tensor) -> Tensor:
         """Return x, same shape as y (N, C, ...)."""
         _check_channels(self, y, len(self.shift))
-        if self.training and not self.initialised:
+        if self.training and not self.initialised and y.numel():
             mean, deviation = self._statistics(y)
             self._initialise(deviation.log(), mean)
         scale, shift = self._like(y)

@@ -103,7 +103,7 @@ class MomentumNet(nn.Module):
 
     def inverse(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return the first state and velocity for the last ones, as ``with_velocity`` returns them."""
-        streams = torch.cat((v / self.gamma ** len(self.blocks), x), self.dim)
+        streams = torch.cat((in_full_precision(v) / self.gamma ** len(self.blocks), in_full_precision(x)), self.dim)
         v, x = self.blocks.inverse(streams).chunk(2, self.dim)
         return x, v
 

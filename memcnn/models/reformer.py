@@ -93,7 +93,7 @@ class ReversibleLM(nn.Module):
         """
         if tokens.dim() != 2 or not tokens.shape[1]:
             raise ValueError(
-                f"tokens must be (N, T) with T of at least 1, a text to go on with: got {tuple(tokens.shape)}"
+                f"tokens must be (N, T) with T of at least 1, a text to continue: got {tuple(tokens.shape)}"
             )
         if temperature < 0:
             raise ValueError(f"temperature must be at least 0: got {temperature}")

@@ -57,6 +57,7 @@ class ReversibleViT(nn.Module):
         if fusion not in ("concat", "mean"):
             raise ValueError(f"fusion must be 'concat' or 'mean': got {fusion!r}")
         self.fusion = fusion
+        self.image_size = torch.Size((image_size, image_size))
         self.patches = nn.Conv2d(image_channels, dim, patch, patch)
         self.position = nn.Parameter(torch.zeros(1, (image_size // patch) ** 2, dim))
         nn.init.trunc_normal_(self.position, std=0.02)
@@ -74,15 +75,14 @@ class ReversibleViT(nn.Module):
             attention_mask: a mask of pairs of patches; see ``memcnn.models.attention.Attention``.
 
         Raises:
-            ValueError: the images have another number of patches.
+            ValueError: the images have another size.
         """
-        tokens = self.patches(x).flatten(2).transpose(1, 2)
-        if tokens.shape[1:] != self.position.shape[1:]:
+        if x.shape[-2:] != self.image_size:
+            height, width = self.image_size
             raise ValueError(
-                f"images give {tokens.shape[1]} patches, but the network has {self.position.shape[1]} positions: give "
-                f"it images of its image_size; got {tuple(x.shape)}"
+                f"images must be {height} x {width} pixels, the network's image_size: got {tuple(x.shape)}"
             )
-        tokens = tokens + self.position
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.position
         masks = {} if attention_mask is None else {"attention_mask": attention_mask}
         return self.head(self.norm(self._fused(self.blocks(torch.cat((tokens, tokens), -1), **masks))).mean(1))
 

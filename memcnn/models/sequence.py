@@ -44,7 +44,7 @@ class ReversibleSequential(nn.Sequential):
         budget_bytes: int | None = None,
     ):
         super().__init__(*(m if isinstance(m, _REVERSIBLE) else InvertibleModuleWrapper(m) for m in modules))
-        if keep_every is not None and (not isinstance(keep_every, int) or keep_every < 1):
+        if keep_every is not None and (type(keep_every) is not int or keep_every < 1):
             raise ValueError(f"keep_every must be None or a whole number of at least 1: got {keep_every!r}")
         if keep_every is not None and budget_bytes is not None:
             raise ValueError(

@@ -324,7 +324,7 @@ class Network:
     def build(self, device: str = "cpu") -> nn.Module:
         """Return the module on ``device``; the state of torch's CPU generator is as before."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.input.seed)
+            torch.default_generator.manual_seed(self.input.seed)  # torch.manual_seed would seed all GPUs, too
             module = self.chain.build().to(self.dtype)
             with torch.no_grad():
                 for part in module.modules():

@@ -86,9 +86,9 @@ def search(
         module, inputs = example.module(make), example.inputs()
         report = check_all(module, *inputs, seed=example.seed, laws=[law], **{**options, **more})
         found.add(report)
-        if not report.passed:
+        if report.failures:
             found.failing = example, report
-        return report.passed
+        return not report.failures
 
     shallow = {"deepest": 0} if law == "inverse" else {}
     failed_since: list[float] = []

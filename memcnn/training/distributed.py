@@ -24,7 +24,7 @@ LOST = ("onnection closed", "onnection reset", "onnect timeout", "roken pipe", "
 
 
 class ProcessLost(RuntimeError):
-    """Another process of the run has ended, or cannot be reached, so that this one cannot go on."""
+    """Another process of the run has ended, or cannot be reached, so that this one cannot continue."""
 
 
 class World:

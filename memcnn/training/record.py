@@ -36,7 +36,7 @@ class RunRecord:
     ``device``, ``software`` (versions, and "execution"), ``commit`` and ``clean`` are those of the last segment.
 
     Attributes:
-        status: "complete" when all of the recipe's iterations are done and evaluated; "partial" while the run goes on
+        status: "complete" when all of the recipe's iterations are done and evaluated; "partial" while the run continues
             (reason None) or after it was stopped; "failed" when a loss or a weight was not finite.
         test_accuracy: accuracy at the last evaluation, in percent; None before the first.
         test_loss: loss at the last evaluation, in nats; None before the first.

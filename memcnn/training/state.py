@@ -1,4 +1,4 @@
-"""The state of a run: everything that it needs to go on. A checkpoint holds exactly this."""
+"""The state of a run: everything that it needs to resume. A checkpoint holds exactly this."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
 

@@ -38,8 +38,8 @@ def train_together(
 ) -> Iterator[Outcome]:
     """Train the jobs, ``at_once`` of them at a time; yield each with its record, or with its error, as it ends.
 
-    When a run ends, even by an error, the next job takes its place and the others go on. After a stop each run ends as
-    it would alone, and no further job begins.
+    When a run ends, even by an error, the next job takes its place and the others continue. After a stop each run ends
+    as it would alone, and no further job begins.
 
     Args:
         jobs: the jobs, taken one by one when there is room, so that a generator can choose by the time left.
@@ -113,7 +113,7 @@ class _Group:
         return bool(self.members)
 
     def _advance(self, member: _Member) -> RunRecord | Exception | None:
-        """Give a run one turn; return its record or its error if it has ended, None if it goes on."""
+        """Give a run one turn; return its record or its error if it has ended, None if it continues."""
         try:
             with member.lane.turn():
                 member.event = next(member.turns)

@@ -1,4 +1,4 @@
-"""Bad input ends every command with exit status 2 and a few plain lines: no traceback, no usage, nothing lost."""
+"""Bad input ends every command with exit status 2 and a short message, without traceback or usage; no file changes."""
 
 import importlib
 import json
@@ -216,7 +216,7 @@ COMMANDS = {
         (["revnet38", "--json", "{file}/x"], "wanted a file in a folder that exists"),
         (["revnet38", "--out", "{new}"], "--out: wanted --table"),
         (["--table", "revnet38"], "got 'revnet38', wanted none with --table"),
-        (["revnet38", "--json", "{folder}"], "wanted a file in a folder that exists"),
+        (["revnet38", "--json", "{folder}"], "which is a folder; wanted a file: add a name"),
         (["revnet38", "--json", LONG], "File name too long; choose a shorter name"),
         (["--table", "--out", "{missing}/x"], "wanted a file in a folder that exists"),
     ],
@@ -374,7 +374,7 @@ def test_what_the_system_refuses_is_explained(capsys):
         raise arguments
 
     assert main(PermissionError(13, "Permission denied", "x.json")) == cli.MISUSE
-    assert main(OSError(28, "No space left on device", "y.json")) == cli.MISUSE
+    assert main(OSError(28, "No space left on device", "y.json")) == cli.FAILED
     assert main(KeyboardInterrupt()) == cli.INTERRUPTED
     assert capsys.readouterr().err.splitlines() == [
         "memcnn.test: x.json: Permission denied; choose a place that you may read and write",

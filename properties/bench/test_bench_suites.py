@@ -1,4 +1,4 @@
-"""Tests of the benchmark suites: cases do equal work, take turns, and are measured correctly."""
+"""Tests of the benchmark suites: the subjects do equal work, take turns, and are measured correctly."""
 
 import dataclasses
 import gc

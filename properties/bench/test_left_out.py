@@ -1,4 +1,4 @@
-"""A contender or a layer whose process fails is left out and named; the measurements of the others stay."""
+"""If the process of a contender or a layer fails, the command names it, leaves it out, and measures the others."""
 
 import json
 

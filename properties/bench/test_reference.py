@@ -1,4 +1,4 @@
-"""The cases of the reference networks: all subjects compute the same, and store what their names say."""
+"""The cases of the reference networks: all subjects compute the same gradients, and store what their names say."""
 
 import pytest
 

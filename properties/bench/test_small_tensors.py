@@ -1,4 +1,4 @@
-"""Tests of ``bench.small_tensors``: its figures, and missing peers."""
+"""Tests of ``bench.small_tensors``: its table, and the message about missing peers."""
 
 import pandas as pd
 

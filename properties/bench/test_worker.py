@@ -1,4 +1,4 @@
-"""Tests of ``bench.worker``: a worker answers questions, and its failures are reported and affect no other worker."""
+"""Tests of ``bench.worker``: a worker answers questions; its failures are reported, and affect no other worker."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""The Dockerfile's install steps in a clean Debian tree. On demand: it needs root, debootstrap, and 2 GB of packages.
+"""The Dockerfile's install steps in a clean Debian tree. Skipped by default: needs root, debootstrap and 2 GB.
 
 MEMCNN_DEBIAN names the folder of the tree. It is made there if it is missing, which needs debootstrap:
 

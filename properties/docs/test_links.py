@@ -1,4 +1,4 @@
-"""Links within the Markdown files of the repository: the file is there, and so is the heading that a link names."""
+"""Every relative link in the Markdown files leads to an existing file and an existing heading."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,7 @@ def anchors(text: str) -> set[str]:
 
 
 def leads_somewhere(link: str, text: str, page: Path) -> bool:
-    """Return whether a link in a page's text is to a web address, or to a file or heading that is there."""
+    """Return True if a link leads to a web address, or to an existing file and heading."""
     if ADDRESS.match(link) or not link:
         return bool(link)
     name, _, heading = unquote(link).partition("#")

@@ -1,6 +1,6 @@
-"""A walk through README and docs: the commands of each page are run, in order, in a copy of the repository.
+"""Run the commands of README and of each page of docs, in order, in a copy of the repository.
 
-What takes long is left out, or runs in ``tox -e long`` alone; each such command stands below with the reason.
+Long commands are left out or run only in ``tox -e long``; a table below lists them with the reason.
 """
 
 import configparser
@@ -117,7 +117,7 @@ def test_tox_table_begins_to_train_and_an_interrupt_leaves_a_table(copy):
     said = output.read_text("utf-8")
     assert process.exitcode == 3, (said, (copy / "errors").read_text("utf-8"))
     assert re.search(r"^\[ 1/12\] resnet32  cifar10  s0  accuracy .* complete \(generated data\)$", said, re.MULTILINE)
-    assert "complete, stopped (interrupted); the same command continues from here." in said
+    assert "complete, stopped (interrupted); the same command resumes from here." in said
     assert (copy / "reports" / "out" / "table.html").exists()
 
 

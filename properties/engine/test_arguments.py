@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from memcnn import AdditiveCoupling, InvertibleModuleWrapper, ReversibleSequential
 from memcnn.testing.tolerances import relative_error, tolerance
+from properties.support.blocks import net
 from properties.support.twin import (
     OnlyInvertible,
     assert_like_twin,
@@ -19,10 +20,6 @@ from properties.support.twin import (
 pytestmark = pytest.mark.usefixtures("on_device")
 
 DEPTH = 3
-
-
-def net() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
 
 
 def rows(seed: int = 0, *, requires_grad: bool = True) -> Tensor:
@@ -119,7 +116,7 @@ class Looked(nn.Module):
 
 
 class HandsBack(Looked):
-    """Its inverse returns all that forward was given, the stream in the last place."""
+    """Its inverse returns all inputs of forward; the stream is the last one."""
 
     def forward(self, kind, index, x):
         return super().forward(x, index, kind)
@@ -184,7 +181,7 @@ def test_several_tensors_go_in_and_out_of_the_inverse(make):
 @pytest.mark.parametrize(
     "condition", [lambda x: x, lambda x: x.sin(), lambda x: x.detach()], ids=["leaf", "computed", "without gradient"]
 )
-def test_keywords_are_handed_on_and_differentiated(condition):
+def test_keyword_arguments_reach_the_module_and_get_gradients(condition):
     def program(module, x, other):
         given = condition(other)
         for _ in range(DEPTH):
@@ -196,7 +193,7 @@ def test_keywords_are_handed_on_and_differentiated(condition):
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
-def test_integers_and_words_are_handed_on(requires_grad):
+def test_integers_and_strings_reach_the_module(requires_grad):
     def program(module, x):
         index = torch.tensor([0, 1, 1, 4])
         for kind in ("once", "twice", "once"):
@@ -206,7 +203,7 @@ def test_integers_and_words_are_handed_on(requires_grad):
     assert_like_twin(wrapped(Looked()), program, rows(requires_grad=requires_grad))
 
 
-def test_an_inverse_may_return_what_is_no_stream_besides():
+def test_an_inverse_may_also_return_values_that_are_no_stream():
     def program(module, x):
         index = torch.tensor([0, 1, 1, 4])
         for kind in ("once", "twice", "once"):
@@ -250,7 +247,7 @@ def test_empty_inputs_give_gradients_of_zero(branch, shape):
 
 
 class SoftSign(nn.Module):
-    """Bounded, as the tangent and sine of a complex number are not: what dwarfs x cannot be subtracted from it."""
+    """A bounded function. Complex tangent and sine are unbounded, and the inverse could not undo such large sums."""
 
     def forward(self, x):
         return x / (1 + x.abs())
@@ -274,7 +271,7 @@ def test_complex_streams_have_the_twins_gradients(dtype, kind):
 
 
 class Embedding(nn.Module):
-    """Has no input of floating point, and so nothing to rebuild."""
+    """Takes only integers, so there is no input to rebuild."""
 
     def __init__(self):
         super().__init__()

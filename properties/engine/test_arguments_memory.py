@@ -70,7 +70,7 @@ def test_outputs_are_no_cycle(make, trained):
 
 
 def several_streams(depth: int, disable: bool) -> int:
-    """Peak bytes of a step through wrapped modules of two streams."""
+    """Return the peak bytes of a step through wrapped modules with two streams."""
     chain = [InvertibleModuleWrapper(TwoStreams(), disable=disable) for _ in range(depth)]
     x1, x2 = (torch.ones(2048, 3, requires_grad=True) for _ in range(2))
     for p in [x1, x2, *(p for module in chain for p in module.parameters())]:

@@ -57,13 +57,14 @@ def test_checkpointed_blocks_train_as_the_checkpointed_twin(inside, use_reentran
     program = program_of(inside, use_reentrant)
     actual, expected = run(model, program, [images()]), run(twin, program, [images()])
     if inside is two_blocks and not use_reentrant:
-        # The checkpoint has nothing to rebuild, so that batch norm moves once, where it moves twice in the twin.
+        # The checkpoint has no saved tensors to rebuild and runs no second forward pass. So BatchNorm is updated once,
+        # and in the twin twice.
         expected.buffers = run(plain_twin(block_like(model)), program_of(inside, None), [images()]).buffers
     assert_same(actual, expected, limit=tolerance(torch.float64, depth=8))
 
 
 def block_like(model: nn.Module) -> nn.Module:
-    """A block with the model's parameters and fresh buffers."""
+    """Return a block with the model's parameters and new buffers."""
     fresh = plain_twin(model)
     for part in fresh.modules():
         if isinstance(part, nn.BatchNorm2d):
@@ -104,7 +105,7 @@ def test_anomaly_mode_finds_a_nan_of_a_branch():
 
 
 def node_named(name: str, y: Tensor) -> torch.autograd.graph.Node:
-    """The first node of that name in the graph of y, from its end."""
+    """Return the first node of that name in the graph of y, searched from its end."""
     waiting = [y.grad_fn]
     while waiting:
         node = waiting.pop(0)
@@ -115,7 +116,7 @@ def node_named(name: str, y: Tensor) -> torch.autograd.graph.Node:
 
 
 def test_a_look_into_the_graph_shows_the_activations_and_keeps_none():
-    """For branches whose graph is recorded. The direct way has two nodes for a run (``memcnn.engine.direct``)."""
+    """This holds for blocks that use hooks. On the direct way a run has only two nodes (``memcnn.engine.direct``)."""
     module = nn.Sequential(*(block(lambda: Container(*conv_branch())) for _ in range(2))).double()
     twin = plain_twin(module)
     x = images()

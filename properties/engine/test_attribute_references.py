@@ -22,7 +22,7 @@ Pair = namedtuple("Pair", "scale other")
 
 
 class Contextual(Scaled):
-    """Scales by whatever ``context`` is."""
+    """Scales by ``context``, which may be of any type."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class Contextual(Scaled):
 
 
 def scale_of(context, x):
-    """Return a number, or a tensor, that a context of any type gives."""
+    """Return the number or tensor in a context of any type."""
     if callable(context):
         return context(x)
     if isinstance(context, dict):
@@ -126,7 +126,7 @@ def test_a_tensor_that_changes_in_place_between_forward_and_backward_is_noticed(
 
 
 class Averaging(Scaled):
-    """Keeps an average as a plain tensor, in place; and a history, to which every call adds."""
+    """Updates an average, a plain tensor, in place, and appends to a history at every call."""
 
     def __init__(self):
         super().__init__()
@@ -139,7 +139,7 @@ class Averaging(Scaled):
 
 
 class Remembering(Scaled):
-    """Scales by what the call before has left, with its graph if ``graph`` is set."""
+    """Scales by a value of the previous call, which has its graph if ``graph`` is set."""
 
     graph = False
 
@@ -158,7 +158,7 @@ class RememberingGraphs(Remembering):
 
 
 class RememberingPairs(Remembering):
-    """As an LSTM does, whose state is a pair. It has no state before the first call, and not even the attribute."""
+    """Keeps a pair, like an LSTM. Before the first call the attribute does not exist."""
 
     def __init__(self):
         super().__init__()

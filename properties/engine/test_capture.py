@@ -1,6 +1,6 @@
-"""While a CUDA graph is captured, a reversible block works as ever or says what it cannot do.
+"""While a CUDA graph is captured, a reversible block works as usual or raises an error that names the reason.
 
-The first tests only say that a graph is captured; those at the end capture one on a GPU.
+The first tests simulate a capture; the tests at the end capture a graph on a GPU.
 """
 
 import copy
@@ -33,7 +33,7 @@ DROPOUT = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 3, 1))
 
 @pytest.fixture
 def capturing(monkeypatch):
-    """Every device is one whose work goes into a graph."""
+    """Let the engine see a capture on every device."""
     for module in (capture, replay):
         monkeypatch.setattr(module, "is_captured", lambda device: True)
 
@@ -97,7 +97,7 @@ def backend():
 
 
 class OwnCode(nn.Module):
-    """A branch that might draw random numbers, for all that the engine knows."""
+    """A branch of unknown code, which might draw random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ def test_compiled_branches_of_simple_layers_run_compiled_in_a_capture(layers, ba
 
 @pytest.mark.parametrize("name", ["revnet38", "revnet110", "revnet164"])
 def test_the_branches_of_the_revnets_are_known_to_draw_no_random_numbers(name):
-    """Otherwise ``--graph --compile`` would train with uncompiled branches."""
+    """If they were not, ``--graph --compile`` would train with uncompiled branches."""
     model = MODELS[name]()
     use_narrow_convolutions(model)
     use_fused_norms(model)

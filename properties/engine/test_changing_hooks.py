@@ -70,7 +70,7 @@ UNCOUNTED = {
 
 
 def hooked_chain(kind: str, part: int) -> tuple[nn.Module, list]:
-    """A chain of two blocks, one branch of each hooked, and the handles."""
+    """Return a chain of two blocks with a hook on one branch of each, and the handles of the hooks."""
     module = ReversibleSequential(block(branch), block(branch))
     return module, [(HOOKS | UNCOUNTED)[kind](b._fn.Fm[part]) for b in module]
 
@@ -93,7 +93,7 @@ def test_a_change_that_pytorch_does_not_count_is_noticed(kind):
 
 
 def test_a_change_that_is_seen_in_backward_alone_is_an_error_that_names_the_hook(monkeypatch):
-    """On a GPU nothing waits for the comparison in the forward pass."""
+    """On a GPU the forward pass does not wait for the comparison."""
     monkeypatch.setattr(Tensor, "is_cuda", True)
     module, _ = hooked_chain("output by .data", 2)
     loss = weighted_sum(module(images()))
@@ -170,11 +170,11 @@ def test_a_hook_within_a_nested_block_changes_its_recomputation():
 
 
 def test_another_threads_hooks_are_called_while_a_branch_is_rebuilt():
-    """The hook is a global one, which a recomputation in the first thread silences for that thread alone."""
+    """The hook is global. A recomputation in the first thread silences it only for that thread."""
     other, called, argument = nn.Tanh(), Counter(), torch.ones(2)
 
     class Waiting(nn.Module):
-        """Has another thread call a module in the recomputation."""
+        """Lets another thread call a module during the recomputation."""
 
         def __init__(self):
             super().__init__()

@@ -24,7 +24,7 @@ pytestmark = [*WITHOUT_ITS_WARNINGS]
 
 @torch.compiler.disable(recursive=False)
 def uncompiled_sine(x: Tensor) -> Tensor:
-    """The compiler watches this run, and whatever saving x calls."""
+    """Return sin(x). The compiler skips this frame, but not the functions that saving x calls."""
     return x.sin()
 
 
@@ -145,7 +145,7 @@ def test_compiled_branches_train_as_those_of_the_twin_and_are_compiled_once(back
 
 @pytest.mark.parametrize("broken", [False, True], ids=["one graph", "two graphs"])
 def test_blocks_of_compiled_branches_show_the_compiler_their_two_evaluations_alone(broken):
-    """The twin's steps give the measure: one evaluation, with all frames that the compiler meets there."""
+    """The twin's step is the reference: one evaluation, with all frames that the compiler sees in it."""
 
     def frames(model: nn.Module) -> int:
         before = counters["frames"]["total"]

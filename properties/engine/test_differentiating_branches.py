@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("on_device")
 
 
 class Hamiltonian(nn.Module):
-    """The gradient of a scalar function with respect to the input, as in Hamiltonian networks."""
+    """Returns the gradient of a scalar function with respect to the input, as Hamiltonian networks do."""
 
     def __init__(self, between=nn.Identity):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The direct way of runs of quiet additive steps: which take it, and that it gives what the ordinary one gives."""
+"""The direct way: which runs of quiet additive steps use it, and that its results equal those with hooks."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -35,7 +35,7 @@ def chain(depth: int = 2, **options) -> nn.Module:
 
 
 class Ordinary(TorchFunctionMode):
-    """A mode that changes nothing. Nothing takes the direct way within it, because modes may change anything."""
+    """A mode without effect. Blocks do not use the direct way within it, because a mode could change any operation."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
@@ -80,7 +80,7 @@ def exact() -> nn.Module:
 
 
 def with_their_own_couple() -> nn.Module:
-    """Couplings that define ``couple`` themselves, so that their steps are not joined with those of others."""
+    """Return couplings that define ``couple`` themselves, so the engine does not join their steps with others."""
 
     class Scaled(AdditiveCoupling):
         def couple(self, x1: Tensor, x2: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
@@ -244,7 +244,7 @@ def test_backward_hooks_that_are_registered_after_the_forward_pass_do_not_run(ev
 
 
 class ConvolutionGradients(TorchDispatchMode):
-    """Notes for each convolution that is differentiated whether input, weight and bias get a gradient."""
+    """Records for each convolution's backward whether input, weight and bias get a gradient."""
 
     only_watches = True
 
@@ -283,7 +283,7 @@ def test_a_second_backward_pass_over_a_freed_graph_is_refused():
 
 
 def test_a_weight_that_is_used_again_under_autocast_keeps_its_graph():
-    """Autocast caches a cast weight. Cast without a graph, it would have no gradient where it is used again."""
+    """Autocast caches a cast weight. If it was cast without a graph, it has no gradient where it is used again."""
 
     def program(module: nn.Module, x: Tensor) -> None:
         with torch.autocast(x.device.type, torch.bfloat16):
@@ -353,7 +353,7 @@ def test_a_branch_that_changes_its_input_is_refused():
 
 
 def test_a_loss_before_a_run_may_be_differentiated_first():
-    """The run then has to rebuild its inputs although nobody asks for its gradients."""
+    """The run must then rebuild its inputs, although its own gradients are not needed."""
 
     def program(module: nn.Module, x: Tensor) -> Tensor:
         before = module[0](x)

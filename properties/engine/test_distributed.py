@@ -24,7 +24,7 @@ DEPTH = 3
 
 
 class Branch(nn.Module):
-    """Keeps (N, 3, H, W), and writes each of its evaluations to ``events``."""
+    """A branch that keeps (N, 3, H, W), and records each of its evaluations in ``events``."""
 
     events: ClassVar[list[str]] = []
 
@@ -136,7 +136,7 @@ def reduction_begins_before_the_last_recomputation(sequence: bool) -> None:
     assert_gradients(model, expected_gradients())
     recomputed = [event for event in events if event != "reduce"]
     assert recomputed == [f"evaluate {name}{i}" for i in reversed(range(DEPTH)) for name in "GF"], events
-    for i in range(DEPTH - 1):  # what a block has gathered is on its way before the block in front is recomputed
+    for i in range(DEPTH - 1):  # the gradients of a block are being reduced before the previous block is recomputed
         assert events[: events.index(f"evaluate G{i}")].count("reduce") >= DEPTH - 1 - i, events
 
 
@@ -241,7 +241,7 @@ def test_fully_sharded_gradients_are_those_of_one_process_on_the_whole_batch(
 
 
 def replicas_on_cpu(model: nn.Module, monkeypatch) -> list[nn.Module]:
-    """Those of DataParallel, whose parameters are copies of the model's, no leaves and no parameters any more."""
+    """Return replicas as DataParallel makes them: parameters are plain tensors: copies with a graph."""
     internals = sys.modules[replicate.__module__]
     monkeypatch.setattr(internals, "_get_device_index", lambda device, optional: device)
     monkeypatch.setattr(

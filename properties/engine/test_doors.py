@@ -1,4 +1,4 @@
-"""Layers and arguments that a block gets work, or are refused in the forward pass."""
+"""Unusual layers and arguments of a block work, or the forward pass raises an error."""
 
 import pytest
 import torch
@@ -167,7 +167,7 @@ def test_a_branch_that_changes_its_input_under_no_grad_is_refused(options, grad)
 
 
 def test_a_branch_may_change_a_copy_of_a_half():
-    """F is given a dense copy of a half that is a view with gaps: nobody else sees what becomes of it."""
+    """F gets a dense copy of a half that is a view with gaps, so a change in place reaches no other tensor."""
     module, x = wrapped(AdditiveCoupling(ReluInPlace(), nn.Linear(3, 3))), rows()
     before = x.detach().clone()
     with torch.no_grad():

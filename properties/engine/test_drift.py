@@ -18,7 +18,7 @@ from properties.support.twin import block, conv_branch, images, plain_twin, weig
 pytestmark = pytest.mark.usefixtures("on_device")
 
 STEPS = 4
-"""The last of these is the first that is watched."""
+"""Number of steps; the drift watch samples the last of them, and none before."""
 
 
 def pre_activated(channels: int = 8) -> nn.Module:
@@ -26,7 +26,7 @@ def pre_activated(channels: int = 8) -> nn.Module:
 
 
 def padded(seed: int, *, dead: bool = True) -> Tensor:
-    """Images of three channels, the other 13 of which are 0."""
+    """Return images with 16 channels, of which 13 are 0."""
     x = images(4, 16, 8, 8, dtype=torch.float32, seed=seed, requires_grad=False)
     if dead:
         x[:, 3:] = 0
@@ -40,7 +40,7 @@ def read_all() -> None:
 
 
 def trained(module: nn.Module, make, steps: int = STEPS) -> list[str]:
-    """Train some steps and return the warnings; on a GPU wait for them."""
+    """Train some steps, and return the warnings; on a GPU, wait for the measurements."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(steps):
@@ -78,7 +78,7 @@ def test_a_second_model_of_the_same_kind_gets_a_warning_of_its_own():
 
 
 def sequence_of_instance_norms() -> nn.Module:
-    """Their running means are saved for backward, and move on."""
+    """Return blocks whose running means are saved for backward and change with every step."""
     return ReversibleSequential(
         *(
             AdditiveCoupling(nn.Sequential(nn.InstanceNorm2d(8, track_running_stats=True), nn.Conv2d(8, 8, 1)))
@@ -146,7 +146,7 @@ def test_zeros_that_nothing_amplifies_are_not_warned_of():
 
 
 class Configured(nn.Module):
-    """Reads a number from an object that nobody watches."""
+    """Reads a number from an object, which the engine does not restore."""
 
     def __init__(self, config: SimpleNamespace):
         super().__init__()
@@ -230,7 +230,7 @@ def test_the_share_of_positive_entries_that_may_change_is_one_of_all_entries(sha
 
 
 def test_a_watched_branch_that_saves_something_else_in_the_recomputation_is_an_error():
-    """Its tensor of one dimension has no statistics that the watch could compare."""
+    """It saves a tensor of one dimension, for which the watch compares no statistics."""
 
     class Flat(nn.Module):
         def __init__(self):

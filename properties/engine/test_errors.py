@@ -1,4 +1,4 @@
-"""Requests that cannot be met are refused in the forward pass, with the fix in the message."""
+"""Inputs and modules that cannot work raise an error in the forward pass, whose message names the fix."""
 
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ from properties.support.twin import assert_same, backward, block, plain_twin, ru
 pytestmark = pytest.mark.usefixtures("on_device")
 
 
-# At the door
+# In the forward pass and before it
 
 
 @pytest.mark.parametrize("disable", [False, True], ids=["engine", "disabled"])
@@ -119,7 +119,7 @@ def test_a_coupling_of_ones_own_says_what_it_lacks():
 
 
 def returning(function) -> type[nn.Module]:
-    """A branch that computes ``function`` and has a parameter."""
+    """Return a branch that computes ``function`` and has a parameter."""
 
     class Branch(Doubling):
         def forward(self, x):

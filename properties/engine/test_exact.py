@@ -1,4 +1,4 @@
-"""Exact mode: no rounding in the inversion, at any depth, and the very gradients of stored activations."""
+"""Exact mode: the inversion is exact at any depth, and gradients equal those of stored activations bit for bit."""
 
 from itertools import count
 
@@ -20,7 +20,7 @@ def chain(depth: int = 4, exact=True, branch=conv_branch, composition=Reversible
 
 
 def bounded_branch() -> nn.Module:
-    """Bounded by 1/8, so that a thousand blocks stay on the grid."""
+    """Return a branch bounded by 1/8, so that a thousand blocks stay on the grid."""
 
     class Bounded(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Memory cases beside the law of memory: exact blocks by hand, dropout, and tensors held between passes."""
+"""Cases of memory that the law does not draw: exact blocks by hand, dropout, and tensors held between passes."""
 
 import gc
 from functools import partial

@@ -21,7 +21,7 @@ class PythonUniform(Scaled):
 
 
 class PythonGauss(Scaled):
-    """``gauss`` keeps every other number for the next call."""
+    """``gauss`` caches every second number for the next call."""
 
     def scale(self, x):
         return random.gauss(1, 0.3)
@@ -33,14 +33,14 @@ class NumpyUniform(Scaled):
 
 
 class NumpyNormal(Scaled):
-    """``randn`` keeps every other number for the next call."""
+    """``randn`` caches every second number for the next call."""
 
     def scale(self, x):
         return float(np.random.randn())
 
 
 class NumpyInTurns(Scaled):
-    """Begins to draw after some evaluations."""
+    """Draws from NumPy only after some evaluations."""
 
     def __init__(self):
         super().__init__()
@@ -100,7 +100,7 @@ class NumpysOwnLegacy(NumpysOwn):
     ],
 )
 def test_every_generator_gives_the_recomputation_the_numbers_of_the_forward_pass(branch, program):
-    """And is left where the twin leaves it."""
+    """The generator ends in the same state as with the twin."""
 
     def several(module: nn.Module, x: Tensor) -> list[Tensor]:
         random.seed(1)
@@ -154,7 +154,7 @@ def test_a_hook_that_draws_draws_again():
 
 
 def test_the_memory_of_the_generators_is_understood_here():
-    """Otherwise every evaluation of a branch would need ten times as long to read them."""
+    """If it were not understood, reading the states would take ten times as long in every evaluation."""
     assert generators.python_is_readable()
     assert generators.NUMPY.read(None) == generators.numpy_state_from(generators.numpy_memory())
     assert len(generators.numpy_memory()) == 2500

@@ -1,4 +1,4 @@
-"""Hooks of every kind are called as often as under ordinary autograd, and with the same values."""
+"""Hooks of every kind are called as often as under ordinary autograd, with the same values."""
 
 import functools
 from collections import Counter

@@ -32,7 +32,7 @@ class Checkpointed(nn.Module):
 
 
 class UnderHooks(nn.Module):
-    """Stores its activations by hooks of its own."""
+    """Runs under saved-tensor hooks of its own."""
 
     def __init__(self, hooks):
         super().__init__()
@@ -105,7 +105,7 @@ def chain_by_hand(model, x):
 
 
 @pytest.mark.parametrize("branch", BRANCHES.values(), ids=BRANCHES)
-def test_a_branch_may_use(branch):
+def test_a_branch_with_tools_of_pytorch_inside_trains_as_the_twin(branch):
     assert_like_twin(block(branch), chain_by_hand, images(), depth=8)
 
 

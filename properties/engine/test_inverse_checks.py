@@ -1,4 +1,4 @@
-"""Options of a block: check its inverse, keep its input, and the test whether a module is invertible."""
+"""The options ``check_inverse`` and ``keep_input`` of a block, and ``is_invertible_module``."""
 
 import random
 import warnings
@@ -22,7 +22,7 @@ def is_invertible_module(*arguments, **options) -> bool:
 
 
 class Halves(nn.Module):
-    """x -> 2 x; ``factor`` is what the inverse multiplies with, rightly 0.5."""
+    """x -> 2 x. The inverse multiplies by ``factor``, and is right for 0.5."""
 
     def __init__(self, factor: float = 0.5):
         super().__init__()
@@ -36,7 +36,7 @@ class Halves(nn.Module):
 
 
 class LosesOne(nn.Module):
-    """Its inverse gives one tensor of two."""
+    """Its inverse returns only one of two tensors."""
 
     def forward(self, a, b):
         return 2 * a, 2 * b
@@ -118,7 +118,7 @@ def test_kept_inputs_are_what_backward_recomputes_from():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_invertible_modules_are_told_from_others(dtype):
+def test_is_invertible_module_is_true_only_for_invertible_modules(dtype):
     wrapped = block().to(dtype)
     atol = 1e-5
     assert is_invertible_module(wrapped, (2, 6, 5, 4), dtype, atol)
@@ -134,7 +134,7 @@ def test_a_coupling_with_dropout_is_invertible_under_one_mask():
     assert is_invertible_module(coupling, (2, 6, 5, 4), atol=1e-5)
 
 
-def test_asking_moves_neither_generators_nor_buffers():
+def test_is_invertible_module_changes_neither_generators_nor_buffers():
     module = block()
     state = rng_state()
     buffers = {name: b.clone() for name, b in module.named_buffers()}
@@ -143,7 +143,7 @@ def test_asking_moves_neither_generators_nor_buffers():
     assert all(torch.equal(b, buffers[name]) for name, b in module.named_buffers())
 
 
-def test_asking_moves_the_generators_of_python_and_numpy_no_more():
+def test_is_invertible_module_does_not_change_the_generators_of_python_and_numpy():
     class Drawing(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x * random.random() + np.random.rand()
@@ -209,7 +209,7 @@ def test_one_tensor_returned_twice_is_warned_of_and_halves_of_one_tensor_are_not
 
 
 @pytest.mark.parametrize("shape", [3, (2, "a"), ((2, 3), 4)])
-def test_what_is_no_shape_is_refused(shape):
+def test_a_malformed_shape_is_refused(shape):
     with pytest.raises(ValueError, match="test_input_shape must be a shape"):
         is_invertible_module(Swap(), shape)
 

@@ -1,4 +1,4 @@
-"""``keep_every``: the dial between storing every activation and recomputing every activation."""
+"""``keep_every`` chooses between storing all activations, recomputing all of them, and steps in between."""
 
 from collections import Counter
 
@@ -58,7 +58,7 @@ def test_stored_blocks_are_not_evaluated_again(keep_every):
 
 
 @pytest.mark.parametrize("direction", ["forward", "inverse", "forward_log_det", "inverse_log_det"])
-def test_in_every_direction_it_is_the_end_that_is_stored(direction):
+def test_a_chain_stores_its_end_in_both_directions(direction):
     module = chain(3, keep_every=3)
     calls = Counter()
     for i, part in enumerate(module):
@@ -69,7 +69,7 @@ def test_in_every_direction_it_is_the_end_that_is_stored(direction):
     assert calls == {i: 1 if i == end else 2 for i in range(3)}
 
 
-@pytest.mark.parametrize("wrong", [0, -1, 1.5, "2"])
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "2", True])
 def test_other_values_are_refused(wrong):
     with pytest.raises(ValueError, match="keep_every must be None or a whole number"):
         ReversibleSequential(block(), keep_every=wrong)

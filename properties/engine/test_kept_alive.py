@@ -1,4 +1,4 @@
-"""The tensors that the engine keeps alive between passes; nothing stays behind."""
+"""Which tensors the engine keeps alive between passes, and that it keeps none afterwards."""
 
 import gc
 import weakref
@@ -50,7 +50,7 @@ def test_memory_is_freed_by_reference_counting_alone():
         assert output() is None
         assert not living()
 
-        y = module(images())  # a graph that is dropped undifferentiated
+        y = module(images())  # a graph that is deleted without a backward pass
         del y
         assert not living()
     finally:
@@ -77,7 +77,7 @@ def test_the_engine_is_switched_at_run_time(switch):
     assert bool(living()) == (switch == "enable")
 
 
-def test_nothing_is_forgotten_where_nothing_needs_a_gradient():
+def test_without_gradients_the_engine_keeps_no_objects():
     module = InvertibleModuleWrapper(AdditiveCoupling(nn.Conv2d(3, 3, 1))).double().requires_grad_(False)
     y = module(images(requires_grad=False))
     assert not y.requires_grad and not living()
@@ -97,7 +97,7 @@ def test_running_statistics_are_not_copied_for_backward():
 
 
 def test_a_graph_of_the_recomputation_that_a_module_keeps_holds_no_half_that_is_no_part_of_it():
-    """Such as a penalty that is collected in forward."""
+    """For example a penalty that forward collects."""
     collected = []
 
     class Collecting(nn.Linear):

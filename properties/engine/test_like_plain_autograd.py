@@ -1,4 +1,4 @@
-"""A reversible block behaves as the same block under ordinary autograd, whatever a program does around it."""
+"""A reversible block behaves like the same block under ordinary autograd in every program around it."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("on_device")
 
 
 def around(before=lambda x: x, after=lambda y: y):
-    """The program that differentiates after(module(before(x)))."""
+    """Return the program that differentiates after(module(before(x)))."""
 
     def program(module, x):
         y = after(module(before(x)))
@@ -193,7 +193,7 @@ class ViewOfInput(nn.Module):
 
 
 class SelfMadeNorm(nn.Module):
-    """Moves a buffer with every forward in training, and depends on it."""
+    """Updates a buffer in every forward pass in training, and its output depends on it."""
 
     def __init__(self):
         super().__init__()
@@ -206,7 +206,7 @@ class SelfMadeNorm(nn.Module):
 
 
 class FunctionalNorm(nn.Module):
-    """Hands its buffers to the functional batch norm, which moves them behind autograd's back."""
+    """Passes its buffers to the functional batch norm, which updates them without autograd's version counter."""
 
     def __init__(self):
         super().__init__()
@@ -257,5 +257,5 @@ def test_a_branch_computes_what_it_computes_in_the_twin(program, branch):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_modes_are_respected(training):
+def test_a_block_follows_train_and_eval_mode(training):
     assert_like_twin(block(WithDropout).train(training), backward, images())

@@ -64,7 +64,7 @@ def test_values_that_change_between_forward_and_backward_are_noticed(make, name,
 
 
 class Borrowing(nn.Module):
-    """Uses a leaf tensor that is no parameter of its own."""
+    """Uses a leaf tensor that is not one of its parameters."""
 
     def __init__(self):
         super().__init__()
@@ -88,7 +88,7 @@ def test_a_leaf_of_somebody_else_that_changes_between_forward_and_backward_is_no
 
 
 class Noisy(nn.Module):
-    """y = x + noise. Backward needs nothing of it; the inverse subtracts ``times`` the noise."""
+    """y = x + noise, which saves nothing for backward. The inverse subtracts ``times`` the noise."""
 
     def __init__(self, times: float):
         super().__init__()
@@ -222,7 +222,7 @@ def test_a_branch_that_modifies_what_its_gradient_needs_is_refused_as_by_torch()
 
 
 class Alternating(nn.Module):
-    """Computes otherwise at every second call."""
+    """Computes something else at every second call."""
 
     def __init__(self, *functions):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Blocks within blocks: what the inner ones need to rebuild their activations is rebuilt by the outer ones."""
+"""Blocks within blocks: the outer block rebuilds the values from which the inner blocks rebuild their activations."""
 
 import gc
 import itertools
@@ -36,7 +36,7 @@ def inner(branch=conv_branch, **options) -> InvertibleModuleWrapper:
 
 
 def around(*modules: nn.Module) -> nn.Module:
-    """A branch for three channels that computes on four."""
+    """Return a branch for three channels, inside of which ``inner`` has four."""
     return nn.Sequential(nn.Conv2d(3, 4, 1), *modules, nn.Conv2d(4, 3, 1))
 
 
@@ -45,7 +45,7 @@ def container(*blocks: nn.Module) -> Container:
 
 
 class TwoWays(nn.Module):
-    """One tensor is given to two blocks."""
+    """Passes one tensor to two blocks."""
 
     def __init__(self, **options):
         super().__init__()
@@ -56,7 +56,7 @@ class TwoWays(nn.Module):
 
 
 class Ignoring(nn.Module):
-    """It computes a block and uses nothing of it."""
+    """Computes a block and does not use its output."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +105,7 @@ def retained(module: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def one_by_one(module: nn.Module, x: Tensor) -> list[Tensor]:
-    """The gradient of one parameter after the other, from the first to the last."""
+    """Compute the gradient of one parameter at a time, from the first to the last."""
     loss = weighted_sum(module(x))
     return list(torch.autograd.grad(loss, x, retain_graph=True)) + [
         gradient for p in module.parameters() for gradient in torch.autograd.grad(loss, p, retain_graph=True)
@@ -188,7 +188,7 @@ def test_nested_blocks_hold_nothing_between_forward_and_backward():
 
 
 def test_two_long_chains_behind_one_block_are_differentiated_with_their_graph_kept():
-    """Each is longer than what a pass that keeps its graph holds, and the block needs the ends of both."""
+    """Each has more steps than a retained pass keeps values of, and the block needs the ends of both."""
 
     class Twin(nn.Module):
         def __init__(self):

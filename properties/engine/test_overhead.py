@@ -1,6 +1,6 @@
-"""What a reversible step costs beside the arithmetic: operators dispatched and Python functions called, counted.
+"""The cost of a reversible step besides its arithmetic: the numbers of dispatched operators and of Python calls.
 
-Where kernels are small, these decide how long a step takes. Counts do not depend on the machine.
+Where kernels are small, these numbers decide how long a step takes. Counts do not depend on the machine.
 """
 
 import sys
@@ -23,7 +23,7 @@ from properties.support.compiler import ignore_compiler_warnings
 from properties.support.twin import assert_like_twin, backward, block, conv_branch, images
 
 REVERSIBLE_UNITS = 3, 2, 2
-"""Of each stage of a RevNet-38. A unit has two branches, a branch two convolutions; 26 of the 28 have a BatchNorm."""
+"""Reversible units in each stage of RevNet-38. Each has two branches of two convolutions, 26 of 28 with BatchNorm."""
 CHAINS = len(REVERSIBLE_UNITS)
 BRANCHES = 2 * sum(REVERSIBLE_UNITS)
 
@@ -98,7 +98,7 @@ def test_a_recomputation_does_not_touch_the_running_statistics():
 
 
 def test_a_fused_norm_costs_no_copies_of_its_running_statistics():
-    """It stands for a BatchNorm, so the engine need not read its code to know what it does with them."""
+    """The engine knows this class, so it need not read its code to see how it uses them."""
     branches = [nn.Sequential(BatchNormReLU2d(6), SkippedReLU(), nn.Conv2d(6, 6, 1)) for _ in range(2)]
     module = InvertibleModuleWrapper(AdditiveCoupling(*branches, split_dim=0))
     x = images(dtype=torch.float32)

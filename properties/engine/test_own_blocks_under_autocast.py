@@ -1,4 +1,4 @@
-"""Blocks of one's own under autocast: its rounding is not taken for another order of random numbers."""
+"""A user's own blocks under autocast: the engine does not mistake its rounding for another order of random numbers."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ class OtherOrder(Dropping):
 
 
 class Turned(nn.Module):
-    """A matrix product is the last operation of the inverse alone, so that autocast makes its result bfloat16."""
+    """The inverse, unlike forward, ends with a matrix product, so that autocast makes its result bfloat16."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The parameters a block may have: frozen, unused and shared ones, and those that a first batch sets."""
+"""Parameters of a block: frozen, unused and shared ones, and parameters that the first batch sets."""
 
 import copy
 from collections.abc import Callable
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("on_device")
     ids=["wrapped blocks", "sequence"],
 )
 @pytest.mark.parametrize("frozen", ["Fm", "Gm", "0._fn.Fm.0.weight", "0.", "1.", "2."])
-def test_frozen_parameters_get_no_gradient_and_leave_the_others_theirs(chain, frozen, requires_grad):
+def test_frozen_parameters_get_no_gradient_and_the_others_keep_theirs(chain, frozen, requires_grad):
     model = chain()
     for name, p in model.named_parameters():
         p.requires_grad_(frozen not in name and not name.startswith(frozen))
@@ -76,7 +76,7 @@ def test_unused_parameters_get_no_gradient():
 
 
 class Shared(nn.Module):
-    """One module as F of a block, as G of another and between them."""
+    """Uses one module as F of a block, as G of another block, and between the two."""
 
     def __init__(self):
         super().__init__()

@@ -72,7 +72,7 @@ def test_an_attribute_that_a_user_adds_to_a_layer_of_pytorch_is_replayed():
 
 
 class Counting(Scaled):
-    """Warms up over its calls, and turns its sign at every one."""
+    """Counts its calls; the scale grows with the count and changes its sign at every call."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ class Counting(Scaled):
 
 
 class CountingBesideATensor(Counting):
-    """Has a tensor among its attributes, which is no buffer."""
+    """Has a tensor attribute that is no buffer."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +93,7 @@ class CountingBesideATensor(Counting):
 
 
 class CountingFromTheClass(Counting):
-    """Begins with attributes of its class."""
+    """Starts with attributes of its class."""
 
     calls, positive = 0, True
 
@@ -114,7 +114,7 @@ def test_a_count_of_calls_moves_once_a_step_and_is_replayed(program, branch):
 
 
 class Remembering(Scaled):
-    """Notes something in its first forward pass, in an attribute that is None before."""
+    """Sets an attribute, which is None before, in its first forward pass."""
 
     def __init__(self, value: object):
         super().__init__()
@@ -154,7 +154,7 @@ def test_an_object_that_the_first_forward_pass_opens_is_opened_once():
 
 
 class Lazy(Scaled):
-    """Builds a layer, or sets another one's weight, in its first forward pass and notes that in a flag."""
+    """Builds a layer, or sets another layer's weight, in its first forward pass, and sets a flag."""
 
     def __init__(self, builds: bool):
         super().__init__()

@@ -97,7 +97,7 @@ def both(autocast):
 
 
 def two_steps_in_one_context(autocast):
-    """The second step finds what the first one left in autocast's cache of cast weights."""
+    """The second step uses the weights that the first step left in autocast's cache."""
 
     def program(model, x):
         with autocast():
@@ -148,7 +148,7 @@ PROGRAMS = [
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_a_float32_stream_under_autocast_trains_as_the_twin(program, kind, branch, cache):
-    """Up to one rounding of the low precision, where a rebuilt value falls on the other side of one."""
+    """They may differ by one rounding to the low precision, if a rebuilt value rounds to the neighbouring number."""
 
     def autocast():
         return autocasting(torch.bfloat16, cache_enabled=cache)
@@ -177,7 +177,7 @@ def test_a_precise_stream_has_the_twins_gradients(kind, dtype):
 
 
 def low_precision(dtype: torch.dtype, autocast: bool) -> tuple[nn.Module, Tensor, object]:
-    """A chain, an input in ``dtype`` and the context to run it in."""
+    """Return a chain, an input in ``dtype``, and the context in which to run it."""
     model = chain(lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)))
     x = images(4, 8, 6, 6, dtype=torch.float32, requires_grad=False).to(dtype)
     return (model, x, autocasting(dtype)) if autocast else (model.to(dtype), x, nullcontext())
@@ -194,7 +194,7 @@ def gradients(model: nn.Module, x: Tensor, context=None) -> Tensor:
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "pure"])
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_a_low_precision_stream_is_at_most_twice_as_far_off_as_its_twin(dtype, autocast):
-    """Or as a rounding of ``dtype``: a GPU adds up in float32, so that a twin may be closer than that."""
+    """One rounding of ``dtype`` is allowed as well: a GPU accumulates in float32, so the twin may be exact."""
     model, x, context = low_precision(dtype, autocast)
     twin, exact = plain_twin(model), plain_twin(model).double()
     wanted = gradients(exact, x.double())
@@ -220,7 +220,7 @@ def test_a_low_precision_stream_warns_once(dtype, autocast):
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_the_remedies_of_the_warning_help(dtype):
-    """Warnings being errors here, neither warns."""
+    """Warnings are errors in these tests, so neither remedy warns."""
     model, x, context = low_precision(dtype, True)
     twin = plain_twin(model)
     got, wanted = gradients(model, x.float(), context), gradients(twin, x.float(), autocasting(dtype))
@@ -235,7 +235,7 @@ def test_the_remedies_of_the_warning_help(dtype):
 
 @pytest.mark.parametrize(("direction", "option"), [("forward", "keep_input"), ("inverse", "keep_input_inverse")])
 def test_a_sequence_keeps_the_inputs_that_its_blocks_ask_for(direction, option):
-    """Without a warning, therefore, and to the bit."""
+    """Therefore it does not warn, and gradients are equal bit for bit."""
     couplings = (AdditiveCoupling(conv_branch(), conv_branch()) for _ in range(3))
     model = ReversibleSequential(*(InvertibleModuleWrapper(c, **{option: True}) for c in couplings)).bfloat16()
     twin = plain_twin(model)

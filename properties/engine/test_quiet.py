@@ -1,4 +1,4 @@
-"""The short replay of quiet branches: which branches have it, and that it notices everything that changes."""
+"""The short replay of quiet branches: which branches get it, and that it notices every change."""
 
 from collections.abc import Callable
 
@@ -34,7 +34,7 @@ def kind(module: nn.Module) -> type:
 
 
 class Renamed(nn.Sequential):
-    """A container that adds nothing but its name."""
+    """A container that adds only its name."""
 
     def __init__(self, *modules: nn.Module):
         super().__init__(*modules, nn.Identity())
@@ -386,7 +386,7 @@ def test_norms_under_autocast_are_recomputed(affine, full, monkeypatch):
     assert x.grad.isfinite().all()
 
 
-def test_an_attribute_stands_for_that_names_no_layer_means_nothing():
+def test_an_attribute_stands_for_that_names_no_layer_has_no_effect():
     class Labelled(nn.Linear):
         stands_for = "text"
 

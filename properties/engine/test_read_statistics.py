@@ -72,7 +72,7 @@ class Ordinary(Normed):
 
 
 class Beside(nn.Module):
-    """Reads the statistics of a norm that is registered before it, in no place where modules are looked for."""
+    """Reads the statistics of a norm that it does not register as a submodule."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()

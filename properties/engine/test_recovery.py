@@ -1,4 +1,4 @@
-"""An error in a forward pass, a recomputation or a hook leaves everything in order for what comes after."""
+"""After an error in a forward pass, a recomputation or a hook, all state is restored and training continues."""
 
 import time
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("on_device")
 
 
 class Failing(nn.Module):
-    """Draws, moves a buffer, and then raises at chosen evaluations, counted from 1."""
+    """Draws random numbers, updates a buffer, and then raises at chosen evaluations, counted from 1."""
 
     def __init__(self, *evaluations: int, error: type[BaseException] = ArithmeticError):
         super().__init__()
@@ -42,7 +42,7 @@ class Failing(nn.Module):
 
 
 def surroundings(module: nn.Module) -> dict:
-    """All that an evaluation sets for a while, and must put back."""
+    """All global state that an evaluation changes and must restore."""
     parts = list(module.modules())
     return {
         "recording": thread_state.recording,
@@ -67,14 +67,14 @@ def state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_in_order(module: nn.Module, twin: nn.Module, program=backward) -> None:
-    """The module trains as the twin, which has never met an error."""
+    """Assert that the module trains like the twin, in which no error occurred."""
     twin.load_state_dict(module.state_dict())
     module.zero_grad()
     assert_same(run(module, program, [rows()]), run(twin, program, [rows()]), limit=tolerance(torch.float64, depth=2))
 
 
 def failing_chain(*evaluations: int, error: type[BaseException] = ArithmeticError) -> tuple[nn.Module, nn.Module]:
-    """A chain whose second block fails, and its twin that does not."""
+    """Return a chain whose second block fails, and its twin, which does not fail."""
     failing = Failing(*evaluations, error=error)
     failing.register_forward_hook(lambda module, inputs, output: None)
     module = nn.Sequential(block(net), InvertibleModuleWrapper(AdditiveCoupling(net(), failing))).double()
@@ -107,7 +107,7 @@ def test_an_error_in_the_recomputation_leaves_everything_in_order(error, retain_
     if loss.is_cuda:
         deadline = time.monotonic() + 5
         while retained.passes and time.monotonic() < deadline:
-            time.sleep(0.01)  # the thread of a GPU holds the pass for a moment longer
+            time.sleep(0.01)  # on a GPU, autograd's thread releases the pass slightly later
     assert surroundings(module) == between
     for name, value in state(module).items():
         assert torch.equal(value, generator[name]), name

@@ -165,7 +165,7 @@ def test_other_calls_in_the_second_evaluation_raise_or_are_computed(calls):
 
 
 def test_a_branch_may_write_to_the_result():
-    """What is kept is a copy."""
+    """The engine keeps a copy of the result."""
 
     class Writes(Scaled):
         def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Copies, pickles and saved states of modules, also of ones that a graph still refers to, and saved outputs."""
+"""Copies, pickles and saved states of modules, also while a graph refers to them, and saved outputs."""
 
 import copy
 import io
@@ -45,7 +45,7 @@ def saved_whole(module: nn.Module) -> nn.Module:
 
 
 def saved_state(module: nn.Module) -> nn.Module:
-    """The state alone, loaded into a module that starts elsewhere."""
+    """Load only the state dict into a module with other initial weights."""
     fresh = copy.deepcopy(module)
     with torch.no_grad():
         for t in fresh.state_dict().values():
@@ -137,7 +137,7 @@ def test_an_output_is_saved_and_copied_while_its_graph_lives():
     assert x.grad is not None
 
 
-def test_an_optimizer_goes_on_from_a_saved_state():
+def test_an_optimizer_continues_from_a_saved_state():
     def trained(module: nn.Module, optimizer: torch.optim.Optimizer, seeds) -> list[Tensor]:
         for seed in seeds:
             optimizer.zero_grad()

@@ -72,7 +72,7 @@ def test_two_threads_differentiate_at_once(shared):
 
 
 class Drawing(nn.Module):
-    """Multiplies by random numbers, in several parts, and notes those of every evaluation."""
+    """Multiplies by random numbers, drawn in several parts, and records those of every evaluation."""
 
     def __init__(self, draw: Callable[[], Tensor]):
         super().__init__()
@@ -97,7 +97,7 @@ def pythons() -> Tensor:
 
 @pytest.fixture
 def frequent_switches():
-    """Threads take turns after every few operations."""
+    """Let threads take turns after every few operations."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -148,7 +148,7 @@ def test_another_thread_that_draws_outside_of_blocks_is_noticed(draw, evaluation
 
 
 def test_a_thread_waits_with_its_branch_while_another_rebuilds_one():
-    """Otherwise its random numbers would come from the generator that the recomputation has set."""
+    """If it did not wait, its random numbers would come from the generator state that the recomputation sets."""
     inside, waited = threading.Event(), threading.Event()
     entered = []
 

@@ -1,4 +1,4 @@
-"""Private names of PyTorch stand in one file of the engine, each with its reason."""
+"""The engine uses private names of PyTorch in one file only, each with its reason."""
 
 import ast
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ ATTRIBUTES = {
 
 
 def private_names(tree: ast.Module) -> Iterator[str]:
-    """Private names that are imported from torch or read from anything but ``self``, other than our own."""
+    """Return the private names, except our own, that are imported from torch or read from anything but ``self``."""
     own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     own |= {
         node.attr
@@ -43,7 +43,7 @@ def private_names(tree: ast.Module) -> Iterator[str]:
 
 
 PUBLIC = {"_pytree", "_python_dispatch"}
-"""Modules of torch.utils that PyTorch's own documentation sends its users to."""
+"""Modules of torch.utils with private names that PyTorch's documentation recommends."""
 OURS = {"_fn", "_give"}
 """Private attributes of our own classes that are read in other files."""
 

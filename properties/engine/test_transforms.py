@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from memcnn.engine.chain import Value
 from memcnn.engine.recompute import Activation
 from memcnn.testing.tolerances import relative_error, tolerance
+from properties.support.blocks import net
 from properties.support.held import living
 from properties.support.saving import WithDropout
 from properties.support.twin import (
@@ -26,14 +27,10 @@ pytestmark = [
 ]
 
 
-def linear_branch() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
-
-
 def network() -> nn.Module:
     """(N, 6) to (N, 6)."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 6).double(), block(linear_branch), block(linear_branch))
+    return nn.Sequential(nn.Linear(6, 6).double(), block(net), block(net))
 
 
 def rows(*shape: int) -> Tensor:
@@ -109,7 +106,7 @@ def other_parameters(model):
 
 
 def computed_parameters(model):
-    """Parameters that are computed, as by a hypernetwork or by an unrolled step of gradient descent."""
+    """Return computed parameters, as from a hypernetwork or an unrolled step of gradient descent."""
     leaves = {name: p.requires_grad_() for name, p in detached(model).items()}
     weighted_sum(functional_call(model, {name: p * 2 for name, p in leaves.items()}, (rows(),))).backward()
     return [p.grad for p in leaves.values()]

@@ -1,4 +1,4 @@
-"""Buffers, modules and parameters that change unseen by PyTorch: replayed, or an error."""
+"""Buffers, modules and parameters that change without PyTorch's version counter are replayed, or raise an error."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("on_device")
 
 
 class Averaged(Scaled):
-    """Keeps an exponential moving average, as VQ-VAE does of its codes."""
+    """Keeps an exponential moving average, like the codes of a VQ-VAE."""
 
     def __init__(self, size: int = 3):
         super().__init__()

@@ -73,7 +73,7 @@ def read_only_folder(sandbox: Sandbox, rng: Random, tries: int) -> Iterator[str]
             sandbox.check_completes(runs)
             with read_only(runs, is_disk):
                 sandbox.check_refusal(runs, status=0, message="is already complete")
-        yield "nothing is changed; once writing is allowed again, the same command goes on"
+        yield "nothing is changed; once writing is allowed again, the same command starts or resumes the run"
 
 
 @contextmanager
@@ -101,7 +101,7 @@ def damaged(sandbox: Sandbox, rng: Random, tries: int, damage: Callable[[bytes],
         path.write_bytes(content)
         sandbox.check_completes(runs, message=FALLS_BACK)
         assert (runs / NAME / checkpoint.DAMAGED).read_bytes() == content
-        yield "the run goes on from the checkpoint before, and says so; the damaged file is kept"
+        yield "the run resumes from the previous checkpoint, and says so; the damaged file is kept"
 
 
 def truncated_checkpoint(sandbox: Sandbox, rng: Random, tries: int) -> Iterator[str]:

@@ -11,7 +11,7 @@ from memcnn.training.files import HOLDER
 from properties.faults.sandbox import INTERVAL, ITERATIONS, NAME, Sandbox
 
 PAUSE = 0.1
-"""Seconds of every step and every part of an evaluation: the first run must still be going on when others start."""
+"""Seconds of every step and every part of an evaluation: the first run must still be training when others start."""
 
 
 def kill_at_a_random_instant(sandbox: Sandbox, rng: Random, tries: int) -> Iterator[str]:
@@ -103,7 +103,7 @@ def loss_is_no_number(sandbox: Sandbox, rng: Random, tries: int) -> Iterator[str
         message = f"(loss is {name} at iteration {iteration + 1}); try again from the last good checkpoint with: "
         assert message in sandbox.output(runs), sandbox.output(runs)
         sandbox.check_completes(runs)
-        yield "the run fails and names the iteration; the command goes on from the checkpoint before"
+        yield "the run fails and names the iteration; the same command resumes from the previous checkpoint"
 
 
 FAULTS = (

@@ -98,8 +98,8 @@ def work(
     """
     signal.alarm(LONGEST_SECONDS)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
+    for stream in (1, 2):
+        os.dup2(out, stream)
     with open(tally, "r+b") as file:
         numbers = mmap.mmap(file.fileno(), 16)
     _watch_iterations(numbers, stop_at, spoil)
@@ -107,9 +107,7 @@ def work(
     if largest_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file_bytes, resource.RLIM_INFINITY))
     if clock_seed is not None:
-        clock = random.Random(clock_seed)
-        time.time = lambda: clock.uniform(0, 4e9)
-        time.time_ns = lambda: int(1e9 * time.time())
+        _let_the_clock_jump(clock_seed)
     Tiny.pause_seconds = pause_seconds
     if official is not None:
         files.DATASETS["cifar10"] = _cifar(official)
@@ -120,6 +118,13 @@ def work(
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _let_the_clock_jump(seed: int) -> None:
+    """Replace the wall clock by one that jumps by decades at every reading."""
+    clock = random.Random(seed)
+    time.time = lambda: clock.uniform(0, 4e9)
+    time.time_ns = lambda: int(1e9 * time.time())
 
 
 def _watch_iterations(numbers: mmap.mmap, stop_at: int | None, spoil: tuple[int, str] | None) -> None:

@@ -55,10 +55,10 @@ def test_a_network_inverts(device: str, network: Network):
 
 
 def test_a_module_whose_inverse_draws_random_numbers_in_another_order_is_refused():
-    """Its masks would be those of F in G and of G in F, and the gradients wrong without a word."""
+    """F would get the masks of G, and G those of F, and gradients would be silently wrong."""
     coupling = AdditiveCoupling(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(0.4))).double()
     with pytest.raises(RuntimeError, match="OnlyInvertible draws random numbers .* use keep_input=True"):
         backward(InvertibleModuleWrapper(OnlyInvertible(coupling)), images())
     backward(InvertibleModuleWrapper(OnlyInvertible(coupling), keep_input=True), images())
-    coupling.Gm.eval()  # one branch that draws: in the same order
+    coupling.Gm.eval()  # only F draws now, so the order is the same in both directions
     backward(InvertibleModuleWrapper(OnlyInvertible(coupling)), images())

@@ -1,4 +1,4 @@
-"""The law of copies: what is pickled, copied or loaded from a state trains on as the original, at any moment."""
+"""The law of copies: a module that was pickled, copied or loaded from a state dict trains exactly as the original."""
 
 from dataclasses import replace
 
@@ -14,6 +14,6 @@ from properties.support.networks import INITIALISES_ITSELF, NESTED_STATISTICS, r
 @given(networks(frozen=True))
 @example(INITIALISES_ITSELF)
 @example(NESTED_STATISTICS)
-def test_a_copy_of_a_network_that_has_trained_trains_on_as_the_network(network: Network):
+def test_a_copy_of_a_trained_network_trains_as_the_original(network: Network):
     other = replace(network, input=replace(network.input, seed=network.input.seed + 1))
     assert_holds(run_check(check_copies, network, make=other.build), network, "copies")

@@ -1,4 +1,4 @@
-"""The law of gradients: they are those of a network's plain twin, and those of finite differences.
+"""The law of gradients: they equal those of the network's plain twin, and finite differences.
 
 The plain twin is a copy of the network whose wrappers have ``disable = True``: autograd stores every activation.
 """

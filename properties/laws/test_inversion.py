@@ -30,7 +30,7 @@ def test_networks_of_all_kinds_invert(inverse: bool, device: str, network: Netwo
 
 
 def assert_inverts(network: Network, device: str, inverse: bool) -> None:
-    """``inverse`` starts from normally distributed outputs instead of inputs."""
+    """Assert the law of inversion, starting from inputs or, with ``inverse``, from normally distributed outputs."""
     report = run_check(check_inverse, network, device, inverse=inverse, deepest=1)
     assert_holds(report, network, "inverse, from outputs" if inverse else "inverse")
 

@@ -1,4 +1,4 @@
-"""The law of the log-determinant: those of the dense Jacobian, which cancel, and train with flat memory."""
+"""The law of the log-determinant: it is log|det| of the dense Jacobian, both directions cancel, and memory is flat."""
 
 import math
 from functools import partial
@@ -50,7 +50,7 @@ def test_log_determinants_of_larger_flows_are_right_and_cancel(flow: Network):
 
 
 def check_with_log_det(module: nn.Module, x: Tensor, *, inverse: bool, **options) -> Report:
-    """Check the gradients of a loss in which the result and its log-determinant take part."""
+    """Check the gradients of a loss that contains the result and its log-determinant."""
     flow = WithLogDet(module)
     return check_gradients(Inverted(flow) if inverse else flow, x, torch.zeros(len(x)).to(x), **options)
 
@@ -81,7 +81,7 @@ def assert_gradients(flow: Network, device: str, inverse: bool, **options) -> No
 @torch.no_grad()
 def test_each_block_computes_the_same_bits_with_its_log_determinant(flow: Network):
     module, x = flow.build(), flow.input.build()
-    module(x)  # what initialises itself has done so now
+    module(x)  # layers such as ActNorm initialise themselves here
     for block in module:
         y = block(x)
         for actual, expected in ((block.forward_log_det(x)[0], y), (block.inverse_log_det(y)[0], block.inverse(y))):
@@ -206,7 +206,7 @@ def test_the_density_of_a_flow_integrates_to_one():
     assert abs(density.sum() * (axis[1] - axis[0]) ** 2 - 1) < 1e-4
 
 
-def test_a_users_module_takes_part():
+def test_a_users_module_has_log_determinants_within_a_chain():
     class Power(nn.Module):
         """y = sign(x) |x|**exp(a), elementwise."""
 
@@ -239,14 +239,14 @@ def test_a_users_module_takes_part():
 
 @pytest.mark.filterwarnings("ignore:rebuilding a:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_values_are_at_least_float32(dtype):
+def test_log_determinants_are_at_least_float32(dtype):
     flow = glow(1, channels=6).to(dtype)
     for block in flow:
         y, log_det = block.forward_log_det(images(dtype=dtype))
         assert y.dtype == dtype and log_det.dtype == torch.float32
 
 
-def test_under_autocast_values_are_those_of_the_scale_that_was_applied():
+def test_under_autocast_the_log_determinant_is_that_of_the_applied_scale():
     coupling = AffineCoupling(conv_branch(), conv_branch(), AffineAdapterNaive).eval()
     x = images(dtype=torch.float32, requires_grad=False)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -259,7 +259,7 @@ def test_under_autocast_values_are_those_of_the_scale_that_was_applied():
 
 @pytest.mark.parametrize("coupling", [AdditiveCoupling, partial(AffineCoupling, adapter=AffineAdapterNaive)])
 @pytest.mark.parametrize("split_dim", [0, -4])
-def test_a_split_batch_has_no_value_for_each_sample(coupling, split_dim):
+def test_a_coupling_that_splits_the_batch_has_no_log_determinant(coupling, split_dim):
     block = InvertibleModuleWrapper(coupling(nn.Conv2d(6, 6, 1), split_dim=split_dim)).double()
     for method in (block.forward_log_det, block.inverse_log_det):
         with pytest.raises(ValueError, match=r"splits the batch.*shape \(2, 6, 5, 4\).*choose another split_dim"):

@@ -1,4 +1,5 @@
-"""The law of state: a step leaves all but gradients as ordinary training does, and its caller's tensors alone."""
+"""The law of state: a step leaves buffers, modes and generators as ordinary training does, and the caller's tensors
+unchanged."""
 
 import pytest
 from hypothesis import example, given, settings
@@ -27,7 +28,7 @@ from properties.support.networks import (
 @example(network=MASKS_IN_CHANNELS_LAST)
 @example(network=UNDER_AUTOCAST)
 @settings(max_examples=settings.default.max_examples // 2 + 1)
-def test_a_step_changes_nothing_else(inverse: bool, device: str, network: Network):
+def test_a_step_changes_only_what_ordinary_training_changes(inverse: bool, device: str, network: Network):
     assert_holds(
         run_check(check_state, network, device, inverse=inverse),
         network,

@@ -14,7 +14,7 @@ from memcnn.testing.strategies import networks
 from properties.support.errors import assert_holds
 from properties.support.networks import INITIALISES_ITSELF, NESTED_STATISTICS, SPLITS_BY_TURNS, run_check
 
-# Adam divides by the size of a gradient plus eps: a gradient that is rounding alone must stay below eps
+# Adam divides by the size of a gradient plus eps: eps must exceed gradients that consist only of rounding
 OPTIMISERS = {"SGD": sgd, "Adam": partial(torch.optim.Adam, lr=1e-3, eps=1e-3)}
 
 ALL_FROZEN = replace(NESTED_STATISTICS, frozen_every=1, input=replace(NESTED_STATISTICS.input, layout="sliced"))

@@ -1,4 +1,4 @@
-"""The allocator of 2018 rounds requests and splits blocks by its own rules."""
+"""The model of PyTorch's CUDA allocator of 2018 rounds requests and splits blocks as that allocator did."""
 
 import torch
 

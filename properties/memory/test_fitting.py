@@ -1,4 +1,4 @@
-"""The largest size that fits is found, in few evaluations."""
+"""``largest_that_fits`` finds the largest size that fits, in few evaluations."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -17,6 +17,7 @@ from memcnn.memory import (
     CUDA_BLOCK_BYTES,
     TensorMeter,
     allocator_peak_bytes,
+    allocator_total_bytes,
     in_blocks,
     measure_step_memory,
     tensor_peak_bytes,
@@ -258,6 +259,8 @@ def test_the_allocator_meter_refuses_a_running_profiler_and_other_devices():
         allocator_peak_bytes(lambda: allocator_peak_bytes(lambda: None))
     with pytest.raises(ValueError, match="no allocator meter for device 'meta'"):
         allocator_peak_bytes(lambda: None, device="meta")
+    with pytest.raises(ValueError, match="no allocator meter for device 'meta'"):
+        allocator_total_bytes(lambda: None, list, device="meta")
 
 
 def test_garbage_that_exists_at_entry_does_not_lower_the_count(monkeypatch):

@@ -1,4 +1,4 @@
-"""The parts of a peak: each byte is counted once, under the kind of tensor that holds it."""
+"""The parts of a peak count each byte once, under the kind of tensor that holds it."""
 
 from dataclasses import asdict
 
@@ -28,7 +28,7 @@ def test_each_part_is_what_a_count_by_hand_gives():
 
 
 class Wide(nn.Linear):
-    """Needs most memory in its forward pass, and nothing of that later."""
+    """Needs most memory in its forward pass, and frees it before backward."""
 
     def forward(self, x):
         return super().forward(x) + x.repeat(1, 99).sum(1, keepdim=True)

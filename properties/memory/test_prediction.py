@@ -19,6 +19,9 @@ from memcnn.memory import (
     tensor_peak_bytes,
     training_step,
 )
+from memcnn.memory.fake import FakeMode
+from memcnn.models.irevnet import irevnet_injective
+from memcnn.models.momentum import momentum_resnet
 from memcnn.models.resnet import MODELS
 from properties.support.memory import linear
 
@@ -97,6 +100,12 @@ COPYING = {
     "of another dtype": lambda: branch(8).half().float(),
     "existing": lambda: EXISTING,
     "a copy of an existing one": lambda: copy.deepcopy(EXISTING),
+    "a new head on an existing one": lambda: nn.Sequential(EXISTING, nn.Conv2d(8, 3, 1)),
+    "an exact chain": lambda: memcnn.ReversibleSequential(
+        *(memcnn.AdditiveCoupling(branch(4)) for _ in range(3)), exact=True
+    ),
+    "an i-RevNet with zeros": lambda: nn.Sequential(nn.Conv2d(8, 3, 1), irevnet_injective(3, units=(1, 1, 1))),
+    "a momentum network": lambda: nn.Sequential(nn.Conv2d(8, 3, 1), momentum_resnet(3, units=(1, 1, 1))),
 }
 
 
@@ -110,6 +119,74 @@ def test_models_that_copy_or_convert_themselves_are_predicted_too(make):
     assert torch.equal(torch.get_rng_state(), state)
     assert predicted == computed(make, maps, loss=mean)
     assert type(EXISTING[0].weight.data) is torch.Tensor  # not a fake one
+
+
+class Recurrent(nn.Module):
+    """Two layers on sequences of 8 vectors of 64 values."""
+
+    def __init__(self, kind: type, **options):
+        super().__init__()
+        self.layer = kind(64, 16, num_layers=2, batch_first=True, **options)
+
+    def forward(self, x):
+        return self.layer(x.flatten(2))[0].mean(1)
+
+
+class Bag(nn.Module):
+    def __init__(self, mode: str):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(2, 8, mode=mode)
+
+    def forward(self, x):
+        return self.bag(x.flatten(1).long())
+
+
+LIBRARIES = {
+    "LSTM": lambda: Recurrent(nn.LSTM, bidirectional=True),
+    "LSTM without bias": lambda: Recurrent(nn.LSTM, bias=False),
+    "frozen LSTM": lambda: nn.Sequential(Recurrent(nn.LSTM).requires_grad_(False), nn.Linear(16, 3)),
+    "GRU": lambda: Recurrent(nn.GRU),
+    "mean of a bag": lambda: Bag("mean"),
+    "sum of a bag": lambda: Bag("sum"),
+}
+
+
+@pytest.mark.parametrize("make", LIBRARIES.values(), ids=LIBRARIES)
+def test_what_only_a_library_knows_the_size_of_is_predicted_too(make):
+    assert predict_step_memory(make, maps) == computed(make, maps)
+
+
+@pytest.mark.filterwarnings("error")
+def test_recurrent_layers_on_a_gpu_are_predicted_with_a_warning():
+    with pytest.warns(UserWarning, match="an LSTM, a GRU or an RNN on a GPU is wrong"):
+        predict_step_memory(LIBRARIES["GRU"], maps, device="cuda")
+    predict_step_memory(LIBRARIES["GRU"], maps)
+
+
+def test_a_fake_operator_of_a_gpu_library_warns_too():
+    """A plan of ``budget_bytes`` on a GPU meets this operator. Its fake kernel runs on any machine."""
+    gru = nn.GRU(3, 4)
+    with FakeMode() as mode:
+        weights = [mode.from_tensor(weight) for weight in gru.parameters()]
+        x, h = torch.zeros(5, 2, 3), torch.zeros(1, 2, 4)
+        arguments = 3, 4, 0, 1, False, 0.0, True, False, (), None
+        with pytest.warns(UserWarning, match="on a GPU is wrong"):
+            torch.ops.aten._cudnn_rnn(x, weights, 4, None, h, None, *arguments)
+
+
+def test_an_uninitialised_parameter_is_refused_by_name():
+    def make():
+        return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+
+    def initialised():
+        model = make()
+        with torch.no_grad():
+            model(maps()[0])
+        return model
+
+    with pytest.raises(ValueError, match=r"1\.weight is uninitialised.*let make_model call the model once"):
+        predict_step_memory(make, maps)
+    assert predict_step_memory(initialised, maps) == computed(initialised, maps)
 
 
 def test_a_copy_of_a_computed_tensor_is_refused_as_always():
@@ -128,6 +205,9 @@ def test_on_cuda_memory_comes_in_blocks_and_optimisers_update_all_parameters_at_
     assert predicted == computed(chain, maps, all_at_once=True, block_bytes=512)
     assert all(getattr(predicted, name) % 512 == 0 for name in BYTES)
     assert predicted.peak_bytes > predict_step_memory(chain, maps).peak_bytes
+    assert predicted == predict_step_memory(chain, maps, device="cuda:0")
+    with pytest.raises(ValueError, match="device: got 'mps', wanted cpu or cuda"):
+        predict_step_memory(chain, maps, device="mps")
 
     def make():
         return nn.Sequential(*(nn.Linear(300, 300, bias=False) for _ in range(5)))
@@ -162,12 +242,12 @@ def test_arithmetic_is_what_a_count_by_hand_gives():
     assert engine - plain == 6 * 2 * 5 * 32 * 32  # the engine evaluates each branch once more
 
 
-def test_a_step_needs_the_memory_of_the_trainers_step():
+def test_a_step_needs_the_memory_of_a_loop_that_frees_gradients_after_the_loss():
     """Logits and loss live until the end of the step, and earlier gradients until the loss is computed."""
     make, batch = linear(rows=500)
     model, optimizer, (x, y), step = training_step(make, batch)
 
-    def trainers():
+    def loop():
         logits = model(x)
         loss = F.cross_entropy(logits, y)
         optimizer.zero_grad()
@@ -175,4 +255,4 @@ def test_a_step_needs_the_memory_of_the_trainers_step():
         optimizer.step()
 
     step()
-    assert tensor_peak_bytes(step) == tensor_peak_bytes(trainers)
+    assert tensor_peak_bytes(step) == tensor_peak_bytes(loop)

@@ -1,4 +1,4 @@
-"""A check names a cause only where a test separates it from others."""
+"""A check names a cause only if it can tell this cause from others."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from memcnn.testing.tolerances import distance
 
 
 class Centred(nn.Module):
-    """Remembers the mean of its last input. In a row of copies each remembers its own."""
+    """Subtracts a mean that forward stores and inverse reads, so that a new input makes it stale."""
 
     mean = 0.0
 
@@ -86,7 +86,7 @@ SHARED = np.random.default_rng(0)
 
 
 class Noisy(nn.Module):
-    """Adds noise that no seed of torch's repeats, and looks at its input in float32.
+    """Adds noise that no seed of torch repeats, and casts its input to float32 in an operation without effect.
 
     Args:
         size: of the noise.
@@ -158,7 +158,7 @@ def test_a_storage_that_was_emptied_is_an_infinite_error():
 
 
 def test_a_gradient_is_not_called_wrong_where_the_loss_is_rounded():
-    """Two finite differences may agree by chance although rounding has put both off."""
+    """Two finite differences may agree by chance, although rounding made both wrong."""
     for seed in range(16):
         x = torch.randn(1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         report = check_gradients(Offset(), x, seed=seed)
@@ -187,7 +187,7 @@ def test_noise_is_named_where_the_inverse_is_off_in_float64_alone():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_finite_differences_see_two_swapped_entries(seed):
-    """Along steps of one length the errors of the two would cancel at some seeds."""
+    """If all entries had steps of equal length, the errors of the two entries would cancel for some seeds."""
     report = check_gradients(Swapping(), torch.randn(3, 2, generator=torch.Generator().manual_seed(seed)), seed=seed)
     assert report.of("gradients").failures
 

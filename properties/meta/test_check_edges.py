@@ -149,7 +149,7 @@ def test_an_exception_is_described_with_the_line_of_the_users_code():
     assert not is_ours(TypeError("was never raised"))
 
 
-def test_a_table_shows_errors_and_limits_of_what_was_decided():
+def test_a_table_shows_errors_and_limits_only_of_decided_results():
     report = Report((Result("state", "decided", 0.5, 0.25), Result("state", "open", skipped="nobody knows")))
     decided, undecided = str(report).splitlines()[1:3]
     assert decided.split() == ["FAIL", "state", "decided", "0.5", "0.25"] and undecided.split() == [
@@ -163,18 +163,18 @@ def test_a_module_that_runs_in_float32_alone_is_not_checked_in_float64():
     class Single(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             if x.dtype != torch.float32:
-                raise ValueError("float32 alone")
+                raise ValueError("only float32")
             return 2 * x
 
         def inverse(self, y: Tensor) -> Tensor:
             return y / 2
 
     (result,) = [result for result in check_inverse(Single(), torch.randn(3, 4)) if result.claim == FORTH + IN_64]
-    assert "float32 alone" in result.skipped
+    assert "only float32" in result.skipped
 
 
 class Stretching(nn.Module):
-    """Its log-determinant is right for scales from 1/2 on."""
+    """Its log-determinant is right only for scales of at least 1/2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ def test_a_step_that_uses_the_mask_of_another_is_seen():
     assert result.verdict == "FAIL" and "the two passes share" in result.explanation
 
 
-def test_a_graph_that_nobody_could_differentiate_twice_is_no_fault():
+def test_a_block_whose_plain_graph_runs_backward_only_once_is_skipped():
     class Once(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ def test_a_graph_that_nobody_could_differentiate_twice_is_no_fault():
         @staticmethod
         def backward(ctx, gradient: Tensor) -> Tensor:
             if ctx.used:
-                raise ValueError("once alone")
+                raise ValueError("only once")
             ctx.used = True
             return gradient
 
@@ -268,10 +268,10 @@ def test_a_graph_that_nobody_could_differentiate_twice_is_no_fault():
             return Once.apply(x)
 
     result = graphs_can_be_retained(Subject(Single(0.0), (torch.randn(3, 4),)), "retained")
-    assert result.verdict == "SKIP" and "once alone" in result.skipped
+    assert result.verdict == "SKIP" and "only once" in result.skipped
 
 
-def test_a_mistake_of_the_verifier_itself_is_not_taken_for_one_of_the_block():
+def test_an_error_of_the_verifier_is_not_blamed_on_the_block():
     class Broken:
         @property
         def lower_precisions(self) -> dict:
@@ -292,11 +292,11 @@ def test_a_mistake_of_the_verifier_itself_is_not_taken_for_one_of_the_block():
         (torch.zeros(4, dtype=torch.int64), False),
     ],
 )
-def test_values_at_which_functions_like_to_have_kinks_are_zeros_and_those_that_repeat(x, expected):
+def test_zeros_and_repeated_values_are_special_because_functions_have_kinks_there(x, expected):
     assert is_special(x) is expected
 
 
-def test_memory_that_grows_from_pass_to_pass_grows_with_the_passes_that_are_measured():
+def test_memory_that_every_pass_adds_grows_with_the_number_of_measured_passes():
     class Hoard(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x: Tensor, kept: list[Tensor]) -> Tensor:

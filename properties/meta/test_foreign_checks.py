@@ -1,5 +1,5 @@
-"""The checks on what public packages contain: ranges that are intervals, parameters set by the first batch, inverses
-of matrices, engines of their own. Small look-alikes; the packages themselves are tested by ``bench.findings``."""
+"""Run the checks on small look-alikes of layers in public packages: layers defined on an interval, parameters that the
+first batch sets, matrix inverses, engines of their own. ``bench.findings`` checks the packages themselves."""
 
 import math
 
@@ -15,7 +15,7 @@ TWO_STEPS = "two steps under way do not mix"
 
 
 class Logit(nn.Module):
-    """(0, 1) to the real line; both directions refuse what they are not defined for."""
+    """Maps (0, 1) to the real line; forward raises an error for other values."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not (x > 0).all() or not (x < 1).all():
@@ -45,7 +45,7 @@ class Turned(nn.Module):
 
 
 class FirstBatch(nn.Module):
-    """Scales by what its first batch says, and notes in a buffer that it has done so."""
+    """Sets its scale from its first batch, and records in a buffer that it has done so."""
 
     gradient_scale = 1.0
 
@@ -120,7 +120,7 @@ class Constant(nn.Module):
 
 
 class Again(torch.autograd.Function):
-    """x + f(x), computed again in backward, in whatever precision that happens in."""
+    """x + f(x), recomputed in backward without the autocast state of forward."""
 
     @staticmethod
     def forward(ctx, x: Tensor, f: nn.Module) -> Tensor:
@@ -153,7 +153,7 @@ class OwnEngine(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Doubles its input where that lies."""
+    """Doubles its input in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         x *= 2
@@ -164,7 +164,7 @@ class InPlace(nn.Module):
 
 
 class Single(Linear):
-    """Gives float32 whatever it is given."""
+    """Returns float32 for an input of any dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).float()
@@ -197,11 +197,11 @@ def test_a_single_sample_is_compared_with_its_own_entries_in_another_order():
     assert report.passed, report
 
 
-def test_what_the_first_batch_sets_is_set_before_finite_differences_are_taken():
+def test_parameters_that_the_first_batch_sets_are_set_before_finite_differences():
     assert check_gradients(FirstBatch(), drawn(4, 5), wrap=False).passed
 
 
-def test_a_wrong_gradient_of_what_the_first_batch_sets_is_seen():
+def test_a_wrong_gradient_of_a_parameter_that_the_first_batch_sets_is_found():
     report = check_gradients(WrongAfterFirstBatch(), drawn(4, 5), wrap=False)
     assert "1.1 times" in report.summary(), report
 

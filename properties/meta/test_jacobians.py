@@ -1,4 +1,4 @@
-"""The rows of a Jacobian: many in one backward pass, or one by one where an operator does not allow that."""
+"""The rows of a Jacobian are computed many at a time, or one by one if an operator does not support batches."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from memcnn.testing.laws.jacobians import ROWS_AT_ONCE, gradients_of_each
 
 
 class ReadsItsGradient(torch.autograd.Function):
-    """The identity, whose backward function reads a value, which no batch of gradients allows."""
+    """The identity. Its backward function reads a value, which fails for a batch of gradients (vmap)."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Faults for what only some checks look at: other directions, several passes, strides, autocast, training, copies."""
+"""Faults that only some checks find: other directions, several passes, strides, autocast, training, copies."""
 
 import copy
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from memcnn.testing import (
     check_state,
     check_training,
 )
+from properties.zoo.corner_blocks import InputLayout, WithoutGradients
 from properties.zoo.engine import Engine, Pair
 from properties.zoo.specimen import Own, branch
 
@@ -29,7 +30,7 @@ def drawn(*shape: int) -> Tensor:
 
 
 class OneBackward(Engine):
-    """Forgets its output in backward, so that a retained graph cannot be differentiated again."""
+    """Deletes its saved state in backward, so that a retained graph cannot be differentiated again."""
 
     def back(self, pair, before, y, dy, found):
         result = super().back(pair, before, y, dy, found)
@@ -38,7 +39,7 @@ class OneBackward(Engine):
 
 
 class WrongSecondBackward(Engine):
-    """Counts its backward passes, and is wrong in the second."""
+    """Multiplies the gradients of its n-th backward pass by n."""
 
     passes = 0
 
@@ -58,12 +59,6 @@ class RightOnce(InvertibleModuleWrapper):
         return y if self.passes == 1 or self.disable else y.detach() + 0 * next(self.parameters()).sum()
 
 
-class InverseWithoutGradients(Own):
-    @torch.no_grad()
-    def inverse(self, y: Tensor) -> Tensor:
-        return super().inverse(y)
-
-
 class LogDetDetached(AffineCoupling):
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, log_det = super().forward_log_det(x)
@@ -77,7 +72,7 @@ class OtherValues(AffineCoupling):
 
 
 class Skewed(AffineCoupling):
-    """The inverse's log-determinant is off by a constant, which no direction shows alone."""
+    """The inverse's log-determinant is off by a constant, so the two directions do not cancel."""
 
     def inverse_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
         x, log_det = super().inverse_log_det(y)
@@ -86,13 +81,6 @@ class Skewed(AffineCoupling):
 
 def affine(kind: type[AffineCoupling]) -> AffineCoupling:
     return kind(branch(2, 4), branch(2, 4), AffineAdapterExp)
-
-
-class RightWhereDense(Own):
-    """Reads the memory of its input as if that had no gaps."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(torch.as_strided(x, x.shape, x.contiguous().stride()))
 
 
 class CachedWeight(Own):
@@ -172,11 +160,9 @@ def test_second_derivatives_of_an_engine_of_its_own_are_right_or_refused():
 
 
 def test_training_through_an_inverse_without_gradients_is_seen():
-    assert failing(check_gradients, InverseWithoutGradients()) == {
-        "gradients through inverse = finite differences in float64"
-    }
+    assert failing(check_gradients, WithoutGradients()) == {"gradients through inverse = finite differences in float64"}
     assert "gradients = finite differences in float64" in failing(
-        check_gradients, Inverted(InverseWithoutGradients()), wrap=False
+        check_gradients, Inverted(WithoutGradients()), wrap=False
     )
     assert not failing(check_gradients, Inverted(InvertibleModuleWrapper(Own())))
 
@@ -191,16 +177,16 @@ def test_a_log_determinant_without_a_gradient_is_seen():
 
 
 @pytest.mark.parametrize("kind", [OtherValues, Skewed])
-def test_log_determinants_of_other_values_or_that_do_not_cancel_are_seen(kind):
-    assert "forward_log_det gives what forward gives" in failing(check_log_det, affine(kind))
+def test_wrong_values_and_log_determinants_that_do_not_cancel_are_found(kind):
+    assert "forward_log_det agrees with forward and inverse" in failing(check_log_det, affine(kind))
     assert not failing(check_log_det, affine(AffineCoupling))
 
 
-def test_inputs_keep_their_strides():
+def test_a_module_that_ignores_strides_is_found():
     gaps = drawn(3, 4, 3, 8)[..., ::2]
-    assert failing(check_inverse, RightWhereDense(), gaps.contiguous()) == {"the strides of a tensor do not matter"}
-    assert failing(check_inverse, RightWhereDense(), gaps)
-    assert failing(check_inverse, RightWhereDense(), gaps.contiguous().transpose(1, 2).contiguous().transpose(1, 2))
+    assert failing(check_inverse, InputLayout(), gaps.contiguous()) == {"the strides of a tensor do not matter"}
+    assert failing(check_inverse, InputLayout(), gaps)
+    assert failing(check_inverse, InputLayout(), gaps.contiguous().transpose(1, 2).contiguous().transpose(1, 2))
 
 
 def test_a_value_that_an_optimiser_step_makes_stale_is_seen():

@@ -92,7 +92,7 @@ def test_a_condition_number_counts_the_inverses_of_blocks_within_branches():
     assert amplified(around("affine sigmoid")) > 1.5 * amplified(around("additive"))  # it divides by scales below 1
 
 
-def test_nothing_can_be_said_where_the_dtype_is_too_small_for_a_value_on_the_way():
+def test_the_condition_number_is_infinite_where_an_intermediate_value_overflows():
     def of(scale: float, dtype: torch.dtype) -> float:
         branch = Branch((2, 2, 3), ("linear",))
         chain = Chain((Block("additive", (2, 4, 3), branch, branch),) * 8)
@@ -102,13 +102,13 @@ def test_nothing_can_be_said_where_the_dtype_is_too_small_for_a_value_on_the_way
     assert of(1e38, torch.float64) == pytest.approx(of(1.0, torch.float32), rel=0.9)
 
 
-def test_nothing_can_be_said_where_an_inverse_divides_by_zero():
+def test_the_condition_number_is_infinite_where_an_inverse_divides_by_zero():
     branch = Branch((2, 2, 3), ("linear",), doubled=1)
     network = Network(Chain((Block("affine sigmoid", (2, 4, 3), branch, branch),)), Values((2, 4, 3), scale=1000.0))
     assert amplified(network) == math.inf
 
 
-def test_a_fault_that_gives_no_numbers_is_no_excuse_for_itself():
+def test_nan_that_the_twin_does_not_have_does_not_raise_the_condition_number():
     subject = Subject(Scaled(0.0), (torch.randn(2, 3),))
     spoilt = {"gradient": torch.tensor(math.nan)}
     assert condition_number(subject, lambda s: spoilt, trained_by_twin) == 1.0

@@ -1,4 +1,4 @@
-"""Chains of many blocks are checked in minutes: their gradients in groups, and fewer drawn examples."""
+"""Long chains are checked in minutes: gradients are compared in groups, and fewer examples are drawn."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ from memcnn.testing.laws.twin import duplicate
 EXAMPLE = Example(((2, 4, 3, 3),), torch.float64, "cpu")
 BLOCKS = 8
 ONE_BY_ONE = 2 * 4
-"""Passes for a tensor by itself: two directions, and at least a step and its half, ahead and behind."""
+"""Passes for one tensor by itself: in two directions, central differences with a step and with half of it."""
 
 
 class Counted(nn.Module):
@@ -67,10 +67,10 @@ def test_the_one_wrong_gradient_of_a_chain_is_found_in_a_few_passes():
     assert passes < ONE_BY_ONE * tensors
 
 
-def test_a_chain_of_wrong_gradients_is_reported_after_some_of_them():
+def test_a_chain_with_only_wrong_gradients_is_reported():
     result, _ = compared(*range(BLOCKS))
     assert result.failed and "1.5 times what it should be" in result.explanation
-    assert MOST_WRONG > BLOCKS, "all of them are looked at"
+    assert MOST_WRONG > BLOCKS, "the check examines every wrong gradient of this chain"
     assert compared()[0].verdict == "PASS"
 
 

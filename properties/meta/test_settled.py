@@ -1,4 +1,4 @@
-"""Buffers that converge are waited for, and buffers that never do, such as counters, are soon given up."""
+"""The checks wait until buffers have converged, and soon give up on buffers that never do, such as counters."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Drawn networks can be replayed, print as code, and are varied."""
+"""Drawn networks can be built again, print as code, and contain every kind of block, layer and layout."""
 
 import torch
 from hypothesis import Phase, given, settings

@@ -1,5 +1,5 @@
-"""The checks call no correct block wrong, however badly conditioned: drawn networks, which are compared with their
-twins elsewhere."""
+"""The checks call no correct block wrong, however badly conditioned it is: here they judge drawn networks, whose
+gradients ``properties/laws`` compares with those of their twins."""
 
 from collections.abc import Callable
 
@@ -15,14 +15,14 @@ from memcnn.testing.strategies import networks
 
 
 def naive(*last: str, seed: int = 7711) -> Network:
-    """Two blocks that scale by exponentials of a hundred and more."""
+    """Return two blocks that scale by exponentials of a hundred and more."""
     half, G = (2, 2), ("linear", *last)
     block = Block("affine naive", (2, 4), Branch(half, ("linear",)), Branch(half, G), split_dim=-1)
     return Network(Chain((block, block), "only invertible"), Values((2, 4), torch.float64, seed), training=False)
 
 
 def nested() -> Network:
-    """A learned factor deep within has a gradient of 1.4e-5, where the largest is 1."""
+    """Return nested blocks, in which a learned factor has a gradient of 1.4e-5 while the largest gradient is 1."""
     one, F, G = (1, 1, 1), ("conv 1",), ("conv 3", "sigmoid")
     inner = Chain(
         (
@@ -45,18 +45,18 @@ def nested() -> Network:
 @example(naive("relu"))  # forward(inverse(y)) was wrong where the inverse had divided by a scale that is infinite
 @example(naive())  # the condition number was 1 where a small change in y has no finite inverse
 def test_no_drawn_network_is_called_wrong(network: Network):
-    """Where an inverse has overflowed, it is wrong to say that it inverts, and the checks fail it."""
+    """Networks whose inverse overflows are left out: they do not invert, and the checks rightly fail them."""
     module, x = network.build(), network.input.build().contiguous()
     with torch.no_grad():
         y = module(x)
         assume(y.isfinite().all() and module.inverse(y).isfinite().all())
-    module = network.build()  # one that has not initialised itself
+    module = network.build()  # a new one, whose layers have not initialised themselves yet
     report = check_inverse(module, x) + check_gradients(module, x)
     assert report.passed, report
 
 
 def scaled_by(log_scale: float) -> nn.Module:
-    """A coupling whose F and G give ``log_scale`` and so little else that their gradients are none."""
+    """Return an affine coupling whose branches return almost exactly ``log_scale`` for every input."""
 
     def branch() -> nn.Module:
         linear = nn.Linear(2, 2)
@@ -73,7 +73,7 @@ def checked(log_scale: float, check: Callable[..., Report]) -> Report:
 
 
 @pytest.mark.parametrize("check", [check_inverse, check_gradients, check_log_det])
-def test_where_rounding_may_be_as_large_as_the_values_nothing_is_said(check):
+def test_a_claim_is_undecided_where_rounding_may_be_as_large_as_the_values(check):
     assert not any(result.skipped for result in checked(-3.0, check))
     hopeless = checked(-40.0, check)
     assert hopeless.passed
@@ -101,7 +101,7 @@ def test_a_wrong_inverse_is_reported_in_a_badly_conditioned_block_too():
 
 
 class Identity(nn.Module):
-    """Inverted by what ``undone`` makes of (y, the input of forward)."""
+    """The identity. Its inverse returns ``undone(y, x)``, where x is the last input of forward."""
 
     def __init__(self, undone: Callable[[Tensor, Tensor], Tensor]):
         super().__init__()
@@ -122,7 +122,7 @@ def refused(y: Tensor, x: Tensor) -> Tensor:
 
 
 def finite_within(distance: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Off by 1e-9, and infinite for a y further than ``distance`` from x."""
+    """Return an inverse that is off by 1e-9, and infinite for a y further than ``distance`` from x."""
     return lambda y, x: (1 + 1e-9) * y if (y - x).abs().max() <= distance else torch.full_like(y, torch.inf)
 
 

@@ -100,7 +100,7 @@ ENVIRONMENT = {"PYTHONPATH": ":".join(["", *sys.path]), "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture
 def blocks(tmp_path, monkeypatch) -> Path:
-    """A folder with a user's module ``user_blocks``, which is where the user is."""
+    """The current folder, which holds a user's module ``user_blocks``."""
     (tmp_path / "user_blocks.py").write_text(BLOCKS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -157,7 +157,7 @@ def test_bad_conditioning_is_no_fault_but_is_reported(blocks, capsys):
     assert re.search(r"right, but badly conditioned: .*float32 (fails|the inverse)", out)
 
 
-def test_all_is_in_the_json(blocks, capsys):
+def test_the_json_file_holds_all_results(blocks, capsys):
     status, out, _ = run(capsys, "user_blocks:Flipped", "--json", "found.json", "--laws", "inverse,state")
     found = json.loads((blocks / "found.json").read_text())
     assert status == 1 and found["passed"] is False
@@ -243,7 +243,7 @@ def test_progress_is_printed_where_there_is_no_terminal(blocks, capsys):
 
 
 @pytest.mark.parametrize("shape", ["2,x", "", "2,0,4"])
-def test_what_is_no_shape_is_misuse(blocks, capsys, shape):
+def test_a_malformed_shape_is_misuse(blocks, capsys, shape):
     status, _, err = run(capsys, "user_blocks:Block", shape=shape)
     assert status == 2
     assert "wanted sizes of at least 1" in err

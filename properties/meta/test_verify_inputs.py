@@ -1,4 +1,4 @@
-"""`python -m memcnn.verify` on a user's own batch, on conditions, on dropout, and its errors."""
+"""`python -m memcnn.verify` on a user's own batch, on conditions and on dropout, and its error messages."""
 
 import sys
 from pathlib import Path
@@ -42,6 +42,13 @@ class ByHand(nn.Module):
         x2 = y2 - self.g(y1)
         return torch.cat([y1 - self.f(x2), x2], 1)
 
+class Splitting(nn.Module):
+    def forward(self, x):
+        return x.unflatten(1, (2, 3))
+
+    def inverse(self, y):
+        return y.flatten(1)
+
 class InOneOrder(ByHand):
     def masks(self, x):
         ones = torch.ones(len(x), 5, dtype=x.dtype)
@@ -81,7 +88,7 @@ class Optional(nn.Module):
 
 @pytest.fixture
 def blocks(tmp_path, monkeypatch):
-    """A folder with a user's module ``user_inputs``, which is where the user is."""
+    """The current folder, which holds a user's module ``user_inputs``."""
     (tmp_path / "user_inputs.py").write_text(BLOCKS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -119,6 +126,34 @@ def test_a_batch_without_constants_has_no_remark(blocks, capsys):
     arguments = ["--input", "random.pt", "--laws", "inverse", "--mode", "train", "--examples", "1"]
     status, out, _ = run(capsys, "user_inputs:coupling", *arguments)
     assert status == 0 and "NOTE" not in out and "inputs 2x8x4x4" in out
+
+
+def one_sample_of_nan() -> torch.Tensor:
+    x = padded()
+    x[0] = float("nan")
+    return x
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        (torch.zeros(0, 8, 6, 6), "the inputs must have entries, or nothing can be compared: got (0, 8, 6, 6)"),
+        (one_sample_of_nan(), "the inputs must not contain NaN, which hides errors: got (4, 8, 6, 6)"),
+    ],
+    ids=["empty", "NaN"],
+)
+def test_a_batch_with_which_no_comparison_can_fail_is_refused(blocks, capsys, batch, words):
+    torch.save(batch, "batch.pt")
+    status, _, err = run(capsys, "user_inputs:coupling", "--input", "batch.pt", "--laws", "inverse", "--examples", "1")
+    assert status == 2 and words in err
+
+
+def test_a_law_that_cannot_be_checked_does_not_pass(blocks, capsys):
+    arguments = ["--shape", "3,6", "--examples", "1", "--laws", "memory", "--json", "report.json"]
+    status, out, err = run(capsys, "user_inputs:Splitting", *arguments)
+    assert status == 1, out + err
+    assert "SKIP  memory" in out and out.rstrip().endswith("UNDECIDED: nothing could be checked")
+    assert '"passed": false' in Path("report.json").read_text()
 
 
 @pytest.mark.parametrize("block", ["with_inputs_kept", "as_a_coupling", "InOneOrder"])

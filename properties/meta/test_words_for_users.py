@@ -135,7 +135,7 @@ def test_a_condition_number_that_cannot_be_estimated_is_not_called_infinite():
     assert "could not be estimated" in result.skipped and "inf" not in re.split(r"\W+", result.skipped)
 
 
-def test_a_largest_value_does_not_make_the_condition_number_infinite():
+def test_a_largest_singular_value_does_not_make_the_condition_number_infinite():
     subject = Subject(FixedPoint(), (drawn(3, 4),)).in_double()
 
     def gradient(subject: Subject) -> dict[str, Tensor]:
@@ -145,7 +145,7 @@ def test_a_largest_value_does_not_make_the_condition_number_infinite():
 
 
 @pytest.mark.parametrize("operation", [torch.amax, torch.amin])
-def test_a_chosen_value_is_not_rounded(operation):
+def test_a_maximum_or_minimum_is_not_rounded(operation):
     class Chosen(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x + operation(x.detach() * 0 + x).sum() * 0

@@ -1,4 +1,4 @@
-"""The checks are proven: each fault is caught by the law that names it and by nothing unrelated, nothing healthy is."""
+"""Each planted fault is caught by the law that names it and by no unrelated law, and healthy blocks pass."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def test_a_fault_is_caught_by_the_law_that_names_it_and_by_nothing_unrelated(fau
 
 
 @pytest.mark.parametrize("specimen", HEALTHY, ids=lambda specimen: specimen.name)
-def test_nothing_healthy_is_found_fault_with(specimen: Specimen):
+def test_a_healthy_block_passes_every_check(specimen: Specimen):
     report = specimen.report()
     assert report.passed, f"\n{report}"
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from collections import Counter
 
 import pytest
@@ -53,8 +54,10 @@ def step_of(module, x, direction="forward", **kwargs):
 
 
 def measured(module, x, *arguments, **kwargs) -> int:
+    """Return the peak of the first four steps of a new module. The drift watch samples the fourth."""
     x = x.detach().requires_grad_(x.requires_grad)
-    return measure_step_memory(module, step_of(module, x, *arguments, **kwargs)).activation_bytes
+    step = step_of(module, x, *arguments, **kwargs)
+    return max(measure_step_memory(module, step).activation_bytes for _ in range(4))
 
 
 X = torch.randn(16, 2 * WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -65,9 +68,9 @@ LEAST, MOST = measured(chain(), X), measured(chain(keep_every=1), X)
 def test_the_peak_is_the_predicted_one_and_within_the_budget(share):
     budget = LEAST + int(share * (MOST - LEAST))
     module = chain(budget)
-    assert measured(module, X) <= budget
+    peak_bytes = measured(module, X)
     (plan,) = module.budget.plans.values()
-    assert measured(module, X) == plan.peak_bytes
+    assert peak_bytes == plan.peak_bytes <= budget
     if share in (0, 1):
         assert len(plan.stored) == share * DEPTH
     else:
@@ -156,9 +159,55 @@ def test_each_size_and_mode_has_its_own_plan():
 def test_other_directions_have_plans_too(direction):
     least = measured(affine().eval(), X, direction)
     module = affine(least + 3000).eval()
-    assert measured(module, X, direction) <= least + 3000
+    peak_bytes = measured(module, X, direction)
     ((key, plan),) = module.budget.plans.items()
-    assert key[0] == direction and plan.stored and plan.peak_bytes == measured(module, X, direction)
+    assert key[0] == direction and plan.stored and peak_bytes == plan.peak_bytes <= least + 3000
+
+
+class Recurrent(nn.Module):
+    """An LSTM, whose workspace only oneDNN knows, over the samples as one sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.lstm(x.unsqueeze(1))[0].squeeze(1)
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+@pytest.mark.parametrize(("branch", "exact"), [(Branch, True), (Recurrent, None), (Recurrent, True)])
+def test_exact_chains_and_recurrent_branches_are_planned_to_the_byte(branch, exact, share):
+    def make(**options):
+        return ReversibleSequential(*(AdditiveCoupling(branch()) for _ in range(4)), exact=exact, **options)
+
+    least, most = measured(make(), X), measured(make(keep_every=1), X)
+    budget = least + int(share * (most - least))
+    module = make(budget_bytes=budget)
+    peak_bytes = measured(module, X)
+    (plan,) = module.budget.plans.values()
+    assert peak_bytes == plan.peak_bytes <= budget < most and bool(plan.stored) == bool(share)
+
+
+def test_a_step_with_a_shared_branch_that_is_watched_more_often_stays_within_the_budget():
+    branch = Branch()
+
+    def make(**options):
+        return ReversibleSequential(*(AdditiveCoupling(branch, branch) for _ in range(3)), **options)
+
+    with pytest.raises(ValueError, match="raise the budget to that") as error:
+        make(budget_bytes=1)(X)
+    least = int(re.search(r"a step needs ([\d,]+) bytes", str(error.value))[1].replace(",", ""))
+    module = make(budget_bytes=least)
+    assert max(measured(module, X) for _ in range(3)) <= least
+
+
+def test_each_step_is_predicted_once(monkeypatch):
+    """Predictions take most of the time of planning."""
+    forward, calls = ReversibleSequential.forward, []
+    monkeypatch.setattr(ReversibleSequential, "forward", lambda self, x: (calls.append(0), forward(self, x))[1])
+    chain(LEAST)(X)
+    assert len(calls) == 3, "the step itself, with no block stored, and with the last block stored"
 
 
 def test_masks_and_autocast_are_part_of_the_prediction():

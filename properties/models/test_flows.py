@@ -125,6 +125,15 @@ def test_a_further_step_costs_less_than_a_hundredth_of_its_activations(chain):
     assert_flat(chain, least_maps=3)
 
 
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_an_empty_batch_initialises_nothing(direction):
+    layer = ActNorm(3)
+    getattr(layer, direction)(torch.zeros(0, 3, 4, 4))
+    assert not layer.initialised and not layer.shift.any()
+    getattr(layer, direction)(torch.ones(2, 3, 4, 4))
+    assert layer.initialised and layer.shift.all()
+
+
 def test_a_multi_scale_flow_trains_as_its_twin():
     def coupling(channels):
         F, G = (nn.Conv2d(channels // 2, channels, 3, padding=1) for _ in range(2))

@@ -70,6 +70,14 @@ def test_state_and_velocity_come_back():
         assert relative_error(actual, expected) <= tolerance(torch.float64, depth=4)
 
 
+def test_under_autocast_both_directions_keep_state_and_velocity_in_float32():
+    net, x = small(4, exact=True), data(2, 4).float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        last, velocity = (values.bfloat16() for values in net.with_velocity(x))
+        first = net.inverse(last, velocity)
+    assert [values.dtype for values in first] == 2 * [torch.float32]
+
+
 def test_exact_gradients_are_those_of_stored_activations_and_others_are_not():
     errors = {}
     for exact in (True, False):

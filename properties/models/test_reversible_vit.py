@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memcnn.models.attention import Attention, StochasticDepth
+from memcnn.models.attention import Attention, KeyValueCache, StochasticDepth
 from memcnn.models.reversible_vit import ReversibleViT, reversible_vit_tiny
 from properties.support.reference import assert_flat_in_depth, assert_laws
 from properties.support.twin import assert_like_twin, backward, data
@@ -66,6 +66,14 @@ def test_a_token_attends_to_later_ones_unless_it_must_not(causal):
     assert torch.equal(layer(x)[:, :2], layer(changed)[:, :2]) is bool(causal)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_causal_attention_takes_no_other_mask(cached):
+    layer, x = Attention(8, 2, causal=True), torch.randn(1, 3, 8)
+    cache = KeyValueCache() if cached else None
+    with torch.no_grad(), pytest.raises(ValueError, match="got an attention_mask for causal attention"):
+        layer(x, attention_mask=torch.eye(3, dtype=torch.bool), cache=cache)
+
+
 def test_memory_is_flat_in_depth():
     assert_flat_in_depth(small, torch.rand(2, 3, 8, 8))
 
@@ -96,7 +104,12 @@ def test_the_published_sizes():
             "image_size must be a multiple of patch: got 32 and 5",
         ),
         (lambda: small(fusion="max"), "fusion must be 'concat' or 'mean': got 'max'"),
-        (lambda: small()(torch.zeros(1, 3, 12, 8)), r"6 patches, but the network has 4 positions.*got \(1, 3, 12, 8\)"),
+        (
+            lambda: small()(torch.zeros(1, 3, 12, 8)),
+            r"must be 8 x 8 pixels, the network's image_size: got \(1, 3, 12, 8",
+        ),
+        (lambda: small()(torch.zeros(1, 3, 4, 16)), r"must be 8 x 8 pixels, .*got \(1, 3, 4, 16\)"),  # as many patches
+        (lambda: small()(torch.zeros(1, 3, 9, 8)), r"must be 8 x 8 pixels, .*got \(1, 3, 9, 8\)"),  # a row is left over
         (lambda: small(drop_path=1.0), "must be at least 0 and less than 1: got 1.0"),
     ],
 )

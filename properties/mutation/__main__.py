@@ -4,9 +4,9 @@
     python -m properties.mutation --sample 300 --seed 0   test 300 mutants of these files, drawn at random
     python -m properties.mutation --table                 print the results so far as Markdown
 
-The command works in a copy of the repository and continues where it was stopped. ``build/mutation`` keeps the map of
-tests and a session for each file: remove it when the code or the tests have changed. With ``--seconds`` each mutant
-meets only the quickest of its tests. A later run without ``--seconds`` runs the remaining tests on the survivors that
+The command works in a copy of the repository. After a stop, the same command resumes. ``build/mutation`` keeps the map
+of tests and a session for each file: remove it when the code or the tests have changed. With ``--seconds`` only the
+quickest tests of each mutant run. A later run without ``--seconds`` runs the remaining tests on the survivors that
 ``explained.csv`` does not explain. The exit status is 1 if such a survivor is left.
 """
 

@@ -1,8 +1,8 @@
 """The mutations: one of Cosmic Ray's for each operator of the language, and deletions, which it lacks.
 
 An operator returns the places of a syntax tree that it can mutate, and mutates one of them: see
-``cosmic_ray.operators.operator``. Messages, type hints and docstrings are not mutated. Deletions are the hardest
-mutations for the tests, which must show that all code is needed.
+``cosmic_ray.operators.operator``. Messages, type hints and docstrings are not mutated. Deletions are hard
+to detect: the tests must show that all code is needed.
 """
 
 import parso

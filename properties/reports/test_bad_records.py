@@ -1,4 +1,4 @@
-"""A record or a curve that cannot be used is named with the reason, and all others count."""
+"""The report names each record or curve that it cannot use, with the reason, and all others count."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Cells trained in parallel end with the same results as cells trained in sequence, even if processes are killed."""
+"""Cells trained in parallel and in sequence have the same results, even if processes are killed."""
 
 import json
 import os

@@ -235,7 +235,8 @@ def in_parts(full, *parts, **changes):
 
 def test_a_mixed_run_is_marked_and_listed_under_the_other_runs(full):
     pure = in_parts(full, (80_000, "bf16, graph", 1), seed=1)
-    mixed = in_parts(full, (400, "bf16", 1), (600, "bf16", 1), (80_000, "float32", 1), test_accuracy=99.0)
+    parts = (400, "bf16", 1), (600, "bf16", 1), (600, "bf16", 1), (80_000, "float32", 1)  # the third one did nothing
+    mixed = in_parts(full, *parts, test_accuracy=99.0)
     runs, results = tables(pure, mixed)
     assert (results.loc[("cifar10", "resnet32"), "n"], mixed.is_comparable) == (1, False)
     (other,) = cells.other_runs(runs).to_dict("records")

@@ -133,7 +133,7 @@ def test_a_failure_outweighs_a_stop(run, trained):
 def test_no_cell_starts_when_the_budget_is_used_up(run, trained):
     status, lines = run("--train", "--budget", f"{RESERVED_SECONDS:.0f}s")
     assert status == 3 and not trained[0]
-    assert "0 of 12 cells complete, stopped (budget exhausted); the same command continues from here." in lines
+    assert "0 of 12 cells complete, stopped (budget exhausted); the same command resumes from here." in lines
 
 
 def test_a_committed_complete_run_is_not_trained_again(run, trained, tmp_path, full, put):

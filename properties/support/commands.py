@@ -1,8 +1,8 @@
 """Commands in processes of their own that start in a tenth of a second.
 
 A new Python takes seconds to import torch. Here each command runs in a fork of a server that has imported torch and
-other packages, but nothing of this project. The command imports that afresh, from its own folder and ``PYTHONPATH``. It
-has its own arguments, environment, streams, signals and exit status, as behind ``python -m``.
+other packages, but nothing of this project. The command imports this project itself, from its own folder and
+``PYTHONPATH``. It has its own arguments, environment, streams, signals and exit status, as with ``python -m``.
 """
 
 import importlib
@@ -93,7 +93,7 @@ def become(words: list[str], cwd: str, env: dict[str, str], path: list[str], str
     as_module = words[0] == "-m"
     sys.path[:] = [cwd if as_module else "" if words[0] == "-c" else str(Path(words[0]).resolve().parent), *path]
     for name in [name for name in sys.modules if name.partition(".")[0] in ("memcnn", "properties")]:
-        del sys.modules[name]  # what this module has imported, and this module
+        del sys.modules[name]  # this module, and the modules that it has imported
     importlib.import_module("torch").set_num_threads(int(env.get("OMP_NUM_THREADS", 1)))
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]

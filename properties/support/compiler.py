@@ -1,8 +1,8 @@
-"""What tests of compiled modules share."""
+"""A decorator for tests of compiled modules."""
 
 import pytest
 
-WITHOUT_ITS_WARNINGS = (  # the compiler's own, of any model with a graph break
+WITHOUT_ITS_WARNINGS = (  # PyTorch's compiler emits these for any model with a graph break
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning"),
 )

@@ -1,4 +1,4 @@
-"""Training steps whose memory is known, and the bytes that a step of a chain needs at its peak."""
+"""The peak bytes of a training step of a chain, an assertion about them, and a layer whose memory is known."""
 
 from collections.abc import Callable
 

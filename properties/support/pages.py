@@ -18,7 +18,7 @@ def name_of(page: Path) -> str:
 
 
 def python_blocks(page: Path) -> list[tuple[str | None, str]]:
-    """Return each Python block, with the name of the file that the sentence before it puts it in."""
+    """Return (file, code) of each Python block; the sentence before a block may name its file, otherwise None."""
     blocks = []
     for sentence, code in PYTHON.findall(page.read_text("utf-8")):
         file = FILE.search(sentence)

@@ -75,4 +75,4 @@ INCONSISTENT = [
     ("data.checksums", {"data": {"official": True, "checksums": {}}}),
     ("engine", {"engine": None}),
 ]
-"""Pairs of a field and of changes to ``FULL`` that the record refuses by naming that field."""
+"""Pairs of a field and of changes to ``FULL`` that make the record raise an error about that field."""

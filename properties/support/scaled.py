@@ -1,4 +1,4 @@
-"""A branch whose subclasses add a state, and a program that changes this state before its backward pass."""
+"""A branch whose subclasses have a state, and a program that changes this state before its backward pass."""
 
 import pytest
 from torch import Tensor, nn

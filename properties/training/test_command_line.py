@@ -65,7 +65,7 @@ def test_every_hyper_parameter_can_be_given(tmp_path, monkeypatch):
 def test_exit_statuses_and_last_lines(tiny_runs, tmp_path, monkeypatch, capsys):
     assert tiny_command(tmp_path, "--budget", "0.01", "--fresh") == 3
     stopped = capsys.readouterr().out
-    assert re.search(r"not evaluated yet, partial, 0/12 iterations .* \(budget exhausted\); go on with: ", stopped)
+    assert re.search(r"not evaluated yet, partial, 0/12 iterations .* \(budget exhausted\); resume with: ", stopped)
     assert "--budget 0.01" in stopped and "--fresh" not in stopped
     assert tiny_command(tmp_path) == 0
     (folder,) = tmp_path.iterdir()

@@ -1,4 +1,4 @@
-"""CIFAR files from any source: no code in them runs, and files that are no batch or not official are named."""
+"""CIFAR files from any source: code in them never runs, and the error names files that are no batch or not official."""
 
 import codecs
 import os

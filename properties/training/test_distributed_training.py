@@ -1,4 +1,4 @@
-"""One run in several processes computes what one process computes on the same shares, resumes, and stops as one."""
+"""A run in several processes computes what one process computes on the same shares; all stop and resume together."""
 
 import os
 import signal
@@ -83,7 +83,7 @@ NETWORKS = {
 
 @contextmanager
 def network(make):
-    """Replace every run by a tiny one of the network that ``make`` makes, within this context."""
+    """Replace every run by a tiny run of the network that ``make`` makes, within this context."""
     with tiny_training() as patch:
         patch.setitem(MODELS, "resnet32", make)
         yield patch
@@ -234,7 +234,7 @@ def resumed(folder: Path):
     return run(folder, recipe=LONG, device=None, budget_seconds=0)
 
 
-def test_under_torchrun_a_killed_process_ends_the_run_which_then_goes_on(tmp_path, ranks):
+def test_under_torchrun_a_killed_process_ends_the_run_which_then_resumes(tmp_path, ranks):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
     process = subprocess.Popen(
         [*command, "-m", "memcnn.train", *WORDS, "--runs", str(tmp_path)],

@@ -1,4 +1,4 @@
-"""Options choose an execution. Those without effect are reported, impossible ones refused, and settings restored."""
+"""Options choose an execution. Options without effect are reported, impossible ones refused, and settings restored."""
 
 import argparse
 

@@ -151,7 +151,7 @@ def test_capturing_is_announced_and_is_not_training_time(tmp_path, executable, c
     assert "Capturing resnet32 ..." in said and re.search(r"Capturing resnet32: \d s", said)
 
 
-@pytest.mark.parametrize("fails", [False, True], ids=["the compiler goes on", "the signal stops the compiler too"])
+@pytest.mark.parametrize("fails", [False, True], ids=["the compiler continues", "the signal stops the compiler too"])
 def test_a_signal_while_compiling_stops_the_run_and_loses_nothing(tmp_path, executable, fails):
     prepare = TrainingStep.prepare
 
@@ -168,7 +168,7 @@ def test_a_signal_while_compiling_stops_the_run_and_loses_nothing(tmp_path, exec
     assert run(tmp_path, execution=GRAPH).status == "complete"
 
 
-def test_a_run_may_go_on_with_another_execution(tmp_path, executable):
+def test_a_run_may_resume_with_another_execution(tmp_path, executable):
     recipe = override(RECIPE, learning_rate=0.01)
     name = run_name("resnet32", "cifar10", recipe, 0, data="generated")
     run(tmp_path / "plain", recipe=recipe)

@@ -1,4 +1,4 @@
-"""The image's layers: requirements before the code, its commit in the records; install steps in a clean environment."""
+"""The Docker image: its requirements come before the code, records name its commit, and sdist and wheel install."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The run record: it is read as it was written, and a bad record is refused with its file and the reason."""
+"""A run record is read as it was written; a bad record raises an error with its file and the reason."""
 
 import errno
 import json

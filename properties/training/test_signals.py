@@ -30,7 +30,7 @@ def process(*arguments: str, cwd: Path = PACKAGE.parent) -> subprocess.Popen:
 
 
 def test_sigterm_and_the_same_command_again_give_the_same_bits(tmp_path):
-    """A RevNet in a process of its own, as a script in its own folder and then as a module."""
+    """``python train.py`` trains a RevNet until the signal, and ``python -m memcnn.train`` resumes it."""
     first = process("train.py", *WORDS, "--runs", str(tmp_path / "stopped"), cwd=PACKAGE)
     record = tmp_path / "stopped" / NAME / "record.json"
     while not record.exists():  # the first evaluation
@@ -39,7 +39,7 @@ def test_sigterm_and_the_same_command_again_give_the_same_bits(tmp_path):
     first.send_signal(signal.SIGTERM)
     out, err = first.communicate(timeout=300)
     assert first.returncode == 3, err
-    assert "(interrupted); go on with: " in out and "Traceback" not in err
+    assert "(interrupted); resume with: " in out and "Traceback" not in err
     stopped = load(record)
     assert stopped.reason == "interrupted" and 4 <= stopped.iterations < 24
 

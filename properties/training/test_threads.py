@@ -1,4 +1,4 @@
-"""Training warns where several CPU threads are slower than one."""
+"""Training warns if several CPU threads are slower than one."""
 
 import pytest
 import torch

@@ -110,7 +110,7 @@ def test_runs_take_turns_step_by_step(tmp_path, seen):
     assert seen == [0, 1] * 12
 
 
-def test_after_a_stop_of_all_the_runs_go_on_together_with_the_same_bits(tmp_path, alone):
+def test_after_a_stop_of_all_the_runs_resume_together_with_the_same_bits(tmp_path, alone):
     for questions in (9, 30):
         with stopped_after(questions):
             outcomes = together(tmp_path, [0, 1, 2])
@@ -141,7 +141,7 @@ def failing(how: str, at: int):
 
 
 @pytest.mark.parametrize("how", ["error", "nan"])
-def test_a_run_that_fails_makes_room_for_the_next_and_the_other_goes_on(tmp_path, alone, monkeypatch, how):
+def test_a_run_that_fails_makes_room_for_the_next_and_the_other_continues(tmp_path, alone, monkeypatch, how):
     made = itertools.count()
     monkeypatch.setitem(
         MODELS, "resnet32", lambda num_classes, *, disable: failing(how, 8) if next(made) == 1 else tiny()

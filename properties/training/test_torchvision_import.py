@@ -1,4 +1,4 @@
-"""torchvision can be imported with any torch; operators that it registers itself are not declared again."""
+"""torchvision can be imported with any torch; the operators that it registers are not declared again."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The files of a run are usable: its checkpoint can be evaluated and its weights loaded; other names are refused."""
+"""The files of a run: its checkpoint can be evaluated and its weights loaded; names of other folders are refused."""
 
 import json
 from dataclasses import replace

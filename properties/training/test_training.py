@@ -20,6 +20,33 @@ from properties.support.runs import DATA, NAME, RECIPE, checkpoint_of, curve_of,
 pytestmark = pytest.mark.usefixtures("tiny_runs")
 
 
+def augmented_batch(iteration: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the images of an iteration of seed 3, augmented one by one, in float64, and their labels."""
+    plan = cifar_data.epoch_plan(3, iteration // 5, 40, pad=2, flip=True)
+    positions = range(iteration % 5 * 8, iteration % 5 * 8 + 8)
+    images = [
+        one_image(
+            DATA.train_images[plan.order[at]],
+            DATA.mean,
+            pad=2,
+            top=int(plan.top[at]),
+            left=int(plan.left[at]),
+            flip=bool(plan.flip[at]),
+        )
+        for at in positions
+    ]
+    return torch.stack(images).double(), DATA.train_labels[plan.order[positions]]
+
+
+@torch.no_grad()
+def evaluated(model: nn.Module) -> dict[str, float]:
+    """Return loss and accuracy on the 45 test images, computed in one pass."""
+    logits, labels = model.eval()((DATA.test_images[:45] / 255 - DATA.mean).double()), DATA.test_labels[:45]
+    model.train()
+    accuracy = 100 * (logits.argmax(1) == labels).double().mean().item()
+    return {"test_loss": F.cross_entropy(logits, labels).item(), "test_accuracy": accuracy}
+
+
 def test_training_follows_the_recipe(tmp_path):
     """Compare with SGD written by hand, images augmented one by one, and evaluations of all test images at once."""
     record = run(tmp_path, seed=3)
@@ -29,22 +56,8 @@ def test_training_follows_the_recipe(tmp_path):
     velocity = [torch.zeros_like(parameter) for parameter in model.parameters()]
     rows, losses = [], []
     for iteration in range(12):
-        plan = cifar_data.epoch_plan(3, iteration // 5, 40, pad=2, flip=True)
-        positions = range(iteration % 5 * 8, iteration % 5 * 8 + 8)
-        images = torch.stack(
-            [
-                one_image(
-                    DATA.train_images[plan.order[at]],
-                    DATA.mean,
-                    pad=2,
-                    top=int(plan.top[at]),
-                    left=int(plan.left[at]),
-                    flip=bool(plan.flip[at]),
-                )
-                for at in positions
-            ]
-        ).double()
-        loss = F.cross_entropy(model(images), DATA.train_labels[plan.order[positions]])
+        images, labels = augmented_batch(iteration)
+        loss = F.cross_entropy(model(images), labels)
         losses.append(loss.item())
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         rate = 0.1 if iteration < 7 else 0.01 if iteration < 11 else 0.001
@@ -53,14 +66,8 @@ def test_training_follows_the_recipe(tmp_path):
                 speed.mul_(0.9).add_(gradient + 2e-4 * parameter)
                 parameter.sub_(rate * speed)
         if iteration + 1 in (5, 10, 12):
-            with torch.no_grad():
-                logits = model.eval()((DATA.test_images[:45] / 255 - DATA.mean).double())
-                model.train()
             row = {"iteration": iteration + 1, "epoch": (iteration + 1) / 5, "learning_rate": rate}
-            row["train_loss"] = sum(losses) / len(losses)
-            row["test_loss"] = F.cross_entropy(logits, DATA.test_labels[:45]).item()
-            row["test_accuracy"] = 100 * (logits.argmax(1) == DATA.test_labels[:45]).double().mean().item()
-            rows.append(row)
+            rows.append(row | {"train_loss": sum(losses) / len(losses)} | evaluated(model))
             losses = []
 
     folder = tmp_path / NAME.replace("s0", "s3")

@@ -1,4 +1,4 @@
-"""The blocks of `properties.zoo.corners`: broken in a corner, or healthy and unusual."""
+"""The blocks of `properties.zoo.corners`: broken in unusual circumstances, or healthy and unusual."""
 
 from collections.abc import Callable
 
@@ -183,7 +183,7 @@ class GradientWritten(Own):
 
 
 class InputLayout(Own):
-    """Reads the memory of its input as if it had no gaps."""
+    """Reads the memory of its input as if it were contiguous."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(torch.as_strided(x, x.shape, x.contiguous().stride()))
@@ -194,7 +194,7 @@ def of_numbers() -> nn.Linear:
 
 
 class Conditional(Own):
-    """y1 = x1 + c F(x2), where c is made of a second input that ``inverse`` is given as well."""
+    """y1 = x1 + c F(x2), where c is computed from a second input, which ``inverse`` takes as well."""
 
     def __init__(self, condition: Callable[[], nn.Module] = of_numbers):
         super().__init__()
@@ -215,7 +215,7 @@ class Conditional(Own):
 
 
 class OtherCondition(Conditional):
-    """The condition of another sample is used in the inverse."""
+    """The inverse uses the condition of another sample."""
 
     def inverse(self, y: Tensor, condition: Tensor) -> Tensor:
         return super().inverse(y, condition.flip(0))

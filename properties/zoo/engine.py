@@ -1,7 +1,7 @@
-"""A classical reversible engine: one autograd.Function for a chain, which stores the chain's output alone.
+"""A classical reversible engine: one autograd.Function runs a chain and stores only the chain's output.
 
-It is right as it stands, and made of steps, one for each thing that a recomputation must take care of, so that an
-engine's fault is a step overridden. As in Gomez et al., arXiv:1707.04585, algorithm 1.
+The algorithm is that of Gomez et al., arXiv:1707.04585, algorithm 1. The engine is correct. Each thing that a
+recomputation must restore has a method of its own, so that a planted fault overrides one method.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ class Pair(nn.Module):
 
 @dataclass
 class Before:
-    """What a branch's evaluation found."""
+    """The state in which a branch was evaluated; ``generator`` is None if the branch drew no random numbers."""
 
     generator: Tensor | None
     buffers: list[Tensor]
@@ -34,7 +34,7 @@ class Before:
 
 
 class Chain(Function):
-    """Refuses second derivatives."""
+    """Runs the engine's chain and its backward pass. A second derivative raises an error."""
 
     @staticmethod
     def forward(ctx, x: Tensor, engine: "Engine", *parameters: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Chain(Function):
 
 
 def taken_back(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a chain's arguments, computed from that of its output."""
+    """Return the gradients of the arguments of ``Chain.forward``, computed from the gradient of its output."""
     engine, found = ctx.engine, {}
     y = engine.rebuilt_from(ctx)
     for pair, before in zip(reversed(engine.pairs), reversed(ctx.before), strict=True):
@@ -61,7 +61,7 @@ def taken_back(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class Engine(nn.Module):
-    """A chain of additive couplings. Buffers, random numbers, autocast and hooks are taken care of."""
+    """A chain of additive couplings. A recomputation restores buffers, random numbers and autocast. It runs no hook."""
 
     function: type[Function] = Chain
 
@@ -101,7 +101,7 @@ class Engine(nn.Module):
         return h, before
 
     def back(self, pair: Pair, before: list[Before], y: Tensor, dy: Tensor, found: dict) -> tuple[Tensor, Tensor]:
-        """The block's input and its gradient, from those of its output."""
+        """Return the block's input and its gradient, computed from the block's output and its gradient."""
         (y1, y2), (dy1, dy2) = halves(y), halves(dy)
         g, from_G = self.differentiated(pair.G, before[1], y1, dy2, found)
         x2, dx1 = y2 - g, dy1 + from_G
@@ -112,7 +112,7 @@ class Engine(nn.Module):
     def differentiated(
         self, branch: nn.Module, before: Before, v: Tensor, d: Tensor, found: dict
     ) -> tuple[Tensor, Tensor]:
-        """h = branch(v), and the gradient of v for the gradient d of h; those of the parameters go into ``found``."""
+        """Return h = branch(v) and the gradient of v for the gradient d of h; add those of parameters to ``found``."""
         parameters = [p for p in branch.parameters() if p.requires_grad]
         with self.again(branch, before), torch.enable_grad():
             v = v.detach().requires_grad_()
@@ -124,7 +124,7 @@ class Engine(nn.Module):
 
     @contextmanager
     def again(self, branch: nn.Module, before: Before) -> Iterator[None]:
-        """Within it a branch computes what it did before, and leaves no trace."""
+        """Let the branch compute the same as before within this context, and restore all state at its end."""
         with ExitStack() as stack:
             for step in (self.same_numbers, self.same_autocast, self.same_buffers, self.silent):
                 stack.enter_context(step(branch, before))
@@ -167,7 +167,7 @@ class Engine(nn.Module):
         return ctx.saved_tensors[0]
 
     def delivered(self, found: dict) -> list[Tensor | None]:
-        """The gradients that autograd is given for the parameters."""
+        """Return the gradients of all parameters, as autograd expects them from ``Chain.backward``."""
         return [found.get(p) for p in self.parameters()]
 
 
@@ -178,5 +178,5 @@ def _put(branch: nn.Module, values: list[Tensor]) -> None:
 
 
 def chain_of(engine: type[Engine], make: Callable[[], nn.Module] = branch) -> Callable[[int], Engine]:
-    """What makes a chain of as many blocks as it is told."""
+    """Return a function that makes an engine with a given number of blocks."""
     return lambda depth: engine(*(Pair(make) for _ in range(depth)))

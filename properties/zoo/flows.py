@@ -11,7 +11,7 @@ from properties.zoo.specimen import Own, Specimen, branch, fault, halves, whole
 
 
 class StripedMask(nn.Module):
-    """Changes every second row by a function of the others. Stores the mask of the largest size seen."""
+    """Changes every second row by a function of the other rows. Stores the mask of the largest height so far."""
 
     def __init__(self):
         super().__init__()
@@ -84,14 +84,14 @@ class Spectrum(nn.Module):
 
 
 class SpectrumOfEvenLength(Spectrum):
-    """Does not give ``irfft`` the length, which is then even."""
+    """Calls ``irfft`` without the length, which is then taken to be even."""
 
     def inverse(self, y: Tensor) -> Tensor:
         return torch.fft.irfft(torch.fft.rfft(y) * (-self.log_scale).exp())
 
 
 class Rotation(nn.Module):
-    """Turns pairs of channels by an angle that depends on their norm, which stays. It preserves volume."""
+    """Rotates pairs of channels by an angle that depends on their norm. This preserves the norm and the volume."""
 
     def __init__(self):
         super().__init__()
@@ -230,7 +230,7 @@ class _BiasOfFirstSample(Function):
 
 
 class Biased(nn.Module):
-    """Adds a bias, whose gradient takes the first sample alone."""
+    """Adds a bias, whose gradient is that of the first sample alone."""
 
     def __init__(self):
         super().__init__()

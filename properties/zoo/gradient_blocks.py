@@ -14,7 +14,7 @@ from properties.zoo.specimen import Own, branch, dropping, halves, whole
 
 
 class InputDoubled(Engine):
-    """The gradient that reaches the block's input is delivered, and again added by hand."""
+    """Doubles the gradient of the block's input, as if it were returned and also accumulated by hand."""
 
     def back(self, pair, before, y, dy, found):
         x, dx = super().back(pair, before, y, dy, found)
@@ -42,7 +42,7 @@ class OverTheBatch(Engine):
 
 
 class WithoutG(Engine):
-    """dx1 = dy1: what flows back through G is missing."""
+    """dx1 = dy1: the gradient through G is missing."""
 
     def back(self, pair, before, y, dy, found):
         (y1, y2), (dy1, dy2) = halves(y), halves(dy)
@@ -74,21 +74,21 @@ class NotInverted(Engine):
 
 
 class OtherMask(Engine):
-    """The recomputation draws anew; the generator is put back afterwards."""
+    """The recomputation draws new random numbers, and restores the generator afterwards."""
 
     def same_numbers(self, branch, before):
         return super().same_numbers(branch, Before(None, before.buffers, before.autocast))
 
 
 class OneMaskForBoth(Engine):
-    """One state for the block: G, recomputed first, is given F's mask."""
+    """Stores one generator state for the block, so that G, which is recomputed first, gets F's mask."""
 
     def back(self, pair, before, y, dy, found):
         return super().back(pair, [before[0], before[0]], y, dy, found)
 
 
 class RunningStatistics(Engine):
-    """The recomputation is in eval mode, so that statistics do not move twice."""
+    """Recomputes in eval mode, so that running statistics are not updated twice."""
 
     @contextmanager
     def again(self, branch: nn.Module, before: Before) -> Iterator[None]:
@@ -99,7 +99,7 @@ class RunningStatistics(Engine):
 
 
 class HalfPrecision(Engine):
-    """The stored output is rounded to bfloat16, to save more."""
+    """Rounds the stored output to bfloat16, to save memory."""
 
     def kept(self, ctx, y):
         ctx.save_for_backward(y.bfloat16())
@@ -109,7 +109,7 @@ class HalfPrecision(Engine):
 
 
 class SharedOnce(Engine):
-    """Gradients of a parameter that F and G share replace each other."""
+    """Replaces, instead of adds, the gradients of a parameter that F and G share."""
 
     def differentiated(self, branch, before, v, d, found):
         own = {}
@@ -119,7 +119,7 @@ class SharedOnce(Engine):
 
 
 class InputsAlone(Engine):
-    """Takes an input without a gradient for an evaluation."""
+    """Runs without gradients if the input requires none, although parameters do."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.set_grad_enabled(x.requires_grad and torch.is_grad_enabled()):
@@ -127,7 +127,7 @@ class InputsAlone(Engine):
 
 
 class InOrderOfTheTrained(Engine):
-    """Gives the gradients of the trained parameters to the first parameters."""
+    """Returns the gradients of the trained parameters in the places of the first parameters."""
 
     def delivered(self, found: dict) -> list[Tensor | None]:
         trained = [found.get(p) for p in self.parameters() if p.requires_grad]
@@ -135,7 +135,7 @@ class InOrderOfTheTrained(Engine):
 
 
 class DifferentiatedTwice(Chain):
-    """Does not refuse second derivatives, although ``Engine.differentiated`` detaches what they are made of."""
+    """Does not refuse second derivatives, although ``Engine.differentiated`` detaches the values that they need."""
 
     @staticmethod
     def backward(ctx, dy):
@@ -143,20 +143,20 @@ class DifferentiatedTwice(Chain):
 
 
 class HalfTheGraph(Engine):
-    """Its gradients have the graph of the sums dy1 + dG and dy2 + dF, but not that of the branches."""
+    """Its gradients have a graph through the sums dy1 + dG and dy2 + dF, but not through the branches."""
 
     function = DifferentiatedTwice
 
 
 class NoGraph(HalfTheGraph):
-    """Its gradients have no graph, and no error either."""
+    """Its gradients have no graph, and no error is raised."""
 
     def back(self, pair, before, y, dy, found):
         return super().back(pair, before, y, dy.detach(), found)
 
 
 class Overwriting(Engine):
-    """Sets .grad, and does not add to it."""
+    """Sets ``.grad`` instead of adding to it."""
 
     def delivered(self, found):
         for parameter, gradient in found.items():
@@ -179,7 +179,7 @@ class KeepEvery(Engine):
 
 
 class Detached(Own):
-    """F sees x2.detach(): left over from an experiment."""
+    """F gets ``x2.detach()``."""
 
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = halves(x)
@@ -188,7 +188,7 @@ class Detached(Own):
 
 
 class GDetached(Own):
-    """G without its gradient path: under no_grad by mistake."""
+    """Evaluates G under ``no_grad`` by mistake."""
 
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = halves(x)
@@ -199,7 +199,7 @@ class GDetached(Own):
 
 
 class Checkpointed(nn.Module):
-    """A branch of dropout, checkpointed without its random numbers."""
+    """A branch with dropout under a checkpoint that does not restore random numbers."""
 
     def __init__(self):
         super().__init__()
@@ -234,7 +234,7 @@ class InPlaceAfter(Own):
 
 
 class ScaleFunction(Function):
-    """s x + t of a saving affine layer."""
+    """s x + t, which saves its output for backward, and forgets the factor s in the gradient of x."""
 
     @staticmethod
     def forward(ctx, x, s, t):
@@ -248,7 +248,7 @@ class ScaleFunction(Function):
 
 
 class ScaleFunctionOfY(ScaleFunction):
-    """The gradient of s is taken with y in the place of x."""
+    """Computes the gradient of s with y in place of x."""
 
     @staticmethod
     def backward(ctx, dy):
@@ -257,7 +257,7 @@ class ScaleFunctionOfY(ScaleFunction):
 
 
 class _Matrix(Function):
-    """W x, with the gradient of x multiplied by W and not by its transpose."""
+    """W x, whose gradient of x is multiplied by W instead of its transpose."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
@@ -298,7 +298,7 @@ class Mixing(nn.Module):
 
 
 class Clipped(Own):
-    """Clips the gradient inside of the block, for stability."""
+    """Clips the gradient inside the block."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -308,7 +308,7 @@ class Clipped(Own):
 
 
 class WrongInverse(Own):
-    """The sign of F in the inverse, in a block whose activations are rebuilt by it."""
+    """The inverse has the wrong sign of F, and the engine rebuilds activations with this inverse."""
 
     def inverse(self, y: Tensor) -> Tensor:
         y1, y2 = halves(y)
@@ -317,7 +317,7 @@ class WrongInverse(Own):
 
 
 class SlightlyLossy(Own):
-    """The inverse computes G in bfloat16: close enough, it was thought."""
+    """The inverse rounds the output of G to bfloat16."""
 
     def inverse(self, y: Tensor) -> Tensor:
         y1, y2 = halves(y)

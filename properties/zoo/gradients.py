@@ -211,7 +211,7 @@ FAULTS = [
     ),
     fault(
         "gradients of a lossy inverse",
-        "it computes G in bfloat16",
+        "it rounds G's output to bfloat16",
         SlightlyLossy,
         "gradients",
         PARAMETERS,

@@ -1,4 +1,4 @@
-"""Every shipped block and network, wrapped and not, and the zoo's own carriers: none may be found fault with."""
+"""Every shipped block and network, wrapped and not, and the zoo's own base classes: all must pass every check."""
 
 from functools import partial
 
@@ -42,7 +42,7 @@ def chain(*modules: nn.Module, **options) -> ReversibleSequential:
 
 
 def flow() -> ReversibleSequential:
-    """A step of Glow on two scales, as deep as it gets here."""
+    """Return a flow of all layers: a change of resolution, a step of Glow, a permutation, and the change undone."""
     return chain(
         SpaceToDepth(),
         InvertibleConv1x1(16),
@@ -54,7 +54,7 @@ def flow() -> ReversibleSequential:
 
 
 def set_actnorm() -> ActNorm:
-    """Past its first pass, in which it sets its own parameters."""
+    """Return an ActNorm after its first pass, in which it sets its own parameters."""
     layer = ActNorm(4)
     nn.init.uniform_(layer.log_scale, -1, 1)
     nn.init.uniform_(layer.shift, -1, 1)

@@ -21,14 +21,14 @@ from properties.zoo.specimen import Own, branch
 
 
 class Additive(AdditiveCoupling):
-    """Ours, whose engine asks F and G alone, so that a wrong ``uncouple`` leaves its gradients right."""
+    """Our additive coupling. The engine does not use ``uncouple``, so a wrong one leaves the gradients right."""
 
     def __init__(self, make: Callable[[], nn.Module] = branch):
         super().__init__(make(), make())
 
 
 class Layer(nn.Module):
-    """A layer of two functions, which keeps its input: its gradients need no inverse."""
+    """A layer that consists of two functions. Its wrapper keeps the input, so its gradients need no inverse."""
 
     def __init__(self, forth: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -94,7 +94,7 @@ class Unchanged(Additive):
 
 
 class EvenBatch(Additive):
-    """Inverts two halves of the batch, to save memory."""
+    """Inverts the two halves of the batch one after the other, and leaves the last sample of an odd batch as it is."""
 
     def inverse(self, y: Tensor) -> Tensor:
         size = len(y) // 2
@@ -108,14 +108,14 @@ class SingleSampleSqueezed(Own):
 
 
 class OddRound(Own):
-    """Gives the last column away where the width is odd."""
+    """Drops the last column if the width is odd."""
 
     def inverse(self, y: Tensor) -> Tensor:
         return super().inverse(y)[..., : y.shape[-1] // 2 * 2]
 
 
 class InDouble(Own):
-    """Inverts in float64 for accuracy, and forgets to come back."""
+    """Inverts in float64, and does not convert the result back."""
 
     def inverse(self, y: Tensor) -> Tensor:
         return Own.inverse(copy.deepcopy(self).double(), y.double())
@@ -143,7 +143,7 @@ class PermutedAgain(ChannelPermutation):
 
 
 class Transposed(InvertibleConv1x1):
-    """As if W were orthogonal, which it is until the first optimiser step."""
+    """Inverts by the transpose of W, which is orthogonal until the first optimiser step."""
 
     def __init__(self, channels: int):
         super().__init__(channels)
@@ -155,7 +155,7 @@ class Transposed(InvertibleConv1x1):
 
 
 class StaleInverse(InvertibleConv1x1):
-    """The inverse of W is computed once, as a buffer, and W learns on."""
+    """Computes the inverse of W once, as a buffer, although W is trained."""
 
     def __init__(self, channels: int):
         super().__init__(channels)
@@ -180,7 +180,7 @@ class OtherChannelOrder(SpaceToDepth):
 
 
 class Normalisation(nn.Module):
-    """Batch normalisation as an invertible layer. In training it uses the batch's statistics, its inverse others."""
+    """Batch normalisation as an invertible layer. In training, forward uses batch statistics and inverse does not."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -198,7 +198,7 @@ class Normalisation(nn.Module):
 
 
 class EpsilonForgotten(Normalisation):
-    """Right in form; forward divides by sqrt(variance + eps), the inverse multiplies by sqrt(variance)."""
+    """Forward divides by sqrt(variance + eps), but the inverse multiplies by sqrt(variance)."""
 
     def inverse(self, y: Tensor) -> Tensor:
         mean, variance = (v.view(1, -1, 1, 1) for v in (self.norm.running_mean, self.norm.running_var))
@@ -206,7 +206,7 @@ class EpsilonForgotten(Normalisation):
 
 
 class FewIterations(nn.Module):
-    """The residual block of i-ResNet, x + f(x) with a contraction f, inverted by too few steps of fixed point."""
+    """The residual block of i-ResNet, x + f(x) with a contraction f, inverted by too few fixed-point iterations."""
 
     def __init__(self):
         super().__init__()
@@ -223,7 +223,7 @@ class FewIterations(nn.Module):
 
 
 class Remembered(Own):
-    """Returns the input that forward has seen last, whatever it is asked to invert."""
+    """Returns the last input of forward, whatever the argument of inverse is."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.last = x.detach().clone()
@@ -234,7 +234,7 @@ class Remembered(Own):
 
 
 class Counting(Own):
-    """Skips F and G at every other call, as a schedule by the number of calls would; the inverse never does."""
+    """Forward skips F and G at every other call, like a schedule; the inverse never does."""
 
     def __init__(self):
         super().__init__()
@@ -246,7 +246,7 @@ class Counting(Own):
 
 
 class Clipping(Grid):
-    """Where the grid ends, values are clipped, not refused."""
+    """Clips values beyond the end of the grid instead of raising an error."""
 
     def checked(self, x: Tensor) -> Tensor:
         return x.clamp(-self.limit(x.dtype), self.limit(x.dtype))

@@ -1,4 +1,4 @@
-"""Faults of the inverse. Their carriers rebuild activations without it, or keep their input, where that is said."""
+"""Faults of the inverse, in blocks whose gradients do not need it: the engine works without it or keeps the input."""
 
 from functools import partial
 

@@ -31,7 +31,7 @@ class SignReversed(AffineCoupling):
 
 
 class SignNotReversed(AffineCoupling):
-    """That of the inverse is forward's."""
+    """The inverse returns the log-determinant of forward, without reversing its sign."""
 
     def inverse_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
         x, log_det = super().inverse_log_det(y)
@@ -39,7 +39,7 @@ class SignNotReversed(AffineCoupling):
 
 
 class HalfMissing(AffineCoupling):
-    """The scale of G is forgotten."""
+    """Leaves out the scale of G."""
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x1, x2 = split(x, self.split_dim)
@@ -61,7 +61,7 @@ class SumOverTheBatch(AffineCoupling):
 
 
 class MeanOverEntries(AffineCoupling):
-    """Bits per dimension, one thought."""
+    """Returns the mean over entries instead of the sum."""
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, log_det = super().forward_log_det(x)
@@ -75,7 +75,7 @@ class ToBaseTwo(AffineCoupling):
 
 
 class InSinglePrecision(InvertibleConv1x1):
-    """The determinant is taken of W itself, in float32."""
+    """Computes the determinant of W in float32, whatever the dtype of W."""
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         log_det = torch.linalg.slogdet(self.weight().float()).logabsdet.to(x.dtype)
@@ -95,14 +95,14 @@ class OnePosition(ActNorm):
 
 
 class VolumeKept(ActNorm):
-    """Inherited from a layer that only permutes."""
+    """Scales, but inherits the log-determinant 0 of a layer that only permutes."""
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self(x), constant_log_det(x)
 
 
 class LastOnly(ReversibleSequential):
-    """The last layer's value is returned, not the sum."""
+    """Returns the log-determinant of the last layer instead of the sum."""
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for module in self:

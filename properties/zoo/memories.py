@@ -14,7 +14,7 @@ CLAIM, SAYS = "peak bytes", "each further block holds"
 
 
 class OnTheModule(Own):
-    """Its last output is kept for a plot."""
+    """Keeps its last output as an attribute, for a plot."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -23,7 +23,7 @@ class OnTheModule(Own):
 
 
 class WithItsGraph(Own):
-    """A regulariser is kept with the graph that made it."""
+    """Keeps a regularisation term together with its graph."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -32,7 +32,7 @@ class WithItsGraph(Own):
 
 
 class InAHook(nn.Module):
-    """A branch whose hook keeps what it is shown."""
+    """A branch whose forward hook keeps the input."""
 
     def __init__(self):
         super().__init__()
@@ -47,7 +47,7 @@ class InAHook(nn.Module):
 
 
 class InAClosure(Engine):
-    """The undoing of every block is a closure over its values."""
+    """Keeps a closure over the input of every block until backward."""
 
     def through(self, pair, x):
         y, before = super().through(pair, x)
@@ -58,7 +58,7 @@ class InAClosure(Engine):
 
 
 class EveryInput(Engine):
-    """Each block's input is kept for its recomputation, as checkpointing does."""
+    """Keeps each block's input for its recomputation, as checkpointing does."""
 
     def through(self, pair, x):
         y, before = super().through(pair, x)
@@ -70,7 +70,7 @@ class EveryInput(Engine):
 
 
 class NeverFreed(Engine):
-    """What backward rebuilds is collected until its end."""
+    """Keeps every rebuilt input until the end of the backward pass."""
 
     def rebuilt_from(self, ctx):
         self.collected = []
@@ -83,7 +83,7 @@ class NeverFreed(Engine):
 
 
 class ValuesKept(Engine):
-    """What F and G gave is kept, so that the inverse need not evaluate them."""
+    """Keeps the outputs of F and G, so that the inverse need not evaluate them."""
 
     def evaluated(self, branch, v):
         h, before = super().evaluated(branch, v)
@@ -92,7 +92,7 @@ class ValuesKept(Engine):
 
 
 class MaskKept(Engine):
-    """Which entries were positive is kept for backward: a byte each."""
+    """Keeps for backward which entries were positive: a byte for each."""
 
     def through(self, pair, x):
         y, before = super().through(pair, x)
@@ -103,7 +103,7 @@ class MaskKept(Engine):
 
 
 class PlainCouple(Additive):
-    """Its equations are written without the steps that the engine records."""
+    """Computes with plain operations instead of ``memcnn.engine.couple.couple``, so the engine records no step."""
 
     def couple(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         y1 = x1 + self.Fm(x2)
@@ -124,7 +124,7 @@ class History(Own):
 
 
 def stored_every_time(depth: int) -> ReversibleSequential:
-    """keep_every counts from one, so that the remainder is never anything but 0."""
+    """Return a chain whose ``keep_every`` is 1 by mistake, so that it stores every block."""
     return ReversibleSequential(*(AdditiveCoupling(branch(), branch()) for _ in range(depth)), keep_every=1)
 
 

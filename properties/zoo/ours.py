@@ -1,4 +1,4 @@
-"""Faults in what a user hands to our own engine: equations, options, branches and a wrapper of their own."""
+"""Faults of user code that runs in our engine: couplings, options, branches and a wrapper of their own."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ def minus(a: Tensor, h: Tensor) -> Tensor:
 
 
 class UndoneByItself(Additive):
-    """The engine is told that a sum undoes a sum."""
+    """Passes the sum to the engine as its own inverse."""
 
     def couple(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         y1 = couple(x1, self.Fm, x2, forward=plus, inverse=minus)
@@ -31,7 +31,7 @@ class UndoneByItself(Additive):
 
 
 class ScaleNotUndone(AffineCoupling):
-    """The engine is told how to undo the shift alone."""
+    """Passes an inverse to the engine that undoes only the shift, not the scale."""
 
     def couple(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         y1 = couple(x1, self.Fm, x2, forward=scale, inverse=shift_undone)
@@ -43,7 +43,7 @@ def shift_undone(a: Tensor, h: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class HiddenState(nn.Module):
-    """A branch with a running mean that is no buffer, so that no other evaluation finds what this one found."""
+    """A branch with a running mean that is no buffer, so that the recomputation starts from another mean."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class HiddenState(nn.Module):
 
 
 class UndoIsForward(InvertibleModuleWrapper):
-    """Hands ``forward`` to the engine twice."""
+    """Passes ``forward`` to the engine as the inverse, too."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self._run(self._fn, self._fn.forward, (x,), {}, self.keep_input)

@@ -127,7 +127,7 @@ class Slope(nn.Module):
 
 
 class RootOfGain(nn.Module):
-    """A scale that has no value for a negative parameter, in neither direction."""
+    """A scale by the square root of a parameter; neither direction is defined for a negative parameter."""
 
     def __init__(self) -> None:
         super().__init__()

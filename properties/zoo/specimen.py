@@ -1,4 +1,4 @@
-"""A healthy module or a fault to put before the checks, and the parts that most of them are made of."""
+"""Descriptions of healthy modules and of planted faults, which the checks must judge, and branches for them."""
 
 import re
 from collections.abc import Callable
@@ -10,22 +10,22 @@ from torch import Tensor, nn
 from memcnn.testing import Report, Result, check_all
 
 DEPTHS = 2, 4
-"""Of the chains that the law of memory compares: what grows, grows with every block."""
+"""Numbers of blocks that the law of memory compares. Small ones suffice: a fault adds bytes with every block."""
 DEEPEST = 2
-"""The growth of errors with depth decides nothing here, and takes its time."""
+"""Deepest chain whose errors are measured; small to save time, because no verdict depends on it."""
 SHAPE = 3, 4, 3, 4
 LARGE = 4, 4, 24, 24
-"""So that what a further block keeps stands out from a generator's state."""
+"""A shape whose activations are much larger than a generator's state."""
 
 
 @dataclass(frozen=True)
 class Specimen:
     """A module to be checked on a tensor of ``shape``.
 
-    make: gives the module; what it draws comes from torch's generator, which ``seed`` has set.
+    make: returns the module; random parameters come from torch's global generator, seeded with ``seed``.
     wrap, chain: as for `check_all`.
     inputs: makes the inputs from normally distributed values of ``shape``; by default these values are the input.
-    stores: activations, on purpose or for want of an inverse; it is not asked about memory.
+    stores: True if the module stores activations, on purpose or because it has no inverse; skips the law of memory.
     """
 
     name: str
@@ -60,11 +60,11 @@ class Specimen:
 
 @dataclass(frozen=True)
 class Fault:
-    """A specimen's fault, and how the checks must report it.
+    """A specimen with a planted fault, and the report that it must get.
 
-    law, claim: those that name the fault; the claim by its beginning.
-    says: a regular expression for words of the explanation.
-    also: the laws in which it shows as a consequence.
+    law, claim: the law and the beginning of the claim that must fail.
+    says: a regular expression that the explanation must match.
+    also: other laws that fail as a consequence.
     """
 
     specimen: Specimen
@@ -83,7 +83,7 @@ def fault(
 
 
 def named_by(of: Fault, report: Report) -> Result | None:
-    """Return the result that names the fault: a failure of its law and claim, in its words."""
+    """Return the failure with the fault's law and claim whose explanation matches ``says``, or None."""
     return next(
         (
             result
@@ -95,7 +95,7 @@ def named_by(of: Fault, report: Report) -> Result | None:
 
 
 def branch(channels: int = 2, out_channels: int | None = None, *between: nn.Module) -> nn.Sequential:
-    """Convolution, ``between``, tanh, convolution: (N, channels, H, W) to (N, out_channels, H, W)."""
+    """Return convolution, ``between``, tanh, convolution: (N, channels, H, W) to (N, out_channels, H, W)."""
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1, bias=not between),
         *between,
@@ -105,12 +105,12 @@ def branch(channels: int = 2, out_channels: int | None = None, *between: nn.Modu
 
 
 def normalised() -> nn.Sequential:
-    """A branch with batch normalisation; no bias before it, whose gradient is rounding alone."""
+    """Return a branch with batch normalisation, without a bias before it: its gradient would be only rounding."""
     return branch(2, None, nn.BatchNorm2d(2))
 
 
 def dropping() -> nn.Sequential:
-    """A branch with dropout."""
+    """Return a branch with dropout."""
     return branch(2, None, nn.Dropout(0.5))
 
 
@@ -123,7 +123,7 @@ def whole(x1: Tensor, x2: Tensor) -> Tensor:
 
 
 class Own(nn.Module):
-    """An additive coupling as a user writes it: the wrapper knows its ``forward`` and ``inverse`` and no more."""
+    """An additive coupling as a user writes it, with only ``forward`` and ``inverse``."""
 
     def __init__(self, make: Callable[[], nn.Module] = branch):
         super().__init__()

@@ -12,7 +12,7 @@ from properties.zoo.specimen import Own, branch, fault, halves, normalised, whol
 
 
 class NormalisedTwice(Engine):
-    """The recomputation moves the statistics again."""
+    """The recomputation updates the running statistics again."""
 
     @contextmanager
     def same_buffers(self, branch: nn.Module, before: Before) -> Iterator[None]:
@@ -20,7 +20,7 @@ class NormalisedTwice(Engine):
 
 
 class NotMovedAtAll(Engine):
-    """Buffers are put to what they were before the forward pass, and left there."""
+    """Sets buffers back to their values before the forward pass, and leaves them there."""
 
     @contextmanager
     def same_buffers(self, branch: nn.Module, before: Before) -> Iterator[None]:
@@ -31,7 +31,7 @@ class NotMovedAtAll(Engine):
 
 
 class LeftInEval(Engine):
-    """The recomputation is in eval mode for the sake of the statistics, and nothing calls train() again."""
+    """Leaves each branch in eval mode after its recomputation."""
 
     @contextmanager
     def same_buffers(self, branch: nn.Module, before: Before) -> Iterator[None]:
@@ -43,7 +43,7 @@ class LeftInEval(Engine):
 
 
 class Unfrozen(Engine):
-    """Parameters are frozen while the input's gradient is taken, and all are thawed."""
+    """Sets ``requires_grad`` on all parameters of a branch after its recomputation, also on frozen ones."""
 
     def differentiated(self, branch, before, v, d, found):
         result = super().differentiated(branch, before, v, d, found)
@@ -56,7 +56,7 @@ class Unfrozen(Engine):
 
 
 class Updating(Engine):
-    """Applies a step of SGD to each block as soon as its gradient is known."""
+    """Applies a step of SGD to the parameters in its own backward pass."""
 
     def delivered(self, found):
         with torch.no_grad():
@@ -66,7 +66,7 @@ class Updating(Engine):
 
 
 class GeneratorMoved(Engine):
-    """Dropout is given its random numbers again, and the generator is left where they end, a second time."""
+    """Replays the random numbers of dropout, and does not restore the generator afterwards."""
 
     @contextmanager
     def same_numbers(self, branch: nn.Module, before: Before) -> Iterator[None]:
@@ -98,7 +98,7 @@ class AutocastLost(Engine):
 
 
 class InputWrittenTo(Engine):
-    """Masks what is not to be seen, by a mask that happens to be all ones."""
+    """Multiplies the input by a mask in place; the mask happens to be all ones."""
 
     def through(self, pair, x):
         x.mul_(1)
@@ -106,7 +106,7 @@ class InputWrittenTo(Engine):
 
 
 class InPlaceSum(Engine):
-    """x1 += F(x2), x2 += G(x1): the output is the input."""
+    """Computes in place in the input: x1 += F(x2), x2 += G(x1)."""
 
     def through(self, pair, x):
         x1, x2 = halves(x)
@@ -146,7 +146,7 @@ class ArgumentOverwritten(Own):
 
 
 class EvaluationOverwrites(Own):
-    """In place where no gradient is wanted, since nobody needs the input then."""
+    """Works in place without gradients, as if nobody needed the input then."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -158,7 +158,7 @@ class EvaluationOverwrites(Own):
 
 
 class OnTheModule(Engine):
-    """The chain's output is kept on the module, where the next pass replaces it."""
+    """Keeps the chain's output on the module, where the next forward pass replaces it."""
 
     def kept(self, ctx, y):
         self.y = y
@@ -168,7 +168,7 @@ class OnTheModule(Engine):
 
 
 class StatesOnTheModule(Engine):
-    """Generator states are kept on the module, not with the pass."""
+    """Keeps generator states on the module instead of with the forward pass."""
 
     def evaluated(self, branch, v):
         h, before = super().evaluated(branch, v)
@@ -192,7 +192,7 @@ class AlwaysMoving(nn.Module):
 
 
 class Counter(nn.Module):
-    """A branch that counts its samples, in a buffer, at every evaluation; its engine does not know."""
+    """A branch that counts its samples in a buffer at every evaluation; the engine counts them twice."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What MemCNN 1.5 and its predecessors did, each fault in an engine that is right otherwise."""
+"""Faults of MemCNN 1.5 and its predecessors, each in an engine that is otherwise correct."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from properties.zoo.states import AUTOCAST, BUFFERS, CALLER, HOOKS
 
 
 class EvaluatedThrice(Engine):
-    """Forward under no_grad, once more to invert, once more to differentiate."""
+    """Evaluates F and G under ``no_grad``, again to invert, and again to differentiate."""
 
     @contextmanager
     def same_buffers(self, branch: nn.Module, before: Before) -> Iterator[None]:
@@ -29,7 +29,7 @@ class EvaluatedThrice(Engine):
 
 
 class InputEmptied(Engine):
-    """The input's storage is given back as soon as the output is there, and refilled in backward."""
+    """Frees the input's storage once the output is computed, and refills it in backward."""
 
     def through(self, pair, x):
         y, before = super().through(pair, x)
@@ -47,7 +47,7 @@ class InputEmptied(Engine):
 
 
 class EmptiedInEvaluation(Own):
-    """The same in evaluation, where nothing refills it."""
+    """Frees the input's storage without gradients as well, where nothing refills it."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -57,14 +57,14 @@ class EmptiedInEvaluation(Own):
 
 
 class NewMasks(Engine):
-    """preserve_rng_state=False was the default."""
+    """Does not replay random numbers, as with the former default ``preserve_rng_state=False``."""
 
     def same_numbers(self, branch, before):
         return super().same_numbers(branch, Before(None, before.buffers, before.autocast))
 
 
 class HooksNotCalled(Engine):
-    """F.forward is called, not F, in the forward pass."""
+    """Calls ``F.forward`` instead of F in the forward pass."""
 
     def evaluated(self, branch, v):
         with self.silent(branch, None):
@@ -81,7 +81,7 @@ class CastAway(Engine):
 
 
 class OutputShared(Engine):
-    """One storage serves the chain's output and, refilled, its input."""
+    """Uses the storage of the chain's output again for the rebuilt input."""
 
     def kept(self, ctx, y):
         ctx.y = y.detach()

@@ -63,7 +63,7 @@ class Shuffled(nn.Module):
 
 
 class SquareImages(Scale):
-    """Its scale starts beside one, and its log-determinant is that of images as wide as high."""
+    """Its scale starts near one, and its log-determinant is right only for square images."""
 
     def __init__(self):
         super().__init__()
@@ -74,7 +74,7 @@ class SquareImages(Scale):
 
 
 class FixedPoint(nn.Module):
-    """x + g(x), where the spectral norm makes g a contraction: its derivative looks for the largest singular value."""
+    """x + g(x), where the spectral norm makes g a contraction. Its derivative uses the largest singular value."""
 
     iterations = 200
 
@@ -101,7 +101,7 @@ class StopsEarly(FixedPoint):
 
 
 class Softplus(torch.autograd.Function):
-    """Its backward is right, and the derivative of that is missing: the saved sigmoid has no graph."""
+    """Its backward is right, but has no derivative, because the saved sigmoid has no graph."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

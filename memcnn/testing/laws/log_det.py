@@ -77,7 +77,9 @@ def check_log_det(
             _guarded(f"{method} sums to log|det| of the batch's Jacobian", _like_jacobian_of_batch, exact, method)
             for method in methods
         ]
-    results.append(_guarded("forward_log_det gives what forward gives", _consistent, subject.initialised(), methods))
+    results.append(
+        _guarded("forward_log_det agrees with forward and inverse", _consistent, subject.initialised(), methods)
+    )
     differentiated = methods if through_inverse else METHODS[:1]
     for method in differentiated if finite_differences else ():
         results.append(_guarded(f"gradients of {method} = finite differences in float64", _gradients, exact, method))

@@ -66,7 +66,13 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        return not self.failures
+        """True if a claim was checked, and none failed."""
+        return not self.failures and not self.is_undecided
+
+    @property
+    def is_undecided(self) -> bool:
+        """True if nothing could be checked."""
+        return all(result.skipped for result in self.results)
 
     @property
     def failures(self) -> tuple[Result, ...]:
@@ -87,7 +93,7 @@ class Report:
 
     def summary(self) -> str:
         """Return one sentence: what holds, and what is wrong."""
-        if self.passed:
+        if not self.failures:
             laws = ", ".join(dict.fromkeys(result.law for result in self.results if not result.skipped))
             notes = [r.explanation for r in self.results if r.explanation.startswith(BADLY_CONDITIONED)][:1]
             hopeless = [result for result in self.results if result.skipped.startswith(HOPELESS)]

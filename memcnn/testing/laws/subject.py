@@ -97,6 +97,7 @@ class Subject:
                 f"{', '.join(str(x.dtype) for x in self.inputs)}; give integers beside such an input, and check a "
                 "block of integers or complex numbers through an adapter that takes and returns real tensors"
             )
+        self._refuse_values()
         try:
             with torch.no_grad():
                 self.evaluated(self.fresh(), self.inputs)
@@ -107,6 +108,15 @@ class Subject:
             ) from error
         object.__setattr__(self, "inputs", tuple(map(self.on_grid, self.inputs)))
         object.__setattr__(self, "runs", True)
+
+    def _refuse_values(self) -> None:
+        """Raise Refused for inputs with which no comparison can fail."""
+        shapes = ", ".join(str(tuple(x.shape)) for x in self.inputs)
+        floating = [x for x in self.inputs if x.is_floating_point()]
+        if not any(x.numel() for x in floating):
+            raise Refused(f"the inputs must have entries, or nothing can be compared: got {shapes}; give some samples")
+        if any(x.layout == torch.strided and x.isnan().any() for x in floating):
+            raise Refused(f"the inputs must not contain NaN, which hides errors: got {shapes}; replace these values")
 
     def on_grid(self, x: Tensor) -> Tensor:
         """Return the nearest value on the grid of the module's exact couplings; x itself if it has none."""
