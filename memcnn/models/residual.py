@@ -1,15 +1,14 @@
 """The residual functions f1, f2, ... of a block: block(x) = h2 with h1 = x + f1(x), h2 = h1 + f2(h1), and so on.
 
-They are read from the block, never guessed. ``torch.fx`` records the operations of the block's own ``forward``, each
-child module as one operation. In a sum h + f, f is a residual function of h if every path from f back to the input
-leads through h. ``forward`` of an ``nn.TransformerEncoderLayer`` cannot be recorded; its documented structure is used.
+They are read from the block, never guessed. ``record`` returns the operations of the block's own ``forward``. In a sum
+h + f, f is a residual function of h if every path from f back to the input leads through h. ``forward`` of an
+``nn.TransformerEncoderLayer`` cannot be recorded; its documented structure is used.
 """
 
 import inspect
 import operator
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -17,15 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-__all__ = ["NotResidual", "RecordedFunction", "Residual", "residual_of"]
+from memcnn.models.recording import NotResidual, record
+
+__all__ = ["NotResidual", "RecordedCall", "RecordedFunction", "Residual", "residual_of"]
 
 _SUMS = (operator.add, operator.iadd, torch.add)
 _RELUS = (F.relu, torch.relu, torch.relu_)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class NotResidual(Exception):
-    """A block is not residual, or cannot be shown to be; the message is the reason."""
 
 
 class Residual(NamedTuple):
@@ -40,16 +37,20 @@ class Residual(NamedTuple):
     relu_after: bool
 
 
-def residual_of(block: nn.Module, keywords: Sequence[str] = ()) -> Residual:
+def residual_of(block: nn.Module, keywords: Mapping[str, bool] | None = None) -> Residual:
     """Return the residual functions of a block.
 
     Args:
         block: a module whose ``forward`` maps a tensor to one of the same shape.
-        keywords: names of keyword arguments of the block. A function that uses one takes it, too.
+        keywords: names of keyword arguments of the block, and whether each has a value; the others are None. The
+            functions refuse calls where that is not so, because ``forward`` may depend on it.
 
     Raises:
         NotResidual: the block is not residual, or its structure cannot be read.
     """
+    keywords = keywords or {}
+    if isinstance(block, torch.jit.ScriptModule):
+        raise NotResidual("torch.jit has compiled it, so that its operations cannot be read: use the original module")
     if any(getattr(block, name) for name in HOOKS):
         raise NotResidual("hooks are registered on the block itself, and would not run any more: remove them first")
     if "forward" in vars(block):
@@ -59,12 +60,57 @@ def residual_of(block: nn.Module, keywords: Sequence[str] = ()) -> Residual:
     training, evaluation = (_record(block, keywords, mode) for mode in (True, False))
     if len(training.graphs) != len(evaluation.graphs) or training.relu_after != evaluation.relu_after:
         raise NotResidual("its structure in training mode differs from that in evaluation mode")
+    _, *others = inspect.signature(block.forward).parameters.values()
+    defaults = {p.name: p.default for p in others if p.name not in keywords and p.default is not p.empty}
+    attributes = tuple(dict.fromkeys([*training.attributes, *evaluation.attributes]))
+    call = RecordedCall(type(block).__name__, dict(keywords), defaults, attributes)
     functions: list[nn.Module] = [
-        RecordedFunction(block, {True: in_training, False: in_evaluation})
+        RecordedFunction(block, {True: in_training, False: in_evaluation}, call)
         for in_training, in_evaluation in zip(training.graphs, evaluation.graphs, strict=True)
     ]
     _refuse_unused(block, functions)
     return Residual(functions, training.relu_after)
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    """The call of a block that was recorded. Its ``forward`` may take another way in other calls.
+
+    Attributes:
+        origin: the name of the block's class.
+        given: the names of the keyword arguments, and whether each had a value; the others were None.
+        defaults: the defaults of the keyword arguments that were left out.
+        attributes: the names of the block's attributes that ``forward`` read. Their values are constants now.
+    """
+
+    origin: str
+    given: Mapping[str, bool]
+    defaults: Mapping[str, Any]
+    attributes: Sequence[str]
+
+    def refuse_others(self, kwargs: Mapping[str, Any]) -> None:
+        """Raise a TypeError unless the same keyword arguments have a value in this call."""
+        for name, had_value in self.given.items():
+            if had_value is (kwargs.get(name) is None):
+                was, now = ("a value", "None or missing") if had_value else ("None", "not None")
+                raise TypeError(
+                    f"the keyword argument {name!r} is {now} in this call, but {self.origin} was made reversible with "
+                    f"{was} for it, and may compute something else now: convert another stack with kwargs in which "
+                    f"{name!r} is {now}"
+                )
+        for name in kwargs.keys() & self.defaults.keys():
+            if not _alike(kwargs[name], self.defaults[name]):
+                raise TypeError(
+                    f"this call has the keyword argument {name!r}, but {self.origin} was made reversible without it: "
+                    f"convert it with kwargs that contain {name!r}"
+                )
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Return whether two keyword arguments are the same; None and False both leave something out."""
+    if a is None or a is False:
+        return b is None or b is False
+    return a is b or (isinstance(a, bool | int | float | str) and type(a) is type(b) and a == b)
 
 
 class RecordedFunction(nn.Module):
@@ -74,43 +120,47 @@ class RecordedFunction(nn.Module):
         block: the block.
         graphs: the operations of the part in training mode (key True) and in evaluation mode (False). The first input
             is x, the others are keyword arguments.
+        call: the call of the block that was recorded.
     """
 
-    def __init__(self, block: nn.Module, graphs: Mapping[bool, fx.Graph]):
+    def __init__(self, block: nn.Module, graphs: Mapping[bool, fx.Graph], call: RecordedCall):
         super().__init__()
         self.training = block.training
-        self.graphs = dict(graphs)
+        self.graphs, self.recorded_call = dict(graphs), call
         nodes = [node for graph in self.graphs.values() for node in graph.nodes]
         modules = {node.target for node in nodes if node.op == "call_module"}
         values = {node.target for node in nodes if node.op == "get_attr"}
         for path in [*sorted(modules, key=len), *sorted(values, key=len)]:
             _share(block, self, path)
-        self.keywords = frozenset(n.target for n in nodes if n.op == "placeholder" and n.target != "x")
         self._functions = self._compiled()
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """Return f(x), of the shape of x."""
-        return self._functions[self.training](self, x, **kwargs)
+        """Return f(x), of the shape of x. Keyword arguments of the block that f does not use have no effect."""
+        function, names = self._functions[self.training]
+        return function(self, x, **{name: kwargs[name] for name in names if name in kwargs})
 
     def keywords_taken(self, names: Iterable[str]) -> set[str]:
-        """Return those of the names that the part uses."""
-        return set(names) & self.keywords
+        """Return those of the names that the block's ``forward`` takes."""
+        return set(names) & (self.recorded_call.given.keys() | self.recorded_call.defaults.keys())
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_functions": None}  # a generated function cannot be pickled
 
     def __setstate__(self, state: dict) -> None:
+        if "recorded_call" not in state:  # pickled by an earlier commit
+            state["recorded_call"] = RecordedCall("a block", dict.fromkeys(state["keywords"], True), {}, ())
         super().__setstate__(state)
         self._functions = self._compiled()
 
-    def _compiled(self) -> dict[bool, Callable]:
-        """Return the graphs as Python functions."""
+    def _compiled(self) -> dict[bool, tuple[Callable, list[str]]]:
+        """Return the graphs as Python functions, with the keyword arguments of each."""
         functions = {}
         for mode, graph in self.graphs.items():
             code = graph.python_code("self")
             names = dict(code.globals)
             exec(code.src, names)
-            functions[mode] = names["forward"]
+            keywords = [str(node.target) for node in graph.nodes if node.op == "placeholder"][1:]
+            functions[mode] = names["forward"], keywords
         return functions
 
 
@@ -169,69 +219,15 @@ def _of_encoder_layer(layer: nn.TransformerEncoderLayer) -> list[nn.Module]:
 class _Graphs(NamedTuple):
     graphs: list[fx.Graph]
     relu_after: bool
+    attributes: Sequence[str] = ()
 
 
-class _OwnForward(fx.Tracer):
-    """Records the operations of one block. Every child module is one operation, whatever it does."""
-
-    proxy_buffer_attributes = True
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.block = block
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m is not self.block
-
-
-def _record(block: nn.Module, keywords: Sequence[str], training: bool) -> _Graphs:
+def _record(block: nn.Module, keywords: Mapping[str, bool], training: bool) -> _Graphs:
     """Return a graph for each residual function of the block in training or evaluation mode."""
-    with _unchanged(block), torch.random.fork_rng():
-        block.train(training)
-        before = random.getstate(), torch.get_rng_state()
-        try:
-            graph = _OwnForward(block).trace(_call_of(block, keywords))
-        except Exception as error:  # whatever the block raises when it is given no values
-            reason = " ".join(str(error).split(". ")[0].split())
-            raise NotResidual(
-                f"torch.fx cannot trace its forward without values of tensors: {type(error).__name__}: {reason}"
-            ) from error
-        if random.getstate() != before[0] or not torch.equal(torch.get_rng_state(), before[1]):
-            raise NotResidual(
-                "its forward draws random numbers itself: use a child module, such as nn.Dropout, for that"
-            )
-    if any(node.op == "get_attr" and not str(node.target).startswith("block.") for node in graph.nodes):
-        raise NotResidual("its forward makes a tensor from numbers, which stays on one device: register it as a buffer")
+    graph, attributes = record(block, keywords, training)
     _skip_identities(block, graph)
     x = next(node for node in graph.nodes if node.op == "placeholder")
-    return _split_at_sums(block, graph, x)
-
-
-@contextmanager
-def _unchanged(block: nn.Module) -> Iterator[None]:
-    """Restore the modes of all modules, and remove the attributes that recording adds to the block."""
-    modes, attributes = [(module, module.training) for module in block.modules()], set(vars(block))
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for name in set(vars(block)) - attributes:
-            delattr(block, name)
-
-
-def _call_of(block: nn.Module, keywords: Sequence[str]) -> nn.Module:
-    """Return a module that calls the block with x and these keyword arguments, and leaves the others out."""
-    takes = inspect.signature(block.forward).parameters
-    if unknown := [name for name in keywords if name not in takes]:
-        raise NotResidual(f"its forward takes no keyword argument {unknown[0]!r}")
-    given = "".join(f", {name}" for name in keywords)
-    passed = "".join(f", {name}={name}" for name in keywords)
-    names: dict[str, Any] = {}
-    exec(f"def forward(self, x{given}):\n    return self.block(x{passed})", names)
-    call = type("Call", (nn.Module,), {"forward": names["forward"]})()
-    call.block = block
-    return call
+    return _split_at_sums(block, graph, x)._replace(attributes=attributes)
 
 
 def _skip_identities(block: nn.Module, graph: fx.Graph) -> None:
@@ -320,6 +316,7 @@ def _graph_from(stream: fx.Node, terms: Sequence[fx.Node]) -> fx.Graph:
     nodes = list(stream.graph.nodes)
     for node in sorted(needed, key=nodes.index):
         new = graph.node_copy(node, copies.__getitem__)
+        new.meta.clear()  # it names the block's class, which may not be picklable
         if node.op in ("call_module", "get_attr"):
             new.target = str(node.target).removeprefix("block.")
         copies[node] = new

@@ -2,21 +2,25 @@
 
 ``residual_of`` reads the residual functions of each block, ``TwoStreams`` applies them to two streams in turn, and
 ``StackReport`` lists the changes. A block is converted only if its residual functions give its output and its buffers
-for the sample.
+for the sample, and the same gradients.
 
 The function is not called ``convert``, because the module ``memcnn.convert`` has that name: the command that converts
 weights of MemCNN 1.5.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memcnn.models.keywords import taken
-from memcnn.models.residual import HOOKS, NotResidual, Residual, residual_of
-from memcnn.models.stack_report import Called, StackReport, compare, outcome, relative_difference
+from memcnn.models.recording import NotResidual, changes_restored
+from memcnn.models.residual import HOOKS, Residual, residual_of
+from memcnn.models.residual_check import refuse_differences
+from memcnn.models.stack_report import Called, StackReport, compare, outcome
 from memcnn.models.two_streams import AfterReLU as _AfterReLU  # its name in older pickles
 from memcnn.models.two_streams import Nothing, ReversibleStack, TwoStreams
 
@@ -42,14 +46,14 @@ class _Block(nn.Module):
     def find(self, move_relu: bool, x: Tensor) -> None:
         """Set ``found`` to the residual functions, or ``reason`` to the reason why the block is not residual."""
         try:
-            found = residual_of(self.block, list(self.kwargs))
+            found = residual_of(self.block, {name: value is not None for name, value in self.kwargs.items()})
             if found.relu_after and not move_relu:
                 raise NotResidual(
                     "it applies a ReLU to its sum, so that negative values are lost; move_relu=True moves the ReLU to "
                     "the input of the next block's function, which changes what the stack computes"
                 )
             for training in (True, False):
-                _check(self, found, x, training)
+                refuse_differences(self.call, found, x, training)
             self.found = found
         except NotResidual as reason:
             self.reason = str(reason)
@@ -79,8 +83,8 @@ def to_reversible(
             ``vit.blocks`` or ``vit.encoder.layers``; or an ``nn.TransformerEncoder`` or ``nn.TransformerDecoder``.
         sample: an input of the first block. Blocks and their residual functions are compared on it.
         kwargs: keyword arguments of the blocks, such as masks, or the ``memory`` of an ``nn.TransformerDecoder``. The
-            result takes arguments of these names, and requires those that a block's ``forward`` used. Masks of an
-            ``nn.TransformerEncoder`` remain optional.
+            result takes arguments of these names, and raises a TypeError for a call where one is None that was not
+            None here, or the reverse. Masks of an ``nn.TransformerEncoder`` remain optional.
         keep_others: keep blocks that are not residual, instead of raising a ValueError.
         move_relu: also convert blocks that apply a ReLU to their sum, as those of a torchvision ResNet. The ReLU moves
             to the input of the next block's function, so that the shortcut has none. The last ReLU follows the stack.
@@ -90,32 +94,70 @@ def to_reversible(
         The reversible stack, and a report of the changes.
 
     Raises:
-        TypeError: ``module`` is not a stack of modules, ``sample`` is not a floating-point tensor, or no block takes
-            one of ``kwargs``.
-        ValueError: a block is not residual and ``keep_others`` is False, no block is residual, or a block fails on the
-            sample; the message gives the reasons.
+        TypeError: ``module`` is not a stack of modules, ``sample`` is not a floating-point tensor, ``kwargs`` is not a
+            dictionary, or no block takes one of ``kwargs``.
+        ValueError: ``sample`` is on the meta device, a block is not residual and ``keep_others`` is False, no block is
+            residual, or a block fails on the sample; the message gives the reasons.
     """
+    _refuse_arguments(sample, kwargs)
+    with torch.inference_mode(False), ExitStack() as cleanup:  # which also ends no_grad
+        x = sample.detach().clone()
+        kwargs = {name: _copy(value) for name, value in (kwargs or {}).items()}
+        blocks, after = _blocks_of(module, kwargs)
+        for block in blocks:
+            cleanup.enter_context(changes_restored(block.block))
+        return _converted(blocks, after, x, kwargs, keep_others=keep_others, move_relu=move_relu, measure=measure)
+
+
+def _refuse_arguments(sample: object, kwargs: object) -> None:
+    """Raise a TypeError or a ValueError for arguments of ``to_reversible`` that it cannot use."""
     if not isinstance(sample, Tensor) or not sample.is_floating_point():
         got = sample.dtype if isinstance(sample, Tensor) else type(sample).__name__
         raise TypeError(f"sample must be a floating-point tensor, an input of the first block: got {got}")
-    kwargs = dict(kwargs or {})
-    blocks, after = _blocks_of(module, kwargs)
+    if sample.is_meta:
+        raise ValueError(
+            "sample is on the meta device and has no values, but blocks are compared with their residual functions on "
+            "it: put model and sample on another device, convert the model, and then move it"
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(
+            f"kwargs must be a dictionary of keyword arguments of the blocks, such as {{'mask': mask}}: got "
+            f"{type(kwargs).__name__}"
+        )
+
+
+def _copy(value: Any) -> Any:
+    """Return a copy of a tensor without its graph; other values as they are."""
+    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+
+def _converted(
+    blocks: Sequence[_Block], after: Sequence[nn.Module], sample: Tensor, kwargs: Mapping[str, Any], **options: bool
+) -> tuple[ReversibleStack, StackReport]:
+    """Return the reversible stack of the blocks and the report. The options are those of ``to_reversible``."""
     _refuse_unknown_keywords(blocks, kwargs)
-    x = sample.detach()
+    x = sample
     for block in blocks:
-        block.find(move_relu, x)
+        block.find(options["move_relu"], x)
         x = _output_of(block, x)
         if block is not blocks[-1] and not isinstance(x, Tensor):
             raise ValueError(
                 f"block {block.title} returns a {type(x).__name__}, but a stack hands one tensor from block to block: "
                 "let its forward return that tensor alone, and compute what else it returns outside of the stack"
             )
-    _refuse(blocks, keep_others)
-    stack = ReversibleStack(*_parts(blocks), *after)
+    _refuse(blocks, options["keep_others"])
+    stack = ReversibleStack(*_parts(blocks), *after, positional=_positional(blocks[0].block))
     before = ReversibleStack(*blocks, *after)
     converted = [f"{block.title}, {_count(block.found)}" for block in blocks if block.found]
     kept = [f"{block.title}: {block.reason}" for block in blocks if not block.found]
+    measure = options["measure"]
     return stack, compare(before, stack, sample, kwargs, converted=converted, kept=kept, measure=measure)
+
+
+def _positional(block: nn.Module) -> list[str]:
+    """Return the names of the positional arguments of a block after its input."""
+    others = list(inspect.signature(block.forward).parameters.values())[1:]
+    return [parameter.name for parameter in others if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
 
 def _output_of(block: _Block, x: Tensor) -> Any:
@@ -147,7 +189,8 @@ def _blocks_of(module: nn.Module | Sequence[nn.Module], kwargs: Mapping[str, Any
 def _is_stack(module: object) -> bool:
     """Return whether a module or sequence only calls its modules in order."""
     if isinstance(module, nn.Module):
-        runs_in_order = isinstance(module, nn.ModuleList) or type(module).forward is nn.Sequential.forward
+        forward = inspect.getattr_static(type(module), "forward")  # getattr fails for a scripted module
+        runs_in_order = isinstance(module, nn.ModuleList) or forward is nn.Sequential.forward
         return runs_in_order and not any(getattr(module, name) for name in HOOKS)
     return isinstance(module, list | tuple) and all(isinstance(block, nn.Module) for block in module)
 
@@ -193,46 +236,6 @@ def _parts(blocks: Sequence[_Block]) -> Iterator[nn.Module]:
         yield block.block
     if functions:
         yield TwoStreams(functions, relu_after=relu_waits)
-
-
-def _check(block: _Block, found: Residual, x: Tensor, training: bool) -> None:
-    """Compare a block with its residual functions; raise ``NotResidual`` where they differ."""
-    mode = "training" if training else "evaluation"
-
-    def sums(x: Tensor) -> Tensor:
-        for function in found.functions:
-            before = x._version
-            added = function(x, **taken(function, block.kwargs))
-            if x._version != before:
-                raise NotResidual(
-                    "its residual function modifies its input in place: make that an out-of-place operation"
-                )
-            x = x + added
-        return x.relu() if found.relu_after else x
-
-    both = nn.ModuleList([block, *found.functions])
-    attributes = {name: value for name, value in vars(block.block).items() if not name.startswith("_")}
-    try:
-        expected, buffers = outcome(both, block, x, training)
-    except Exception as error:  # whatever the block raises
-        raise NotResidual(f"it fails on the sample in {mode} mode: {type(error).__name__}: {error}") from error
-    if changed := [name for name, value in attributes.items() if vars(block.block).get(name) is not value]:
-        raise NotResidual(f"its forward sets its attribute {changed[0]!r}, which the residual functions would not do")
-    if not isinstance(expected, Tensor) or expected.shape != x.shape or expected.dtype != x.dtype:
-        got = f"{expected.dtype} {tuple(expected.shape)}" if isinstance(expected, Tensor) else type(expected).__name__
-        raise NotResidual(f"it maps {x.dtype} {tuple(x.shape)} to {got}; a stream keeps dtype and shape")
-    actual, own_buffers = outcome(both, sums, x, training)
-    difference = relative_difference(actual, expected)
-    if not difference <= torch.finfo(x.dtype).eps ** 0.5:
-        raise NotResidual(
-            f"in {mode} mode its output differs from that of its residual functions, relatively by {difference:.1e}"
-        )
-    if any(not _close(a, b) for a, b in zip(buffers, own_buffers, strict=True)):
-        raise NotResidual(f"in {mode} mode its residual functions do not change its buffers as it does")
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-6, equal_nan=True)
 
 
 def _count(found: Residual) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memcnn.attribution import warn_user
+from memcnn.engine.replay import Replay
 from memcnn.memory import measure_peak_split, predict_step_memory, training_step
 from memcnn.models.additive import AdditiveCoupling
 from memcnn.models.keywords import taken
@@ -138,7 +139,8 @@ def compare(
         kept: the report's lines on the other blocks.
         measure: predict and measure the memory of a training step.
     """
-    y, error = outcome(stack, lambda x: _output_and_error(stack, x, kwargs), sample, training=False)[0]
+    y = outcome(stack, lambda x: stack(x, **kwargs), sample, training=False)[0]
+    error = outcome(stack, lambda x: _rebuild_error(stack, x, kwargs), sample, training=False)[0]
     if not error <= _DRIFT:
         warn_user(
             f"the reversible stack rebuilds its streams with a relative error of {error:.1e}, so gradients will "
@@ -156,7 +158,13 @@ def compare(
     if not measure:
         return report
     sides = [Called(before, {}), Called(stack, kwargs)]
-    measured: Any = tuple(_measured(side, sample) for side in sides)
+    try:
+        measured: Any = tuple(_measured(side, sample) for side in sides)
+    except Exception as failure:  # such as that of a block which changes its input in place
+        raise ValueError(
+            "memory could not be measured, because a training step of the blocks or of the stack fails on the sample: "
+            f"{type(failure).__name__}: {failure}. Correct the blocks, or convert them with measure=False"
+        ) from failure
     try:
         predicted: Any = tuple(_predicted(side, sample) for side in sides)
     except Exception as failure:  # such as an operator without a shape function
@@ -164,17 +172,31 @@ def compare(
     return replace(report, measured_bytes=measured, predicted_bytes=predicted)
 
 
-def _output_and_error(stack: ReversibleStack, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, float]:
-    """Return the stack's output, and the largest relative error of its rebuilt streams."""
+def _rebuild_error(stack: ReversibleStack, x: Tensor, kwargs: Mapping[str, Any]) -> float:
+    """Return the largest relative error of rebuilt streams."""
     error = 0.0
     for part in stack.parts:
         given = taken(part, kwargs)
         if isinstance(part, TwoStreams):
-            streams = torch.cat((x, x))
-            rebuilt = part.chain.inverse(part.chain(streams, **given), **given)
-            error = max(error, relative_difference(rebuilt, streams))
+            error = max(error, _rebuild_error_of(part, x, given))
         x = part(x, **given)
-    return x, error
+    return error
+
+
+def _rebuild_error_of(part: TwoStreams, x: Tensor, kwargs: Mapping[str, Any]) -> float:
+    """Return the relative error of two streams that are rebuilt with the random numbers of the forward pass."""
+    couplings: Any = [wrapper._fn for wrapper in part.chain]
+    replayed, streams = [], [x, x]
+    for i, function in enumerate(f for coupling in couplings for f in (coupling.Fm, coupling.Gm)):
+        given, other = taken(function, kwargs), streams[(i + 1) % 2]
+        replay = Replay(function, [other], preserve_rng_state=True)
+        streams[i % 2] = streams[i % 2] + function(other, **given)
+        replay.evaluated()
+        replayed.append((i, function, given, replay))
+    for i, function, given, replay in reversed(replayed):
+        with replay.again():
+            streams[i % 2] = streams[i % 2] - function(streams[(i + 1) % 2], **given)
+    return relative_difference(torch.cat(streams), torch.cat((x, x)))
 
 
 def _changes(stack: ReversibleStack) -> Iterator[str]:
@@ -191,6 +213,12 @@ def _changes(stack: ReversibleStack) -> Iterator[str]:
         yield (
             "the ReLU after a sum is now at the input of the next block's function: the shortcut from block to block "
             "keeps negative values; the last ReLU follows the stack"
+        )
+    calls = {id(call): call for part in parts for call in part.calls}.values()
+    if fixed := dict.fromkeys(f"{call.origin}.{name}" for call in calls for name in call.attributes):
+        yield (
+            f"attributes that are constants now, so that later changes of them have no effect: {', '.join(fixed)}. "
+            "Make a buffer or a parameter of one that you change"
         )
 
 

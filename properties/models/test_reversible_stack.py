@@ -17,7 +17,7 @@ from memcnn.memory import measure_step_memory
 from memcnn.models.reversible_stack import ReversibleStack, TwoStreams
 from memcnn.testing.tolerances import relative_error, tolerance
 from properties.support.reference import assert_flat_in_depth, assert_laws
-from properties.support.residual import Residual, convert
+from properties.support.residual import Residual, convert, residual_block
 from properties.support.twin import assert_like_twin, backward, data, plain_twin
 
 
@@ -271,6 +271,57 @@ def test_blocks_with_the_normalisation_first_or_last_can_form_one_stack():
     assert not any("the same sums as before" in line for line in report.changes)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_conversion_without_gradients_is_the_same(mode):
+    blocks, mask = nn.Sequential(Masked(), Residual()), torch.arange(6.0)
+    with mode():
+        stack, report = memcnn.to_reversible(blocks, torch.randn(4, 6), {"mask": mask})
+        assert not torch.is_grad_enabled()
+    assert report.predicted_bytes == report.measured_bytes
+    assert_like_twin(convert(Residual(p=0.0), Residual(p=0.0)).double(), backward, data(4, 6), depth=4)
+    stack(torch.randn(4, 6), mask=mask).sum().backward()
+    assert all(p.grad is not None for p in blocks.parameters())
+
+
+def test_dropout_that_is_always_on_is_no_drift():
+    def forward(self, x):
+        return x + F.dropout(self.function(x), 0.5)
+
+    blocks = [residual_block(forward=forward) for _ in range(3)]
+    _, report = memcnn.to_reversible(blocks, torch.randn(4, 6))
+    assert report.rebuild_error <= tolerance(torch.float32, depth=3)
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_a_converted_decoder_takes_its_place_in_a_transformer():
+    net = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, norm_first=True, batch_first=True)
+    source, target = torch.randn(3, 5, 8), torch.randn(3, 4, 8)
+    mask = nn.Transformer.generate_square_subsequent_mask(4)
+    for kwargs in ({}, {"tgt_mask": mask}):
+        twin = copy.deepcopy(net)
+        twin.encoder, _ = memcnn.to_reversible(twin.encoder, source, measure=False)
+        twin.decoder, _ = memcnn.to_reversible(twin.decoder, target, {"memory": source, **kwargs}, measure=False)
+        wanted = twin.decoder(target, memory=net.encoder(source), **kwargs)
+        assert relative_error(twin(source, target, **kwargs), wanted) <= tolerance(target.dtype, depth=8)
+    with pytest.raises(TypeError, match="'tgt_mask' is None or missing in this call, but TransformerDecoderLayer was"):
+        twin(source, target)
+    for args, kwargs in (((source,), {"memory": source}), ((None,) * 8, {})):
+        with pytest.raises(TypeError, match=r"by position.* are \['memory', 'tgt_mask', .*give each argument once"):
+            twin.decoder(target, *args, **kwargs)
+
+
+def test_a_block_that_fails_in_a_training_step_is_named_by_the_measurement():
+    def forward(self, x):
+        x += self.function(x)
+        return x
+
+    blocks, x = [residual_block(forward=forward)], torch.randn(4, 6)
+    with pytest.raises(ValueError, match="a training step of the blocks .* fails on the sample: RuntimeError: .*False"):
+        memcnn.to_reversible(blocks, x)
+    stack, _ = memcnn.to_reversible(blocks, x, measure=False)
+    assert relative_error(stack.eval()(x), blocks[0].eval()(x.clone())) <= tolerance(x.dtype, depth=2)
+
+
 @pytest.mark.parametrize(
     ("module", "sample", "error", "message"),
     [
@@ -278,12 +329,35 @@ def test_blocks_with_the_normalisation_first_or_last_can_form_one_stack():
         ([], torch.ones(2, 6), ValueError, "a stack without a block"),
         ([Residual()], torch.ones(2, 6, dtype=torch.int64), TypeError, "sample must be a floating-point tensor"),
         ([Residual()], [1.0], TypeError, "sample must be a floating-point tensor.*: got list"),
+        (
+            [Residual().to("meta")],
+            torch.ones(2, 6, device="meta"),
+            ValueError,
+            "sample is on the meta device and has no",
+        ),
+        (
+            [Residual().to("meta")],
+            torch.ones(2, 6),
+            ValueError,
+            "block 0: Residual fails on the sample: RuntimeError: ",
+        ),
         ([Residual()], torch.ones(2, 6).double(), ValueError, "block 0: Residual fails on the sample: RuntimeError: "),
     ],
 )
 def test_modules_that_form_no_stack_are_refused(module, sample, error, message):
     with pytest.raises(error, match=message):
         memcnn.to_reversible(module, sample)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_block_and_keyword_arguments_in_a_list_are_refused():
+    with pytest.raises(ValueError, match="0: RecursiveScriptModule: torch.jit has compiled it.* the original module"):
+        memcnn.to_reversible([torch.jit.script(nn.Linear(6, 6))], torch.ones(2, 6))
+    kept = [torch.jit.script(nn.Linear(6, 6)), Residual()]
+    stack, _ = memcnn.to_reversible(kept, torch.ones(2, 6), keep_others=True, measure=False)
+    assert stack(torch.ones(2, 6)).shape == (2, 6)
+    with pytest.raises(TypeError, match="kwargs must be a dictionary of keyword arguments .*: got list"):
+        memcnn.to_reversible([Residual()], torch.ones(2, 6), ["mask"])
 
 
 def test_a_stream_that_drifts_is_reported():
