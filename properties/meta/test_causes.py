@@ -43,7 +43,7 @@ class Stretched(nn.Module):
 
 
 class Turned(nn.Module):
-    """A rotation that is undone by its transpose: right to float32 until the weight is trained."""
+    """A rotation that is undone by its transpose, in float32: right to float32 until the weight is trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Turned(nn.Module):
         return x @ self.weight.T
 
     def inverse(self, y: Tensor) -> Tensor:
-        return y @ self.weight
+        return (y.float() @ self.weight.float()).to(y.dtype)
 
 
 class Offset(nn.Module):

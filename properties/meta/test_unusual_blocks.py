@@ -150,6 +150,36 @@ class Cached(nn.Module):
         return y @ self.stored
 
 
+class InFloat32(Block):
+    """Normalises in float32, whatever the dtype of its input."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        h = x.float()
+        return self.linear((h * (h.square().mean(1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)).tanh()
+
+
+class Rotated(Block):
+    """Undoes an orthogonal matrix, which a buffer holds in float32, by its transpose."""
+
+    casts = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rotation", torch.linalg.qr(torch.randn(8, 8))[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x @ self.rotation)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        if self.casts:
+            y = y.float().to(y.dtype)
+        return super().inverse(y) @ self.rotation.T
+
+
+class RotatedWithACast(Rotated):
+    casts = True
+
+
 class WithLambda(Block):
     def __init__(self) -> None:
         super().__init__()
@@ -192,8 +222,10 @@ def test_a_faulty_backward_is_caught(make, words):
         (lambda: WithFunction(Linear), ()),  # it has no backward under autocast, and neither has plain backpropagation
         (Masked, (torch.tensor([[True, False, True, False]] * 3),)),
         (Embedded, (torch.tensor([1, 2, 2]),)),
+        (InFloat32, ()),
+        (Rotated, ()),
     ],
-    ids=["autocast", "boolean mask", "sparse gradients"],
+    ids=["autocast", "boolean mask", "sparse gradients", "float32", "orthogonal"],
 )
 def test_a_right_block_passes(make, conditions):
     report = checked(make(), *conditions)
@@ -207,6 +239,11 @@ def test_a_block_whose_strides_do_not_matter_passes():
 def test_a_block_that_discards_stored_values_in_train_passes():
     report = checked(Cached().eval(), size=4)
     assert report.passed, report
+
+
+def test_a_cast_is_not_excused_by_stored_values():
+    report = checked(RotatedWithACast())
+    assert "inverse" in report.failed_laws and "look for a cast" in report.summary()
 
 
 @pytest.mark.parametrize(

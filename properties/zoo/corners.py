@@ -134,6 +134,7 @@ FAULTS = [
         "state",
         "the caller's tensors",
         "the gradient of output 0 was written to",
+        "gradients",
     ),
     fault(
         "strides ignored",
