@@ -227,7 +227,8 @@ def _record(block: nn.Module, keywords: Mapping[str, bool], training: bool) -> _
     graph, attributes = record(block, keywords, training)
     _skip_identities(block, graph)
     x = next(node for node in graph.nodes if node.op == "placeholder")
-    return _split_at_sums(block, graph, x)._replace(attributes=attributes)
+    graphs, relu_after, _ = _split_at_sums(block, graph, x)
+    return _Graphs(graphs, relu_after, attributes)
 
 
 def _skip_identities(block: nn.Module, graph: fx.Graph) -> None:
