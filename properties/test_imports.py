@@ -63,7 +63,7 @@ def modules(package: str) -> list[Path]:
 
 
 def part_of(name: str) -> str:
-    """Return the part of ``memcnn`` to which a full name belongs: its second word; "" for a public name of memcnn."""
+    """Return the part of ``memcnn`` that a full name belongs to: its second word; "" for a public name of memcnn."""
     part = name.split(".")[1] if name.startswith("memcnn.") else ""
     return part if any((ROOT / "memcnn" / f"{part}{end}").exists() for end in ("", ".py")) else ""
 

@@ -122,7 +122,7 @@ def conv3x3_weight_gradient(output_gradient: Tensor, x: Tensor, dtype: torch.dty
     Args:
         output_gradient: (N, C_out, H, W), of any strides.
         x: the convolution's input, (N, C_in, H, W), of any strides.
-        dtype: dtype of the result, to which our kernel rounds its float32 sums.
+        dtype: dtype of the result. Our kernel rounds its float32 sums to it.
     """
     output_gradient, x = innermost(output_gradient), innermost(x)
     plan = choice.current().plan(WEIGHT_GRADIENT, output_gradient, x)

@@ -134,7 +134,7 @@ def _real(gradient: Tensor) -> Tensor:
 def _differing(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], eps: float) -> dict[str, float]:
     """Return the names of gradients that differ, with their relative differences.
 
-    Block and functions do the same operations, of which only sums may be in another order. The limit, 10 sqrt(eps),
+    Block and functions do the same operations; only sums may be in another order. The limit, 10 sqrt(eps),
     leaves room for a ReLU that this rounding turns on or off. A gradient that is small beside the others, as that of a
     bias before a norm, may consist of rounding alone: its difference is relative to sqrt(eps) of the largest norm.
     """

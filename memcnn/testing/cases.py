@@ -37,7 +37,7 @@ class Values:
     layout: str = "contiguous"
 
     def leaf(self, device: str = "cpu") -> Tensor:
-        """Return a leaf with the values, from which ``laid_out`` makes the tensor."""
+        """Return a leaf with the values; ``laid_out`` makes the tensor from it."""
         n, *others, last = self.shape
         shape = {"sliced": (n, *others, 2 * last), "expanded": (1, *others, last)}.get(self.layout, self.shape)
         if self.layout == "transposed":

@@ -26,7 +26,7 @@ def pre_activated(channels: int = 8) -> nn.Module:
 
 
 def padded(seed: int, *, dead: bool = True) -> Tensor:
-    """Return images with 16 channels, of which 13 are 0."""
+    """Return images with 16 channels; 13 of them are 0."""
     x = images(4, 16, 8, 8, dtype=torch.float32, seed=seed, requires_grad=False)
     if dead:
         x[:, 3:] = 0

@@ -1,4 +1,4 @@
-"""Blocks within blocks: the outer block rebuilds the values from which the inner blocks rebuild their activations."""
+"""Blocks within blocks: the inner blocks rebuild their activations from values that the outer block rebuilds."""
 
 import gc
 import itertools
@@ -36,7 +36,7 @@ def inner(branch=conv_branch, **options) -> InvertibleModuleWrapper:
 
 
 def around(*modules: nn.Module) -> nn.Module:
-    """Return a branch for three channels, inside of which ``inner`` has four."""
+    """Return a branch for three channels; ``inner`` inside it has four."""
     return nn.Sequential(nn.Conv2d(3, 4, 1), *modules, nn.Conv2d(4, 3, 1))
 
 

@@ -18,7 +18,7 @@ from memcnn.testing.laws.twin import is_dense, leaf_like, relative_errors, worst
 from memcnn.testing.tolerances import distance
 
 FACTOR = 1.5
-"""Factor by which an output is multiplied in place."""
+"""In-place factor of an output."""
 
 
 def check_state(

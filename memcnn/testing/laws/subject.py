@@ -62,7 +62,7 @@ class Subject:
     Inputs of a module with an exact coupling are rounded to its grid, as the coupling does (``memcnn.engine.exact``).
 
     Attributes:
-        module: the module, of which only copies run.
+        module: the module. Only copies of it run.
         inputs: the inputs; copies keep their strides.
         seed: seed of torch's generators at every evaluation.
         wrap: run the module in an `InvertibleModuleWrapper`, as it would be trained. None: if nothing in it is wrapped
