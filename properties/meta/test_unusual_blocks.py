@@ -85,7 +85,7 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return x @ weight.T + bias
+        return nn.functional.linear(x, weight, bias)  # in bfloat16 under autocast
 
     @classmethod
     def backward(cls, ctx, gradient):
